@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# make demo   sets everything up and runs the demonstration
+# make test   sets everything up and runs the tests
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+CXX_NAME := $(or $(CXX),c++)
+
+# Caches stay inside the checkout.
+export TRITON_CACHE_DIR        := $(CURDIR)/.cache/triton
+export TORCHINDUCTOR_CACHE_DIR := $(CURDIR)/.cache/inductor
+export MPLCONFIGDIR            := $(CURDIR)/.cache/matplotlib
+export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
+
+NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: build demo test test-all lint format bench report gpu wheel readme clean
+
+build: $(VENV)/.built
+
+demo: build
+	$(BIN)/cofire demo
+
+test: build
+	$(BIN)/python -m pytest -m "not full and not gpu"
+
+test-all: build lint
+	$(BIN)/python -m pytest -m "not gpu"
+
+# On a machine with an NVIDIA GPU, in the Python that is there: nothing is installed.
+gpu:
+	$(PYTHON) setup.py build_ext --inplace
+	$(PYTHON) -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/*.cu
+
+bench: build
+	$(BIN)/cofire bench
+
+report: build
+	$(BIN)/cofire report
+
+readme: build
+	$(BIN)/cofire info --readme README.md
+
+wheel: build
+	$(BIN)/python -m build --no-isolation --wheel --sdist
+
+clean:
+	rm -rf build dist .cache report *.egg-info pyextensions/cofire/*.so $(VENV)/.built
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "cofire needs Python 3.10 or newer; '$(PYTHON)' was not found (set PYTHON=...)."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "cofire needs Python 3.10 or newer; $(PYTHON) is `$(PYTHON) -V`."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "cofire needs Python's venv module (on Debian: the package python3-venv)."; exit 1; }
+	@command -v $(firstword $(CXX_NAME)) >/dev/null || { echo "cofire needs a C++ compiler; '$(CXX_NAME)' was not found (install g++ or clang++, or set CXX=...)."; exit 1; }
+	@test -x $(BIN)/python || { echo "Making $(VENV) ..."; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing the pinned packages ..."
+	@$(PIP) install -c constraints.txt torch numpy "setuptools>=77" wheel ninja
+	@COFIRE_BUILD=0 $(PIP) install --no-build-isolation -c constraints.txt -e ".[dev,data,report]"
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE)
+	@echo "Building the C++ kernels ..."
+	@mkdir -p .cache; $(BIN)/python setup.py --quiet build_ext --inplace >.cache/build.log 2>&1 || { tail -n 40 .cache/build.log; exit 1; }
+	@touch $@

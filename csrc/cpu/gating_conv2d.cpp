@@ -1,0 +1,681 @@
+// SPDX-License-Identifier: Apache-2.0
+// Convolution that computes, per sample, only the channels a gate kept and
+// reads only the channels that are not zero.
+//
+// The active input channels of a sample are packed once, as fp32, into a
+// *panel*: for every column tap one shifted, zero-padded copy of the plane whose
+// rows are exactly as long as an output row. A whole plane of outputs is then
+// one flat run of positions, each tap is a constant offset, and padding, stride
+// and dilation are gone. The convolution becomes a list of K = channels x taps
+// steps (offset in the panel, offset in the weight row), and the micro-kernel is
+// an outer product of kRows output channels by kVecs vectors of positions.
+// Weights are read where they lie, in any layout: a skipped output channel costs
+// no bytes, a skipped input channel no arithmetic.
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <limits>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../gating_plan.h"
+#include "vec.h"
+
+#define COFIRE_UNROLL _Pragma("GCC unroll 16")
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// The register tile: kRows x kVecs accumulators, kVecs inputs and a broadcast
+// must fit the register file (32 vectors with AVX-512, else 16).
+#if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+constexpr int kRows = 8, kVecs = 3;
+#else
+constexpr int kRows = 6, kVecs = 2;
+#endif
+
+// A panel stays in the L2 cache of a core while all output tiles pass over it.
+constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int64_t kPanelFloats = 512 * 1024 / sizeof(float);
+constexpr int64_t kGroupFloatsPerThread = 2 * kPanelFloats;
+
+// The channels a gate kept, per sample: ascending indices in the first slots.
+class Selection {
+ public:
+  Selection(const char* name, const at::Tensor& index, const at::Tensor& count, int64_t batch,
+            int64_t channels)
+      : index_(index.contiguous()), count_(count.contiguous()), channels_(channels) {
+    TORCH_CHECK(index_.scalar_type() == at::kInt && count_.scalar_type() == at::kInt &&
+                    index_.dim() == 2 && index_.size(0) == batch && index_.size(1) == channels &&
+                    count_.numel() == batch,
+                name, "_index, ", name, "_count: expected int32 [", batch, ", ", channels,
+                "] and [", batch, "], got ", index.scalar_type(), " ", index.sizes(), " and ",
+                count.scalar_type(), " ", count.sizes());
+    for (int64_t n = 0; n < batch; ++n) {
+      const int64_t active = this->count(n);
+      TORCH_CHECK(active >= 0 && active <= channels, name, "_count: expected 0 to ", channels,
+                  ", got ", active, " for sample ", n);
+      for (int64_t j = 0; j < active; ++j) {
+        const int64_t low = j > 0 ? channel(n, j - 1) + 1 : 0;
+        TORCH_CHECK(channel(n, j) >= low && channel(n, j) < channels, name,
+                    "_index: expected ascending channels below ", channels, ", got ",
+                    channel(n, j), " at slot ", j, " of sample ", n);
+      }
+      most_ = std::max(most_, active);
+      total_ += active;
+    }
+  }
+
+  int64_t channels() const { return channels_; }
+  int64_t most() const { return most_; }    // active channels of the fullest sample
+  int64_t total() const { return total_; }  // active channels of all samples
+  int64_t count(int64_t n) const { return count_.const_data_ptr<int32_t>()[n]; }
+  int64_t channel(int64_t n, int64_t slot) const {
+    return index_.const_data_ptr<int32_t>()[n * channels_ + slot];
+  }
+
+  // For every (sample, channel) its slot, or -1 where the channel is off.
+  std::vector<int32_t> slots() const {
+    std::vector<int32_t> slot(count_.numel() * channels_, -1);
+    for (int64_t n = 0; n < count_.numel(); ++n) {
+      for (int64_t j = 0; j < count(n); ++j) {
+        slot[n * channels_ + channel(n, j)] = static_cast<int32_t>(j);
+      }
+    }
+    return slot;
+  }
+
+ private:
+  at::Tensor index_, count_;
+  int64_t channels_, most_ = 0, total_ = 0;
+};
+
+struct Problem {
+  ConvShape shape;
+  Selection in, out;
+  std::optional<at::Tensor> bias, residual;
+  float low, high;  // the activation is a clamp
+  bool masked_input, compact_input;
+  int64_t compact_output;
+
+  int64_t output_channels() const { return compact_output > 0 ? compact_output : shape.out_channels; }
+  std::vector<int64_t> output_size() const {
+    return {shape.batch, output_channels(), shape.out_height, shape.out_width};
+  }
+};
+
+// Work that is split over the threads in contiguous ranges, so that a thread
+// comes back to what it packed, and evened out by stealing, so that an unequal
+// split or a busy core costs little. What a task writes depends on its index
+// alone: the result is the same for any number of threads.
+template <typename F>
+void for_each_task(int64_t tasks, const F& run) {
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks);
+  if (workers <= 1) {
+    for (int64_t i = 0; i < tasks; ++i) run(i);
+    return;
+  }
+  std::vector<Range> ranges(workers);
+  for (int64_t t = 0; t < workers; ++t) {
+    ranges[t].next = tasks * t / workers;
+    ranges[t].end = tasks * (t + 1) / workers;
+  }
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      for (int64_t victim = 0; victim < workers; ++victim) {
+        Range& range = ranges[(t + victim) % workers];
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          run(i);
+        }
+      }
+    }
+  });
+}
+
+// Where a tap finds its inputs in a packed channel.
+struct PanelLayout {
+  int64_t rows;       // output rows of a full panel
+  int64_t copy_rows;  // rows of one shifted copy
+  int64_t copy;       // floats of one shifted copy
+  int64_t channel;    // floats of one packed channel
+  std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
+  std::vector<int32_t> taps;    // offset of every tap in a packed channel
+
+  PanelLayout(const ConvShape& s, int64_t channels) {
+    std::vector<int64_t> phase_of(s.kernel[0]);
+    int64_t last_row = 0;
+    for (int64_t a = 0; a < s.kernel[0]; ++a) {
+      const int64_t phase = a * s.dilation[0] % s.stride[0];
+      auto it = std::find(phases.begin(), phases.end(), phase);
+      phase_of[a] = it - phases.begin();
+      if (it == phases.end()) phases.push_back(phase);
+      last_row = a * s.dilation[0] / s.stride[0];
+    }
+    const int64_t copies = static_cast<int64_t>(phases.size()) * s.kernel[1];
+    const int64_t budget = kPanelFloats / std::max<int64_t>(1, channels * copies * s.out_width);
+    const int64_t most_rows = std::clamp<int64_t>(budget - last_row, 1, s.out_height);
+    const int64_t chunks = (s.out_height + most_rows - 1) / most_rows;
+    rows = (s.out_height + chunks - 1) / chunks;
+    copy_rows = rows + last_row;
+    // One vector of slack: the last vector of positions may read past its end.
+    copy = (copy_rows * s.out_width + kLanes + kLine - 1) / kLine * kLine;
+    // An odd number of cache lines, so that channels spread over all L1 sets.
+    channel = copies * copy;
+    if (channel / kLine % 2 == 0) channel += kLine;
+    for (int64_t a = 0; a < s.kernel[0]; ++a) {
+      for (int64_t b = 0; b < s.kernel[1]; ++b) {
+        const int64_t row = a * s.dilation[0] / s.stride[0];
+        taps.push_back(
+            static_cast<int32_t>((phase_of[a] * s.kernel[1] + b) * copy + row * s.out_width));
+      }
+    }
+  }
+};
+
+// One channel into its panel slot: for every row phase and column tap a copy of
+// the plane with rows of out_width values, zero where the tap meets padding.
+template <typename T>
+void pack_channel(const T* plane, float* slot, const ConvShape& s, const PanelLayout& layout,
+                  int64_t first_row) {
+  for (const int64_t phase : layout.phases) {
+    for (int64_t b = 0; b < s.kernel[1]; ++b, slot += layout.copy) {
+      const int64_t step = s.stride[1], shift = b * s.dilation[1] - s.padding[1];
+      // The output columns [low, high) whose input column is inside the plane.
+      const int64_t low = std::min(s.out_width, std::max<int64_t>(0, (-shift + step - 1) / step));
+      const int64_t inside = s.width - shift;
+      const int64_t high =
+          std::clamp<int64_t>(inside > 0 ? (inside + step - 1) / step : 0, low, s.out_width);
+      float* row = slot;
+      for (int64_t r = 0; r < layout.copy_rows; ++r, row += s.out_width) {
+        const int64_t y = (first_row + r) * s.stride[0] + phase - s.padding[0];
+        if (y < 0 || y >= s.height) {
+          std::fill_n(row, s.out_width, 0.f);
+          continue;
+        }
+        const T* source = plane + y * s.width + shift;
+        std::fill_n(row, low, 0.f);
+        if (step == 1) {
+          int64_t x = low;
+          for (; x + kLanes <= high; x += kLanes) load_f32(source + x).store(row + x);
+          if (x < high) load_f32(source + x, high - x).store(row + x, high - x);
+        } else {
+          for (int64_t x = low; x < high; ++x) row[x] = static_cast<float>(source[x * step]);
+        }
+        std::fill(row + high, row + s.out_width, 0.f);
+      }
+      std::fill(row, slot + layout.copy, 0.f);
+    }
+  }
+}
+
+// The steps of one tile of output channels: what the micro-kernel multiplies.
+struct Steps {
+  const float* panel;
+  const int32_t* panel_offset;
+  std::array<const float*, kRows> weight;
+  const int32_t* weight_offset;
+  int64_t count;
+};
+
+// Sums of kVecs vectors of positions, from `first` on, for `Rows` output channels.
+// Every output is one chain of fused multiply-adds in the order of the steps.
+template <int Rows, int Vecs>
+void micro_kernel(const Steps& steps, int64_t first, float* sums) {
+  Vec acc[Rows][Vecs];
+  const float* weight[Rows];
+  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+    weight[r] = steps.weight[r];
+    COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) acc[r][v] = Vec(0.f);
+  }
+  const float* const panel = steps.panel + first;
+  const int32_t* const panel_offset = steps.panel_offset;
+  const int32_t* const weight_offset = steps.weight_offset;
+  const int64_t count = steps.count;
+  // One flat loop with two offset lists runs at the FMA limit (172 of 173 GF/s a
+  // core); nested loops over channels and taps reached 150.
+  for (int64_t i = 0; i < count; ++i) {
+    const float* const x = panel + panel_offset[i];
+    const int64_t k = weight_offset[i];
+    Vec in[Vecs];
+    COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) in[v] = Vec::loadu(x + v * kLanes);
+    COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+      const Vec w(weight[r][k]);
+      COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) {
+        acc[r][v] = at::vec::fmadd(w, in[v], acc[r][v]);
+      }
+    }
+  }
+  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+    COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) {
+      acc[r][v].store(sums + (r * kVecs + v) * kLanes);
+    }
+  }
+}
+
+// A weight row as the micro-kernel wants it: fp32 as it lies, other types widened
+// into `scratch` at the same offsets, and only where a step reads.
+const float* fp32_row(const float* row, const Steps&, float*) { return row; }
+
+template <typename T>
+const float* fp32_row(const T* row, const Steps& steps, float* scratch) {
+  for (int64_t i = 0; i < steps.count; ++i) {
+    const int64_t k = steps.weight_offset[i];
+    scratch[k] = static_cast<float>(row[k]);
+  }
+  return scratch;
+}
+
+using MicroKernel = void (*)(const Steps&, int64_t, float*);
+
+template <size_t... I>
+constexpr auto micro_kernels(std::index_sequence<I...>) {
+  return std::array<MicroKernel, sizeof...(I)>{
+      &micro_kernel<static_cast<int>(I) / kVecs + 1, static_cast<int>(I) % kVecs + 1>...};
+}
+
+// Where the sums of one output channel go: y = clamp(sum + bias [+ residual]).
+template <typename T>
+struct Row {
+  T* output;
+  const T* residual;
+  float bias;
+};
+
+// All positions of a tile, in runs of at most kVecs vectors and of even length.
+template <typename T>
+void run_tile(const Steps& steps, const std::array<Row<T>, kRows>& rows, int64_t count,
+              int64_t positions, float low, float high) {
+  static constexpr auto kKernels = micro_kernels(std::make_index_sequence<kRows * kVecs>{});
+  alignas(64) float sums[kRows * kVecs * kLanes];
+  const int64_t vectors = (positions + kLanes - 1) / kLanes;
+  const int64_t runs = (vectors + kVecs - 1) / kVecs;
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t first = vectors * i / runs, length = vectors * (i + 1) / runs - first;
+    kKernels[(count - 1) * kVecs + length - 1](steps, first * kLanes, sums);
+    for (int64_t r = 0; r < count; ++r) {
+      const Row<T>& row = rows[r];
+      for (int64_t v = 0; v < length; ++v) {
+        const int64_t at = (first + v) * kLanes, n = std::min(kLanes, positions - at);
+        Vec y = Vec::loadu(sums + (r * kVecs + v) * kLanes) + Vec(row.bias);
+        if (row.residual != nullptr) y = y + load_f32(row.residual + at, n);
+        store_f32(row.output + at, at::vec::clamp(y, Vec(low), Vec(high)), n);
+      }
+    }
+  }
+}
+
+// The part of the work that shares packed inputs: some output rows of a sample.
+struct Panel {
+  int64_t sample, first_row, rows;
+};
+
+// One unit of the compute phase: output slots [first, first + count) of a panel,
+// all of one convolution group, against the input slots [in_first, in_last).
+// count == 0: the channels of the panel that stay zero.
+struct Task {
+  int32_t panel, first, count, in_first, in_last;
+};
+
+// Cuts the active outputs of every group of a sample into tiles of even height.
+void append_tasks(const Problem& p, int64_t n, int32_t panel, std::vector<Task>& tasks) {
+  const ConvShape& s = p.shape;
+  const int64_t in_per_group = s.in_channels / s.groups;
+  const int64_t out_per_group = s.out_channels / s.groups;
+  const int64_t in_count = p.in.count(n), out_count = p.out.count(n);
+  int64_t in_last = 0, out_last = 0;
+  while (out_last < out_count) {
+    const int64_t group = p.out.channel(n, out_last) / out_per_group;
+    const int64_t out_first = out_last;
+    while (out_last < out_count && p.out.channel(n, out_last) / out_per_group == group) ++out_last;
+    while (in_last < in_count && p.in.channel(n, in_last) / in_per_group < group) ++in_last;
+    const int64_t in_first = in_last;
+    while (in_last < in_count && p.in.channel(n, in_last) / in_per_group == group) ++in_last;
+    const int64_t outs = out_last - out_first, tiles = (outs + kRows - 1) / kRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t a = outs * t / tiles, b = outs * (t + 1) / tiles;
+      tasks.push_back({panel, static_cast<int32_t>(out_first + a), static_cast<int32_t>(b - a),
+                       static_cast<int32_t>(in_first), static_cast<int32_t>(in_last)});
+    }
+  }
+  tasks.push_back({panel, 0, 0, 0, 0});
+}
+
+// Zeros in the rows of a panel for every channel that is not computed.
+template <typename T>
+void zero_inactive(const Problem& p, const Panel& panel, T* output) {
+  const ConvShape& s = p.shape;
+  const int64_t n = panel.sample, active = p.out.count(n), channels = p.output_channels();
+  const int64_t plane = s.out_height * s.out_width;
+  int64_t slot = 0;
+  for (int64_t c = 0; c < channels; ++c) {
+    if (slot < active && (p.compact_output > 0 || p.out.channel(n, slot) == c)) {
+      ++slot;
+    } else {
+      std::fill_n(output + (n * channels + c) * plane + panel.first_row * s.out_width,
+                  panel.rows * s.out_width, T(0.f));
+    }
+  }
+}
+
+template <typename T>
+at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+  const ConvShape& s = p.shape;
+  const at::Tensor output = at::empty(p.output_size(), input.options());
+  const int64_t most_inputs = p.in.most();
+  const PanelLayout layout(s, most_inputs);
+  const int64_t taps = static_cast<int64_t>(layout.taps.size());
+  const int64_t panel_floats = most_inputs * layout.channel;
+  const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
+  const int64_t in_channels = input.size(1);
+
+  std::vector<Panel> panels;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    for (int64_t row = 0; row < s.out_height; row += layout.rows) {
+      panels.push_back({n, row, std::min(layout.rows, s.out_height - row)});
+    }
+  }
+  const int64_t total = static_cast<int64_t>(panels.size());
+  const int64_t fitting = at::get_num_threads() * kGroupFloatsPerThread /
+                          std::max<int64_t>(1, panel_floats);
+  const int64_t group = std::clamp<int64_t>(fitting, 1, total);
+  const at::Tensor workspace = at::empty({group * panel_floats}, at::kFloat);
+  float* const packed = workspace.mutable_data_ptr<float>();
+
+  // The steps of a sample: offsets into its panel and into a weight row.
+  const int64_t in_per_group = s.in_channels / s.groups;
+  std::vector<int32_t> panel_offset(most_inputs * taps);
+  for (int64_t j = 0; j < most_inputs; ++j) {
+    for (int64_t t = 0; t < taps; ++t) {
+      panel_offset[j * taps + t] = static_cast<int32_t>(j * layout.channel + layout.taps[t]);
+    }
+  }
+  const int64_t row_extent = weight.numel() / s.out_channels;
+  std::vector<int32_t> weight_offset(group * most_inputs * taps);
+
+  const T* const in = input.const_data_ptr<T>();
+  const T* const w = weight.const_data_ptr<T>();
+  T* const out = output.mutable_data_ptr<T>();
+  const at::Tensor dense_residual = p.residual ? p.residual->contiguous() : at::Tensor();
+  const T* const residual = p.residual ? dense_residual.const_data_ptr<T>() : nullptr;
+  const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
+  const float* const bias = p.bias ? wide_bias.const_data_ptr<float>() : nullptr;
+  std::vector<Task> tasks;
+
+  for (int64_t begin = 0; begin < total; begin += group) {
+    const int64_t count = std::min(group, total - begin);
+    tasks.clear();
+    for (int64_t i = 0; i < count; ++i) {
+      append_tasks(p, panels[begin + i].sample, static_cast<int32_t>(i), tasks);
+    }
+    for_each_task(count * most_inputs, [&](int64_t i) {
+      const int64_t which = i / most_inputs, j = i % most_inputs;
+      const Panel& panel = panels[begin + which];
+      if (j >= p.in.count(panel.sample)) return;
+      const int64_t channel = p.in.channel(panel.sample, j);
+      const int64_t plane = panel.sample * in_channels + (p.compact_input ? j : channel);
+      pack_channel(in + plane * in_plane, packed + which * panel_floats + j * layout.channel, s,
+                   layout, panel.first_row);
+      int32_t* offset = weight_offset.data() + i * taps;
+      for (int64_t a = 0; a < s.kernel[0]; ++a) {
+        for (int64_t b = 0; b < s.kernel[1]; ++b) {
+          *offset++ = static_cast<int32_t>(channel % in_per_group * weight.stride(1) +
+                                           a * weight.stride(2) + b * weight.stride(3));
+        }
+      }
+    });
+    for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+      const Task& task = tasks[i];
+      const Panel& panel = panels[begin + task.panel];
+      if (task.count == 0) return zero_inactive(p, panel, out);
+      const int64_t n = panel.sample, offset = panel.first_row * s.out_width;
+      const int64_t first_step = task.in_first * taps;
+      Steps steps;
+      steps.panel = packed + task.panel * panel_floats;
+      steps.panel_offset = panel_offset.data() + first_step;
+      steps.weight_offset = weight_offset.data() + task.panel * most_inputs * taps + first_step;
+      steps.count = task.in_last * taps - first_step;
+      static thread_local std::vector<float> scratch;
+      if constexpr (!std::is_same_v<T, float>) scratch.resize(kRows * row_extent);
+      std::array<Row<T>, kRows> rows;
+      for (int64_t r = 0; r < task.count; ++r) {
+        const int64_t slot = task.first + r, channel = p.out.channel(n, slot);
+        const int64_t to = p.compact_output > 0 ? slot : channel;
+        rows[r].output = out + (n * p.output_channels() + to) * out_plane + offset;
+        rows[r].residual =
+            residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
+        rows[r].bias = bias ? bias[channel] : 0.f;
+        steps.weight[r] = fp32_row(w + channel * weight.stride(0), steps,
+                                   scratch.data() + r * row_extent);
+      }
+      run_tile(steps, rows, task.count, panel.rows * s.out_width, p.low, p.high);
+    });
+  }
+  return output;
+}
+
+// What surrounds the library convolution: y = clamp(x + residual) on the active
+// channels and exact zero on the others. A compact x or y holds the active
+// channels in its first slots; in channels-last memory both are dense.
+template <typename T>
+struct Masking {
+  const Selection& selection;
+  int64_t batch, positions;
+  float low = -std::numeric_limits<float>::infinity();
+  float high = std::numeric_limits<float>::infinity();
+
+  void planes(const T* x, bool compact_x, const T* residual, T* y, int64_t compact_y) const {
+    const int64_t channels = selection.channels();
+    const int64_t x_channels = compact_x > 0 ? compact_x : channels;
+    const int64_t y_channels = compact_y > 0 ? compact_y : channels;
+    const std::vector<int32_t> slots = selection.slots();
+    at::parallel_for(0, batch * y_channels, grain(positions), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t n = i / y_channels, c = i % y_channels;
+        const int64_t slot = compact_y == 0 ? slots[i] : c < selection.count(n) ? c : -1;
+        if (slot < 0) {
+          std::fill_n(y + i * positions, positions, T(0.f));
+          continue;
+        }
+        const int64_t channel = selection.channel(n, slot);
+        const T* from = x + (n * x_channels + (compact_x > 0 ? slot : channel)) * positions;
+        const T* add = residual ? residual + (n * channels + channel) * positions : nullptr;
+        run(from, add, nullptr, y + i * positions, positions);
+      }
+    });
+  }
+
+  void pixels(const T* x, const T* residual, T* y) const {
+    const int64_t channels = selection.channels();
+    const std::vector<int32_t> slots = selection.slots();
+    std::vector<float> mask(slots.size());  // all bits set where the channel is active
+    for (size_t i = 0; i < slots.size(); ++i) {
+      const int32_t bits = slots[i] < 0 ? 0 : -1;
+      std::memcpy(&mask[i], &bits, sizeof(bits));
+    }
+    at::parallel_for(0, batch * positions, grain(channels), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* add = residual ? residual + i * channels : nullptr;
+        run(x + i * channels, add, mask.data() + i / positions * channels, y + i * channels,
+            channels);
+      }
+    });
+  }
+
+ private:
+  static int64_t grain(int64_t run) {
+    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, run));
+  }
+
+  void run(const T* x, const T* residual, const float* mask, T* y, int64_t size) const {
+    for (int64_t i = 0; i < size; i += kLanes) {
+      const int64_t n = std::min(kLanes, size - i);
+      Vec v = load_f32(x + i, n);
+      if (residual != nullptr) v = v + load_f32(residual + i, n);
+      v = at::vec::clamp(v, Vec(low), Vec(high));
+      if (mask != nullptr) v = v & Vec::loadu(mask + i, n);
+      store_f32(y + i, v, n);
+    }
+  }
+};
+
+// The library convolution on the dense tensor, then one pass that adds the
+// residual, applies the activation and zeroes the channels that are off.
+template <typename T>
+at::Tensor dense_conv(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+  const ConvShape& s = p.shape;
+  const auto format = input.suggest_memory_format();
+  at::Tensor x = input.contiguous(format);
+  if (p.compact_input || (!p.masked_input && p.in.total() < s.batch * s.in_channels)) {
+    const Masking<T> masking{p.in, s.batch, s.height * s.width};
+    const bool planes = p.compact_input || x.is_contiguous();
+    const at::Tensor source = planes ? x.contiguous() : x;
+    x = at::empty({s.batch, s.in_channels, s.height, s.width},
+                  input.options().memory_format(planes ? at::MemoryFormat::Contiguous : format));
+    T* const to = x.mutable_data_ptr<T>();
+    if (planes) {
+      masking.planes(source.const_data_ptr<T>(), p.compact_input ? source.size(1) : 0, nullptr, to, 0);
+    } else {
+      masking.pixels(source.const_data_ptr<T>(), nullptr, to);
+    }
+  }
+  const bool planes = p.compact_output > 0 || format == at::MemoryFormat::Contiguous;
+  const auto order = planes ? at::MemoryFormat::Contiguous : format;
+  const at::Tensor conv =
+      at::conv2d(x, weight, p.bias, s.stride, s.padding, s.dilation, s.groups).contiguous(order);
+  const at::Tensor residual = p.residual ? p.residual->contiguous(order) : at::Tensor();
+  const T* const from = conv.const_data_ptr<T>();
+  const T* const add = p.residual ? residual.const_data_ptr<T>() : nullptr;
+  const Masking<T> masking{p.out, s.batch, s.out_height * s.out_width, p.low, p.high};
+  if (!planes) {
+    masking.pixels(from, add, conv.mutable_data_ptr<T>());
+    return conv;
+  }
+  const at::Tensor y = p.compact_output > 0 ? at::empty(p.output_size(), conv.options()) : conv;
+  masking.planes(from, 0, add, y.mutable_data_ptr<T>(), p.compact_output);
+  return y.contiguous(format);
+}
+
+template <typename T>
+at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+  if (!prefer_gated(p.shape, 0, at::get_num_threads(), sizeof(T))) {
+    return dense_conv<T>(p, input, weight);
+  }
+  const bool rows = weight.is_contiguous(weight.suggest_memory_format());
+  const at::Tensor y = gated_conv<T>(p, input.contiguous(), rows ? weight : weight.contiguous());
+  return y.contiguous(input.suggest_memory_format());
+}
+
+std::pair<float, float> activation_range(c10::string_view name) {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  if (name == "relu") return {0.f, infinity};
+  if (name == "relu6") return {0.f, 6.f};
+  TORCH_CHECK(name == "identity",
+              "activation: expected \"identity\", \"relu\" or \"relu6\", got \"", name, "\"");
+  return {-infinity, infinity};
+}
+
+ConvShape conv_shape(const at::Tensor& input, const at::Tensor& weight, int64_t in_channels,
+                     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                     int64_t groups) {
+  TORCH_CHECK(input.dim() == 4 && weight.dim() == 4,
+              "input, weight: expected 4 dimensions each, got ", input.sizes(), " and ",
+              weight.sizes());
+  TORCH_CHECK(stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
+              "stride, padding, dilation: expected two values each, got ", stride, ", ", padding,
+              " and ", dilation);
+  ConvShape s;
+  s.batch = input.size(0);
+  s.in_channels = in_channels;
+  s.out_channels = weight.size(0);
+  s.height = input.size(2);
+  s.width = input.size(3);
+  for (int d = 0; d < 2; ++d) {
+    s.kernel[d] = weight.size(2 + d);
+    s.stride[d] = stride[d];
+    s.padding[d] = padding[d];
+    s.dilation[d] = dilation[d];
+    TORCH_CHECK(s.stride[d] > 0 && s.padding[d] >= 0 && s.dilation[d] > 0 && s.kernel[d] > 0,
+                "stride, dilation and kernel must be positive and padding not negative, got ",
+                stride, ", ", dilation, ", ", weight.sizes(), " and ", padding);
+  }
+  s.out_height = (s.height + 2 * padding[0] - dilation[0] * (s.kernel[0] - 1) - 1) / stride[0] + 1;
+  s.out_width = (s.width + 2 * padding[1] - dilation[1] * (s.kernel[1] - 1) - 1) / stride[1] + 1;
+  s.groups = groups;
+  TORCH_CHECK(s.height + 2 * padding[0] > dilation[0] * (s.kernel[0] - 1) &&
+                  s.width + 2 * padding[1] > dilation[1] * (s.kernel[1] - 1),
+              "input: expected planes at least as large as the kernel, got ", input.sizes(),
+              " for weight ", weight.sizes(), " with padding ", padding);
+  TORCH_CHECK(groups > 0 && s.in_channels % groups == 0 && s.out_channels % groups == 0 &&
+                  weight.size(1) == s.in_channels / groups,
+              "weight: expected [out_channels, ", s.in_channels, " / groups, h, w] with groups ",
+              groups, ", got ", weight.sizes());
+  return s;
+}
+
+}  // namespace
+
+at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias,
+                        const std::optional<at::Tensor>& residual, const at::Tensor& in_index,
+                        const at::Tensor& in_count, const at::Tensor& out_index,
+                        const at::Tensor& out_count, at::IntArrayRef stride,
+                        at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                        c10::string_view activation, bool masked_input, bool compact_input,
+                        int64_t compact_output) {
+  const auto type = input.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) {
+    return reference("cofire::gated_conv2d", &gated_conv2d, input, weight, bias, residual, in_index,
+                     in_count, out_index, out_count, stride, padding, dilation, groups, activation,
+                     masked_input, compact_input, compact_output);
+  }
+  const int64_t in_channels = compact_input ? in_index.size(-1) : input.size(1);
+  const ConvShape shape =
+      conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
+  const auto [low, high] = activation_range(activation);
+  const Problem problem{shape,
+                        Selection("in", in_index, in_count, shape.batch, shape.in_channels),
+                        Selection("out", out_index, out_count, shape.batch, shape.out_channels),
+                        bias,
+                        residual,
+                        low,
+                        high,
+                        masked_input,
+                        compact_input,
+                        compact_output};
+  TORCH_CHECK(!compact_input || problem.in.most() <= input.size(1), "input: expected at least ",
+              problem.in.most(), " compact channels, got ", input.sizes());
+  TORCH_CHECK(compact_output == 0 || problem.out.most() <= compact_output,
+              "compact_output: expected at least ", problem.out.most(), " slots, got ",
+              compact_output);
+  TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->numel() == shape.out_channels),
+              "weight, bias: expected ", type, " and ", shape.out_channels, " values, got ",
+              weight.scalar_type(), " and ", bias ? bias->numel() : shape.out_channels);
+  TORCH_CHECK(!residual || (residual->scalar_type() == type &&
+                            residual->sizes() == at::IntArrayRef({shape.batch, shape.out_channels,
+                                                                  shape.out_height,
+                                                                  shape.out_width})),
+              "residual: expected ", type, " of the dense output's size, got ",
+              residual->scalar_type(), " ", residual->sizes());
+  switch (type) {
+    case at::kFloat:
+      return run<float>(problem, input, weight);
+    case at::kBFloat16:
+      return run<c10::BFloat16>(problem, input, weight);
+    default:
+      return run<c10::Half>(problem, input, weight);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
+
+TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("gated_conv2d", &cofire::gated_conv2d); }

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+"""Descending order of a row with ties to the lower column, by sorting one 64-bit key per column."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Longest row that one program sorts in registers; launchers compose longer ones of torch operators.
+LONGEST_ROW = 4096
+
+
+@triton.jit
+def sort_keys(value, column, inside):
+    """int64 keys, unique, in the order "greater value first, then lower column first" when sorted descending.
+
+    The upper half is the fp32 value as an integer of the same order (a negative float's bits count downwards), the lower half
+    counts columns downwards. -0.0 ties with 0.0; NaN comes first, as in torch. Lanes outside the row come last.
+    """
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    return tl.where(inside, key, -9223372036854775807)
+
+
+@triton.jit
+def key_value(key):
+    ordered = (key >> 32).to(tl.int32)
+    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_column(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)

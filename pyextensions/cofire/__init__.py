@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cofire: fast kernels for efficient deep learning on PyTorch, and the training methods that stand on them."""
+
+from cofire import ops  # registers the operators
+from cofire import native  # attaches the C++ kernels to them  # isort: skip
+from cofire.info import explain, info
+from cofire.version import __version__
+
+__all__ = ["__version__", "explain", "info", "native", "ops"]

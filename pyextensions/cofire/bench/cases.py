@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a benchmark case is. A family adds a module ``cofire.bench.<family>`` with a list ``CASES``, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cofire.registry import OPERATORS
+
+Args = tuple[Any, ...]
+Run = Callable[[], Any]
+
+
+class Random:
+    """The source of a case's inputs, seeded by the case's name: on every machine the same values."""
+
+    def __init__(self, name: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def mask(self, rows: int, columns: int, density: float) -> Tensor:
+        """Each row its own; at least one entry is set."""
+        chance = self.uniform(rows, columns)
+        return (chance < density) | (chance == chance.amin(1, keepdim=True))
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute an operator. ``setup(*args)`` may prepare (pack weights, list indices) and returns the call to time."""
+
+    setup: Callable[..., Run]
+    arrange: Callable[..., Args] | None = None  #: arguments in another memory layout, before they become leaves
+    reference: Callable[..., Any] | None = None  #: for a bound that computes something else: its own maths
+    outputs: int | None = None  #: how many of the operator's outputs it gives (default: all)
+    differentiable: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+
+def plain(function: Callable[..., Any], **options: Any) -> Provider:
+    """A provider that is one function of the operator's arguments."""
+    return Provider(lambda *args: functools.partial(function, *args), **options)
+
+
+def compiled(provider: Provider) -> Provider:
+    """``torch.compile`` of another provider, for these very shapes."""
+
+    def setup(*args: Any) -> Run:
+        compiled: Run = torch.compile(provider.setup(*args), dynamic=False)
+        return compiled
+
+    return Provider(setup, provider.arrange, provider.reference, provider.outputs, provider.differentiable)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on one input, with everything it is compared with.
+
+    The operator itself (``"cofire"``) is added by the harness. Other names: ``"eager"`` (the expression as users write it),
+    ``"dense"`` (the strongest plain torch), ``"compile"`` and ``"peer:<name>"``. A name may stand for several candidates
+    ``{variant: provider}``; the fastest of them, measured, is the row.
+    """
+
+    op: str
+    name: str  #: the shape of a real model and the options, as the tables show them
+    dtype: torch.dtype
+    make_args: Callable[[Random], Args]  #: the operator's arguments in its schema's order, on the CPU, random, never all zero
+    providers: Mapping[str, Provider | Mapping[str, Provider]]
+    tiny: Callable[[Random], Args]  #: the same with small shapes: for tests, and to time the overhead of a call
+    quick: bool = False
+    gradients: tuple[int, ...] = ()  #: positions of the arguments to differentiate by; adds the mode ``forward+backward``
+    cold: tuple[int, ...] = ()  #: positions of the weights to rotate through memory; adds the mode ``forward, cold``
+    overhead: bool = False  #: adds the mode ``overhead``: the time of one call on the tiny input
+    flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
+    family: str = field(default="")
+
+    def __str__(self) -> str:
+        return f"{self.op}, {self.name}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def modes(self) -> list[str]:
+        found = ["forward"]
+        found += ["forward, cold"] if self.cold else []
+        found += ["forward+backward"] if self.gradients else []
+        return found + (["overhead"] if self.overhead else [])
+
+    def cost(self, args: Args, mode: str) -> tuple[int, int]:
+        """The fewest bytes and FLOPs that this input needs. With backward: twice the forward's arithmetic again."""
+        operator = OPERATORS[self.op]
+        moved = operator.bytes(*args) if operator.bytes is not None else 0
+        formula = self.flops or operator.flops
+        flops = formula(*args) if formula is not None else 0
+        return (3 * moved, 3 * flops) if mode == "forward+backward" else (moved, flops)
+
+
+def families() -> list[str]:
+    """The operator families that have benchmark cases."""
+    names = sorted({o.family for o in OPERATORS.values()})
+    return [n for n in names if importlib.util.find_spec(f"cofire.bench.{n}") is not None]
+
+
+def of_family(family: str) -> list[Case]:
+    """All cases of a family."""
+    (name,) = _known("family", [family], families())
+    module = importlib.import_module(f"cofire.bench.{name}")
+    return [replace_family(case, name) for case in module.CASES]
+
+
+def replace_family(case: Case, family: str) -> Case:
+    from dataclasses import replace
+
+    return replace(case, family=family)
+
+
+def _known(kind: str, wanted: Iterable[str], known: Sequence[str]) -> list[str]:
+    wanted = list(wanted)
+    for name in wanted:
+        if name not in known:
+            near = get_close_matches(name, known, cutoff=0.4)
+            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}."
+            raise ValueError(f"bench: no {kind} is called {name!r}; {hint}")
+    return wanted
+
+
+def select(
+    chosen_families: Sequence[str] | None, quick: bool, ops: Sequence[str] | None, names: Sequence[str] | None
+) -> list[Case]:
+    """The cases asked for. ``names`` are parts of case names; asking for one by name overrides ``quick``."""
+    chosen = _known("family", chosen_families or families(), families())
+    found = [case for family in chosen for case in of_family(family)]
+    if ops:
+        _known("operator with a benchmark", ops, sorted({c.op for c in found}))
+        found = [c for c in found if c.op in ops]
+    if names:
+        for name in names:
+            if not any(name in str(c) for c in found):
+                _known("case", [name], [str(c) for c in found])
+        return [c for c in found if any(name in str(c) for name in names)]
+    return [c for c in found if c.quick] if quick else found

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine can do at most: the speeds that every benchmark row is divided by, measured in the same run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+MIB = 1 << 20
+#: Buffer sizes of the bandwidth table. The smallest live in a core's cache, the largest in memory.
+SIZES_MIB = (0.25, 1, 4, 16, 64, 256)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def best_seconds(call: Callable[[], Any], device: str, seconds: float) -> float:
+    """The shortest of repeated calls: a ceiling is what the machine manages when nobody interferes."""
+    call()
+    synchronize(device)
+    best, end = float("inf"), time.perf_counter() + seconds
+    while best == float("inf") or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """GB/s of a copy (bytes read and written) and of a sum (bytes read), by the bytes that the call touches."""
+    copy, read = {}, {}
+    for mib in SIZES_MIB:
+        source = torch.rand(int(mib * MIB / 8), device=device)  # half of the bytes, in fp32
+        target = torch.empty_like(source)
+        moved = 2 * source.numel() * 4
+        copy[f"{mib:g}"] = moved / best_seconds(lambda t=target, s=source: t.copy_(s), device, seconds) / 1e9
+        both = torch.cat([source, target])
+        read[f"{mib:g}"] = moved / best_seconds(lambda b=both: b.sum(), device, seconds) / 1e9
+    return copy, read
+
+
+def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
+    sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
+    rates = []
+    for n in sizes:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        rates.append(2 * n**3 / best_seconds(lambda a=a, b=b: a @ b, device, seconds) / 1e9)
+    return max(rates)
+
+
+def _conv(dtype: torch.dtype, device: str, seconds: float) -> float:
+    batch = 8 if device == "cpu" else 256
+    x = torch.randn(batch, 256, 14, 14, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    return 2 * batch * 196 * w.numel() / best_seconds(lambda: F.conv2d(x, w, padding=1), device, seconds) / 1e9
+
+
+def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
+    """Bandwidths by working set and arithmetic rates by dtype, each measured for about ``seconds``."""
+    with torch.inference_mode():
+        copy, read = _bandwidth(device, seconds)
+        gemm = {str(d).removeprefix("torch."): _gemm(d, device, seconds) for d in DTYPES}
+        conv = {str(d).removeprefix("torch."): _conv(d, device, seconds) for d in DTYPES}
+    return {"copy_gbs": copy, "read_gbs": read, "gemm_gflops": gemm, "conv_gflops": conv}
+
+
+def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float:
+    """GB/s that a call touching ``moved`` bytes could reach; ``cold``: straight from memory."""
+    sizes = sorted(ceilings["copy_gbs"], key=float)
+    fitting = [s for s in sizes if moved <= float(s) * MIB]
+    size = sizes[-1] if cold or not fitting else fitting[0]
+    return float(max(ceilings["copy_gbs"][size], ceilings["read_gbs"][size]))
+
+
+def arithmetic(ceilings: dict[str, Any], dtype: str) -> float:
+    """GFLOP/s for a dtype: the best of GEMM and convolution; 16-bit work may be done in fp32 where that is faster."""
+    rates = [
+        table[d]
+        for table in (ceilings["gemm_gflops"], ceilings["conv_gflops"])
+        for d in {dtype, "float32"} & set(table)
+    ]
+    return float(max(rates))
+
+
+def shortest_ms(ceilings: dict[str, Any], moved: int, flops: int, dtype: str, cold: bool = False) -> float:
+    """The roofline: no call that moves these bytes and does this arithmetic can take less."""
+    return max(moved / bandwidth(ceilings, moved, cold), flops / arithmetic(ceilings, dtype)) / 1e6

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``cofire``."""
+
+from __future__ import annotations
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Fast kernels for efficient deep learning on PyTorch, and the training methods that stand on them.",
+)
+
+MARKERS = ("<!-- support table: make readme -->", "<!-- end of support table -->")
+
+
+def _fail(message: str) -> typer.Exit:
+    typer.echo(message, err=True)
+    return typer.Exit(2)
+
+
+def _choose(kind: str, name: str, known: list[str]) -> str:
+    if name in known:
+        return name
+    near = get_close_matches(name.lower(), known, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}."
+    raise _fail(f"cofire: no {kind} is called {name!r}; {hint}")
+
+
+def write_support_table(readme: Path) -> bool:
+    """Put the support table of the registry between the markers of a markdown file; True if that changed it."""
+    from cofire.info import markdown_table
+
+    text = readme.read_text(encoding="utf-8")
+    start, end = (text.find(marker) for marker in MARKERS)
+    if not 0 <= start < end:
+        raise _fail(f"cofire: {readme} must contain the lines {MARKERS[0]!r} and {MARKERS[1]!r}")
+    fresh = text[: start + len(MARKERS[0])] + "\n" + markdown_table() + text[end:]
+    if fresh == text:
+        return False
+    temporary = readme.with_suffix(".tmp")
+    temporary.write_text(fresh, encoding="utf-8")
+    temporary.replace(readme)
+    return True
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    readme: Annotated[Path | None, typer.Option(help="Write the support table into this markdown file.")] = None,
+) -> None:
+    """Which kernel serves which operator here, and why a faster one does not."""
+    from cofire.info import info as facts
+    from cofire.info import print_table
+
+    if readme is not None:
+        typer.echo(f"{readme}: {'written' if write_support_table(readme) else 'already fresh'}")
+    elif as_json:
+        typer.echo(json.dumps(facts(), indent=2))
+    else:
+        print_table()
+
+
+@app.command()
+def bench(
+    family: Annotated[list[str] | None, typer.Argument(help="Families to run (default: all).")] = None,
+    quick: Annotated[bool, typer.Option(help="A small subset with fewer repeats.")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only these operators.")] = None,
+    case: Annotated[list[str] | None, typer.Option(help="Only cases whose name contains one of these.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    providers: Annotated[list[str] | None, typer.Option(help="Only these providers.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results file (default: benchmarks/results/<device>.json).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, without a progress bar.")] = False,
+) -> None:
+    """Time the operators against the strongest plain torch, each answer checked first."""
+    from cofire import bench as suite
+
+    families = [_choose("family", f, suite.families()) for f in family or []]
+    if device not in ("cpu", "cuda"):
+        raise _fail(f"cofire: --device must be cpu or cuda, got {device!r}")
+    results = _sentences(suite.run, families or None, quick, op, case, device, providers, out=out, progress=not as_json)
+    typer.echo(json.dumps(results.to_json(), indent=2) if as_json else results.summary())
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path] | None, typer.Argument(help="Results files (default: all that are there).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, tables and plots.")] = Path("report"),
+) -> None:
+    """Draw tables, plots and a page from results files."""
+    from cofire import bench as suite
+
+    for path in _sentences(suite.report, results or suite.results_files(), out):
+        typer.echo(path)
+
+
+@app.command()
+def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> None:
+    """Find the best tiles for this GPU and keep them."""
+    from cofire import bench as suite
+
+    typer.echo(_sentences(suite.tune, device))
+
+
+@app.command()
+def train(
+    method: Annotated[str, typer.Argument(help="The training method, e.g. ftwt.")],
+    data: Annotated[str, typer.Option(help="digits, or a folder that holds a data set.")] = "digits",
+    model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
+    seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 3,
+    epochs: Annotated[int | None, typer.Option(help="Epochs per run (default: the experiment's).")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path("runs"),
+) -> None:
+    """Run a method's experiment against its controls, and say which criteria it meets."""
+    from cofire import training
+    from cofire.methods import METHODS
+
+    name = _choose("method", method, sorted(METHODS))
+    _sentences(training.command, name, data=data, model=model, weights=weights, seeds=seeds, epochs=epochs, out=out)
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="Folder for the page and plots.")] = Path("report")) -> None:
+    """Train, gate and time a network on this machine, in about three minutes."""
+    from cofire.demo import main as run
+
+    _sentences(run, out)
+
+
+def _sentences(function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run, and turn the errors of a user's input into a sentence and exit code 2."""
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+        raise _fail(f"cofire: {error}") from error
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images for the experiments: the digits that come with scikit-learn, or a local folder. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import itertools
+import pickle
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["FORMS", "Images", "load"]
+
+#: What networks trained on ImageNet expect of RGB images.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TEST_SHARE = 0.3
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+
+#: The folders that :func:`load` understands, as its error message lists them.
+FORMS = (
+    "cifar10_train.npz and cifar10_test.npz (arrays jpeg, offsets, labels)",
+    "data_batch_1 ... data_batch_5 and test_batch (the original CIFAR-10 for Python)",
+    "train-images-idx3-ubyte and its three companions, or the same with .gz (MNIST, Fashion-MNIST)",
+    "train/CLASS/*.png and test/CLASS/*.png, or CLASS/*.png (also .jpg, .jpeg, .bmp)",
+)
+
+Split = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # images uint8 [N, C, H, W], labels [N]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A labelled set of images of one size, split into training and test.
+
+    Images are uint8 ``[N, C, H, W]`` and labels int64 ``[N]``; ``mean`` and ``std`` hold one number per channel, for
+    images scaled to [0, 1].
+    """
+
+    name: str
+    condition: str  #: one sentence on where the images come from, for the reports
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool  #: whether training may shift and mirror the images
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """float32, with zero mean and unit deviation per channel."""
+        scale = torch.tensor(self.std).view(1, -1, 1, 1) * 255
+        shift = torch.tensor(self.mean).view(1, -1, 1, 1) * 255
+        return (images.float() - shift) / scale
+
+    def subset(self, images: int) -> Images:
+        """The first ``images`` of the training set, which is in random order; the test set stays whole."""
+        if images >= len(self.train):
+            return self
+        note = f"{self.condition} Trained on a fixed subset of {images:,} of the {len(self.train):,} images."
+        return replace(self, condition=note, train=self.train[:images], train_labels=self.train_labels[:images])
+
+    def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, augmented and normalised; a last batch of fewer than two images is left out."""
+        for rows in torch.split(torch.randperm(len(self.train), generator=generator), batch):
+            if len(rows) < 2:
+                continue
+            x = self.normalize(self.train[rows])
+            yield (_shift_and_mirror(x, generator) if self.augment else x), self.train_labels[rows]
+
+    def test_batches(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test set in order, normalised."""
+        for x, y in zip(torch.split(self.test, batch), torch.split(self.test_labels, batch), strict=True):
+            yield self.normalize(x), y
+
+
+def _shift_and_mirror(x: Tensor, generator: torch.Generator, pixels: int = 4) -> Tensor:
+    """Each image shifted by up to ``pixels`` with zeros moving in, and mirrored with probability one half."""
+    n, _, h, w = x.shape
+    dy, dx = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=generator)
+    columns = torch.arange(w).expand(n, w)
+    mirrored = torch.rand(n, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, columns.flip(1), columns) + dx
+    rows = torch.arange(h) + dy
+    padded = F.pad(x, (pixels,) * 4)
+    return (
+        padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
+
+
+def load(source: str | Path = "digits", *, seed: int = 0, size: int | None = None) -> Images:
+    """Load ``"digits"`` or the images of a local folder.
+
+    Args:
+        source: ``"digits"`` (the 1,797 handwritten digits of scikit-learn, 8x8 pixels) or a folder in one of
+            :data:`FORMS`.
+        seed: draws the 70/30 split where the source has none, and the order of the training set.
+        size: resize the images to ``size`` x ``size`` pixels (bilinear); None keeps theirs.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn or Pillow is missing (``pip install cofire[data]``).
+        FileNotFoundError: no such folder.
+        ValueError: a folder in no known form, or images of different sizes.
+    """
+    images = _digits(seed) if str(source) == "digits" else _folder(Path(source), seed)
+    return images if size is None else _resize(images, size)
+
+
+def _need(module: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"this data needs {package}: pip install 'cofire[data]'") from error
+
+
+def _digits(seed: int) -> Images:
+    bunch = _need("sklearn.datasets", "scikit-learn").load_digits()
+    pixels = np.rint(bunch.images[:, None] * (255 / 16)).astype(np.uint8)
+    train, test = _split((pixels, bunch.target), seed)
+    condition = f"The handwritten digits of scikit-learn, 8x8 pixels; {_counts(train, test)}."
+    return _images("digits", condition, train, test, tuple("0123456789"), seed, augment=False)
+
+
+def _folder(folder: Path, seed: int) -> Images:
+    forms = "; ".join(FORMS)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"load: no folder {str(folder)!r}; give 'digits' or a folder with {forms}")
+    readers: tuple[Callable[[Path, int], Images | None], ...] = (_cifar_npz, _cifar_batches, _idx, _image_folder)
+    for read in readers:
+        found = read(folder, seed)
+        if found is not None:
+            return found
+    raise ValueError(f"load: nothing in {str(folder)!r} has a known form; expected {forms}")
+
+
+def _images(
+    name: str, condition: str, train: Split, test: Split, classes: tuple[str, ...], seed: int, augment: bool
+) -> Images:
+    order = np.random.default_rng(seed).permutation(len(train[1]))
+    pixels = train[0][order]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    if pixels.shape[1] == 3:
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    else:
+        mean, std = (float(pixels.mean() / 255),), (float(max(pixels.std() / 255, 1e-3)),)
+    tensors = [torch.from_numpy(np.array(a)) for a in (pixels, train[1][order], *test)]
+    return Images(
+        name,
+        condition,
+        tensors[0],
+        tensors[1].long(),
+        tensors[2],
+        tensors[3].long(),
+        classes,
+        mean,
+        std,
+        augment,
+    )
+
+
+def _counts(train: Split, test: Split) -> str:
+    return f"{len(train[1]):,} images for training, {len(test[1]):,} for the test"
+
+
+def _split(data: Split, seed: int) -> tuple[Split, Split]:
+    """70 per cent for training, the rest for the test, in every class alike."""
+    pixels, labels = data
+    generator = np.random.default_rng(seed)
+    test = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        rows = generator.permutation(np.flatnonzero(labels == label))
+        test[rows[: round(TEST_SHARE * len(rows))]] = True
+    return (pixels[~test], labels[~test]), (pixels[test], labels[test])
+
+
+def _resize(images: Images, size: int) -> Images:
+    def resized(x: Tensor) -> Tensor:
+        y = F.interpolate(x.float(), size=(size, size), mode="bilinear", align_corners=False)
+        return y.round_().clamp_(0, 255).to(torch.uint8)
+
+    condition = f"{images.condition} Resized to {size}x{size} pixels."
+    return replace(images, condition=condition, train=resized(images.train), test=resized(images.test))
+
+
+def _decode(files: Iterable[Any], mode: str | None = None) -> np.ndarray[Any, Any]:
+    """Image files to uint8 ``[N, C, H, W]``; ``mode`` as Pillow's, by default that of the first image."""
+    image = _need("PIL.Image", "Pillow")
+    pixels = []
+    for file in files:
+        with image.open(file) as picture:
+            mode = mode or ("L" if picture.mode in ("1", "L") else "RGB")
+            pixels.append(np.asarray(picture.convert(mode)))
+        if pixels[-1].shape != pixels[0].shape:
+            (h, w), (h0, w0) = pixels[-1].shape[:2], pixels[0].shape[:2]
+            raise ValueError(f"load: images must all have one size, got {w0}x{h0} and then {w}x{h} ({file})")
+    stacked = np.stack(pixels)
+    return stacked[:, None] if mode == "L" else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
+
+
+def _cifar_npz(folder: Path, seed: int) -> Images | None:
+    paths = [folder / f"cifar10_{part}.npz" for part in ("train", "test")]
+    if not all(path.is_file() for path in paths):
+        return None
+
+    def read(path: Path) -> Split:
+        with np.load(path, allow_pickle=False) as arrays:
+            jpeg, offsets, labels = arrays["jpeg"], arrays["offsets"], arrays["labels"]
+        files = (io.BytesIO(jpeg[start:end].tobytes()) for start, end in itertools.pairwise(offsets))
+        return _decode(files, "RGB"), labels
+
+    with np.load(paths[0], allow_pickle=False) as arrays:
+        classes = tuple(str(c) for c in arrays["class_names"]) if "class_names" in arrays else ()
+    train, test = read(paths[0]), read(paths[1])
+    condition = "JPEG-compressed copies of the CIFAR-10 images, so not identical to the original set."
+    return _images("cifar10-jpeg", condition, train, test, classes or _numbered(train[1]), seed, augment=True)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """A pickle may run any function it names; these files need only what rebuilds a numpy array."""
+
+    allowed = ("_reconstruct", "ndarray", "dtype", "encode", "_frombuffer")
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in self.allowed and module.split(".")[0] in ("numpy", "_codecs"):
+            return super().find_class(module, name)
+        raise ValueError(f"load: a CIFAR-10 batch must hold arrays only, got {module}.{name}")
+
+
+def _cifar_batches(folder: Path, seed: int) -> Images | None:
+    if not (folder / "test_batch").is_file():
+        return None
+
+    def read(names: Iterable[str]) -> Split:
+        batches = []
+        for name in names:
+            with (folder / name).open("rb") as file:
+                batches.append(_ArraysOnly(file, encoding="bytes").load())
+        pixels = np.concatenate([np.asarray(b[b"data"], dtype=np.uint8) for b in batches]).reshape(-1, 3, 32, 32)
+        return pixels, np.concatenate([np.asarray(b[b"labels"]) for b in batches])
+
+    train = read(sorted(path.name for path in folder.glob("data_batch_*")))
+    return _images("cifar10", "CIFAR-10.", train, read(["test_batch"]), _numbered(train[1]), seed, augment=True)
+
+
+def _idx(folder: Path, seed: int) -> Images | None:
+    def find(name: str) -> Path | None:
+        return next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+
+    found = [find(f"{part}-{kind}-ubyte") for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    paths = [path for path in found if path is not None]
+    if len(paths) < 4:
+        return None
+    images, labels, test_images, test_labels = (_read_idx(path) for path in paths)
+    train, test = (images[:, None], labels), (test_images[:, None], test_labels)
+    condition = f"{folder.name}; {_counts(train, test)}."
+    return _images(folder.name, condition, train, test, _numbered(labels), seed, augment=False)
+
+
+def _read_idx(path: Path) -> np.ndarray[Any, Any]:
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = gzip.decompress(content)
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(f"load: {path.name} must be an idx file of bytes, got the magic {content[:4].hex()}")
+    dimensions = content[3]
+    shape = np.frombuffer(content, ">i4", dimensions, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
+
+
+def _image_folder(folder: Path, seed: int) -> Images | None:
+    parts = [folder / "train", folder / "test"]
+    split_given = all(part.is_dir() for part in parts)
+    roots = parts if split_given else [folder]
+    classes = tuple(sorted(d.name for d in roots[0].iterdir() if d.is_dir() and any(_pictures(d))))
+    if not classes:
+        return None
+    found = [_read_classes(root, classes) for root in roots]
+    train, test = (found[0], found[1]) if split_given else _split(found[0], seed)
+    condition = f"{folder.name}; {_counts(train, test)}."
+    return _images(folder.name, condition, train, test, classes, seed, augment=False)
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES)
+
+
+def _read_classes(root: Path, classes: tuple[str, ...]) -> Split:
+    files = [(path, label) for label, name in enumerate(classes) for path in _pictures(root / name)]
+    return _decode(path for path, _ in files), np.array([label for _, label in files])
+
+
+def _numbered(labels: np.ndarray[Any, Any]) -> tuple[str, ...]:
+    return tuple(str(i) for i in range(int(labels.max()) + 1))

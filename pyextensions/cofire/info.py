@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which kernel serves which operator here, and why a faster one does not."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cofire import native
+from cofire.registry import OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
+from cofire.version import __version__
+
+__all__ = ["explain", "info", "markdown_table", "print_table"]
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _cpu_kernel(operator: Operator) -> str:
+    if isinstance(operator.cpu, str):
+        return f"reference: {operator.cpu}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
+        return f"reference: {native.STATUS.reason}"
+    return f"c++ {native.STATUS.variant} ({_names(operator.cpu)})"
+
+
+def _gpu_kernel(kernel: Kernel | str, missing: str) -> str:
+    if isinstance(kernel, str):
+        return f"none: {kernel}"
+    if REFERENCE_ONLY:
+        return "reference: COFIRE_BACKEND=reference"
+    return missing or f"{kernel.launcher} ({_names(kernel.dtypes)})"
+
+
+def _describe(operator: Operator) -> dict[str, Any]:
+    no_device = "" if torch.cuda.is_available() else "reference: no CUDA device"
+    differentiable = isinstance(operator.backward, Backward)
+    return {
+        "name": operator.name,
+        "family": operator.family,
+        "kernels": {
+            "cpu": _cpu_kernel(operator),
+            "triton": _gpu_kernel(operator.triton, no_device),
+            "cuda": _gpu_kernel(operator.cuda, no_device),
+        },
+        "backward": operator.backward.operator if isinstance(operator.backward, Backward) else operator.backward,
+        "double_backward": operator.double_backward,
+        "differentiable": differentiable,
+        "test": f"tests/ops/test_{operator.family}.py",
+        "benchmark": f"benchmarks/test_{operator.family}.py",
+    }
+
+
+def info() -> dict[str, Any]:
+    """The state of this installation, as plain data.
+
+    Returns:
+        ``{"version", "operators": [...], "methods": [...], "cpu_variant", "cpu_reason", "cpu_features", "build",
+        "torch", "cuda", "threads", "python", "platform"}``; an operator has ``name, family, kernels {cpu, triton, cuda}, backward, double_backward,
+        differentiable, test, benchmark``. A kernel that is not in use reads ``reference: <why>``.
+
+    Example:
+        >>> sorted(info()["operators"][0]["kernels"])
+        ['cpu', 'cuda', 'triton']
+    """
+    from cofire.methods import METHODS
+
+    return {
+        "version": __version__,
+        "operators": [_describe(o) for o in OPERATORS.values()],
+        "methods": sorted(METHODS),
+        "cpu_variant": native.STATUS.variant,
+        "cpu_reason": native.STATUS.reason,
+        "cpu_features": list(native.STATUS.features),
+        "build": native.STATUS.build,
+        "torch": torch.__version__,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+def markdown_table() -> str:
+    """The support table of the README: what exists, whatever machine this is."""
+
+    def mark(present: bool) -> str:
+        return "yes" if present else "-"
+
+    rows = [
+        "| operator | family | C++ CPU | Triton | CUDA C++ | backward | double backward |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for o in OPERATORS.values():
+        if o.name.endswith("_backward"):
+            continue
+        kernels = (isinstance(o.cpu, tuple), isinstance(o.triton, Kernel), isinstance(o.cuda, Kernel))
+        gradient = isinstance(o.backward, Backward)
+        cells = [f"`{o.name}`", o.family, *map(mark, kernels)]
+        cells += [mark(gradient), mark(o.double_backward)] if gradient else [f"none: {o.backward}", "-"]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def print_table() -> None:
+    """Print :func:`info` for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = info()
+    console = Console()
+    variant = facts["cpu_variant"] or "none"
+    console.print(f"cofire {facts['version']}, torch {facts['torch']}, Python {facts['python']}, {facts['platform']}")
+    console.print(f"CPU kernels: [bold]{variant}[/bold] ({facts['cpu_reason']}); {facts['threads']} threads")
+    if facts["build"]:
+        console.print("built with: " + ", ".join(f"{k} {v}" for k, v in facts["build"].items()))
+    if facts["cpu_features"]:
+        console.print("CPU has: " + " ".join(facts["cpu_features"]))
+    console.print(f"GPU: {facts['cuda'] or 'none that CUDA can see'}; methods: {', '.join(facts['methods'])}")
+    table = Table("operator", "CPU", "GPU (Triton)", "GPU (CUDA C++)", "backward")
+    for o in facts["operators"]:
+        kernels = o["kernels"]
+        table.add_row(o["name"], kernels["cpu"], kernels["triton"], kernels["cuda"], o["backward"])
+    console.print(table)
+
+
+def _kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
+    """Which kernel the dispatcher takes for these arguments, and why."""
+    if REFERENCE_ONLY:
+        return "reference: COFIRE_BACKEND=reference"
+    tensors = [a for a in args if isinstance(a, torch.Tensor)]
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda"):
+        return f"reference: no kernel for device {device}"
+    kernel = operator.cpu if device == "cpu" else operator.triton
+    if isinstance(kernel, str):
+        return f"reference: {kernel}"
+    dtypes = kernel.dtypes if isinstance(kernel, Kernel) else kernel
+    if device == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
+        return f"reference: {native.STATUS.reason}"
+    foreign = sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in dtypes})
+    if foreign and any(d.is_floating_point for d in dtypes):
+        return f"reference: the kernel covers {_names(dtypes)}, got {', '.join(foreign)}"
+    name = f"c++ {native.STATUS.variant}" if device == "cpu" else "triton"
+    return f"{name}: {operator.explain(*args)}" if operator.explain is not None else name
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[dict[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "cofire":
+            operator = OPERATORS[func._schema.name.removeprefix("cofire::")]
+            self.calls.append({"operator": operator.name, "kernel": _kernel_for(operator, args)})
+        return func(*args, **(kwargs or {}))
+
+
+def explain(call: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[dict[str, str]]:
+    """Run a call and say, for each cofire operator in it, which kernel served it and why.
+
+    Args:
+        call: the name of a function in ``cofire.ops``, or anything callable (a module, a whole model).
+        args, kwargs: its arguments.
+
+    Returns:
+        One ``{"operator", "kernel"}`` per operator call, in order.
+
+    Raises:
+        ValueError: no function of that name; the near matches are listed.
+
+    Example:
+        >>> import torch
+        >>> [c["operator"] for c in explain("compact", torch.ones(1, 2))]
+        ['compact']
+    """
+    from cofire import ops
+
+    if isinstance(call, str):
+        from difflib import get_close_matches
+
+        public = [name for name in OPERATORS if hasattr(ops, name)]
+        if call not in public:
+            near = get_close_matches(call, public) or public
+            raise ValueError(f"explain: no operator is called {call!r}; did you mean {', '.join(near)}?")
+        call = cast(Callable[..., Any], getattr(ops, call))
+    with _Recorder() as recorder:
+        call(*args, **kwargs)
+    return recorder.calls
+
+
+if __name__ == "__main__":
+    print_table()

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training methods, one paper each, with one protocol: :mod:`cofire.methods.base`."""
+
+from cofire.methods.base import METHODS, Method, Report
+from cofire.methods.ftwt import FTWT
+
+__all__ = ["FTWT", "METHODS", "Method", "Report"]

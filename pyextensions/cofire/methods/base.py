@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The protocol of the training methods: prepare, train, finalize, report.
+
+.. code-block:: python
+
+    method = cofire.methods.FTWT(mass=0.95)           # hyperparameters, and nothing else
+    model = method.prepare(model)
+    output = model(x)
+    loss = task_loss(output, y) + method.loss(model)
+    loss.backward(); optimizer.step(); method.step(model)
+    model = method.finalize(model)
+
+A method is a frozen dataclass; whatever changes during training is a parameter or a buffer of the model. So ``state_dict``,
+``torch.save``, safetensors, data parallelism, automatic mixed precision, gradient checkpointing, ``copy.deepcopy`` and
+``torch.compile`` work as they do without the method, and training resumes exactly.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Methods(dict[str, "type[Method]"]):
+    """Methods by name; an unknown name raises a KeyError that lists the near ones."""
+
+    def __missing__(self, name: str) -> type[Method]:
+        raise KeyError(f"no method named {name!r}{near_matches(name, self)}")
+
+
+#: Every method by its name: ``METHODS["ftwt"]`` is :class:`cofire.methods.FTWT`.
+METHODS = Methods()
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+    """Base class of the methods: subclass it as a frozen dataclass of hyperparameters, the paper's values as defaults.
+
+    ``class FTWT(Method, name="ftwt")`` enters the class into :data:`METHODS`. :meth:`prepare` and :meth:`finalize` return a
+    new model and leave the given one as it was, so that one trained network can be prepared with several settings.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.name = name
+        if name:
+            METHODS[name] = cls
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """A copy of ``model`` with the method built in, to be trained. Make the optimiser after this call."""
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, output: Tensor | None = None, target: Tensor | None = None) -> Tensor:
+        """The method's own loss (a scalar) for the last forward of ``model``, to be added to the task's."""
+
+    def step(self, model: nn.Module) -> None:
+        """Advance the method's state; call it after each ``optimizer.step()``."""
+
+    @abc.abstractmethod
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """A deployable copy of the trained ``model``, which runs the fast kernels."""
+
+    @abc.abstractmethod
+    def report(self, model: nn.Module, batches: Iterable[Any]) -> Report:
+        """What was gained, measured on ``batches``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A dataclass that also reads like a mapping: ``report["macs"]``, ``dict(report)``."""
+
+    def keys(self) -> Iterator[str]:
+        return (f.name for f in dataclasses.fields(self))
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(f"no entry named {key!r}{near_matches(key, self.keys())}")
+        return getattr(self, key)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers all the way down, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def near_matches(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence about an unknown name: the near ones, or all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    return f"; there are {', '.join(map(repr, known))}" if known else "; there are none"
+
+
+def first_input(batch: Any) -> Any:
+    """The network's input in a batch of a data loader: the batch itself, or the first of a tuple or list."""
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``torch.compile`` and data parallelism."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; to ask for its class would import the compiler
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the context ``model`` is in evaluation mode; afterwards each module is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small networks for experiments and demonstrations. Every one is traceable by ``torch.fx``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
+from cofire.models.resnet import resnet, resnet20, resnet56
+from cofire.models.vgg import digits_cnn, vgg, vgg16
+
+__all__ = [
+    "MODELS",
+    "build",
+    "digits_cnn",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "resnet",
+    "resnet20",
+    "resnet56",
+    "vgg",
+    "vgg16",
+]
+
+#: The networks that ``cofire train --model NAME`` knows; each takes ``in_channels`` and ``num_classes``.
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits_cnn": digits_cnn,
+    "vgg16": vgg16,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
+}
+
+
+def build(name: str, *, in_channels: int = 3, num_classes: int = 10) -> nn.Module:
+    """The network called ``name``, freshly initialised from torch's global random state."""
+    if name not in MODELS:
+        raise ValueError(f"build: name must be one of {', '.join(MODELS)}, got {name!r}")
+    return MODELS[name](in_channels=in_channels, num_classes=num_classes)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator registry: turns the parts of an operator into a torch operator.
+
+One :class:`Operator` per schema holds everything there is to know about it. :func:`register` hands the parts to
+``torch.library``; after that the PyTorch dispatcher alone chooses the kernel, and nothing here is on the call path
+but the validation of the public function. The C++ kernels of ``csrc/cpu`` attach themselves when their library is
+loaded (``cofire.native``); the Triton kernels are imported with their first launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("cofire", "FRAGMENT")
+OPERATORS: dict[str, Operator] = {}
+#: ``COFIRE_BACKEND=reference`` turns every kernel off; read once, at import.
+REFERENCE_ONLY = os.environ.get("COFIRE_BACKEND") == "reference"
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backward:
+    """How gradients flow: what to keep from the forward, and which operator computes them."""
+
+    save: Callable[..., None]  #: ``save(ctx, inputs, output)``
+    formula: Callable[..., Any]  #: ``formula(ctx, *grads)``: one gradient, or None, per input
+    operator: str  #: the operator that does the work, for the support table
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A device kernel: where its launcher lives and what it covers."""
+
+    launcher: str  #: ``"package.module:function"``, imported with the first launch
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+    def covers(self, args: tuple[Any, ...]) -> bool:
+        tensors = (a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+        return all(t.dtype in self.dtypes for t in tensors)
+
+    @functools.cached_property
+    def launch(self) -> Callable[..., Any]:
+        module, _, function = self.launcher.partition(":")
+        launch: Callable[..., Any] = getattr(importlib.import_module(module), function)
+        return launch
+
+
+@dataclass(frozen=True)
+class Operator:
+    """Everything about one operator. Each callable takes the operator's arguments, in the schema's order."""
+
+    schema: str  #: without namespace and defaults: ``"compact(Tensor mask) -> (Tensor index, Tensor count)"``
+    family: str  #: the stem under which every file of the operator is found
+    reference: Callable[..., Any]  #: the maths in plain torch: any device, differentiable, the oracle of the tests
+    fake: Callable[..., Any]  #: shapes and dtypes only
+    backward: Backward | str  #: or, in one phrase, why there is none
+    double_backward: bool = False
+    validate: Callable[..., None] | None = None  #: raises on bad input; the same for eager and while tracing
+    cpu: tuple[torch.dtype, ...] | str = FLOATS  #: dtypes of the C++ kernel, or why there is none
+    triton: Kernel | str = "no kernel yet"
+    cuda: Kernel | str = "Triton says it"
+    autocast: torch.dtype | str | None = None  #: a dtype, "lower" (autocast's own), or None (inputs as they come)
+    flops: Callable[..., int] | None = None
+    bytes: Callable[..., int] | None = None  #: the fewest bytes the operator can move
+    explain: Callable[..., str] | None = None  #: which kernel would run on these arguments, and why
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.schema.partition("(")[0])
+
+    @functools.cached_property
+    def overload(self) -> Any:
+        return getattr(torch.ops.cofire, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        """Validate and run: what the public function of the operator returns."""
+        if self.validate is not None:
+            self.validate(*args)
+        return self.overload(*args)
+
+
+def register(operator: Operator) -> Operator:
+    """Define the operator in ``torch.ops.cofire`` and attach all its parts."""
+    name, signature = operator.name, operator.schema[len(operator.name) :]
+    if name in OPERATORS:
+        raise ValueError(f"register: an operator named {name!r} exists already")
+
+    def fake(*args: Any) -> Any:
+        if operator.validate is not None:
+            operator.validate(*args)
+        return operator.fake(*args)
+
+    # The overload `.reference` is what a C++ kernel calls for a dtype that it does not cover.
+    for qualified in (name, f"{name}.reference"):
+        LIBRARY.define(qualified + signature, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+        LIBRARY.impl(qualified, operator.reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"cofire::{qualified}", fake, lib=LIBRARY)
+    if isinstance(operator.backward, Backward):
+        torch.library.register_autograd(
+            f"cofire::{name}", operator.backward.formula, setup_context=operator.backward.save, lib=LIBRARY
+        )
+    if isinstance(operator.triton, Kernel) and not REFERENCE_ONLY:
+        LIBRARY.impl(name, _launch_or_reference(operator, operator.triton), "CUDA")
+    if operator.autocast is not None:
+        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+            LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
+    if operator.flops is not None:
+        _register_flops(operator)
+    OPERATORS[name] = operator
+    return operator
+
+
+def through_reference(reference: Callable[..., Any]) -> Backward:
+    """Gradients by differentiating the reference: the backward of the backward operators, of any order."""
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(a for a in inputs if isinstance(a, torch.Tensor)))
+        ctx.others = [None if isinstance(a, torch.Tensor) else (a,) for a in inputs]
+
+    def formula(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        differentiable = torch.is_grad_enabled()
+        with torch.enable_grad():
+            args = [next(saved) if other is None else other[0] for other in ctx.others]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            for i in wanted:  # an alias, so that the gradient stops here and not at the leaves behind
+                args[i] = args[i].view_as(args[i]) if args[i].requires_grad else args[i].detach().requires_grad_()
+            outputs = reference(*args)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            found = torch.autograd.grad(
+                [o for o, _ in pairs],
+                [args[i] for i in wanted],
+                [g for _, g in pairs],
+                allow_unused=True,
+                create_graph=differentiable,
+            )
+        result: list[torch.Tensor | None] = [None] * len(args)
+        for i, gradient in zip(wanted, found, strict=True):
+            result[i] = gradient
+        return tuple(result)
+
+    return Backward(save, formula, "reference")
+
+
+def _launch_or_reference(operator: Operator, kernel: Kernel) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return kernel.launch(*args) if kernel.covers(args) else operator.reference(*args)
+
+    return run
+
+
+def _cast_then_call(operator: Operator, device: str, key: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def run(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device) if operator.autocast == "lower" else operator.autocast
+
+        def cast(a: Any) -> Any:
+            eligible = isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype != torch.float64
+            return a.to(dtype) if eligible else a
+
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator.overload(*map(cast, args))
+
+    return run
+
+
+def _register_flops(operator: Operator) -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        assert operator.flops is not None
+        return operator.flops(*args)
+
+    register_flop_formula(getattr(torch.ops.cofire, operator.name), get_raw=True)(formula)

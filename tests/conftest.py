@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test needs before its first import, and the fixtures and markers that all tests share.
+
+Markers: ``gpu`` needs a CUDA device and is skipped without one; ``full`` is the second tier (``-m "not full"`` is the
+first). The number of threads is left as the machine has it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated, so it has to stand before the first import of triton: launchers then run on
+    # CPU tensors. A GPU machine compiles its kernels instead.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def exact_matmuls() -> Iterator[None]:
+    """TF32 off: with it, the reference in fp32 would be wrong enough to excuse any kernel."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In operator tests, memory that nobody has written holds NaN (integers: their largest value, bool: True).
+
+    ``torch.utils.deterministic.fill_uninitialized_memory`` (on by default) does it wherever ``at::empty`` is called, so
+    also in C++ kernels and in Triton launchers, for outputs and scratch alike.
+    """
+    if "ops" not in request.path.parts:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(2).isnan().all(), "uninitialised memory is not filled"
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One harness for every operator: a family brings samples, the checks are here.
+
+How to test a new operator, in ``tests/ops/test_<family>.py``::
+
+    SAMPLES = [
+        Sample("odd", lambda rand: (rand.normal(7, 17, 5, 3), "max")),       # arguments in the schema's order, fp32, CPU
+        Sample("zeros", lambda rand: (torch.zeros(2, 3, 4, 4), "avg")),
+    ]
+    TINY = [Sample("tiny", ...), Sample("tiny_resized", ...)]                 # same options, other sizes
+
+    @pytest.mark.parametrize("check", check_op("channel_pool", SAMPLES, tiny=TINY))
+    def test_operator(check):
+        check()
+
+    @pytest.mark.parametrize("check", refusals([Refusal("rank", lambda: ops.channel_pool(torch.ones(2)), ValueError, "...")]))
+    def test_refusal(check):
+        check()
+
+Golden vectors, laws and comparisons with an independent formula are ordinary tests beside them.
+
+``check_op`` returns one check per operator, provider, sample and dtype. A *provider* is a way to compute the operator:
+
+============== ======================================================================================
+``reference``  the reference itself (its integer outputs must be the same in every dtype)
+``cpu``        the dispatcher on CPU tensors: the C++ kernel where one is loaded, otherwise the reference
+``triton``     the Triton launcher on CPU tensors, in the interpreter (``TRITON_INTERPRET=1``)
+``cuda``       the dispatcher on CUDA tensors (marker ``gpu``)
+``cuda_c``     the CUDA C++ launcher on CUDA tensors (marker ``gpu``)
+============== ======================================================================================
+
+Each runs through the same comparison. With r the reference in fp64, t the reference in the input's dtype and o the
+provider's result, the one rule for floats is ::
+
+    max|o - r| <= 2 max|t - r| + eps(dtype) max|r|            (3 instead of 2 for gradients)
+
+that is, a kernel may lose about as much as plain torch loses. Outputs that are not floats are compared exactly with r.
+The one exception has to be declared: ``decided_by`` names outputs that follow from a float output of the same call by a
+threshold or an order (the mask of ``gate_head`` from its logits). Rounding may move a logit over the threshold or make
+two of them equal, so these outputs are compared, still exactly, with what the provider's *own* float output demands.
+
+Cheap checks run on all samples: the rule above, layout as the fake says, no aliasing, inputs untouched, the same bits on
+every run (``cpu``: and for 1, 2 and 3 threads), other memory layouts. The dear ones (opcheck, gradcheck, gradgradcheck,
+``torch.compile``) run on the tiny samples.
+"""
+
+from __future__ import annotations
+
+import doctest
+import functools
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import cofire  # noqa: F401  (registers the operators and loads their kernels)
+from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
+
+Args = tuple[Any, ...]
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+class Random:
+    """The source of a sample's data: seeded by the sample's name, so that samples do not depend on each other."""
+
+    def __init__(self, name: str) -> None:
+        self.generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator)
+
+    def mask(self, *shape: int, density: float = 0.5) -> Tensor:
+        return self.uniform(*shape) < density
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of arguments. Float tensors are made in fp32 and cast to the dtype under test."""
+
+    name: str
+    make: Callable[[Random], Args]
+    full: bool = False  #: second tier only
+    kink: bool = False  #: 16-bit rounding crosses a kink of the activation: gradients are compared in fp32 only
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator with everything the checks need to know about it."""
+
+    operator: Operator
+    constants: tuple[str, ...]  #: float arguments without a gradient
+    wide: tuple[str, ...]  #: float arguments that stay in fp32 when the others have 16 bits
+    decided_by: Callable[..., dict[str, Tensor]] | None
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        return [a.name for a in self.operator.overload._schema.arguments]
+
+    @functools.cached_property
+    def outputs(self) -> list[str]:
+        returns = self.operator.overload._schema.returns
+        return [r.name or f"output {i}" for i, r in enumerate(returns)]
+
+    def make(self, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> Args:
+        """The sample's arguments in a dtype and a memory layout, on the CPU."""
+        args = sample.make(Random(sample.name))
+        assert len(args) == len(self.names), f"{self.operator.name}: sample {sample.name} must give {self.names}"
+        narrow = dtype in (torch.bfloat16, torch.float16)
+
+        def prepare(name: str, a: Any) -> Any:
+            if not isinstance(a, Tensor):
+                return a
+            if a.is_floating_point():
+                a = a.to(torch.float32 if narrow and name in self.wide else dtype)
+            return LAYOUTS[layout](a)
+
+        return tuple(map(prepare, self.names, args))
+
+
+def _strided(x: Tensor) -> Tensor:
+    """The same values, no dimension dense."""
+    if x.dim() == 0:
+        return x
+    big = x.new_zeros([2 * size + 1 for size in x.shape])
+    view = big[tuple(slice(1, None, 2) for _ in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def _transposed(x: Tensor) -> Tensor:
+    """The same values, the last two dimensions stored the other way round."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() >= 2 else x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def _expanded(x: Tensor) -> Tensor:
+    """Other values: the first row for all, with stride 0, as the gradient of a sum has."""
+    return x[:1].expand_as(x) if x.is_floating_point() and x.dim() and x.shape[0] else x
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "strided": _strided,
+    "transposed": _transposed,
+    "channels_last": _channels_last,
+    "expanded": _expanded,
+}
+
+
+# ------------------------------------------------------------------------------------------------- providers
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to compute an operator."""
+
+    name: str
+    device: str
+    run: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...]
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        outputs = self.run(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        return [pytest.mark.gpu] if self.device == "cuda" else []
+
+
+def providers(operator: Operator) -> Iterator[Provider]:
+    """The ways to compute an operator in this process; those that need a GPU are marked, not left out."""
+    every = (*FLOATS, torch.float64)
+    yield Provider("reference", "cpu", operator.reference, every)
+    yield Provider("cpu", "cpu", operator.overload, every)
+    if REFERENCE_ONLY:
+        return
+    yield Provider("cuda", "cuda", operator.overload, every)
+    if isinstance(operator.triton, Kernel) and os.environ.get("TRITON_INTERPRET") == "1":
+        yield Provider("triton", "cpu", lambda *a: operator.triton.launch(*a), operator.triton.dtypes)
+    if isinstance(operator.cuda, Kernel):
+        yield Provider("cuda_c", "cuda", lambda *a: operator.cuda.launch(*a), operator.cuda.dtypes)
+
+
+# ------------------------------------------------------------------------------------------------ comparison
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a failing check happened; every message starts with it."""
+
+    case: Case
+    provider: str
+    sample: str
+    dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        dtype = "" if self.dtype is None else f", {str(self.dtype).removeprefix('torch.')}"
+        layout = "" if self.layout == "contiguous" else f", {self.layout}"
+        return f"{self.case.operator.name} by {self.provider} on sample {self.sample!r}{dtype}{layout}"
+
+
+def largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
+
+
+def bits(x: Tensor) -> Tensor:
+    """The memory of a tensor: equal for equal results, NaN included."""
+    return x.detach().contiguous().flatten().view(torch.uint8)
+
+
+def in_fp64(args: Args) -> Args:
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def bound(r: Tensor, t: Tensor, factor: float) -> float:
+    """How far from the fp64 reference r a kernel may be, where plain torch in its dtype gives t."""
+    return factor * largest(t.double() - r) + torch.finfo(t.dtype).eps * largest(r)
+
+
+def check_close(where: str, o: Tensor, r: Tensor, t: Tensor, factor: float) -> None:
+    """The one rule for floats."""
+    assert o.shape == r.shape, f"{where}: shape {list(o.shape)}, expected {list(r.shape)}"
+    assert o.dtype == t.dtype, f"{where}: dtype {o.dtype}, expected {t.dtype}"
+    assert r.isfinite().all(), f"{where}: the sample is useless, its reference is not finite"
+    error, allowed = (o.detach().cpu().double() - r).abs(), bound(r, t.detach().cpu(), factor)
+    if error.numel() and not (error <= allowed).all():  # not: NaN fails too
+        worst = int(error.nan_to_num(nan=torch.inf).argmax())
+        position = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
+        wrong = int((~(error <= allowed)).sum())
+        raise AssertionError(
+            f"{where}: {wrong} of {error.numel()} values are wrong; at {position} it is {o.flatten()[worst].item():.9g}, "
+            f"expected {r.flatten()[worst].item():.9g}: error {error.flatten()[worst].item():.3g}, bound {allowed:.3g}"
+        )
+
+
+def check_equal(where: str, o: Tensor, r: Tensor) -> None:
+    """The rule for everything that is not a float."""
+    o = o.cpu()
+    assert (o.shape, o.dtype) == (r.shape, r.dtype), f"{where}: {o.dtype} {list(o.shape)}, expected {r.dtype} {list(r.shape)}"
+    if not torch.equal(o, r):
+        position = (o != r).nonzero()[0].tolist()
+        got, expected = o[tuple(position)].item(), r[tuple(position)].item()
+        raise AssertionError(f"{where}: {int((o != r).sum())} values differ; at {position} it is {got}, expected {expected}")
+
+
+def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
+    """Every output of a call against the references in fp64 and in the call's dtype."""
+    case = context.case
+    r = _tuple(case.operator.reference(*in_fp64(args)))
+    t = _tuple(case.operator.reference(*args))
+    assert len(outputs) == len(r), f"{context}: {len(outputs)} outputs, expected {len(r)}"
+    decided = {} if case.decided_by is None else case.decided_by(args, tuple(o.cpu() for o in outputs))
+    for name, o_i, r_i, t_i in zip(case.outputs, outputs, r, t, strict=True):
+        if o_i.is_floating_point():
+            check_close(f"{context}: {name}", o_i, r_i, t_i, factor=2)
+        elif name in decided:
+            check_equal(f"{context}: {name}, as its own floats decide", o_i, decided[name])
+        else:
+            check_equal(f"{context}: {name}", o_i, r_i)
+
+
+def _tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def check_layout(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
+    """Shape, dtype and strides are what the fake promised to the compiler."""
+    with FakeTensorMode() as mode:
+        fakes = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        promised = _tuple(context.case.operator.overload(*fakes))
+    for name, o, fake in zip(context.case.outputs, outputs, promised, strict=True):
+        assert (o.dtype, o.shape) == (fake.dtype, fake.shape), (
+            f"{context}: {name} is {o.dtype} {list(o.shape)}, the fake says {fake.dtype} {list(fake.shape)}"
+        )
+        # The stride of a dimension of size 1 has no meaning.
+        strides = [(a, b) for a, b, size in zip(o.stride(), fake.stride(), o.shape, strict=True) if size > 1]
+        assert o.numel() == 0 or all(a == b for a, b in strides), (
+            f"{context}: {name} has strides {list(o.stride())}, the fake says {list(fake.stride())}"
+        )
+
+
+def check_separate(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
+    """No output shares memory with an input or with another output."""
+    owners = {a.untyped_storage().data_ptr(): n for n, a in zip(context.case.names, args) if isinstance(a, Tensor) and a.numel()}
+    for name, o in zip(context.case.outputs, outputs, strict=True):
+        address = o.untyped_storage().data_ptr()
+        assert o.numel() == 0 or address not in owners, f"{context}: {name} shares the memory of {owners[address]}"
+        owners[address] = name
+
+
+def check_untouched(context: Context, before: Args, args: Args) -> None:
+    for name, was, now in zip(context.case.names, before, args, strict=True):
+        assert not isinstance(now, Tensor) or torch.equal(bits(was), bits(now)), f"{context}: it wrote to its input {name}"
+
+
+def check_repeats(context: Context, run: Callable[[], tuple[Tensor, ...]], outputs: tuple[Tensor, ...], when: str) -> None:
+    for name, first, again in zip(context.case.outputs, outputs, run(), strict=True):
+        assert torch.equal(bits(first), bits(again)), f"{context}: {name} changes {when}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def check_forward(case: Case, provider: Provider, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> None:
+    """Everything that one call can show, and that its repetition is the same to the last bit."""
+    context = Context(case, provider.name, sample.name, dtype, layout)
+    args = case.make(sample, dtype, layout)
+    before = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    on_device = tuple(a.to(provider.device) if isinstance(a, Tensor) else a for a in args)
+    outputs = provider(*on_device)
+    check_untouched(context, before, args)
+    check_values(context, args, outputs)
+    check_layout(context, on_device, outputs)
+    check_separate(context, on_device, outputs)
+    if provider.name != "reference":
+        check_repeats(context, lambda: provider(*on_device), outputs, "from run to run")
+    if provider.name == "cpu":
+        for count in (1, 2, 3):
+            with threads(count):
+                check_repeats(context, lambda: provider(*on_device), outputs, f"with {count} threads")
+
+
+def _leaves(case: Case, args: Args) -> tuple[Args, list[str]]:
+    """Fresh arguments that require grad where the operator is differentiable, and the names of those."""
+    wanted = [n for n, a in zip(case.names, args) if isinstance(a, Tensor) and a.is_floating_point() and n not in case.constants]
+    fresh = tuple(
+        a.detach().requires_grad_(n in wanted) if isinstance(a, Tensor) else a for n, a in zip(case.names, args, strict=True)
+    )
+    return fresh, wanted
+
+
+def _gradients(case: Case, run: Callable[..., Any], args: Args, pick: list[int], cotangents: list[Tensor]) -> list[Tensor | None]:
+    args, wanted = _leaves(case, args)
+    outputs = _tuple(run(*args))
+    leaves = [a for n, a in zip(case.names, args) if n in wanted]
+    chosen = [outputs[i] for i in pick]
+    return list(torch.autograd.grad(chosen, leaves, [c.to(o) for c, o in zip(cotangents, chosen)], allow_unused=True))
+
+
+def check_gradient(case: Case, provider: Provider, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> None:
+    """The registered backward against autograd through the reference, for a random cotangent and that of a sum."""
+    context = Context(case, provider.name, sample.name, dtype, layout)
+    args = case.make(sample, dtype, layout)
+    on_device = tuple(a.to(provider.device) if isinstance(a, Tensor) else a for a in args)
+    probe, wanted = _leaves(case, on_device)
+    outputs = provider(*probe)
+    pick = [i for i, o in enumerate(outputs) if o.requires_grad]
+    assert pick, f"{context}: no output requires grad"
+    random = Random(f"cotangent of {sample.name}")
+    for kind in ("random", "sum"):
+        # the cotangents are rounded to the dtype first, so that all three computations see the same numbers
+        cotangents = [
+            random.normal(*outputs[i].shape).to(outputs[i].dtype) if kind == "random" else torch.ones(()).expand(outputs[i].shape)
+            for i in pick
+        ]
+        o = _gradients(case, provider, on_device, pick, cotangents)
+        r = _gradients(case, case.operator.reference, in_fp64(args), pick, cotangents)
+        t = _gradients(case, case.operator.reference, args, pick, cotangents)
+        for name, o_i, r_i, t_i in zip(wanted, o, r, t, strict=True):
+            where = f"{context}: gradient of {name} ({kind} cotangent)"
+            assert (o_i is None) == (r_i is None), f"{where} is {'missing' if o_i is None else 'there'}, unlike the reference's"
+            if o_i is not None and r_i is not None and t_i is not None:
+                check_close(where, o_i, r_i, t_i, factor=3)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the compiler's own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def check_opcheck(case: Case, sample: Sample) -> None:
+    """Schema, autograd registration, fake and AOT dispatch, by PyTorch's own test."""
+    args, _ = _leaves(case, case.make(sample, torch.float32))
+    if not isinstance(case.operator.backward, Backward):
+        args = case.make(sample, torch.float32)
+    with quiet():
+        torch.library.opcheck(case.operator.overload, args)
+
+
+def _differentiable(case: Case, args: Args) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The operator as a function of its differentiable arguments alone, as gradcheck wants it."""
+    args, wanted = _leaves(case, args)
+
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        values = iter(leaves)
+        outputs = _tuple(case.operator.overload(*(next(values) if n in wanted else a for n, a in zip(case.names, args))))
+        return tuple(o for o in outputs if o.requires_grad)
+
+    return function, [a for n, a in zip(case.names, args) if n in wanted]
+
+
+def check_gradcheck(case: Case, sample: Sample) -> None:
+    """The gradient against finite differences, in fp64."""
+    function, leaves = _differentiable(case, case.make(sample, torch.float64))
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=False)
+
+
+def check_gradgradcheck(case: Case, sample: Sample) -> None:
+    function, leaves = _differentiable(case, case.make(sample, torch.float64))
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=False)
+
+
+def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend: str = "inductor") -> None:
+    """One graph, the bits of eager, and no second compilation: for the same sizes, or (dynamic) for any."""
+    operator = case.operator
+    differentiable = isinstance(operator.backward, Backward)
+    calls = [case.make(s, torch.float32) for s in samples]
+    calls = calls if dynamic else [calls[0]] * 2
+
+    def step(args: Args, run: Callable[..., Any]) -> list[Tensor]:
+        args, wanted = _leaves(case, args) if differentiable else (args, [])
+        outputs = _tuple(run(*args))
+        loss = sum(o.sum() for o in outputs if o.requires_grad)
+        leaves = [a for n, a in zip(case.names, args) if n in wanted]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True) if differentiable else ()
+        return [*outputs, *(g for g in grads if g is not None)]
+
+    def call(*args: Any) -> Any:
+        return operator(*args)
+
+    torch._dynamo.reset()
+    with quiet(), torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)
+        for sample, args in zip(samples, calls, strict=True):
+            context = Context(case, f"torch.compile(dynamic={dynamic}, {backend})", sample.name)
+            results = zip(step(args, compiled), step(args, operator), strict=True)
+            for i, (o, e) in enumerate(results):
+                assert o.stride() == e.stride() and torch.equal(bits(o), bits(e)), f"{context}: result {i} differs from eager"
+
+
+# --------------------------------------------------------------------------------------------- what tests use
+
+
+def check_op(
+    operator: str,
+    samples: Sequence[Sample],
+    *,
+    tiny: Sequence[Sample],
+    constants: Sequence[str] = (),
+    wide: Sequence[str] = (),
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    decided_by: Callable[..., dict[str, Tensor]] | None = None,
+) -> list[Any]:
+    """All checks of one operator, as pytest parameters: each is a function without arguments.
+
+    Args:
+        operator: its name in ``cofire.registry.OPERATORS``.
+        samples: run through the cheap checks in every dtype. The first should be small and general: in the interpreter it
+            alone is run in every dtype and layout.
+        tiny: two samples, same options and other sizes (2 or more), for the dear checks.
+        constants: float arguments that have no gradient.
+        wide: float arguments that stay in fp32 when the input has 16 bits.
+        dtypes: of the float arguments. An operator without float arguments is run once.
+        decided_by: ``decided_by(args, outputs)`` gives, by name, the outputs that follow from a float output of the call.
+    """
+    case = Case(OPERATORS[operator], tuple(constants), tuple(wide), decided_by)
+    return [*_cheap(case, samples, dtypes), *_dear(case, tiny)]
+
+
+def _param(check: Callable[..., None], *args: Any, id: Sequence[str], marks: Sequence[Any] = ()) -> Any:
+    return pytest.param(functools.partial(check, *args), id="-".join(id), marks=marks)
+
+
+def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype]) -> Iterator[Any]:
+    name = case.operator.name
+    differentiable = isinstance(case.operator.backward, Backward)
+    typed = any(isinstance(a, Tensor) and a.is_floating_point() for s in samples for a in s.make(Random(s.name)))
+    types = (*dtypes, torch.float64) if typed else dtypes[:1]
+    for provider in providers(case.operator):
+        slow = provider.name == "triton"
+        for i, sample in enumerate(samples):
+            marks = [*provider.marks, *([pytest.mark.full] if sample.full else [])]
+            for dtype in types if typed else types[:1]:
+                if typed and dtype not in provider.dtypes:
+                    continue
+                later = [pytest.mark.full] if slow and i and dtype == torch.float16 else []
+                short = str(dtype).removeprefix("torch.")
+                id = (name, provider.name, sample.name, short)
+                yield _param(check_forward, case, provider, sample, dtype, id=("forward", *id), marks=[*marks, *later])
+                if differentiable and provider.name in ("cpu", "cuda") and not (sample.kink and dtype.itemsize == 2):
+                    yield _param(check_gradient, case, provider, sample, dtype, id=("gradient", *id), marks=marks)
+            for layout in _layouts_of(sample):
+                later = [pytest.mark.full] if slow and i else []
+                id = (name, provider.name, sample.name, layout)
+                args = (case, provider, sample, dtypes[0], layout)
+                yield _param(check_forward, *args, id=("forward", *id), marks=[*marks, *later])
+
+
+def _layouts_of(sample: Sample) -> list[str]:
+    """The layouts that store any of the sample's tensors in another way."""
+    tensors = [a for a in sample.make(Random(sample.name)) if isinstance(a, Tensor)]
+    return [n for n, layout in LAYOUTS.items() if any(layout(a).stride() != a.stride() for a in tensors)]
+
+
+def _dear(case: Case, tiny: Sequence[Sample]) -> Iterator[Any]:
+    name = case.operator.name
+    for sample in tiny[:1]:
+        yield _param(check_opcheck, case, sample, id=("opcheck", name, sample.name))
+        if isinstance(case.operator.backward, Backward):
+            yield _param(check_gradcheck, case, sample, id=("gradcheck", name, sample.name))
+            if case.operator.double_backward:
+                yield _param(check_gradgradcheck, case, sample, id=("gradgradcheck", name, sample.name))
+    for dynamic in (False, True) if tiny else ():
+        id = ("compile", name, "dynamic" if dynamic else "static")
+        yield _param(check_compile, case, tiny, dynamic, id=id)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A bad call and the sentence it must raise, in eager and while tracing."""
+
+    name: str
+    call: Callable[[], Any]
+    error: type[Exception]
+    sentence: str
+    data: bool = False  #: the fault is in the values, which tracing cannot see
+
+
+def check_refusal(refusal: Refusal, tracing: bool) -> None:
+    with FakeTensorMode() if tracing else quiet(), pytest.raises(refusal.error) as caught:
+        refusal.call()
+    assert str(caught.value) == refusal.sentence
+
+
+def refusals(cases: Sequence[Refusal]) -> list[Any]:
+    """Each bad call in eager and under FakeTensorMode, as pytest parameters."""
+    modes = [(r, tracing) for r in cases for tracing in (False, True) if not (tracing and r.data)]
+    return [_param(check_refusal, r, tracing, id=(r.name, "fake" if tracing else "eager")) for r, tracing in modes]
+
+
+def check_examples(module: Any) -> None:
+    """The examples in the docstrings of a module's public functions: each function has some, and they are right."""
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for name in module.__all__:
+        tests = finder.find(getattr(module, name), name, globs=dict(vars(module)))
+        assert tests and tests[0].examples, f"{name}: its docstring has no example"
+        report: list[str] = []
+        runner.run(tests[0], out=report.append)
+        assert not report, "".join(report)

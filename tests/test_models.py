@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The networks: their size, that fx can trace them, and what they refuse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from cofire import models
+
+
+def _count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# The counts are those of the papers' networks with ten classes, worked out by hand from their tables.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("vgg16", 14_724_042),
+        ("resnet20", 269_722),
+        ("resnet56", 853_018),
+        ("mobilenet_v1", 3_217_226),
+        ("mobilenet_v2", 2_236_682),
+    ],
+)
+def test_parameter_count(name: str, parameters: int) -> None:
+    assert _count(models.build(name)) == parameters
+
+
+@pytest.mark.parametrize("name", list(models.MODELS))
+def test_fx_traces_every_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = models.build(name).eval()
+    x = torch.randn(2, 3, 32, 32)
+    traced = torch.fx.symbolic_trace(model)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(traced(x), expected)
+    assert expected.shape == (2, 10)
+
+
+def test_digits_cnn_has_the_stated_layers() -> None:
+    model = models.digits_cnn()
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [(c.in_channels, c.out_channels) for c in convs] == [(1, 32), (32, 64), (64, 64)]
+    assert [i for i, m in enumerate(model.features) if isinstance(m, nn.MaxPool2d)] == [6]
+    assert _count(models.digits_cnn((32, 128))) == 9 * 32 + 64 + 9 * 32 * 128 + 256 + 1290
+
+
+def test_padded_shortcut_keeps_every_second_pixel() -> None:
+    block = models.resnet20().layer2[0]
+    x = torch.arange(2.0 * 16 * 16).reshape(2, 16, 4, 4)
+    y = block.shortcut(x)
+    assert y.shape == (2, 32, 2, 2)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert y[:, :8].count_nonzero() == y[:, 24:].count_nonzero() == 0
+
+
+def test_width_multiplier_rounds_to_eight() -> None:
+    small = models.mobilenet_v2(width=0.35)
+    widths = {m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)}
+    assert all(w % 8 == 0 for w in widths)
+    assert max(widths) == 1280
+    assert _count(models.mobilenet_v1(width=0.25)) < _count(models.mobilenet_v1()) / 10
+
+
+def test_resnet_takes_the_usual_checkpoint_names() -> None:
+    names = set(models.resnet20().state_dict())
+    assert {"conv1.weight", "layer1.0.bn1.weight", "layer3.2.conv2.weight", "linear.bias"} <= names
+    assert not any("shortcut" in name for name in names)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2 with n >= 1, got 21"):
+        models.resnet(21)
+    with pytest.raises(ValueError, match="positive widths or 'pool', got -3"):
+        models.vgg([8, -3])
+    with pytest.raises(ValueError, match=r"name must be one of .*resnet20.*, got 'alexnet'"):
+        models.build("alexnet")
