@@ -60,8 +60,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-import cofire  # noqa: F401  (registers the operators and loads their kernels)
+from cofire import native
 from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
 
 Args = tuple[Any, ...]
@@ -125,12 +126,12 @@ class Case:
                 return a
             if a.is_floating_point():
                 a = a.to(torch.float32 if narrow and name in self.wide else dtype)
-            return LAYOUTS[layout](a)
+            return LAYOUTS[layout](name, a)
 
         return tuple(map(prepare, self.names, args))
 
 
-def _strided(x: Tensor) -> Tensor:
+def _strided(name: str, x: Tensor) -> Tensor:
     """The same values, no dimension dense."""
     if x.dim() == 0:
         return x
@@ -140,22 +141,22 @@ def _strided(x: Tensor) -> Tensor:
     return view
 
 
-def _transposed(x: Tensor) -> Tensor:
+def _transposed(name: str, x: Tensor) -> Tensor:
     """The same values, the last two dimensions stored the other way round."""
     return x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.dim() >= 2 else x
 
 
-def _channels_last(x: Tensor) -> Tensor:
+def _channels_last(name: str, x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def _expanded(x: Tensor) -> Tensor:
-    """Other values: the first row for all, with stride 0, as the gradient of a sum has."""
-    return x[:1].expand_as(x) if x.is_floating_point() and x.dim() and x.shape[0] else x
+def _expanded(name: str, x: Tensor) -> Tensor:
+    """Gradients become ones of stride 0, as a sum hands them back."""
+    return x.new_ones(()).expand(x.shape) if name.startswith("grad") else x
 
 
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x,
+LAYOUTS: dict[str, Callable[[str, Tensor], Tensor]] = {
+    "contiguous": lambda name, x: x,
     "strided": _strided,
     "transposed": _transposed,
     "channels_last": _channels_last,
@@ -326,6 +327,33 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+@contextmanager
+def calls_of_reference(operator: Operator) -> Iterator[list[torch.dtype]]:
+    """Records the calls that a compiled CPU kernel hands over to the reference."""
+    calls: list[torch.dtype] = []
+
+    def reference(*args: Any) -> Any:
+        calls.append(next(a.dtype for a in args if isinstance(a, Tensor)))
+        return operator.reference(*args)
+
+    with torch.library._scoped_library("cofire", "FRAGMENT") as library:
+        library.impl(f"{operator.name}.reference", reference, "CPU")
+        yield calls
+
+
+def check_served(context: Context, provider: Provider, args: Args) -> None:
+    """Where the registry claims a C++ kernel for this dtype, it does the work; elsewhere the reference does."""
+    operator = context.case.operator
+    if isinstance(operator.cpu, str) or native.STATUS.variant is None:
+        return
+    claimed = next(a.dtype for a in args if isinstance(a, Tensor)) in operator.cpu
+    with calls_of_reference(operator) as calls:
+        provider(*args)
+    assert claimed == (not calls), (
+        f"{context}: the registry says {'C++ kernel' if claimed else 'reference'}, but it ran {'reference' if calls else 'C++'}"
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- checks
 
 
@@ -343,9 +371,19 @@ def check_forward(case: Case, provider: Provider, sample: Sample, dtype: torch.d
     if provider.name != "reference":
         check_repeats(context, lambda: provider(*on_device), outputs, "from run to run")
     if provider.name == "cpu":
+        check_served(context, provider, args)
         for count in (1, 2, 3):
             with threads(count):
                 check_repeats(context, lambda: provider(*on_device), outputs, f"with {count} threads")
+
+
+def check_layouts(case: Case, provider: Provider, sample: Sample) -> None:
+    """:func:`check_forward` for every other way to store the arguments."""
+    args = case.make(sample, torch.float32)
+    for layout in list(LAYOUTS)[1:]:
+        stored = case.make(sample, torch.float32, layout)
+        if any(a.stride() != b.stride() for a, b in zip(args, stored) if isinstance(a, Tensor)):
+            check_forward(case, provider, sample, torch.float32, layout)
 
 
 def _leaves(case: Case, args: Args) -> tuple[Args, list[str]]:
@@ -459,6 +497,33 @@ def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend:
                 assert o.stride() == e.stride() and torch.equal(bits(o), bits(e)), f"{context}: result {i} differs from eager"
 
 
+def check_autocast(case: Case, sample: Sample) -> None:
+    """Under autocast the operator does what it does on arguments cast by its own rule."""
+    rule = case.operator.autocast
+    for dtype in (torch.float32, torch.bfloat16):
+        context = Context(case, "autocast", sample.name, dtype)
+        args = case.make(sample, dtype)
+        target = {None: dtype, "lower": torch.bfloat16}.get(rule, rule)
+        cast = case.make(sample, dtype) if rule is None else tuple(
+            a.to(target) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = _tuple(case.operator(*args))
+        check_repeats(context, lambda cast=cast: _tuple(case.operator(*cast)), outputs, "under autocast")
+
+
+def check_counts(case: Case, sample: Sample) -> None:
+    """The FLOP formula is registered with PyTorch's counter, and both formulas give a sensible number."""
+    operator, args = case.operator, case.make(sample, torch.float32)
+    if operator.flops is not None:
+        with FlopCounterMode(display=False) as counter:
+            operator(*args)
+        assert counter.get_total_flops() == operator.flops(*args) > 0
+    if operator.bytes is not None:
+        total = sum(a.numel() * a.element_size() for a in (*args, *_tuple(operator(*args))) if isinstance(a, Tensor))
+        assert 0 < operator.bytes(*args) <= 4 * total
+
+
 # --------------------------------------------------------------------------------------------- what tests use
 
 
@@ -494,38 +559,35 @@ def _param(check: Callable[..., None], *args: Any, id: Sequence[str], marks: Seq
 
 def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype]) -> Iterator[Any]:
     name = case.operator.name
-    differentiable = isinstance(case.operator.backward, Backward)
-    typed = any(isinstance(a, Tensor) and a.is_floating_point() for s in samples for a in s.make(Random(s.name)))
-    types = (*dtypes, torch.float64) if typed else dtypes[:1]
+    # The backward of a backward operator is its reference: gradcheck on the tiny samples is enough for it.
+    differentiable = isinstance(case.operator.backward, Backward) and not name.endswith("_backward")
     for provider in providers(case.operator):
-        slow = provider.name == "triton"
         for i, sample in enumerate(samples):
-            marks = [*provider.marks, *([pytest.mark.full] if sample.full else [])]
-            for dtype in types if typed else types[:1]:
-                if typed and dtype not in provider.dtypes:
-                    continue
-                later = [pytest.mark.full] if slow and i and dtype == torch.float16 else []
-                short = str(dtype).removeprefix("torch.")
-                id = (name, provider.name, sample.name, short)
-                yield _param(check_forward, case, provider, sample, dtype, id=("forward", *id), marks=[*marks, *later])
+            interpreted = provider.name == "triton"
+            for dtype in _dtypes_of(sample, dtypes, provider):
+                later = sample.full or (interpreted and i > 0 and dtype == torch.float16)
+                marks = [*provider.marks, *([pytest.mark.full] if later else [])]
+                id = (name, provider.name, sample.name, str(dtype).removeprefix("torch."))
+                yield _param(check_forward, case, provider, sample, dtype, id=("forward", *id), marks=marks)
                 if differentiable and provider.name in ("cpu", "cuda") and not (sample.kink and dtype.itemsize == 2):
                     yield _param(check_gradient, case, provider, sample, dtype, id=("gradient", *id), marks=marks)
-            for layout in _layouts_of(sample):
-                later = [pytest.mark.full] if slow and i else []
-                id = (name, provider.name, sample.name, layout)
-                args = (case, provider, sample, dtypes[0], layout)
-                yield _param(check_forward, *args, id=("forward", *id), marks=[*marks, *later])
+            if provider.name != "reference":
+                later = sample.full or (interpreted and i > 0)
+                marks = [*provider.marks, *([pytest.mark.full] if later else [])]
+                yield _param(check_layouts, case, provider, sample, id=("layouts", name, provider.name, sample.name), marks=marks)
 
 
-def _layouts_of(sample: Sample) -> list[str]:
-    """The layouts that store any of the sample's tensors in another way."""
-    tensors = [a for a in sample.make(Random(sample.name)) if isinstance(a, Tensor)]
-    return [n for n, layout in LAYOUTS.items() if any(layout(a).stride() != a.stride() for a in tensors)]
+def _dtypes_of(sample: Sample, dtypes: Sequence[torch.dtype], provider: Provider) -> list[torch.dtype]:
+    """Those the provider covers; for a sample without floats there is nothing to vary."""
+    typed = any(isinstance(a, Tensor) and a.is_floating_point() for a in sample.make(Random(sample.name)))
+    return [d for d in (*dtypes, torch.float64) if d in provider.dtypes] if typed else [torch.float32]
 
 
 def _dear(case: Case, tiny: Sequence[Sample]) -> Iterator[Any]:
     name = case.operator.name
     for sample in tiny[:1]:
+        yield _param(check_autocast, case, sample, id=("autocast", name, sample.name))
+        yield _param(check_counts, case, sample, id=("counts", name, sample.name))
         yield _param(check_opcheck, case, sample, id=("opcheck", name, sample.name))
         if isinstance(case.operator.backward, Backward):
             yield _param(check_gradcheck, case, sample, id=("gradcheck", name, sample.name))

@@ -26,3 +26,11 @@ def empty_map(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tens
 def plane_strides(channels: int, pixels: int, channels_last: bool) -> tuple[int, int, int]:
     """Strides of sample, channel and pixel. From the sizes: torch reports arbitrary strides for sizes of one."""
     return (channels * pixels, 1, channels) if channels_last else (channels * pixels, pixels, 1)
+
+
+def output_size(input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]) -> list[int]:
+    """Height and width of a convolution's result."""
+    return [
+        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """cofire: fast kernels for efficient deep learning on PyTorch, and the training methods that stand on them."""
 
-from cofire import ops  # registers the operators
-from cofire import native  # attaches the C++ kernels to them  # isort: skip
+from cofire import native, ops  # the C++ kernels, and the operators that they attach themselves to
 from cofire.info import explain, info
 from cofire.version import __version__
 

@@ -61,9 +61,10 @@ def info() -> dict[str, Any]:
     """The state of this installation, as plain data.
 
     Returns:
-        ``{"version", "operators": [...], "methods": [...], "cpu_variant", "cpu_reason", "cpu_features", "build",
-        "torch", "cuda", "threads", "python", "platform"}``; an operator has ``name, family, kernels {cpu, triton, cuda}, backward, double_backward,
-        differentiable, test, benchmark``. A kernel that is not in use reads ``reference: <why>``.
+        ``version``, ``operators``, ``methods``, ``cpu_variant``, ``cpu_reason``, ``cpu_features``, ``build``, ``torch``, ``cuda``,
+        ``threads``, ``python``, ``platform``. Each operator has ``name``, ``family``, ``kernels`` (``cpu``, ``triton``, ``cuda``),
+        ``backward``, ``double_backward``, ``differentiable``, ``test``, ``benchmark``; a kernel that is not in use reads
+        ``reference: <why>``.
 
     Example:
         >>> sorted(info()["operators"][0]["kernels"])

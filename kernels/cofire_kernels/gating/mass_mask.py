@@ -36,7 +36,7 @@ def mass_mask_forward_kernel(
     if MODE == "uniform":
         keep = (rank < kept) & (ordered > negligible)
     else:
-        total = tl.sum(tl.where(rank == columns - 1, tl.cumsum(ordered, 0), 0.0), 0)
+        total = tl.sum(tl.where(rank == columns - 1, tl.cumsum(ordered, 0), 0.0), 0) + tl.zeros_like(ordered)
         share = tl.div_rn(ordered, tl.where(total > 0, total, 1.0))
         if MODE == "all":
             keep = share > negligible

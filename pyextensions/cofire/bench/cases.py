@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,14 +56,13 @@ def plain(function: Callable[..., Any], **options: Any) -> Provider:
     return Provider(lambda *args: functools.partial(function, *args), **options)
 
 
-def compiled(provider: Provider) -> Provider:
-    """``torch.compile`` of another provider, for these very shapes."""
+def compiled(function: Callable[..., Any], **options: Any) -> Provider:
+    """``torch.compile`` of one function of the operator's arguments, for these very shapes."""
 
     def setup(*args: Any) -> Run:
-        compiled: Run = torch.compile(provider.setup(*args), dynamic=False)
-        return compiled
+        return functools.partial(torch.compile(function, dynamic=False), *args)
 
-    return Provider(setup, provider.arrange, provider.reference, provider.outputs, provider.differentiable)
+    return Provider(setup, **options)
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,9 @@ class Case:
     cold: tuple[int, ...] = ()  #: positions of the weights to rotate through memory; adds the mode ``forward, cold``
     overhead: bool = False  #: adds the mode ``overhead``: the time of one call on the tiny input
     flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
-    family: str = field(default="")
+    compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = None  #: the part of an answer that callers read
+    backward_cost: Callable[..., tuple[int, int]] | None = None  #: bytes and FLOPs of the backward (default: twice the forward)
+    family: str = ""
 
     def __str__(self) -> str:
         return f"{self.op}, {self.name}, {str(self.dtype).removeprefix('torch.')}"
@@ -99,12 +100,15 @@ class Case:
         return found + (["overhead"] if self.overhead else [])
 
     def cost(self, args: Args, mode: str) -> tuple[int, int]:
-        """The fewest bytes and FLOPs that this input needs. With backward: twice the forward's arithmetic again."""
+        """The fewest bytes and FLOPs that this input needs, whoever computes it."""
         operator = OPERATORS[self.op]
         moved = operator.bytes(*args) if operator.bytes is not None else 0
         formula = self.flops or operator.flops
         flops = formula(*args) if formula is not None else 0
-        return (3 * moved, 3 * flops) if mode == "forward+backward" else (moved, flops)
+        if mode != "forward+backward":
+            return moved, flops
+        more = self.backward_cost(*args) if self.backward_cost is not None else (2 * moved, 2 * flops)
+        return moved + more[0], flops + more[1]
 
 
 def families() -> list[str]:
@@ -115,18 +119,12 @@ def families() -> list[str]:
 
 def of_family(family: str) -> list[Case]:
     """All cases of a family."""
-    (name,) = _known("family", [family], families())
+    (name,) = known("family", [family], families())
     module = importlib.import_module(f"cofire.bench.{name}")
-    return [replace_family(case, name) for case in module.CASES]
+    return [replace(case, family=name) for case in module.CASES]
 
 
-def replace_family(case: Case, family: str) -> Case:
-    from dataclasses import replace
-
-    return replace(case, family=family)
-
-
-def _known(kind: str, wanted: Iterable[str], known: Sequence[str]) -> list[str]:
+def known(kind: str, wanted: Iterable[str], known: Sequence[str]) -> list[str]:
     wanted = list(wanted)
     for name in wanted:
         if name not in known:
@@ -140,14 +138,14 @@ def select(
     chosen_families: Sequence[str] | None, quick: bool, ops: Sequence[str] | None, names: Sequence[str] | None
 ) -> list[Case]:
     """The cases asked for. ``names`` are parts of case names; asking for one by name overrides ``quick``."""
-    chosen = _known("family", chosen_families or families(), families())
+    chosen = known("family", chosen_families or families(), families())
     found = [case for family in chosen for case in of_family(family)]
     if ops:
-        _known("operator with a benchmark", ops, sorted({c.op for c in found}))
+        known("operator with a benchmark", ops, sorted({c.op for c in found}))
         found = [c for c in found if c.op in ops]
     if names:
         for name in names:
             if not any(name in str(c) for c in found):
-                _known("case", [name], [str(c) for c in found])
+                known("case", [name], [str(c) for c in found])
         return [c for c in found if any(name in str(c) for name in names)]
     return [c for c in found if c.quick] if quick else found

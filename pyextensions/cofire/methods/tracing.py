@@ -66,6 +66,9 @@ def trace(model: nn.Module) -> GraphModule:
             f"torch.fx cannot trace {name}: its forward depends on self.training (at '{line}'); use modules such as "
             "nn.Dropout instead of functions"
         )
+    for node in graphs[0].nodes:
+        if isinstance(node.type, str):  # an annotation under `from __future__ import annotations`: it could not be pickled
+            node.type = None
     return GraphModule(model, graphs[0], class_name=name)
 
 

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// Linear layer that reads only the weights a gate kept. At small batches the
+// time is the weight's bytes, so what can be skipped follows from its storage:
+// of a row-major weight the rows of outputs that are off, of a column-major one
+// (a transposed view) the columns of inputs that are off.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../gating_plan.h"
+#include "gating_selection.h"
+#include "vec.h"
+
+#define COFIRE_UNROLL _Pragma("GCC unroll 16")
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+struct LinearProblem {
+  Selection in, out;
+  int64_t batch;
+  std::optional<at::Tensor> bias;
+  float low, high;  // the activation is a clamp
+};
+
+// The input as fp32 with zeros where it is off.
+template <typename T>
+std::vector<float> masked_input(const LinearProblem& p, const T* input) {
+  const int64_t size = p.in.channels();
+  std::vector<float> masked(p.batch * size, 0.f);
+  for (int64_t n = 0; n < p.batch; ++n) {
+    for (int64_t j = 0; j < p.in.count(n); ++j) {
+      const int64_t i = n * size + p.in.channel(n, j);
+      masked[i] = static_cast<float>(input[i]);
+    }
+  }
+  return masked;
+}
+
+// Dot products of one input row with `Rows` weight rows: that many streams from
+// memory at a time, two sums each.
+template <typename T, int Rows>
+void dot_rows(const float* x, const T* const* weight, int64_t size, float* sums) {
+  Vec acc[Rows][2];
+  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = Vec(0.f);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+    COFIRE_UNROLL for (int v = 0; v < 2; ++v) {
+      const Vec in = Vec::loadu(x + i + v * kLanes);
+      COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+        acc[r][v] = at::vec::fmadd(in, load_f32(weight[r] + i + v * kLanes), acc[r][v]);
+      }
+    }
+  }
+  for (; i < size; i += kLanes) {
+    const int64_t n = std::min(kLanes, size - i);
+    const Vec in = Vec::loadu(x + i, n);
+    COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+      acc[r][0] = at::vec::fmadd(in, load_f32(weight[r] + i, n), acc[r][0]);
+    }
+  }
+  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
+    sums[r] = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; },
+                                             acc[r][0] + acc[r][1]);
+  }
+}
+
+constexpr int kStreams = 4;
+
+// Row-major weights. A task is a block of output features, in which all samples
+// find their active rows, so that a block comes from memory once.
+template <typename T>
+void run_rows(const LinearProblem& p, const float* x, const T* weight, int64_t stride,
+              const float* bias, T* y) {
+  constexpr int64_t kBlock = 32;
+  const int64_t in = p.in.channels(), out = p.out.channels();
+  const int64_t blocks = (out + kBlock - 1) / kBlock;
+  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    // The next slot of every sample: slots ascend with the blocks.
+    std::vector<int64_t> next(p.batch);
+    for (int64_t n = 0; n < p.batch; ++n) next[n] = p.out.first_slot(n, begin * kBlock);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t last = std::min(out, (block + 1) * kBlock);
+      for (int64_t n = 0; n < p.batch; ++n) {
+        T* const to = y + n * out;
+        std::fill(to + block * kBlock, to + last, T(0.f));
+        int64_t& slot = next[n];
+        while (slot < p.out.count(n) && p.out.channel(n, slot) < last) {
+          // Missing rows of the last tile repeat its first one.
+          int64_t feature[kStreams];
+          const T* row[kStreams];
+          int64_t rows = 0;
+          for (; rows < kStreams && slot < p.out.count(n) && p.out.channel(n, slot) < last;
+               ++rows, ++slot) {
+            feature[rows] = p.out.channel(n, slot);
+            row[rows] = weight + feature[rows] * stride;
+          }
+          float sums[kStreams];
+          if (rows == kStreams) {
+            dot_rows<T, kStreams>(x + n * in, row, in, sums);
+          } else {
+            for (int64_t r = 0; r < rows; ++r) dot_rows<T, 1>(x + n * in, row + r, in, sums + r);
+          }
+          for (int64_t r = 0; r < rows; ++r) {
+            const float v = sums[r] + (bias ? bias[feature[r]] : 0.f);
+            to[feature[r]] = static_cast<T>(v < p.low ? p.low : v > p.high ? p.high : v);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Column-major weights. A task is a strip of output features; the active columns
+// are added to it a few at a time, in blocks of inputs that all samples share.
+template <typename T>
+void run_columns(const LinearProblem& p, const float* x, const T* weight, int64_t stride,
+                 const float* bias, T* y) {
+  constexpr int64_t kStrip = 512, kBlock = 128;
+  const int64_t in = p.in.channels(), out = p.out.channels();
+  const int64_t strips = (out + kStrip - 1) / kStrip;
+  at::parallel_for(0, strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(p.batch * kStrip);
+    std::vector<int64_t> next(p.batch);
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kStrip, width = std::min(kStrip, out - first);
+      std::fill(sums.begin(), sums.end(), 0.f);
+      std::fill(next.begin(), next.end(), 0);
+      for (int64_t block = 0; block < in; block += kBlock) {
+        for (int64_t n = 0; n < p.batch; ++n) {
+          float* const acc = sums.data() + n * kStrip;
+          int64_t& slot = next[n];
+          while (slot < p.in.count(n) && p.in.channel(n, slot) < block + kBlock) {
+            // Missing columns of the last few repeat the first, times zero.
+            Vec scale[kStreams];
+            const T* column[kStreams];
+            for (int c = 0; c < kStreams; ++c) {
+              const bool found = slot < p.in.count(n) && p.in.channel(n, slot) < block + kBlock;
+              if (found) {
+                const int64_t i = p.in.channel(n, slot++);
+                scale[c] = Vec(x[n * in + i]);
+                column[c] = weight + i * stride + first;
+              } else {
+                scale[c] = Vec(0.f);
+                column[c] = column[0];
+              }
+            }
+            for (int64_t o = 0; o < width; o += kLanes) {
+              const int64_t lanes = std::min(kLanes, width - o);
+              Vec v = Vec::loadu(acc + o);
+              COFIRE_UNROLL for (int c = 0; c < kStreams; ++c) {
+                v = at::vec::fmadd(scale[c], load_f32(column[c] + o, lanes), v);
+              }
+              v.store(acc + o);
+            }
+          }
+        }
+      }
+      for (int64_t n = 0; n < p.batch; ++n) {
+        T* const to = y + n * out;
+        std::fill_n(to + first, width, T(0.f));
+        for (int64_t slot = p.out.first_slot(n, first);
+             slot < p.out.count(n) && p.out.channel(n, slot) < first + width; ++slot) {
+          const int64_t o = p.out.channel(n, slot);
+          const float v = sums[n * kStrip + o - first] + (bias ? bias[o] : 0.f);
+          to[o] = static_cast<T>(v < p.low ? p.low : v > p.high ? p.high : v);
+        }
+      }
+    }
+  });
+}
+
+// The library's product on the masked input, then activation and mask.
+template <typename T>
+at::Tensor dense_linear(const LinearProblem& p, const at::Tensor& input, const at::Tensor& weight) {
+  const int64_t in = p.in.channels(), out = p.out.channels();
+  at::Tensor x = input;
+  if (p.in.total() < p.batch * in) {
+    x = at::zeros(input.sizes(), input.options());
+    const T* from = input.const_data_ptr<T>();
+    T* to = x.mutable_data_ptr<T>();
+    for (int64_t n = 0; n < p.batch; ++n) {
+      for (int64_t j = 0; j < p.in.count(n); ++j) {
+        const int64_t i = n * in + p.in.channel(n, j);
+        to[i] = from[i];
+      }
+    }
+  }
+  const at::Tensor y = at::linear(x, weight, p.bias);
+  const std::vector<int32_t> slots = p.out.slots();
+  T* const data = y.mutable_data_ptr<T>();
+  at::parallel_for(0, p.batch, std::max<int64_t>(1, 32768 / std::max<int64_t>(1, out)),
+                   [&](int64_t begin, int64_t end) {
+                     for (int64_t i = begin * out; i < end * out; ++i) {
+                       const float v = static_cast<float>(data[i]);
+                       const float clamped = v < p.low ? p.low : v > p.high ? p.high : v;
+                       data[i] = static_cast<T>(slots[i] < 0 ? 0.f : clamped);
+                     }
+                   });
+  return y;
+}
+
+template <typename T>
+at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor& any_weight) {
+  const bool columns = any_weight.stride(0) == 1 && any_weight.stride(1) != 1;
+  const at::Tensor weight =
+      columns || any_weight.stride(1) == 1 ? any_weight : any_weight.contiguous();
+  if (!prefer_gated_linear(p.batch, columns ? p.in.most() : p.out.most(), 0)) {
+    return dense_linear<T>(p, input, weight);
+  }
+  const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
+  const float* const bias = p.bias ? wide_bias.const_data_ptr<float>() : nullptr;
+  const at::Tensor y = at::empty({p.batch, p.out.channels()}, input.options());
+  const std::vector<float> x = masked_input(p, input.const_data_ptr<T>());
+  const T* const w = weight.const_data_ptr<T>();
+  T* const to = y.mutable_data_ptr<T>();
+  if (columns) {
+    run_columns(p, x.data(), w, weight.stride(1), bias, to);
+  } else {
+    run_rows(p, x.data(), w, weight.stride(0), bias, to);
+  }
+  return y;
+}
+
+}  // namespace
+
+at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
+                        const std::optional<at::Tensor>& bias, const at::Tensor& in_index,
+                        const at::Tensor& in_count, const at::Tensor& out_index,
+                        const at::Tensor& out_count, c10::string_view activation) {
+  const auto type = input.scalar_type();
+  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) {
+    return reference("cofire::gated_linear", &gated_linear, input, weight, bias, in_index, in_count,
+                     out_index, out_count, activation);
+  }
+  TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) &&
+                  weight.scalar_type() == type,
+              "input, weight: expected [batch, in_features] and [out_features, in_features] of one "
+              "type, got ", type, " ", input.sizes(), " and ", weight.scalar_type(), " ",
+              weight.sizes());
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0),
+              " values, got ", bias ? bias->numel() : 0);
+  const auto [low, high] = activation_range(activation);
+  const LinearProblem problem{Selection("in", in_index, in_count, input.size(0), weight.size(1)),
+                              Selection("out", out_index, out_count, input.size(0), weight.size(0)),
+                              input.size(0), bias, low, high};
+  const at::Tensor x = input.contiguous();
+  switch (type) {
+    case at::kFloat:
+      return run<float>(problem, x, weight);
+    case at::kBFloat16:
+      return run<c10::BFloat16>(problem, x, weight);
+    default:
+      return run<c10::Half>(problem, x, weight);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
+
+TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("gated_linear", &cofire::gated_linear); }

@@ -1,0 +1,512 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measuring: every provider of a case is checked on that very input, then all are timed in turn, in one process.
+
+How a number comes about:
+
+* A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number.
+* Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run). A row's time is the
+  median over rounds; its speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes
+  nothing about their distribution (:func:`median_interval`).
+* Calls shorter than 100 us are repeated within one reading. Forward runs under ``torch.inference_mode``.
+* A fixed multiplication is timed around every case; where it slowed down by 15 %, or a row's own readings spread by half,
+  the row is marked noisy.
+* ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense provider
+  are effective ones. ``peak_bytes`` is what a call allocates through torch at its highest point, outputs included.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import itertools
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cofire.bench import ceilings as roofs
+from cofire.bench.cases import Args, Case, Provider, Random, Run, known, plain, select
+from cofire.bench.results import Results, Row, environment, results_path
+from cofire.registry import OPERATORS
+
+READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
+NOISE = 1.15  #: slow-down of the probe that makes a row noisy
+SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
+
+
+class Effort:
+    """How long to measure: full, or quick."""
+
+    def __init__(self, quick: bool) -> None:
+        self.least_rounds = 7 if quick else 30
+        self.most_rounds = 30 if quick else 100
+        self.case_seconds = 0.5 if quick else 1.5
+        self.ceiling_seconds = 0.03 if quick else 0.15
+
+
+# ---------------------------------------------------------------------------------------------- correctness
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    return tuple(output) if isinstance(output, tuple | list) else (output,)
+
+
+def _in_fp64(args: Args) -> Args:
+    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+
+
+def disagreement(got: Any, exact: Any, same_dtype: Any, dtype: torch.dtype, gradients: int = 0) -> str | None:
+    """Why an answer is wrong, or None. Floats: ``max|o - r| <= 2 max|t - r| + eps(dtype) max|r|``; others: equal.
+
+    Args:
+        got: what the provider returned, o.
+        exact: the reference in fp64, r.
+        same_dtype: the reference in the input's dtype, t: what plain torch loses to rounding.
+        dtype: the input's. An fp32 by-product of a bf16 computation may be as wrong as bf16 is.
+        gradients: how many of the last outputs are gradients; they may lose 3 times what t loses.
+    """
+    got, exact, same_dtype = _tensors(got), _tensors(exact), _tensors(same_dtype)
+    if len(got) != len(exact):
+        return f"returned {len(got)} outputs, expected {len(exact)}"
+    for i, (o, r, t) in enumerate(zip(got, exact, same_dtype)):
+        if o.shape != r.shape:
+            return f"output {i} has shape {list(o.shape)}, expected {list(r.shape)}"
+        if not r.is_floating_point():
+            if not torch.equal(o.to(r.dtype), r):
+                return f"output {i} differs in {int((o.to(r.dtype) != r).sum())} entries"
+            continue
+        if not r.numel():
+            continue
+        factor = 3 if i >= len(exact) - gradients else 2
+        eps = max(torch.finfo(d).eps for d in (t.dtype, dtype) if d.is_floating_point)
+        allowed = factor * (t.double() - r).abs().max() + eps * r.abs().max()
+        error = (o.double() - r).abs().max()
+        if not error <= allowed:  # a NaN is an error too
+            return f"output {i} is off by {error:.3g}, allowed {allowed:.3g}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------ statistics
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Median and its confidence interval by order statistics: exact for any distribution, from the binomial law.
+
+    With too few values for the confidence asked (fewer than 6 for 95 %) the interval is the whole range.
+    """
+    ordered, n = sorted(values), len(values)
+    below, rank = 0.0, 0
+    while rank < n // 2:  # the largest rank whose tail, on each side, stays below half of what may be lost
+        below += math.comb(n, rank) / 2**n
+        if below > (1 - confidence) / 2:
+            break
+        rank += 1
+    low = max(rank - 1, 0)
+    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+# ---------------------------------------------------------------------------------------------------- timing
+
+
+def read_ms(run: Run, repeats: int, device: str) -> float:
+    """One reading: milliseconds per call. CUDA: by events on the current stream."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / repeats
+    begin = time.perf_counter_ns()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter_ns() - begin) / repeats / 1e6
+
+
+def _warm_up(run: Run, device: str) -> float:
+    """Milliseconds of a warm call."""
+    for _ in range(2):
+        run()
+    return min(read_ms(run, 1, device) for _ in range(2))
+
+
+def read_in_turns(
+    runs: Mapping[str, Run], device: str, seconds: float, least: int, most: int
+) -> dict[str, list[float]]:
+    """Readings in ms of each run, one per round, in as many rounds as fit."""
+    expected = {name: _warm_up(run, device) for name, run in runs.items()}
+    repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
+    round_ms = sum(expected[name] * repeats[name] for name in runs)
+    rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
+    readings: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(rounds):
+            shift = i % len(names)
+            for name in names[shift:] + names[:shift]:
+                readings[name].append(read_ms(runs[name], repeats[name], device))
+    finally:
+        gc.enable()
+    return readings
+
+
+def peak_bytes(run: Run, device: str) -> int:
+    """The most bytes of torch's allocator in use during a call, above what was in use before it."""
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop on stderr
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        output = run()
+    del output
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+class Probe:
+    """A fixed piece of work, timed again and again: if it slows down, something else is using the machine."""
+
+    def __init__(self, device: str) -> None:
+        n = 512 if device == "cpu" else 4096
+        self.a, self.b, self.device = torch.rand(n, n, device=device), torch.rand(n, n, device=device), device
+        self.read()
+
+    def read(self) -> float:
+        return statistics.median(read_ms(lambda: self.a @ self.b, 1, self.device) for _ in range(7))
+
+
+# ----------------------------------------------------------------------------------------------------- cases
+
+
+def _leaves(args: Args, positions: Sequence[int]) -> Args:
+    return tuple(a.detach().clone().requires_grad_() if i in positions else a for i, a in enumerate(args))
+
+
+def _with_backward(run: Run, leaves: list[Tensor]) -> Run:
+    """Forward, then the gradients of the first output by the leaves."""
+    seeds: list[Tensor] = []
+
+    def call() -> tuple[Tensor, ...]:
+        output = _tensors(run())
+        if not seeds:
+            random = torch.randn(output[0].shape, generator=torch.Generator().manual_seed(0))
+            seeds.append(torch.empty_like(output[0], requires_grad=False).copy_(random))
+        return (*output, *torch.autograd.grad(output[0], leaves, seeds[0]))
+
+    return call
+
+
+def prepare(provider: Provider, case: Case, args: Args, mode: str) -> Run:
+    """The call to time, for one provider in one mode."""
+    if provider.arrange is not None:
+        args = provider.arrange(*args)
+    if mode != "forward+backward":
+        return provider.setup(*args)
+    args = _leaves(args, case.gradients)
+    return _with_backward(provider.setup(*args), [args[i] for i in case.gradients])
+
+
+def _mode(mode: str) -> AbstractContextManager[Any]:
+    return nullcontext() if mode == "forward+backward" else torch.inference_mode()
+
+
+class Input:
+    """A case's arguments on a device, and the answers that its providers are checked with."""
+
+    def __init__(self, case: Case, device: str, tiny: bool = False) -> None:
+        make = case.tiny if tiny else case.make_args
+        made = make(Random(str(case)))
+        self.case, self.device = case, device
+        self.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in made)
+        self._answers: dict[Any, tuple[Any, Any]] = {}
+
+    def _answer(self, reference: Callable[..., Any], mode: str) -> tuple[Any, Any]:
+        """The reference in fp64 and in the input's dtype."""
+        key = (reference, mode == "forward+backward")
+        if key not in self._answers:
+            with _mode(mode):
+                exact, same = (
+                    prepare(plain(reference), self.case, args, mode)() for args in (_in_fp64(self.args), self.args)
+                )
+            self._answers[key] = exact, same
+        return self._answers[key]
+
+    def check(self, provider: Provider, mode: str) -> str | None:
+        """Why the provider's answer on this input is wrong, or None; also what it raises, as a sentence."""
+        exact, same = (
+            _tensors(a) for a in self._answer(provider.reference or OPERATORS[self.case.op].reference, mode)
+        )
+        gradients = len(self.case.gradients) if mode == "forward+backward" else 0
+        if provider.outputs is not None:
+            extra = len(exact) - gradients - provider.outputs
+            exact, same = ((*a[: provider.outputs], *a[provider.outputs + extra :]) for a in (exact, same))
+        try:
+            with _mode(mode):
+                got = prepare(provider, self.case, self.args, mode)()
+        except Exception as error:  # a peer that cannot run here is reported, and the others go on
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        got = _tensors(got)
+        if self.case.compared is not None:
+            got, exact, same = (self.case.compared(a, self.args) for a in (got, exact, same))
+        return disagreement(got, exact, same, self.case.dtype, gradients)
+
+    def runs(self, provider: Provider, mode: str) -> Run:
+        """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time."""
+        if mode != "forward, cold":
+            return prepare(provider, self.case, self.args, mode)
+        weights = [self.args[i] for i in self.case.cold]
+        size = sum(w.numel() * w.element_size() for w in weights)
+        copies = math.ceil(cold_bytes(self.device) / size)
+        calls = []
+        for _ in range(copies):
+            args = [a.clone() if i in self.case.cold else a for i, a in enumerate(self.args)]
+            calls.append(prepare(provider, self.case, tuple(args), mode))
+        turn = itertools.cycle(calls)
+        return lambda: next(turn)()
+
+
+@functools.cache
+def cold_bytes(device: str) -> int:
+    """How much memory to rotate through so that the weights are in no cache."""
+    if device == "cuda":
+        return 4 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+    largest = 0
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        largest = max(largest, int(path.read_text().strip().rstrip("K")) << 10)
+    return max(128 << 20, largest + largest // 4)
+
+
+def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, dict[str, Provider]]:
+    """The providers of a case that can run here, each as ``{variant: provider}``; always with ``cofire``."""
+    every = {"cofire": plain(OPERATORS[case.op]), **case.providers}
+    found: dict[str, dict[str, Provider]] = {}
+    for name, entry in every.items():
+        if wanted and name not in (*wanted, "dense"):
+            continue
+        variants = {"": entry} if isinstance(entry, Provider) else dict(entry)
+        variants = {
+            v: p
+            for v, p in variants.items()
+            if device in p.devices and (p.differentiable or mode != "forward+backward")
+        }
+        if variants and not (name == "compile" and mode in ("forward, cold", "overhead")):
+            found[name] = variants
+    return found
+
+
+def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int]) -> Row:
+    dtype = str(case.dtype).removeprefix("torch.")
+    return {
+        "family": case.family,
+        "op": case.op,
+        "case": case.name,
+        "dtype": dtype,
+        "device": device,
+        "mode": mode,
+        "provider": provider,
+        "median_ms": None,
+        "p20_ms": None,
+        "p80_ms": None,
+        "bytes": cost[0],
+        "flops": cost[1],
+        "peak_bytes": None,
+        "correct": False,
+        "noisy": False,
+    }
+
+
+def _pick(
+    variants: Mapping[str, Provider], input: Input, mode: str
+) -> tuple[str | None, dict[str, float], dict[str, str]]:
+    """The fastest correct variant, the times of all in ms, and why the others have none."""
+    wrong = {v: reason for v, p in variants.items() if (reason := input.check(p, mode)) is not None}
+    right = {v: p for v, p in variants.items() if v not in wrong}
+    if len(right) < 2:
+        return next(iter(right), None), {}, wrong
+    with _mode(mode):
+        hot = "forward" if mode == "forward, cold" else mode  # a layout's rank does not depend on where the weights are
+        readings = read_in_turns({v: input.runs(p, hot) for v, p in right.items()}, input.device, 0.1, 5, 15)
+    times = {v: statistics.median(r) for v, r in readings.items()}
+    return min(times, key=lambda v: times[v]), times, wrong
+
+
+def measure(
+    case: Case, mode: str, device: str, effort: Effort, table: dict[str, Any], wanted: Sequence[str] | None = None
+) -> list[Row]:
+    """All rows of one case in one mode."""
+    input = Input(case, device, tiny=mode == "overhead")
+    cost = case.cost(input.args, mode)
+    rows: dict[str, Row] = {}
+    chosen: dict[str, Provider] = {}
+    torch._dynamo.reset()  # compiled code of earlier cases would count against the limit for recompiling
+    for name, variants in candidates(case, device, mode, wanted).items():
+        rows[name] = row = _row(case, device, mode, name, cost)
+        best, times, wrong = _pick(variants, input, mode)
+        if times:
+            row["variants_ms"] = times
+        if wrong:
+            row["note"] = "; ".join(f"{v}: {reason}" if v else reason for v, reason in wrong.items())
+        if best is not None:
+            row["correct"], chosen[name] = True, variants[best]
+            if best:
+                row["variant"] = best
+    with _mode(mode):
+        runs = {name: input.runs(p, mode) for name, p in chosen.items()}
+        readings = read_in_turns(runs, device, effort.case_seconds, effort.least_rounds, effort.most_rounds)
+        for name, run in runs.items():
+            _fill(rows[name], readings[name], readings.get("dense"), table)
+            rows[name]["peak_bytes"] = peak_bytes(run, device)
+    return list(rows.values())
+
+
+def _fill(row: Row, readings: list[float], dense: list[float] | None, table: dict[str, Any]) -> None:
+    """Everything that follows from the readings."""
+    median = statistics.median(readings)
+    row.update(median_ms=median, p20_ms=percentile(readings, 0.2), p80_ms=percentile(readings, 0.8), rounds=len(readings))
+    if dense is not None and row["provider"] != "dense":
+        ratios = [d / r for d, r in zip(dense, readings)]
+        row["speedup"], row["speedup_low"], row["speedup_high"] = median_interval(ratios)
+    row["gbs"], row["gflops"] = row["bytes"] / median / 1e6, row["flops"] / median / 1e6
+    if row["mode"] != "overhead":
+        shortest = roofs.shortest_ms(table, row["bytes"], row["flops"], row["dtype"], row["mode"] == "forward, cold")
+        row["percent_of_ceiling"] = 100 * shortest / median
+
+
+def mark_noise(rows: Sequence[Row], best_probe_ms: float) -> None:
+    """Mark the rows that were taken while the probe was slow, or whose own readings spread."""
+    for row in rows:
+        spread = row["median_ms"] is not None and row["p80_ms"] > SPREAD * row["p20_ms"]
+        row["noisy"] = bool(spread or row["probe_ms"] > NOISE * best_probe_ms)
+
+
+def run(
+    families: Sequence[str] | None = None,
+    quick: bool = False,
+    ops: Sequence[str] | None = None,
+    cases: Sequence[str] | None = None,
+    device: str = "cpu",
+    providers: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    progress: bool = True,
+) -> Results:
+    """Run the benchmark suite and write a results file.
+
+    The file is written after every case, so that an interrupted run leaves what it has. Rows that are already there and were
+    measured in the same environment (device, versions, commit, threads) stay; in another environment the file is begun anew.
+
+    Args:
+        families: names of families; default all.
+        quick: a small subset with fewer rounds and without ``torch.compile``, about a minute.
+        ops, cases: only these operators, only cases whose name contains one of these. Cases asked for by name run even if
+            they are not in the quick subset.
+        device: ``"cpu"`` or ``"cuda"``.
+        providers: only these (``"dense"`` runs always: the ratios need it).
+        out: the results file; default :func:`cofire.bench.results_path`.
+        progress: show a bar.
+
+    Returns:
+        The results, with the rows of the file.
+
+    Raises:
+        ValueError: an unknown family, operator, case or provider; near matches are listed.
+
+    Example:
+        >>> results = run(["selection"], quick=True, out="/tmp/selection.json", progress=False)  # doctest: +SKIP
+        >>> results.rows[0]["provider"]  # doctest: +SKIP
+        'cofire'
+    """
+    chosen = select(families, quick, ops, cases)
+    _check_request(device, providers, chosen)
+    if quick and not providers:
+        providers = [name for name in _provider_names(chosen) if name != "compile"]
+    path = Path(out) if out is not None else results_path(device, quick)
+    effort = Effort(quick)
+    table = roofs.measure(device, effort.ceiling_seconds)
+    results = _begin(path, environment(device, quick), table)
+    probe = Probe(device)
+    fresh: list[Row] = []
+    best = before = probe.read()
+    with _progress(progress, sum(len(c.modes) for c in chosen)) as advance:
+        for case, mode in ((c, m) for c in chosen for m in c.modes):
+            advance(f"{case}, {mode}")
+            rows = measure(case, mode, device, effort, table, providers)
+            after = probe.read()
+            for row in rows:
+                row["probe_ms"] = max(before, after)
+            best, before = min(best, after), after
+            fresh += rows
+            mark_noise(fresh, best)
+            results.add(rows)
+            results.save(path)
+    return results
+
+
+def _check_request(device: str, providers: Sequence[str] | None, cases: Sequence[Case]) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench: device cuda needs an NVIDIA GPU that torch can see, and there is none")
+    known("provider", providers or (), _provider_names(cases))
+
+
+def _provider_names(cases: Sequence[Case]) -> list[str]:
+    return list(dict.fromkeys(["cofire", "dense", *(name for c in cases for name in c.providers)]))
+
+
+def _begin(path: Path, here: dict[str, Any], table: dict[str, Any]) -> Results:
+    """What the file holds already, if it was measured in this environment."""
+    if path.exists():
+        earlier = Results.load(path)
+        if earlier.same_environment(here):
+            return Results(here, table, earlier.rows)
+    return Results(here, table)
+
+
+class _progress:  # noqa: N801  (used like a function)
+    """A bar, or nothing; gives the function that announces the next step."""
+
+    def __init__(self, show: bool, steps: int) -> None:
+        self.show, self.steps = show, steps
+
+    def __enter__(self) -> Callable[[str], None]:
+        if not self.show:
+            return lambda text: None
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+        self.bar = Progress(*columns)
+        self.bar.start()
+        task = self.bar.add_task("", total=self.steps)
+        done = itertools.count()
+        return lambda text: self.bar.update(task, completed=next(done), description=text)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.show:
+            self.bar.stop()

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``cofire tune``: find the best kernel configurations for this device."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+
+def tune(device: str = "cuda") -> str:
+    """Time the shipped tile candidates on this GPU and keep the best where the launchers look for them.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``.
+
+    Returns:
+        What was done, in a sentence.
+
+    Raises:
+        ValueError: another device, or ``"cuda"`` without a GPU.
+    """
+    if device == "cpu":
+        return "cofire tune: nothing to do on a CPU; its dispatch tables were measured beforehand and are shipped."
+    if device != "cuda":
+        raise ValueError(f"tune: device must be cpu or cuda, got {device!r}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune: device cuda needs an NVIDIA GPU that torch can see, and there is none")
+    path = importlib.import_module("cofire_kernels.configs").tune()
+    return f"cofire tune: wrote {path}"
