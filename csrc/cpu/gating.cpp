@@ -475,18 +475,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gate_head(
 
 namespace {
 
-// grad <- a (grad - <a, grad>), where a is the softmax.
+// grad <- a (grad - <a, grad>), where a is the softmax. A confident softmax cancels almost all of
+// the difference, so both terms are taken about the gradient of its largest entry.
 template <typename T>
 void softmax_backward_row(const float* a, int64_t size, T* grad) {
+  const Vec pivot(static_cast<float>(grad[std::max_element(a, a + size) - a]));
   Vec sum(0.0f);
   for (int64_t i = 0; i < size; i += kLanes) {
     const int64_t count = std::min(kLanes, size - i);
-    sum = at::vec::fmadd(Vec::loadu(a + i, count), load_f32(grad + i, count), sum);
+    sum = at::vec::fmadd(Vec::loadu(a + i, count), load_f32(grad + i, count) - pivot, sum);
   }
   const Vec dot(reduce_add(sum));
   for (int64_t i = 0; i < size; i += kLanes) {
     const int64_t count = std::min(kLanes, size - i);
-    store_f32(grad + i, Vec::loadu(a + i, count) * (load_f32(grad + i, count) - dot), count);
+    const Vec difference = load_f32(grad + i, count) - pivot - dot;
+    store_f32(grad + i, Vec::loadu(a + i, count) * difference, count);
   }
 }
 

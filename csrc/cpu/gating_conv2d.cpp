@@ -167,38 +167,32 @@ void pack_channel(const T* plane, float* slot, const ConvShape& s, const PanelLa
   }
 }
 
-// The steps of one tile of output channels: what the micro-kernel multiplies.
-struct Steps {
-  const float* panel;
-  const int32_t* panel_offset;
-  std::array<const float*, kRows> weight;
-  const int32_t* weight_offset;
-  int64_t count;
+// One multiplication per position: where its input is in the panel, and where its
+// weight is in every weight row.
+struct Step {
+  int32_t panel, weight;
 };
 
-// Sums of kVecs vectors of positions, from `first` on, for `Rows` output channels.
-// Every output is one chain of fused multiply-adds in the order of the steps.
+// Sums of `Vecs` vectors of positions for `Rows` output channels. Every output is
+// one chain of fused multiply-adds in the order of the steps.
 template <int Rows, int Vecs>
-void micro_kernel(const Steps& steps, int64_t first, float* sums) {
+void micro_kernel(const Step* step, const Step* end, const float* panel,
+                  const float* const* weight, float* sums) {
   Vec acc[Rows][Vecs];
-  const float* weight[Rows];
+  const float* row[Rows];
   COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
-    weight[r] = steps.weight[r];
+    row[r] = weight[r];
     COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) acc[r][v] = Vec(0.f);
   }
-  const float* const panel = steps.panel + first;
-  const int32_t* const panel_offset = steps.panel_offset;
-  const int32_t* const weight_offset = steps.weight_offset;
-  const int64_t count = steps.count;
-  // One flat loop with two offset lists runs at the FMA limit (172 of 173 GF/s a
+  // One flat loop over a list of offsets runs at the FMA limit (172 of 173 GF/s a
   // core); nested loops over channels and taps reached 150.
-  for (int64_t i = 0; i < count; ++i) {
-    const float* const x = panel + panel_offset[i];
-    const int64_t k = weight_offset[i];
+  for (; step != end; ++step) {
+    const float* const x = panel + step->panel;
+    const int64_t k = step->weight;
     Vec in[Vecs];
     COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) in[v] = Vec::loadu(x + v * kLanes);
     COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
-      const Vec w(weight[r][k]);
+      const Vec w(row[r][k]);
       COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) {
         acc[r][v] = at::vec::fmadd(w, in[v], acc[r][v]);
       }
@@ -213,18 +207,15 @@ void micro_kernel(const Steps& steps, int64_t first, float* sums) {
 
 // A weight row as the micro-kernel wants it: fp32 as it lies, other types widened
 // into `scratch` at the same offsets, and only where a step reads.
-const float* fp32_row(const float* row, const Steps&, float*) { return row; }
+const float* fp32_row(const float* row, const Step*, const Step*, float*) { return row; }
 
 template <typename T>
-const float* fp32_row(const T* row, const Steps& steps, float* scratch) {
-  for (int64_t i = 0; i < steps.count; ++i) {
-    const int64_t k = steps.weight_offset[i];
-    scratch[k] = static_cast<float>(row[k]);
-  }
+const float* fp32_row(const T* row, const Step* step, const Step* end, float* scratch) {
+  for (; step != end; ++step) scratch[step->weight] = static_cast<float>(row[step->weight]);
   return scratch;
 }
 
-using MicroKernel = void (*)(const Steps&, int64_t, float*);
+using MicroKernel = void (*)(const Step*, const Step*, const float*, const float* const*, float*);
 
 template <size_t... I>
 constexpr auto micro_kernels(std::index_sequence<I...>) {
@@ -232,17 +223,20 @@ constexpr auto micro_kernels(std::index_sequence<I...>) {
       &micro_kernel<static_cast<int>(I) / kVecs + 1, static_cast<int>(I) % kVecs + 1>...};
 }
 
-// Where the sums of one output channel go: y = clamp(sum + bias [+ residual]).
+// A tile of output channels: the weight row of each, and where its sums go, as
+// y = clamp(sum + bias [+ residual]).
 template <typename T>
-struct Row {
-  T* output;
-  const T* residual;
-  float bias;
+struct Tile {
+  int64_t rows;
+  std::array<const float*, kRows> weight;
+  std::array<T*, kRows> output;
+  std::array<const T*, kRows> residual;  // null: none
+  std::array<float, kRows> bias;
 };
 
 // All positions of a tile, in runs of at most kVecs vectors and of even length.
 template <typename T>
-void run_tile(const Steps& steps, const std::array<Row<T>, kRows>& rows, int64_t count,
+void run_tile(const Tile<T>& tile, const Step* step, const Step* end, const float* panel,
               int64_t positions, float low, float high) {
   static constexpr auto kKernels = micro_kernels(std::make_index_sequence<kRows * kVecs>{});
   alignas(64) float sums[kRows * kVecs * kLanes];
@@ -250,14 +244,14 @@ void run_tile(const Steps& steps, const std::array<Row<T>, kRows>& rows, int64_t
   const int64_t runs = (vectors + kVecs - 1) / kVecs;
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = vectors * i / runs, length = vectors * (i + 1) / runs - first;
-    kKernels[(count - 1) * kVecs + length - 1](steps, first * kLanes, sums);
-    for (int64_t r = 0; r < count; ++r) {
-      const Row<T>& row = rows[r];
+    kKernels[(tile.rows - 1) * kVecs + length - 1](step, end, panel + first * kLanes,
+                                                   tile.weight.data(), sums);
+    for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t v = 0; v < length; ++v) {
         const int64_t at = (first + v) * kLanes, n = std::min(kLanes, positions - at);
-        Vec y = Vec::loadu(sums + (r * kVecs + v) * kLanes) + Vec(row.bias);
-        if (row.residual != nullptr) y = y + load_f32(row.residual + at, n);
-        store_f32(row.output + at, at::vec::clamp(y, Vec(low), Vec(high)), n);
+        Vec y = Vec::loadu(sums + (r * kVecs + v) * kLanes) + Vec(tile.bias[r]);
+        if (tile.residual[r] != nullptr) y = y + load_f32(tile.residual[r] + at, n);
+        store_f32(tile.output[r] + at, at::vec::clamp(y, Vec(low), Vec(high)), n);
       }
     }
   }
@@ -340,16 +334,9 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   const at::Tensor workspace = at::empty({group * panel_floats}, at::kFloat);
   float* const packed = workspace.mutable_data_ptr<float>();
 
-  // The steps of a sample: offsets into its panel and into a weight row.
   const int64_t in_per_group = s.in_channels / s.groups;
-  std::vector<int32_t> panel_offset(most_inputs * taps);
-  for (int64_t j = 0; j < most_inputs; ++j) {
-    for (int64_t t = 0; t < taps; ++t) {
-      panel_offset[j * taps + t] = static_cast<int32_t>(j * layout.channel + layout.taps[t]);
-    }
-  }
-  const int64_t row_extent = weight.numel() / s.out_channels;
-  std::vector<int32_t> weight_offset(group * most_inputs * taps);
+  const int64_t row_extent = weight.numel() / std::max<int64_t>(1, s.out_channels);
+  std::vector<Step> steps(group * most_inputs * taps);
 
   const T* const in = input.const_data_ptr<T>();
   const T* const w = weight.const_data_ptr<T>();
@@ -374,12 +361,12 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
       const int64_t plane = panel.sample * in_channels + (p.compact_input ? j : channel);
       pack_channel(in + plane * in_plane, packed + which * panel_floats + j * layout.channel, s,
                    layout, panel.first_row);
-      int32_t* offset = weight_offset.data() + i * taps;
-      for (int64_t a = 0; a < s.kernel[0]; ++a) {
-        for (int64_t b = 0; b < s.kernel[1]; ++b) {
-          *offset++ = static_cast<int32_t>(channel % in_per_group * weight.stride(1) +
-                                           a * weight.stride(2) + b * weight.stride(3));
-        }
+      for (int64_t t = 0; t < taps; ++t) {
+        const int64_t offset = channel % in_per_group * weight.stride(1) +
+                               t / s.kernel[1] * weight.stride(2) +
+                               t % s.kernel[1] * weight.stride(3);
+        steps[i * taps + t] = {static_cast<int32_t>(j * layout.channel + layout.taps[t]),
+                               static_cast<int32_t>(offset)};
       }
     });
     for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
@@ -387,26 +374,25 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
       const Panel& panel = panels[begin + task.panel];
       if (task.count == 0) return zero_inactive(p, panel, out);
       const int64_t n = panel.sample, offset = panel.first_row * s.out_width;
-      const int64_t first_step = task.in_first * taps;
-      Steps steps;
-      steps.panel = packed + task.panel * panel_floats;
-      steps.panel_offset = panel_offset.data() + first_step;
-      steps.weight_offset = weight_offset.data() + task.panel * most_inputs * taps + first_step;
-      steps.count = task.in_last * taps - first_step;
+      const Step* const sample_steps = steps.data() + task.panel * most_inputs * taps;
+      const Step* const step = sample_steps + task.in_first * taps;
+      const Step* const end = sample_steps + task.in_last * taps;
       static thread_local std::vector<float> scratch;
       if constexpr (!std::is_same_v<T, float>) scratch.resize(kRows * row_extent);
-      std::array<Row<T>, kRows> rows;
+      Tile<T> tile;
+      tile.rows = task.count;
       for (int64_t r = 0; r < task.count; ++r) {
         const int64_t slot = task.first + r, channel = p.out.channel(n, slot);
         const int64_t to = p.compact_output > 0 ? slot : channel;
-        rows[r].output = out + (n * p.output_channels() + to) * out_plane + offset;
-        rows[r].residual =
+        tile.weight[r] = fp32_row(w + channel * weight.stride(0), step, end,
+                                  scratch.data() + r * row_extent);
+        tile.output[r] = out + (n * p.output_channels() + to) * out_plane + offset;
+        tile.residual[r] =
             residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
-        rows[r].bias = bias ? bias[channel] : 0.f;
-        steps.weight[r] = fp32_row(w + channel * weight.stride(0), steps,
-                                   scratch.data() + r * row_extent);
+        tile.bias[r] = bias ? bias[channel] : 0.f;
       }
-      run_tile(steps, rows, task.count, panel.rows * s.out_width, p.low, p.high);
+      run_tile(tile, step, end, packed + task.panel * panel_floats, panel.rows * s.out_width, p.low,
+               p.high);
     });
   }
   return output;

@@ -11,8 +11,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -63,6 +61,24 @@ inline void for_vectors(int64_t size, F&& step) {
   if (i < size) step(i, size - i);
 }
 
+// The same for sums: step(part, i) has four parts take turns, so that additions neither wait for
+// one another nor form long chains.
+constexpr int kParts = 4;
+
+template <typename F>
+inline void for_vectors_in_parts(int64_t size, F&& step) {
+  int64_t i = 0;
+  for (; i + kParts * kLanes <= size; i += kParts * kLanes) {
+    for (int part = 0; part < kParts; ++part) step(part, i + part * kLanes);
+  }
+  for_vectors(size - i, [&](int64_t j, auto... rest) { step(0, i + j, rest...); });
+}
+
+template <typename T>
+inline T sum_of_parts(const T (&part)[kParts]) {
+  return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
 // The lanes of v that the tail covers; all of them without one.
 inline Vec covered_lanes(const Vec& v) { return v; }
 inline Vec covered_lanes(const Vec& v, int64_t count) { return Vec::set(Vec(0.0f), v, count); }
@@ -77,8 +93,9 @@ struct Map {
   int64_t samples, channels, size;
 };
 
-bool is_channels_last(const at::Tensor& t) {
-  return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+// Whether the channels of a pixel lie next to each other. (One-pixel maps do in both formats.)
+bool has_rows(const at::Tensor& t, const Map& map) {
+  return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast || map.size == 1;
 }
 
 at::Tensor as_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
@@ -110,6 +127,19 @@ void for_sample_parts(const Map& map, int64_t length, F&& f) {
   });
 }
 
+// The sum of one series, and of its products with another.
+struct Sums {
+  Vec first{0.0f}, product{0.0f};
+
+  void add(const Vec& a, const Vec& b) {
+    first = first + a;
+    product = at::vec::fmadd(a, b, product);
+  }
+  Sums operator+(const Sums& other) const {
+    return {first + other.first, product + other.product};
+  }
+};
+
 // ---- moments ----
 
 // Number, mean and sum of squared deviations, merged by Chan's rule.
@@ -132,23 +162,23 @@ struct Moments {
 // A run of `planes` planes, `stride` elements apart, of `size` elements each.
 template <typename T>
 void add_run(Moments& total, const T* x, int64_t planes, int64_t stride, int64_t size) {
-  Vec sum(0.0f);
+  Vec sum[kParts] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
   for (int64_t p = 0; p < planes; ++p) {
-    for_vectors(size, [&](int64_t i, auto... rest) {
-      sum = sum + load_f32(x + p * stride + i, rest...);
+    for_vectors_in_parts(size, [&](int part, int64_t i, auto... rest) {
+      sum[part] = sum[part] + load_f32(x + p * stride + i, rest...);
     });
   }
   const float count = static_cast<float>(planes * size);
-  const float pivot = reduce_add(sum) / count;
-  Vec deviation(0.0f), square(0.0f);
+  const float pivot = reduce_add(sum_of_parts(sum)) / count;
+  Sums sums[kParts];
   for (int64_t p = 0; p < planes; ++p) {
-    for_vectors(size, [&](int64_t i, auto... rest) {
+    for_vectors_in_parts(size, [&](int part, int64_t i, auto... rest) {
       const Vec d = covered_lanes(load_f32(x + p * stride + i, rest...) - Vec(pivot), rest...);
-      deviation = deviation + d;
-      square = at::vec::fmadd(d, d, square);
+      sums[part].add(d, d);
     });
   }
-  total.merge_sums(count, pivot, reduce_add(deviation), reduce_add(square));
+  const Sums total_sums = sum_of_parts(sums);
+  total.merge_sums(count, pivot, reduce_add(total_sums.first), reduce_add(total_sums.product));
 }
 
 // Moments of channels [c0, c1) of a contiguous map.
@@ -182,19 +212,19 @@ void row_moments(const T* x, const Map& map, float* mean, float* var) {
       float* out = scratch.data() + r * 3 * channels;
       for_vectors(channels, [&](int64_t c, auto... rest) {
         const T* column = x + r * kRunRows * channels + c;
-        Vec sum(0.0f), deviation(0.0f), square(0.0f);
+        Vec sum(0.0f);
         for (int64_t i = 0; i < length; ++i) {
           sum = sum + load_f32(column + i * channels, rest...);
         }
         const Vec pivot = sum / Vec(static_cast<float>(length));
+        Sums sums;
         for (int64_t i = 0; i < length; ++i) {
           const Vec d = load_f32(column + i * channels, rest...) - pivot;
-          deviation = deviation + d;
-          square = at::vec::fmadd(d, d, square);
+          sums.add(d, d);
         }
         store_f32(out + c, pivot, rest...);
-        store_f32(out + channels + c, deviation, rest...);
-        store_f32(out + 2 * channels + c, square, rest...);
+        store_f32(out + channels + c, sums.first, rest...);
+        store_f32(out + 2 * channels + c, sums.product, rest...);
       });
     }
   });
@@ -383,7 +413,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
                mask ? m.const_data_ptr<bool>() : nullptr, map, p, training, output.data_ptr<T>(),
                peak.data_ptr<float>());
       };
-      if (is_channels_last(x)) {
+      if (has_rows(x, map)) {
         residual ? run(forward_rows<Act, true, T>) : run(forward_rows<Act, false, T>);
       } else {
         residual ? run(forward_planes<Act, true, T>) : run(forward_planes<Act, false, T>);
@@ -413,15 +443,6 @@ struct InputGrad {
   }
 };
 
-struct Sums {
-  Vec dpre{0.0f}, product{0.0f};
-
-  void add(const Vec& d, const Vec& deviation) {
-    dpre = dpre + d;
-    product = at::vec::fmadd(d, deviation, product);
-  }
-};
-
 template <typename T>
 struct Gradients {
   const T *grad, *output, *input;
@@ -444,14 +465,18 @@ void reduce_plane(const Gradients<T>& g, int64_t at, int64_t size, bool keep, fl
     if (g.grad_residual) std::fill_n(g.grad_residual + at, size, T(0));
     return;
   }
-  Sums sums;
-  for_vectors(size, [&](int64_t i, auto... rest) {
-    const Vec d = dpre_at<Act>(g, at + i, rest...);
-    sums.add(d, load_f32(g.input + at + i, rest...) - Vec(mean));
-    if (g.grad_residual) store_f32(g.grad_residual + at + i, d, rest...);
-  });
-  sum += reduce_add(sums.dpre);
-  product += reduce_add(sums.product);
+  for (int64_t begin = at; begin < at + size; begin += kRunElements) {
+    Sums sums[kParts];
+    const int64_t length = std::min(kRunElements, at + size - begin);
+    for_vectors_in_parts(length, [&](int part, int64_t i, auto... rest) {
+      const Vec d = dpre_at<Act>(g, begin + i, rest...);
+      sums[part].add(d, load_f32(g.input + begin + i, rest...) - Vec(mean));
+      if (g.grad_residual) store_f32(g.grad_residual + begin + i, d, rest...);
+    });
+    const Sums total = sum_of_parts(sums);
+    sum += reduce_add(total.first);
+    product += reduce_add(total.product);
+  }
 }
 
 template <typename Act, typename T>
@@ -511,7 +536,7 @@ void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, cons
         sums.add(d, load_f32(g.input + i, rest...) - mean_c);
         if (g.grad_residual) store_f32(g.grad_residual + i, d, rest...);
       }
-      store_f32(out + c, sums.dpre, rest...);
+      store_f32(out + c, sums.first, rest...);
       store_f32(out + channels + c, sums.product, rest...);
     });
   });
@@ -587,7 +612,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act_backwa
                                  residual ? grad_residual.data_ptr<T>() : nullptr};
     with_activation(activation, [&](auto act) {
       using Act = decltype(act);
-      const auto kernel = is_channels_last(x) ? backward_rows<Act, T> : backward_planes<Act, T>;
+      const auto kernel = has_rows(x, map) ? backward_rows<Act, T> : backward_planes<Act, T>;
       kernel(gradients, mask ? m.const_data_ptr<bool>() : nullptr, map, p, training,
              grad_weight.data_ptr<float>(), grad_bias.data_ptr<float>());
     });

@@ -265,12 +265,12 @@ def norm_backward(sample: Sample, poison: bool = False) -> Sample:
 
 
 PARAMETERS = ["weight", "bias", "running_mean", "running_var"]
-STATISTICS = ["running_mean", "running_var"]
+NORM_FACTS = {"constants": ["running_mean", "running_var"], "sums": ["mean", "var", "weight", "bias"]}
 GATED_NORM_ACT = [
-    *check_op("gated_norm_act", [*NORM_SAMPLES, CONSTANT_INPUT], tiny=NORM_TINY, constants=STATISTICS, wide=PARAMETERS),
-    *check_op("gated_norm_act", [], tiny=NORM_TINY_EVAL, constants=STATISTICS, wide=PARAMETERS),
+    *check_op("gated_norm_act", [*NORM_SAMPLES, CONSTANT_INPUT], tiny=NORM_TINY, wide=PARAMETERS, **NORM_FACTS),
+    *check_op("gated_norm_act", [], tiny=NORM_TINY_EVAL, wide=PARAMETERS, **NORM_FACTS),
     # parameters in 16 bits as well
-    *check_op("gated_norm_act", [Sample("narrow_parameters", norm(2, 7, 5, 3))], tiny=(), constants=STATISTICS),
+    *check_op("gated_norm_act", [Sample("narrow_parameters", norm(2, 7, 5, 3))], tiny=(), **NORM_FACTS),
 ]
 GATED_NORM_ACT_BACKWARD = [
     check
@@ -284,6 +284,7 @@ GATED_NORM_ACT_BACKWARD = [
         tiny=[*map(norm_backward, tiny)],
         constants=["output", "mean", "var"],
         wide=["weight", "mean", "var"],
+        sums=["grad_weight", "grad_bias"],
     )
 ]
 
@@ -520,3 +521,568 @@ GATED_LINEAR_BACKWARD = check_op(
 )
 def test_operator(check: Callable[[], None]) -> None:
     check()
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+
+def refuse_pool(input: Callable[[], Tensor], mode: str = "max") -> Callable[[], Any]:
+    return lambda: ops.channel_pool(input(), mode)
+
+
+def refuse_mass(
+    scores: Callable[[], Tensor] = lambda: torch.ones(2, 4), mass: float = 0.5, mode: str = "mass", min_keep: int = 1
+) -> Callable[[], Any]:
+    return lambda: ops.mass_mask(scores(), mass, mode, min_keep)
+
+
+def refuse_head(**changed: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        arguments = {"pooled": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), "min_keep": 1}
+        arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
+        return ops.gate_head(arguments["pooled"], arguments["weight"], arguments["bias"], min_keep=arguments["min_keep"])
+
+    return call
+
+
+def refuse_norm(**changed: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        arguments = {"input": torch.ones(2, 4, 3, 3), "weight": torch.ones(4), "bias": torch.ones(4)}
+        arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
+        return ops.gated_norm_act(arguments.pop("input"), arguments.pop("weight"), arguments.pop("bias"), **arguments)
+
+    return call
+
+
+def selection_arguments(ci: int = 4, co: int = 6) -> dict[str, Any]:
+    return {
+        "in_index": torch.zeros(2, ci, dtype=torch.int32),
+        "in_count": torch.ones(2, dtype=torch.int32),
+        "out_index": torch.zeros(2, co, dtype=torch.int32),
+        "out_count": torch.ones(2, dtype=torch.int32),
+    }
+
+
+def refuse_conv(**changed: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        arguments = {"input": torch.ones(2, 4, 5, 5), "weight": torch.ones(6, 4, 3, 3), "bias": torch.ones(6)}
+        arguments |= selection_arguments()
+        arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
+        return ops.gated_conv2d(**arguments)
+
+    return call
+
+
+def refuse_linear(**changed: Any) -> Callable[[], Any]:
+    def call() -> Any:
+        arguments = {"input": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), **selection_arguments()}
+        arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
+        return ops.gated_linear(**arguments)
+
+    return call
+
+
+def integers(*shape: int) -> Callable[[], Tensor]:
+    return lambda: torch.ones(shape, dtype=torch.int64)
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+    return lambda: torch.ones(shape, dtype=dtype)
+
+
+def scores_with(value: float) -> Callable[[], Tensor]:
+    return lambda: torch.ones(3, 5).index_put((torch.tensor([1]), torch.tensor([3])), torch.tensor(value))
+
+
+ACTIVATION = "activation must be one of identity, relu, relu6, got 'gelu'"
+REFUSALS = [
+    *(
+        Refusal(f"channel_pool_{name}", call, error, f"channel_pool: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_pool(ones(2, 3, 4)), ValueError, "input must have shape [N, C, H, W], got [2, 3, 4]"),
+            ("integer", refuse_pool(integers(1, 2, 3, 4)), TypeError, "input must be a floating-point tensor, got torch.int64"),
+            ("mode", refuse_pool(ones(1, 2, 3, 4), "sum"), ValueError, "mode must be one of avg, max, got 'sum'"),
+            ("pixels", refuse_pool(ones(1, 2, 0, 4)), ValueError, "input must have pixels, got [1, 2, 0, 4]"),
+        )
+    ),
+    *(
+        Refusal(f"mass_mask_{name}", call, error, f"mass_mask: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_mass(ones(4)), ValueError, "scores must have shape [N, C], got [4]"),
+            ("integer", refuse_mass(integers(2, 4)), TypeError, "scores must be a floating-point tensor, got torch.int64"),
+            ("mode", refuse_mass(mode="top"), ValueError, "mode must be one of mass, uniform, got 'top'"),
+            ("zero", refuse_mass(mass=0.0), ValueError, "mass must be in (0, 1] or negative (gating off), got 0.0"),
+            ("above_one", refuse_mass(mass=1.5), ValueError, "mass must be in (0, 1] or negative (gating off), got 1.5"),
+            ("nan", refuse_mass(mass=torch.nan), ValueError, "mass must be in (0, 1] or negative (gating off), got nan"),
+            (
+                "uniform_one",
+                refuse_mass(mass=1.0, mode="uniform"),
+                ValueError,
+                "mass must be in [0, 1) in mode 'uniform' (the share to prune), got 1.0",
+            ),
+            (
+                "uniform_negative",
+                refuse_mass(mass=-0.5, mode="uniform"),
+                ValueError,
+                "mass must be in [0, 1) in mode 'uniform' (the share to prune), got -0.5",
+            ),
+            ("min_keep_large", refuse_mass(min_keep=5), ValueError, "min_keep must be between 0 and the 4 channels, got 5"),
+            ("min_keep_negative", refuse_mass(min_keep=-1), ValueError, "min_keep must be between 0 and the 4 channels, got -1"),
+        )
+    ),
+    *(
+        Refusal(
+            f"mass_mask_score_{value}_{mode}_{mass}",
+            refuse_mass(scores_with(value), mass, mode),
+            ValueError,
+            f"mass_mask: scores must be finite and non-negative, got {value:g} for sample 1, channel 3",
+            data=True,
+        )
+        for value in (torch.nan, torch.inf, -torch.inf, -2.5)
+        for mode, mass in (("mass", 0.5), ("mass", 1.0), ("mass", -1.0), ("uniform", 0.5))
+    ),
+    *(
+        Refusal(f"gate_head_{name}", call, error, f"gate_head: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_head(pooled=ones(4)), ValueError, "pooled must have shape [N, in_features], got [4]"),
+            ("integer", refuse_head(pooled=integers(2, 4)), TypeError, "pooled must be a floating-point tensor, got torch.int64"),
+            ("weight", refuse_head(weight=ones(6, 5)), ValueError, "weight must have shape [out_channels, 4], got [6, 5]"),
+            ("weight_rank", refuse_head(weight=ones(6)), ValueError, "weight must have shape [out_channels, 4], got [6]"),
+            ("bias", refuse_head(bias=ones(5)), ValueError, "bias must have shape [6], got [5]"),
+            (
+                "dtypes",
+                refuse_head(weight=ones(6, 4, dtype=torch.float16)),
+                TypeError,
+                "weight must have the dtype of pooled (torch.float32), got torch.float16",
+            ),
+            ("min_keep", refuse_head(min_keep=7), ValueError, "min_keep must be between 0 and the 6 channels, got 7"),
+        )
+    ),
+    *(
+        Refusal(f"gated_norm_act_{name}", call, error, f"gated_norm_act: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_norm(input=ones(2, 4, 3)), ValueError, "input must have shape [N, C, H, W], got [2, 4, 3]"),
+            ("integer", refuse_norm(input=integers(2, 4, 3, 3)), TypeError, "input must be a floating-point tensor, got torch.int64"),
+            ("integer_weight", refuse_norm(weight=integers(4)), TypeError, "weight must be a floating-point tensor, got torch.int64"),
+            ("weight", refuse_norm(weight=ones(5)), ValueError, "weight must have shape [4], got [5]"),
+            ("bias", refuse_norm(bias=ones(4, 1)), ValueError, "bias must have shape [4], got [4, 1]"),
+            ("running_mean", refuse_norm(running_mean=ones(3)), ValueError, "running_mean must have shape [4], got [3]"),
+            ("running_var", refuse_norm(running_var=ones(3)), ValueError, "running_var must have shape [4], got [3]"),
+            (
+                "one_value",
+                refuse_norm(input=ones(1, 4, 1, 1)),
+                ValueError,
+                "training needs more than one value per channel, got input [1, 4, 1, 1]",
+            ),
+            (
+                "no_statistics",
+                refuse_norm(training=False),
+                ValueError,
+                "running_mean and running_var must be given when training is False, got None",
+            ),
+            (
+                "residual",
+                refuse_norm(residual=ones(2, 4, 3, 1)),
+                ValueError,
+                "residual must have shape [2, 4, 3, 3], got [2, 4, 3, 1]",
+            ),
+            (
+                "residual_dtype",
+                refuse_norm(residual=ones(2, 4, 3, 3, dtype=torch.bfloat16)),
+                TypeError,
+                "residual must have the dtype of input (torch.float32), got torch.bfloat16",
+            ),
+            ("mask", refuse_norm(mask=ones(4, 2)), ValueError, "mask must have shape [2, 4], got [4, 2]"),
+            (
+                "mask_grad",
+                refuse_norm(mask=lambda: torch.ones(2, 4, requires_grad=True)),
+                ValueError,
+                "mask must not require grad: no gradient passes the gate",
+            ),
+            ("activation", refuse_norm(activation="gelu"), ValueError, ACTIVATION),
+            ("eps", refuse_norm(eps=-1e-5), ValueError, "eps must not be negative, got -1e-05"),
+        )
+    ),
+    *(
+        Refusal(f"gated_conv2d_{name}", call, error, f"gated_conv2d: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_conv(input=ones(4, 5, 5)), ValueError, "input must have shape [N, C, H, W], got [4, 5, 5]"),
+            ("integer", refuse_conv(input=integers(2, 4, 5, 5)), TypeError, "input must be a floating-point tensor, got torch.int64"),
+            ("weight_rank", refuse_conv(weight=ones(6, 4)), ValueError, "weight must have shape [out, in / groups, kh, kw], got [6, 4]"),
+            ("channels", refuse_conv(input=ones(2, 3, 5, 5)), ValueError, "input must have 4 channels (weight, groups), got [2, 3, 5, 5]"),
+            ("groups_zero", refuse_conv(groups=0), ValueError, "groups must be at least 1, got 0"),
+            ("groups_divide", refuse_conv(groups=4), ValueError, "groups must divide the 6 output channels, got 4"),
+            (
+                "groups_channels",
+                refuse_conv(groups=2),
+                ValueError,
+                "input must have 8 channels (weight, groups), got [2, 4, 5, 5]",
+            ),
+            (
+                "compact_slots",
+                refuse_conv(input=ones(2, 5, 5, 5), compact_input=True),
+                ValueError,
+                "a compact input has at most 4 channels (weight, groups), got [2, 5, 5, 5]",
+            ),
+            ("bias", refuse_conv(bias=ones(4)), ValueError, "bias must have shape [6], got [4]"),
+            ("stride", refuse_conv(stride=0), ValueError, "stride must be two integers >= 1, got [0, 0]"),
+            ("padding", refuse_conv(padding=(0, -1)), ValueError, "padding must be two integers >= 0, got [0, -1]"),
+            ("dilation", refuse_conv(dilation=(1, 2, 3)), ValueError, "dilation must be two integers >= 1, got [1, 2, 3]"),
+            (
+                "index_dtype",
+                refuse_conv(in_index=integers(2, 4)),
+                TypeError,
+                "in_index must be int32 (as compact returns it), got torch.int64",
+            ),
+            (
+                "count_dtype",
+                refuse_conv(out_count=integers(2)),
+                TypeError,
+                "out_count must be int32 (as compact returns it), got torch.int64",
+            ),
+            (
+                "index_shape",
+                refuse_conv(out_index=ones(2, 4, dtype=torch.int32)),
+                ValueError,
+                "out_index must have shape [2, 6], got [2, 4]",
+            ),
+            ("count_shape", refuse_conv(in_count=ones(3, dtype=torch.int32)), ValueError, "in_count must have shape [2], got [3]"),
+            ("activation", refuse_conv(activation="gelu"), ValueError, ACTIVATION),
+            (
+                "no_pixels",
+                refuse_conv(input=ones(2, 4, 2, 5)),
+                ValueError,
+                "the output would have no pixels ([0, 3]) for input [2, 4, 2, 5], weight [6, 4, 3, 3]",
+            ),
+            (
+                "residual",
+                refuse_conv(residual=ones(2, 6, 5, 5)),
+                ValueError,
+                "residual must have shape [2, 6, 3, 3], got [2, 6, 5, 5]",
+            ),
+            (
+                "compact_output",
+                refuse_conv(compact_output=7),
+                ValueError,
+                "compact_output must be between 0 and the 6 channels, got 7",
+            ),
+            (
+                "dtypes",
+                refuse_conv(weight=ones(6, 4, 3, 3, dtype=torch.float16)),
+                TypeError,
+                "weight must have the dtype of input (torch.float32), got torch.float16",
+            ),
+        )
+    ),
+    Refusal(
+        "gated_conv2d_too_many",
+        refuse_conv(
+            out_index=lambda: torch.arange(6, dtype=torch.int32).repeat(2, 1),
+            out_count=lambda: torch.tensor([2, 5], dtype=torch.int32),
+            compact_output=3,
+        ),
+        ValueError,
+        "gated_conv2d: compact_output must hold every sample's channels (5), got 3",
+        data=True,
+    ),
+    *(
+        Refusal(f"gated_linear_{name}", call, error, f"gated_linear: {sentence}")
+        for name, call, error, sentence in (
+            ("rank", refuse_linear(input=ones(4)), ValueError, "input must have shape [N, in_features], got [4]"),
+            ("integer", refuse_linear(weight=integers(6, 4)), TypeError, "weight must be a floating-point tensor, got torch.int64"),
+            ("weight", refuse_linear(weight=ones(6, 3)), ValueError, "weight must have shape [out_features, 4], got [6, 3]"),
+            ("bias", refuse_linear(bias=ones(4)), ValueError, "bias must have shape [6], got [4]"),
+            (
+                "index_dtype",
+                refuse_linear(out_index=integers(2, 6)),
+                TypeError,
+                "out_index must be int32 (as compact returns it), got torch.int64",
+            ),
+            ("index_shape", refuse_linear(in_index=ones(2, 6, dtype=torch.int32)), ValueError, "in_index must have shape [2, 4], got [2, 6]"),
+            ("activation", refuse_linear(activation="gelu"), ValueError, ACTIVATION),
+            (
+                "dtypes",
+                refuse_linear(bias=ones(6, dtype=torch.float64)),
+                TypeError,
+                "bias must have the dtype of input (torch.float32), got torch.float64",
+            ),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("check", refusals(REFUSALS))
+def test_refusal(check: Callable[[], None]) -> None:
+    check()
+
+
+# ------------------------------------------------------------------------------------- golden vectors and laws
+
+
+@pytest.mark.parametrize(
+    ("row", "mass", "expected"),
+    [
+        (GOLDEN, 0.95, [1, 1, 0, 1, 0, 1, 0]),
+        (GOLDEN, 0.80, [1, 1, 0, 1, 0, 0, 0]),
+        (GOLDEN, 0.30, [0, 0, 0, 1, 0, 0, 0]),  # the largest share alone is .302: nothing fits, min_keep fills up
+        (GOLDEN, 1.0, [1, 1, 1, 1, 1, 1, 1]),
+        ([0.0, 2.0, 0.0, 2.0], 1.0, [0, 1, 0, 1]),
+        ([0.0, 2.0, 0.0, 2.0], 0.5, [0, 1, 0, 0]),  # of equals the lower index
+        ([0.0, 0.0, 0.0, 0.0], 0.9, [1, 0, 0, 0]),
+        ([0.0, 0.0, 0.0, 0.0], 1.0, [1, 0, 0, 0]),
+        (GOLDEN, -1.0, [1, 1, 1, 1, 1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_golden_mass_mask(row: list[float], mass: float, expected: list[int], dtype: torch.dtype) -> None:
+    assert ops.mass_mask(torch.tensor([row], dtype=dtype), mass).int().tolist() == [expected]
+
+
+def test_golden_min_keep_zero() -> None:
+    assert ops.mass_mask(torch.tensor([GOLDEN]), 0.3, min_keep=0).sum() == 0
+    assert ops.mass_mask(torch.zeros(1, 4), 0.9, min_keep=0).sum() == 0
+
+
+def test_golden_uniform() -> None:
+    row = torch.tensor([[5.0, 1.0, 0.0, 1.0, 3.0, 4.0]])  # int(.5 * 6) = 3 go: 0, and of the ones first the higher index
+    assert ops.mass_mask(row, 0.5, "uniform").int().tolist() == [[1, 0, 0, 0, 1, 1]]
+    assert ops.mass_mask(row, 0.34, "uniform").int().tolist() == [[1, 1, 0, 0, 1, 1]]
+    assert ops.mass_mask(row, 0.0, "uniform").int().tolist() == [[1, 1, 0, 1, 1, 1]]
+
+
+def test_golden_gate_head() -> None:
+    """softmax([ln 3, 0]) = [.75, .25]."""
+    pooled = torch.tensor([[3.0, 1.0]]).log()
+    weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [4.0, 0.0], [0.0, -4.0]])
+    logits, mask, index, count = ops.gate_head(pooled, weight, torch.tensor([0.0, 0.0, -4.0, 3.0]))
+    torch.testing.assert_close(logits, torch.tensor([[0.5, -0.5, -1.0, 2.0]]))
+    assert (mask.int().tolist(), index.tolist(), count.tolist()) == ([[1, 0, 0, 1]], [[0, 3, -1, -1]], [2])
+
+
+def test_golden_max_gradient_takes_the_first_of_equals() -> None:
+    input = torch.tensor([[[[1.0, 3.0], [3.0, 3.0]]]], requires_grad=True)
+    ops.channel_pool(input, "max")[0].backward(torch.tensor([[5.0]]))
+    assert input.grad is not None
+    assert input.grad.tolist() == [[[[0.0, 5.0], [0.0, 0.0]]]]
+
+
+def kept_by_hand(row: list[float], mass: float, min_keep: int) -> list[bool]:
+    """The rule of mass_mask in fp64, one channel after the other."""
+    order = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    total, taken, kept = sum(row), 0.0, [False] * len(row)
+    for rank, i in enumerate(order):
+        taken += row[i] / total if total else 0.0
+        fits = total > 0 and (row[i] / total > 1e-5 if mass == 1 else taken - mass <= 1e-5)
+        kept[i] = fits or rank < min_keep
+    return kept
+
+
+rows = st.lists(st.integers(0, 1000), min_size=1, max_size=70).map(lambda row: [v / 8 for v in row])
+masses = st.sampled_from([0.05, 0.3, 0.5, 0.77, 0.9, 0.95])
+
+
+def away_from_threshold(row: list[float], mass: float) -> bool:
+    """No running share within fp32's reach of the threshold (it lies 1e-5 above ``mass``)."""
+    total, taken = sum(row), 0.0
+    for value in sorted(row, reverse=True):
+        taken += value / total if total else 0.0
+        if abs(taken - mass - 1e-5) < 2e-6:
+            return False
+    return True
+
+
+@given(rows, masses, st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_mass_mask_follows_the_rule(row: list[float], mass: float, min_keep: int) -> None:
+    assume(min_keep <= len(row) and away_from_threshold(row, mass))
+    assert ops.mass_mask(torch.tensor([row]), mass, min_keep=min_keep)[0].tolist() == kept_by_hand(row, mass, min_keep)
+
+
+@given(rows, masses)
+@settings(max_examples=100, deadline=None)
+def test_mass_mask_keeps_at_most_the_mass(row: list[float], mass: float) -> None:
+    values = torch.tensor([row])
+    mask = ops.mass_mask(values, mass)
+    share = (values * mask).sum().item() / (values.sum().item() or 1)
+    assert mask.sum() >= 1
+    assert share <= mass + 2e-5 or mask.sum() == 1
+
+
+@given(rows, masses, masses)
+@settings(max_examples=100, deadline=None)
+def test_mass_mask_grows_with_the_mass(row: list[float], a: float, b: float) -> None:
+    values = torch.tensor([row])
+    less, more = ops.mass_mask(values, min(a, b)), ops.mass_mask(values, max(a, b))
+    assert bool((less <= more).all())
+
+
+@given(rows, masses, st.integers(-20, 20))
+@settings(max_examples=100, deadline=None)
+def test_mass_mask_does_not_depend_on_the_scale(row: list[float], mass: float, exponent: int) -> None:
+    values = torch.tensor([row])
+    assert torch.equal(ops.mass_mask(values, mass), ops.mass_mask(values * 2.0**exponent, mass))
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=70, unique=True), masses, st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_mass_mask_follows_a_permutation(row: list[int], mass: float, random: Any) -> None:
+    values = torch.tensor([row], dtype=torch.float32)
+    order = list(range(len(row)))
+    random.shuffle(order)
+    assert torch.equal(ops.mass_mask(values, mass)[:, order], ops.mass_mask(values[:, order], mass))
+
+
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_gate_head_keeps_the_positive_or_the_largest(n: int, c: int, min_keep: int, seed: int) -> None:
+    assume(min_keep <= c)
+    rand = Random(str(seed))
+    logits, mask, index, count = ops.gate_head(rand.normal(n, 3), rand.normal(c, 3), rand.normal(c) - 2, min_keep=min_keep)
+    assert bool((mask | (logits <= 0)).all())
+    assert torch.equal(mask.sum(1), (logits > 0).sum(1).clamp(min=min_keep))
+    assert bool((logits.masked_fill(~mask, -torch.inf).amax(1) >= logits.amax(1))[count > 0].all())
+    assert torch.equal(gating.mask_from_index(index, count, c), mask)
+
+
+# ------------------------------------------------------------------------------ against an independent formula
+# In fp64, where a kernel hands over to the reference: this is the test of the references themselves.
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["avg", "max"])
+def test_channel_pool_is_adaptive_pooling(mode: str) -> None:
+    input = Random("pool").normal(3, 5, 4, 7).double().requires_grad_()
+    grad = Random("pool grad").normal(3, 5).double()
+    theirs = (F.adaptive_avg_pool2d if mode == "avg" else F.adaptive_max_pool2d)(input, 1).flatten(1)
+    ours = ops.channel_pool(input, mode)[0]
+    assert_same(ours, theirs)
+    assert_same(torch.autograd.grad(ours, input, grad)[0], torch.autograd.grad(theirs, input, grad)[0])
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_gate_head_is_softmax_and_linear(softmax: bool) -> None:
+    rand = Random("head")
+    leaves = [rand.normal(*shape).double().requires_grad_() for shape in ((3, 5), (7, 5), (7,))]
+    grad = rand.normal(3, 7).double()
+    pooled, weight, bias = leaves
+    theirs = F.linear(F.softmax(pooled, 1) if softmax else pooled, weight, bias)
+    ours = ops.gate_head(*leaves, softmax=softmax)[0]
+    assert_same(ours, theirs)
+    assert_same(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
+def test_gated_norm_act_is_batch_norm_and_a_gate(activation: str, training: bool) -> None:
+    input, weight, bias, mean, var, residual, mask, *_ = (
+        a.double() if isinstance(a, Tensor) and a.is_floating_point() else a
+        for a in norm(3, 5, 4, 7, residual=True, gain=4.0)(Random("norm"))
+    )
+    leaves = [x.requires_grad_() for x in (input, weight, bias, residual)]
+    act = {"identity": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation]
+    u = act(F.batch_norm(input, mean.clone(), var.clone(), weight, bias, training=training, eps=1e-5) + residual)
+    theirs = u * mask[:, :, None, None]
+    ours, peak, ours_mean, ours_var = ops.gated_norm_act(
+        input, weight, bias, mean, var, residual=residual, mask=mask, activation=activation, training=training
+    )
+    assert_same(ours, theirs)
+    assert_same(peak, u.abs().amax((2, 3)).detach())
+    assert_same(ours_mean, (input.mean((0, 2, 3)) if training else mean).detach())
+    assert_same(ours_var, (input.var((0, 2, 3), correction=0) if training else var).detach())
+    grad = Random("norm grad").normal(*input.shape).double()
+    assert_same(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+    assert not any(x.requires_grad for x in (peak, ours_mean, ours_var))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
+def test_gated_conv2d_is_a_masked_convolution(activation: str, groups: int) -> None:
+    rand = Random(f"conv {groups}")
+    leaves = [rand.normal(*s).double().requires_grad_() for s in ((3, 6, 7, 8), (12, 6 // groups, 3, 2), (12,), (3, 12, 4, 4))]
+    input, weight, bias, residual = leaves
+    in_mask, out_mask = rand.mask(3, 6), rand.mask(3, 12)
+    act = {"identity": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation]
+    dense = F.conv2d(input * in_mask[:, :, None, None], weight, bias, (2, 2), (1, 1), (1, 2), groups)
+    theirs = act(dense + residual) * out_mask[:, :, None, None]
+    ours = ops.gated_conv2d(
+        input,
+        weight,
+        bias,
+        *compaction(in_mask),
+        *compaction(out_mask),
+        residual=residual,
+        stride=2,
+        padding=1,
+        dilation=(1, 2),
+        groups=groups,
+        activation=activation,
+    )
+    assert_same(ours, theirs)
+    grad = rand.normal(*theirs.shape).double()
+    assert_same(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gated_conv2d_compact_is_dense_in_other_places(dtype: torch.dtype) -> None:
+    rand = Random("compact")
+    input, weight = rand.normal(3, 9, 6, 5).to(dtype), rand.normal(11, 9, 3, 3).to(dtype)
+    in_index, in_count = compaction(rand.mask(3, 9))
+    out_index, out_count = compaction(rand.mask(3, 11))
+    selection = (in_index, in_count, out_index, out_count)
+    dense = ops.gated_conv2d(input, weight, None, *selection, padding=1)
+    slots = int(in_count.max())
+    compact_input = torch.full((3, slots, 6, 5), torch.nan, dtype=dtype)
+    for n in range(3):
+        active = in_index[n, : in_count[n]].long()
+        compact_input[n, : len(active)] = input[n, active]
+    compact = ops.gated_conv2d(
+        compact_input, weight, None, *selection, padding=1, compact_input=True, compact_output=int(out_count.max())
+    )
+    for n in range(3):
+        active = out_index[n, : out_count[n]].long()
+        torch.testing.assert_close(compact[n, : len(active)], dense[n, active])
+        assert not compact[n, len(active) :].any()
+
+
+def test_gated_linear_is_a_masked_linear() -> None:
+    rand = Random("linear")
+    leaves = [rand.normal(*s).double().requires_grad_() for s in ((5, 7), (9, 7), (9,))]
+    in_mask, out_mask = rand.mask(5, 7), rand.mask(5, 9)
+    input, weight, bias = leaves
+    theirs = F.relu(F.linear(input * in_mask, weight, bias)) * out_mask
+    ours = ops.gated_linear(*leaves, *compaction(in_mask), *compaction(out_mask), activation="relu")
+    assert_same(ours, theirs)
+    grad = rand.normal(5, 9).double()
+    assert_same(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+# ------------------------------------------------------------------------------------------- public functions
+
+
+def test_public_functions_compile_into_one_graph() -> None:
+    """The whole chain of a gated layer, validation included, forward and backward."""
+
+    def layer(x: Tensor, w: Tensor, g: Tensor, b: Tensor, head: Tensor) -> Tensor:
+        pooled, in_index, in_count = ops.channel_pool(x, "max")
+        logits, mask, out_index, out_count = ops.gate_head(pooled, head, None, min_keep=1)
+        y = ops.gated_conv2d(x, w, None, in_index, in_count, out_index, out_count, padding=1)
+        z, peak, _, _ = ops.gated_norm_act(y, g, b, mask=mask)
+        target = ops.mass_mask(peak, 0.9)
+        index, count = ops.compact(target)
+        return z.sum() + F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype)) + (index.sum() + count.sum()) * 0
+
+    rand = Random("layer")
+    leaves = [rand.normal(*s).requires_grad_() for s in ((2, 5, 6, 6), (7, 5, 3, 3), (7,), (7,), (7, 5))]
+    eager = layer(*leaves)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, leaves), torch.autograd.grad(eager, leaves))
+
+
+def test_examples() -> None:
+    check_examples(gating)

@@ -4,7 +4,7 @@
 
 Contiguous and channels_last maps are read and written natively, by their strides. Sums over a channel are taken in two
 stages, so that no float atomic makes them depend on the order of programs: each program of the first stage sums a fixed
-share of the tiles, the second stage merges the shares in a fixed order.
+share of the tiles in fp32 lanes, the second stage merges the shares in a fixed order in fp64.
 """
 
 from __future__ import annotations
@@ -65,15 +65,17 @@ def gated_norm_act_statistics_kernel(
         total += deviation
         square += deviation * deviation
 
-    n = tl.sum(number, 0)
-    lane_mean = total / tl.maximum(number, 1.0)[None, :]
-    mean = tl.sum(number[None, :] * (shift + lane_mean), 1) / n
-    between = shift + lane_mean - mean[:, None]
-    square += number[None, :] * between * between - total * lane_mean
+    # Once per program, so fp64 costs nothing that shows, and the result is as good as the lanes.
+    n = tl.sum(number, 0).to(tl.float64)
+    of_lane = total.to(tl.float64) / tl.maximum(number, 1.0)[None, :]
+    weight = number.to(tl.float64)[None, :]
+    mean = tl.sum(weight * (shift + of_lane), 1) / n
+    between = shift + of_lane - mean[:, None]
+    within = square - total * of_lane
     out = split.to(tl.int64) * channels + channel
     tl.store(count_ptr + split, n)
     tl.store(mean_ptr + out, mean, mask=channel < channels)
-    tl.store(square_ptr + out, tl.sum(square, 1), mask=channel < channels)
+    tl.store(square_ptr + out, tl.sum(within + weight * between * between, 1), mask=channel < channels)
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def gated_norm_act_merge_kernel(
     """Mean and biased variance from those of the splits (Chan, Golub, LeVeque, 1983)."""
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     alive = (channel < channels)[None, :]
-    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         n = tl.load(count_ptr + split, mask=split < splits, other=0)[:, None]
@@ -100,7 +102,7 @@ def gated_norm_act_merge_kernel(
         total += n * tl.load(mean_ptr + offset, mask=(split < splits)[:, None] & alive, other=0)
     mean = tl.sum(total, 0) / size
 
-    square = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    square = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         n = tl.load(count_ptr + split, mask=split < splits, other=0)[:, None]
@@ -109,8 +111,8 @@ def gated_norm_act_merge_kernel(
         between = tl.load(mean_ptr + offset, mask=inside, other=0) - mean[None, :]
         square += tl.load(square_ptr + offset, mask=inside, other=0) + n * between * between
     var = maximum(tl.sum(square, 0) / size, 0.0)
-    tl.store(out_mean_ptr + channel, mean, mask=channel < channels)
-    tl.store(out_var_ptr + channel, var, mask=channel < channels)
+    tl.store(out_mean_ptr + channel, mean.to(tl.float32), mask=channel < channels)
+    tl.store(out_var_ptr + channel, var.to(tl.float32), mask=channel < channels)
 
 
 @triton.jit
@@ -227,8 +229,8 @@ def _batch_statistics(
     if c == 0:
         return mean, var
     tasks, per_split, splits = _splits(n, c, pixels, tile)
-    number = torch.empty((splits,), dtype=torch.float32, device=x.device)
-    partial = torch.empty((2, splits, c), dtype=torch.float32, device=x.device)
+    number = torch.empty((splits,), dtype=torch.float64, device=x.device)
+    partial = torch.empty((2, splits, c), dtype=torch.float64, device=x.device)
     gated_norm_act_statistics_kernel[(splits, triton.cdiv(c, tile["BLOCK_C"]))](
         x, number, partial[0], partial[1], c, pixels, tasks, per_split, *strides, **tile
     )
@@ -265,7 +267,7 @@ def gated_norm_act_backward_sums_kernel(
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     alive = channel < channels
     mean = tl.load(mean_ptr + channel, mask=alive, other=0).to(tl.float32)[:, None]
-    rstd = (1.0 / tl.sqrt_rn(tl.load(var_ptr + channel, mask=alive, other=1).to(tl.float32) + eps))[:, None]
+    rstd = 1.0 / tl.sqrt_rn(tl.load(var_ptr + channel, mask=alive, other=1).to(tl.float32) + eps)
     tiles = tl.cdiv(pixels, BLOCK_P)
     first = split * tasks_per_split
     last = tl.minimum(first + tasks_per_split, tasks)
@@ -284,11 +286,11 @@ def gated_norm_act_backward_sums_kernel(
         before = tl.load(grad_ptr + offset, mask=inside, other=0).to(tl.float32)
         if ACTIVATION != "identity":
             before = activation_grad(before, tl.load(y_ptr + offset, mask=inside, other=0).to(tl.float32), ACTIVATION)
-        weight_sum += before * ((x - mean) * rstd)
+        weight_sum += before * (x - mean)
         bias_sum += before
     out = split.to(tl.int64) * channels + channel
-    tl.store(weight_sum_ptr + out, tl.sum(weight_sum, 1), mask=alive)
-    tl.store(bias_sum_ptr + out, tl.sum(bias_sum, 1), mask=alive)
+    tl.store(weight_sum_ptr + out, tl.sum(weight_sum.to(tl.float64), 1) * rstd, mask=alive)
+    tl.store(bias_sum_ptr + out, tl.sum(bias_sum.to(tl.float64), 1), mask=alive)
 
 
 @triton.jit
@@ -303,16 +305,16 @@ def gated_norm_act_backward_merge_kernel(
     BLOCK_C: tl.constexpr,
 ):
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    weight_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
-    bias_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float32)
+    weight_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
+    bias_sum = tl.zeros([BLOCK_S, BLOCK_C], tl.float64)
     for start in range(0, splits, BLOCK_S):
         split = start + tl.arange(0, BLOCK_S)
         inside = (split < splits)[:, None] & (channel < channels)[None, :]
         offset = split.to(tl.int64)[:, None] * channels + channel[None, :]
         weight_sum += tl.load(weight_sum_ptr + offset, mask=inside, other=0)
         bias_sum += tl.load(bias_sum_ptr + offset, mask=inside, other=0)
-    tl.store(grad_weight_ptr + channel, tl.sum(weight_sum, 0), mask=channel < channels)
-    tl.store(grad_bias_ptr + channel, tl.sum(bias_sum, 0), mask=channel < channels)
+    tl.store(grad_weight_ptr + channel, tl.sum(weight_sum, 0).to(tl.float32), mask=channel < channels)
+    tl.store(grad_bias_ptr + channel, tl.sum(bias_sum, 0).to(tl.float32), mask=channel < channels)
 
 
 @triton.jit
@@ -398,7 +400,7 @@ def gated_norm_act_backward(
     tile = configs.tile(_tile_name(last), x.device, pixels=h * w)
     channel_blocks = triton.cdiv(c, tile["BLOCK_C"])
     tasks, per_split, splits = _splits(n, c, h * w, tile)
-    partial = torch.empty((2, splits, c), dtype=torch.float32, device=x.device)
+    partial = torch.empty((2, splits, c), dtype=torch.float64, device=x.device)
     with torch.cuda.device_of(x):
         gated_norm_act_backward_sums_kernel[(splits, channel_blocks)](
             grad,

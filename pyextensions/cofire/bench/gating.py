@@ -310,7 +310,7 @@ def _conv(
         dtype,
         lambda rand: _conv_args(rand, layer, keep, dtype),
         providers,
-        lambda rand: _conv_args(rand, layer.shrunk(), keep, dtype),
+        lambda rand: _conv_args(rand, layer.shrunk(), max(keep, 0.5), dtype),
         gradients=(0, 1, 2) if backward else (),
         compared=_read_gradients,
         cold=(1,) if cold else (),

@@ -58,24 +58,36 @@ def _tensors(output: Any) -> tuple[Tensor, ...]:
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
+def _detached(output: Any) -> tuple[Tensor, ...]:
+    return tuple(t.detach() for t in _tensors(output))
+
+
 def _in_fp64(args: Args) -> Args:
     return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
 
-def disagreement(got: Any, exact: Any, same_dtype: Any, dtype: torch.dtype, gradients: int = 0) -> str | None:
+def _channels_last(args: Args) -> Args:
+    last = torch.channels_last
+    return tuple(a.contiguous(memory_format=last) if isinstance(a, Tensor) and a.dim() == 4 else a for a in args)
+
+
+def disagreement(
+    got: Any, exact: Any, plain_answers: Sequence[Any], dtype: torch.dtype, gradients: int = 0
+) -> str | None:
     """Why an answer is wrong, or None. Floats: ``max|o - r| <= 2 max|t - r| + eps(dtype) max|r|``; others: equal.
 
     Args:
         got: what the provider returned, o.
         exact: the reference in fp64, r.
-        same_dtype: the reference in the input's dtype, t: what plain torch loses to rounding.
+        plain_answers: the reference in the input's dtype, in each memory layout. t is the least exact of them: a layout
+            changes the order of a sum, and no provider may be refused for an order that plain torch itself takes.
         dtype: the input's. An fp32 by-product of a bf16 computation may be as wrong as bf16 is.
         gradients: how many of the last outputs are gradients; they may lose 3 times what t loses.
     """
-    got, exact, same_dtype = _tensors(got), _tensors(exact), _tensors(same_dtype)
+    got, exact = _detached(got), _detached(exact)
     if len(got) != len(exact):
         return f"returned {len(got)} outputs, expected {len(exact)}"
-    for i, (o, r, t) in enumerate(zip(got, exact, same_dtype)):
+    for i, (o, r) in enumerate(zip(got, exact)):
         if o.shape != r.shape:
             return f"output {i} has shape {list(o.shape)}, expected {list(r.shape)}"
         if not r.is_floating_point():
@@ -84,10 +96,11 @@ def disagreement(got: Any, exact: Any, same_dtype: Any, dtype: torch.dtype, grad
             continue
         if not r.numel():
             continue
-        factor = 3 if i >= len(exact) - gradients else 2
-        eps = max(torch.finfo(d).eps for d in (t.dtype, dtype) if d.is_floating_point)
-        allowed = factor * (t.double() - r).abs().max() + eps * r.abs().max()
-        error = (o.double() - r).abs().max()
+        ts = [_detached(answer)[i] for answer in plain_answers]
+        lost = max(float((t.double() - r).abs().max()) for t in ts)
+        eps = max(torch.finfo(d).eps for d in (ts[0].dtype, dtype) if d.is_floating_point)
+        allowed = (3 if i >= len(exact) - gradients else 2) * lost + eps * float(r.abs().max())
+        error = float((o.double() - r).abs().max())
         if not error <= allowed:  # a NaN is an error too
             return f"output {i} is off by {error:.3g}, allowed {allowed:.3g}"
     return None
@@ -245,37 +258,38 @@ class Input:
         made = make(Random(str(case)))
         self.case, self.device = case, device
         self.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in made)
-        self._answers: dict[Any, tuple[Any, Any]] = {}
+        self._known: dict[Any, list[tuple[Tensor, ...]]] = {}
 
-    def _answer(self, reference: Callable[..., Any], mode: str) -> tuple[Any, Any]:
-        """The reference in fp64 and in the input's dtype."""
+    def _answers(self, reference: Callable[..., Any], mode: str) -> list[tuple[Tensor, ...]]:
+        """The reference in fp64, then in the input's dtype in each memory layout."""
         key = (reference, mode == "forward+backward")
-        if key not in self._answers:
+        if key not in self._known:
+            layouts = [self.args]
+            if any(isinstance(a, Tensor) and a.dim() == 4 for a in self.args):
+                layouts.append(_channels_last(self.args))
             with _mode(mode):
-                exact, same = (
-                    prepare(plain(reference), self.case, args, mode)() for args in (_in_fp64(self.args), self.args)
-                )
-            self._answers[key] = exact, same
-        return self._answers[key]
+                self._known[key] = [
+                    _tensors(prepare(plain(reference), self.case, args, mode)())
+                    for args in (_in_fp64(self.args), *layouts)
+                ]
+        return self._known[key]
 
     def check(self, provider: Provider, mode: str) -> str | None:
         """Why the provider's answer on this input is wrong, or None; also what it raises, as a sentence."""
-        exact, same = (
-            _tensors(a) for a in self._answer(provider.reference or OPERATORS[self.case.op].reference, mode)
-        )
+        answers = self._answers(provider.reference or OPERATORS[self.case.op].reference, mode)
         gradients = len(self.case.gradients) if mode == "forward+backward" else 0
         if provider.outputs is not None:
-            extra = len(exact) - gradients - provider.outputs
-            exact, same = ((*a[: provider.outputs], *a[provider.outputs + extra :]) for a in (exact, same))
+            outputs = len(answers[0]) - gradients
+            answers = [(*a[: provider.outputs], *a[outputs:]) for a in answers]
         try:
             with _mode(mode):
-                got = prepare(provider, self.case, self.args, mode)()
+                got = _tensors(prepare(provider, self.case, self.args, mode)())
         except Exception as error:  # a peer that cannot run here is reported, and the others go on
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-        got = _tensors(got)
+            words = str(error).strip() or "no message"
+            return f"{type(error).__name__}: {words.splitlines()[0]}"
         if self.case.compared is not None:
-            got, exact, same = (self.case.compared(a, self.args) for a in (got, exact, same))
-        return disagreement(got, exact, same, self.case.dtype, gradients)
+            got, *answers = (self.case.compared(a, self.args) for a in (got, *answers))
+        return disagreement(got, answers[0], answers[1:], self.case.dtype, gradients)
 
     def runs(self, provider: Provider, mode: str) -> Run:
         """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time."""

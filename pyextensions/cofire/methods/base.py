@@ -10,9 +10,10 @@
     loss.backward(); optimizer.step(); method.step(model)
     model = method.finalize(model)
 
-A method is a frozen dataclass; whatever changes during training is a parameter or a buffer of the model. So ``state_dict``,
-``torch.save``, safetensors, data parallelism, automatic mixed precision, gradient checkpointing, ``copy.deepcopy`` and
-``torch.compile`` work as they do without the method, and training resumes exactly.
+A method is a frozen dataclass; whatever changes during training is a parameter or a buffer of the model. So
+``state_dict``, ``torch.save``, safetensors, data parallelism, automatic mixed precision, gradient
+checkpointing, ``copy.deepcopy`` and ``torch.compile`` work as they do without the method, and training
+resumes exactly.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ METHODS = Methods()
 
 @dataclasses.dataclass(frozen=True)
 class Method(abc.ABC):
-    """Base class of the methods: subclass it as a frozen dataclass of hyperparameters, the paper's values as defaults.
+    """Base class of the methods: subclass it as a frozen dataclass of hyperparameters, the paper's values as
+    defaults.
 
-    ``class FTWT(Method, name="ftwt")`` enters the class into :data:`METHODS`. :meth:`prepare` and :meth:`finalize` return a
-    new model and leave the given one as it was, so that one trained network can be prepared with several settings.
+    ``class FTWT(Method, name="ftwt")`` enters the class into :data:`METHODS`. :meth:`prepare` and
+    :meth:`finalize` return a new model and leave the given one as it was, so that one trained network can be
+    prepared with several settings.
     """
 
     name: ClassVar[str] = ""
@@ -63,7 +66,8 @@ class Method(abc.ABC):
         """The method's own loss (a scalar) for the last forward of ``model``, to be added to the task's."""
 
     def step(self, model: nn.Module) -> None:
-        """Advance the method's state; call it after each ``optimizer.step()``."""
+        """Advance the method's state; call it after each ``optimizer.step()``. Without a schedule there is nothing to do."""
+        return
 
     @abc.abstractmethod
     def finalize(self, model: nn.Module) -> nn.Module:

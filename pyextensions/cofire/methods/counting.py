@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from cofire.methods import tracing
 from cofire.methods.base import Report, evaluation, first_input
-from cofire.nn.gating import Gated
+from cofire.nn.gating import Gated, GatedConv2d, GatedLinear
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class Macs(Report):
 class FlopsEstimate(Report):
     """Two ways to count.
 
-    ``paper_rule`` is the counter of the authors' code, ``kept_out * (kept_by_the_layer_before // groups) * k^2 * pixels`` over the
-    convolutions: it takes depthwise layers for free as soon as one input channel is off, forgets that a shortcut fills
-    channels again, and leaves the heads out. ``exact`` counts the input channels that are really non-zero, pairs outputs with
-    inputs within each group, and adds the heads and the linear layers. Compare with the paper by the first, believe the second.
+    ``paper_rule`` is the counter of the authors' code, ``kept_out * (kept_by_the_layer_before // groups) *
+    k^2 * pixels`` over the
+    convolutions: it takes depthwise layers for free as soon as one input channel is off, forgets that a
+    shortcut fills channels again, and leaves the heads out. ``exact`` counts the input channels that are
+    really non-zero, pairs outputs with inputs within each group, and adds the heads and the linear layers.
+    Compare with the paper by the first, believe the second.
     """
 
     paper_rule: Macs
@@ -151,11 +153,10 @@ class Count:
         return count
 
     def _add(self, name: str, module: nn.Module, x: Tensor, y: Tensor, mask: Tensor, target: Tensor | None) -> None:
-        conv = getattr(module, "conv", getattr(module, "linear", module))
-        groups = conv.groups if isinstance(conv, nn.Conv2d) else 1
-        gated, is_conv = target is not None, isinstance(conv, nn.Conv2d)
+        inner = _inner(module)
+        gated, is_conv = target is not None, isinstance(inner, nn.Conv2d)
+        groups, taps = (inner.groups, inner.weight[0, 0].numel()) if isinstance(inner, nn.Conv2d) else (1, 1)
         (n, ci), co = x.shape[:2], y.shape[1]
-        taps = conv.weight[0, 0].numel() if is_conv else 1
         pixels = y[0, 0].numel() if n else 0
         support = (x != 0).flatten(2).any(2) if is_conv else x != 0
         reached = support if gated else torch.ones_like(support)  # an ungated layer reads its zeros
@@ -214,3 +215,10 @@ class Count:
             )
             for name, c in self.layers.items()
         ]
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """The layer inside a gated one."""
+    if isinstance(module, GatedConv2d):
+        return module.conv
+    return module.linear if isinstance(module, GatedLinear) else module

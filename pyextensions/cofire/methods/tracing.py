@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading a network's structure with ``torch.fx``, for methods that must know which layer feeds which.
 
-What the methods need: the groups convolution - norm - [residual sum] - activation, to replace each by one module; and, for
-each convolution, the convolutions that produce its input.
+What the methods need: the groups convolution - norm - [residual sum] - activation, to replace each by one
+module; and, for each convolution, the convolutions that produce its input.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def trace(model: nn.Module) -> GraphModule:
     """The graph of ``model``'s forward, sharing its parameters.
 
     Raises:
-        ValueError: ``torch.fx`` cannot trace it, or the forward itself asks ``self.training`` (a trace would freeze the answer).
+        ValueError: ``torch.fx`` cannot trace it, or the forward itself asks ``self.training`` (a trace would
+            freeze the answer).
     """
     name = type(model).__name__
     modes = {module: module.training for module in model.modules()}
@@ -59,22 +60,23 @@ def trace(model: nn.Module) -> GraphModule:
     finally:
         for module, mode in modes.items():
             module.training = mode
-    training, evaluation = (str(graph).splitlines() for graph in graphs)
-    if training != evaluation:
-        line = next((t for t, e in zip(training, evaluation, strict=False) if t != e), training[-1]).strip()
+    in_training, in_evaluation = (str(graph).splitlines() for graph in graphs)
+    if in_training != in_evaluation:
+        pairs = zip(in_training, in_evaluation, strict=False)
+        line = next((t for t, e in pairs if t != e), in_training[-1]).strip()
         raise ValueError(
             f"torch.fx cannot trace {name}: its forward depends on self.training (at '{line}'); use modules such as "
             "nn.Dropout instead of functions"
         )
     for node in graphs[0].nodes:
-        if isinstance(node.type, str):  # an annotation under `from __future__ import annotations`: it could not be pickled
+        if isinstance(node.type, str):  # an annotation as text (PEP 563); the graph could not be pickled with it
             node.type = None
     return GraphModule(model, graphs[0], class_name=name)
 
 
 @dataclass(frozen=True)
 class ConvGroup:
-    """Nodes that one module replaces: convolution, norm, residual sum, activation. All but the convolution may be absent."""
+    """Nodes that one module replaces: convolution, norm, residual sum, activation; the last three may be absent."""
 
     conv: Node
     norm: Node | None
@@ -98,10 +100,10 @@ class ConvGroup:
 def conv_groups(traced: GraphModule, fuse_residual: bool = True) -> list[ConvGroup]:
     """The groups of ``traced``, in order.
 
-    A group is a convolution called once, with zero padding, followed by batch norm, or ReLU, or both. With ``fuse_residual``, a
-    residual sum between norm and ReLU belongs to it, and the shortcut's own convolution is not a group (it would be gated
-    twice). A convolution with a norm that nothing activates (a linear bottleneck) is a group of activation "identity"; one
-    that another activation follows is none.
+    A group is a convolution called once, with zero padding, followed by batch norm, or ReLU, or both. With
+    ``fuse_residual``, a residual sum between norm and ReLU belongs to it, and the shortcut's own convolution
+    is not a group (it would be gated twice). A convolution with a norm that nothing activates (a linear
+    bottleneck) is a group of activation "identity"; one that another activation follows is none.
     """
     modules = dict(traced.named_modules())
     depth = conv_depths(traced)
@@ -141,7 +143,7 @@ def _group(conv: Node, modules: dict[str, nn.Module], depth: dict[Node, int], fu
 
 
 def replace(traced: GraphModule, group: ConvGroup, module: nn.Module) -> None:
-    """Put ``module`` in the place of ``group``, under the name of its convolution; it is called with (input[, residual])."""
+    """Put ``module`` in the place of ``group``, under the convolution's name; it is called with (input[, residual])."""
     traced.set_submodule(group.name, module)
     last = group.nodes[-1]
     with traced.graph.inserting_before(last):  # here input and residual both exist
@@ -175,13 +177,12 @@ def fold_norms(traced: GraphModule) -> None:
     """Fold each batch norm that follows a plain convolution into it; for inference only."""
     modules = dict(traced.named_modules())
     calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    for node in list(traced.graph.nodes):
-        norm = _module(node, modules, nn.BatchNorm2d)
-        if norm is None or not isinstance(node.args[0], Node) or norm.running_mean is None:
+    for source in list(traced.graph.nodes):
+        conv, node = _module(source, modules, nn.Conv2d), _only_user(source)
+        if conv is None or node is None or calls.count(source.target) > 1:
             continue
-        source = node.args[0]
-        conv = _module(source, modules, nn.Conv2d)
-        if conv is not None and _only_user(source) is node and calls.count(source.target) == 1:
+        norm = _module(node, modules, nn.BatchNorm2d)
+        if norm is not None and norm.running_mean is not None:
             traced.set_submodule(str(source.target), fuse_conv_bn_eval(conv.eval(), norm.eval()))
             node.replace_all_uses_with(source)
             traced.graph.erase_node(node)
@@ -200,8 +201,8 @@ def conv_depths(traced: GraphModule) -> dict[Node, int]:
 def producers(traced: GraphModule) -> dict[str, list[str]]:
     """For each convolution, the names of those that produce its input.
 
-    At a sum, the deeper operand counts (the main branch of a residual block); at a concatenation, all of them; none for the
-    network's input.
+    At a sum, the deeper operand counts (the main branch of a residual block); at a concatenation, all of
+    them; none for the network's input.
     """
     modules = dict(traced.named_modules())
     depth = conv_depths(traced)

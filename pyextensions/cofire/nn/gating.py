@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers that decide, for each sample, which of their output channels to compute.
 
-A layer has two forms. The *trainable* form (:class:`GatedConv2d`, :class:`GatedLinear`) computes everything, masks the output
-with its head's prediction, and compares the prediction with the self-supervised target of the same forward. The *deployed*
-form, from ``deploy()``, computes the predicted channels only, from the non-zero input channels only.
+A layer has two forms. The *trainable* form (:class:`GatedConv2d`, :class:`GatedLinear`) computes everything,
+masks the output with its head's prediction, and compares the prediction with the self-supervised target of
+the same forward. The *deployed* form, from ``deploy()``, computes the predicted channels only, from the
+non-zero input channels only.
 
-Source: Elkerdawy, Elhoushi, Zhang, Ray, "Fire Together Wire Together: A Dynamic Pruning Approach with Self-Supervised Mask
-Prediction", CVPR 2022 (FTWT).
+Source: Elkerdawy, Elhoushi, Zhang, Ray, "Fire Together Wire Together: A Dynamic Pruning Approach with
+Self-Supervised Mask Prediction", CVPR 2022 (FTWT).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Gate(NamedTuple):
 
     logits: Tensor  #: ``[N, Co]``
     mask: Tensor  #: bool ``[N, Co]``: the channels to compute
-    index: Tensor  #: int32 ``[N, Co]``, their positions, as :func:`cofire.ops.compact` gives them
-    count: Tensor  #: int32 ``[N]``
+    out_index: Tensor  #: int32 ``[N, Co]``, their positions, as :func:`cofire.ops.compact` gives them
+    out_count: Tensor  #: int32 ``[N]``
     in_index: Tensor  #: int32 ``[N, Ci]``: the input channels that hold any non-zero element
     in_count: Tensor  #: int32 ``[N]``
 
@@ -42,17 +43,19 @@ class GateHead(nn.Module):
     Args:
         in_channels: channels (or features) of the gated layer's input.
         out_channels: channels of the gated layer's output.
-        pool: ``"max"`` (the paper, figure 3) or ``"avg"`` (the authors' released code); without effect on a 2-D input.
+        pool: ``"max"`` (the paper, figure 3) or ``"avg"`` (the authors' released code); without effect on a
+            2-D input.
         softmax: normalise the pooled features over the channels.
         min_keep: the fewest channels kept per sample.
-        rank: project the pooled features to this many before the softmax. A head costs ``in_channels * out_channels`` MACs,
-            which for a linear layer is the cost of the layer itself; a low rank makes it cheap. None: no projection.
+        rank: project the pooled features to this many before the softmax. A head costs ``in_channels *
+            out_channels`` MACs, which for a linear layer is the cost of the layer itself; a low rank makes it
+            cheap. None: no projection.
 
     Shape: input ``[N, in_channels, H, W]`` or ``[N, in_channels]``; output :class:`Gate`.
 
     Example:
         >>> head = GateHead(3, 5, min_keep=2)
-        >>> bool((head(torch.rand(4, 3, 8, 8)).count >= 2).all())
+        >>> bool((head(torch.rand(4, 3, 8, 8)).out_count >= 2).all())
         True
 
     Source: FTWT, section 3 and figure 3.
@@ -119,11 +122,12 @@ class Gated(nn.Module):
     """What the trainable gated layers share: the head, the target, and the loss between the two.
 
     Attributes:
-        gate_loss: scalar with a graph, from the last forward in training: binary cross entropy between logits and target, summed
-            over the channels, averaged over the batch. None before. It is not part of the state: copies and pickles drop it.
+        gate_loss: scalar with a graph, from the last forward in training: binary cross entropy between logits
+            and target, summed over the channels, averaged over the batch. None before. It is not part of the
+            state: copies and pickles drop it.
         steps: int64 buffer, the optimiser steps that this head has seen; schedules of the loss count with it.
-        force: which mask to apply instead of the prediction: None (the prediction), ``"open"`` (no mask), ``"target"``, or a
-            tensor ``[N, Co]``. For experiments; copies and pickles drop it.
+        force: which mask to apply instead of the prediction: None (the prediction), ``"open"`` (no mask),
+            ``"target"``, or a tensor ``[N, Co]``. For experiments; copies and pickles drop it.
     """
 
     steps: Tensor
@@ -166,6 +170,26 @@ class Gated(nn.Module):
             return gate.mask
         return None if isinstance(self.force, str) else self.force
 
+    @torch.no_grad()
+    def examine(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        """The mask that a forward with these arguments applies, and the target: both bool ``[N, Co]``.
+
+        It computes the layer once more and changes nothing.
+        """
+        target = self._target(self._peak(*args))
+        mask = self._mask(self._predict(args[0]))
+        if mask is None:
+            mask = target if self.force == "target" else torch.ones_like(target)
+        return mask != 0, target
+
+    def _peak(self, *args: Tensor) -> Tensor:
+        """``[N, Co]``: the largest magnitude of each channel before the gate."""
+        raise NotImplementedError
+
+    def deploy(self) -> nn.Module:
+        """The inference form, with copies of the weights; this layer can go on training."""
+        raise NotImplementedError
+
     def __getstate__(self) -> dict[str, Any]:
         # A non-leaf tensor can neither be copied nor pickled, and belongs to one forward only.
         return {**self.__dict__, "gate_loss": None, "force": None}
@@ -185,21 +209,23 @@ def check_mass(where: str, mass: float, mode: str) -> None:
 class GatedConv2d(Gated):
     """Convolution, batch norm, activation and gate: the trainable form.
 
-    Constructed like ``nn.Conv2d``; the further arguments are keywords. In training every channel is computed, because the target
-    needs the unmasked activation; :meth:`deploy` gives the form that skips.
+    Constructed like ``nn.Conv2d``; the further arguments are keywords. In training every channel is computed,
+    because the target needs the unmasked activation; :meth:`deploy` gives the form that skips.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in ``nn.Conv2d``.
         activation: ``"relu"``, ``"relu6"`` or ``"identity"``, applied after norm and residual.
         norm: batch norm after the convolution.
-        mass: share of the activation mass that the target keeps, in (0, 1]; negative: the target keeps everything.
+        mass: share of the activation mass that the target keeps, in (0, 1]; negative: the target keeps
+            everything.
         mode: ``"mass"``, or ``"uniform"`` (``mass`` is then the share of channels to prune, in [0, 1)).
         pool, softmax, min_keep: see :class:`GateHead`.
-        coupling: ``"decoupled"`` (the head's loss trains the head alone) or ``"joint"`` (it also trains the layers before).
+        coupling: ``"decoupled"`` (the head's loss trains the head alone) or ``"joint"`` (it also trains the
+            layers before).
         device, dtype: of the parameters.
 
-    Shape: input ``[N, in_channels, H, W]``; residual (optional, second argument of the forward, added before the activation) and
-    output ``[N, out_channels, Ho, Wo]``. Gated channels are exactly zero.
+    Shape: input ``[N, in_channels, H, W]``; residual (optional, second argument of the forward, added before
+    the activation) and output ``[N, out_channels, Ho, Wo]``. Gated channels are exactly zero.
 
     Raises:
         ValueError: an argument out of range or not among its choices.
@@ -259,8 +285,8 @@ class GatedConv2d(Gated):
         """A gated layer around existing modules, which it takes over as they are.
 
         Raises:
-            TypeError: ``norm`` is neither None nor a ``BatchNorm2d``. (A ``SyncBatchNorm`` is not: the fused epilogue takes
-                the statistics of its own process.)
+            TypeError: ``norm`` is neither None nor a ``BatchNorm2d``. (A ``SyncBatchNorm`` is not: the fused
+                epilogue takes the statistics of its own process.)
             ValueError: a padding mode other than zeros, or a norm of another width.
         """
         if norm is not None and type(norm) is not nn.BatchNorm2d:
@@ -277,6 +303,8 @@ class GatedConv2d(Gated):
         return layer.train(conv.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if input.dim() != 4:
+            raise ValueError(f"GatedConv2d: input must have shape [N, C, H, W], got {list(input.shape)}")
         gate = self._predict(input)
         output, peak = self._convolve(input, residual, self._mask(gate))
         if self.force == "target":
@@ -285,45 +313,30 @@ class GatedConv2d(Gated):
             self._record(gate.logits, peak)
         return output
 
-    @torch.no_grad()
-    def examine(self, input: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The mask that the forward applies and the target, both bool ``[N, Co]``; computes the layer once more."""
-        open_ = torch.ones(input.shape[0], self.conv.out_channels, dtype=torch.bool, device=input.device)
-        mask = self._mask(self._predict(input))
-        target = self._target(self._convolve(input, residual, None, update=False)[1])
-        if mask is None:
-            mask = target if self.force == "target" else open_
-        return mask != 0, target
+    def _peak(self, *args: Tensor) -> Tensor:
+        residual = args[1] if len(args) > 1 else None
+        return self._convolve(args[0], residual, None, update=False)[1]
 
     def _convolve(
         self, input: Tensor, residual: Tensor | None, mask: Tensor | None, update: bool = True
     ) -> tuple[Tensor, Tensor]:
         conv, norm = self.conv, self.norm
+        if norm is not None and type(norm) is not nn.BatchNorm2d:
+            raise TypeError(f"GatedConv2d: norm must be a BatchNorm2d, got {type(norm).__name__}")
         bias = conv.bias if norm is not None else None  # without a norm, the epilogue adds it
         z = F.conv2d(input, conv.weight, bias, conv.stride, list(self.padding), conv.dilation, conv.groups)
         if residual is not None:
             residual = residual.to(z.dtype)  # under autocast the shortcut may still be fp32
         if norm is None:
-            weight, shift, mean, var, eps = *_neutral(conv), 0.0
-            training = False
+            statistics, training, eps = _neutral(conv), False, 0.0
         else:
-            mean, var, eps = norm.running_mean, norm.running_var, norm.eps
-            training = norm.training or mean is None
-            weight, shift = _affine(norm)
+            statistics, eps = (*_affine(norm), norm.running_mean, norm.running_var), norm.eps
+            training = norm.training or norm.running_mean is None
         output, peak, mean, var = ops.gated_norm_act(
-            z,
-            weight,
-            shift,
-            mean,
-            var,
-            residual=residual,
-            mask=mask,
-            activation=self.activation,
-            training=training,
-            eps=eps,
+            z, *statistics, residual=residual, mask=mask, activation=self.activation, training=training, eps=eps
         )
         if update and norm is not None and norm.training and norm.running_mean is not None:
-            _update_running(norm, mean, var, z.numel() // z.shape[1])
+            _update_running(norm, mean, var, z.numel() // max(z.shape[1], 1))
         return output, peak
 
     @torch.no_grad()
@@ -354,16 +367,15 @@ class GatedConv2d(Gated):
         return folded.eval()
 
     def deploy(self) -> DeployedGatedConv2d:
-        """The inference form, with folded copies of the weights; this layer can go on training."""
         return DeployedGatedConv2d(self.fold(), copy.deepcopy(self.head), self.activation)
 
 
 class DeployedGatedConv2d(nn.Module):
     """A gated convolution that computes the predicted channels only; made by :meth:`GatedConv2d.deploy`.
 
-    It owns the folded weights and nothing else: there are no unfolded weights behind it that could change and leave it stale.
-    The input's support is measured by the pooling pass, which has to read every element anyway. So it is exact whatever stands
-    between two layers: a residual sum, a concatenation, a pooling.
+    It owns the folded weights and nothing else: there are no unfolded weights behind it that could change and
+    leave it stale. The input's support is measured by the pooling pass, which has to read every element
+    anyway. So it is exact whatever stands between two layers: a residual sum, a concatenation, a pooling.
 
     Shape: as :class:`GatedConv2d`.
     """
@@ -383,7 +395,7 @@ class DeployedGatedConv2d(nn.Module):
 
     def _arguments(self, input: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
         gate: Gate = self.head(input)
-        selection = (gate.in_index, gate.in_count, gate.index, gate.count)
+        selection = (gate.in_index, gate.in_count, gate.out_index, gate.out_count)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         # in_index is the exact support, hence the other channels are zero in memory: masked_input
         return input, self.weight, self.bias, residual, *selection, *geometry, self.activation, True, False, 0
@@ -404,10 +416,10 @@ class GatedLinear(Gated):
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
         activation, mass, mode, softmax, coupling, min_keep: as in :class:`GatedConv2d`.
-        rank: of the head (see :class:`GateHead`). A full head costs as much as the layer; the default is an eighth of the smaller
-            side.
-        storage: how :meth:`deploy` lays out the weight. ``"out"``: row by row, so that a skipped output saves its bytes;
-            ``"in"``: column by column, so that a zero input does.
+        rank: of the head (see :class:`GateHead`). A full head costs as much as the layer; the default is an
+            eighth of the smaller side.
+        storage: how :meth:`deploy` lays out the weight. ``"out"``: row by row, so that a skipped output saves
+            its bytes; ``"in"``: column by column, so that a zero input does.
 
     Shape: input ``[N, in_features]``, output ``[N, out_features]``. Gated features are exactly zero.
 
@@ -448,14 +460,6 @@ class GatedLinear(Gated):
         self.linear = nn.Linear(in_features, out_features, bias, **where)
         self.storage = storage
 
-    @classmethod
-    def from_modules(cls, linear: nn.Linear, activation: str = "identity", **options: Any) -> GatedLinear:
-        """A gated layer around an existing one, which it takes over; ``options``: the constructor's keywords."""
-        where = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        layer = cls(linear.in_features, linear.out_features, activation=activation, **where, **options)
-        layer.linear = linear
-        return layer.train(linear.training)
-
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 2:
             raise ValueError(f"GatedLinear: input must have shape [N, in_features], got {list(input.shape)}")
@@ -466,14 +470,8 @@ class GatedLinear(Gated):
         mask = self._target(peak) if self.force == "target" else self._mask(gate)
         return output if mask is None else output * mask
 
-    @torch.no_grad()
-    def examine(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """The mask that the forward applies and the target, both bool ``[N, out_features]``."""
-        target = self._target(self._activate(input)[1])
-        mask = self._mask(self._predict(input))
-        if mask is None:
-            mask = target if self.force == "target" else torch.ones_like(target)
-        return mask != 0, target
+    def _peak(self, *args: Tensor) -> Tensor:
+        return self._activate(*args)[1]
 
     def _activate(self, input: Tensor) -> tuple[Tensor, Tensor]:
         output = self.linear(input)
@@ -482,14 +480,14 @@ class GatedLinear(Gated):
         return output, output.detach().abs()
 
     def deploy(self) -> DeployedGatedLinear:
-        """The inference form, with a copy of the weights in the layout that ``storage`` asks for."""
         return DeployedGatedLinear(self.linear, copy.deepcopy(self.head), self.activation, self.storage)
 
 
 class DeployedGatedLinear(nn.Module):
     """A gated linear layer that computes the predicted outputs only, from the non-zero inputs only.
 
-    Made by :meth:`GatedLinear.deploy`. ``weight`` is stored ``[out, in]``, or ``[in, out]`` if ``storage`` is ``"in"``.
+    Made by :meth:`GatedLinear.deploy`. ``weight`` is stored ``[out, in]``, or ``[in, out]`` if ``storage`` is
+    ``"in"``.
     """
 
     def __init__(self, linear: nn.Linear, head: GateHead, activation: str, storage: str) -> None:
@@ -508,7 +506,7 @@ class DeployedGatedLinear(nn.Module):
     def _arguments(self, input: Tensor) -> tuple[Any, ...]:
         gate: Gate = self.head(input)
         weight = self.weight.t() if self.storage == "in" else self.weight
-        return input, weight, self.bias, gate.in_index, gate.in_count, gate.index, gate.count, self.activation
+        return input, weight, self.bias, gate.in_index, gate.in_count, gate.out_index, gate.out_count, self.activation
 
     def explain(self, input: Tensor) -> str:
         """Which kernel runs on this input, and why."""
@@ -540,8 +538,8 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return ones, torch.zeros_like(ones)
 
 
-def _neutral(conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weight, bias, mean and variance of a norm that adds the convolution's bias and does nothing else."""
+def _neutral(conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Weight, bias, mean and variance of a batch norm that adds the convolution's bias and does nothing else."""
     ones = torch.ones(conv.out_channels, device=conv.weight.device)
     zeros = torch.zeros_like(ones)
     return ones, zeros if conv.bias is None else conv.bias, zeros, ones
