@@ -36,13 +36,13 @@ provider's result, the one rule for floats is ::
 
 that is, a kernel may lose about as much as plain torch loses. For gradients it is 3 instead of 2, and max|r| is that of a
 random cotangent also where the cotangent of a sum is used, whose gradient may cancel to nothing. For the outputs named in
-``sums`` it is 4 eps(dtype): statistics, which the library accumulates in fp64 on a CPU and a kernel in fp32. Outputs that are not floats are compared exactly with r.
+``sums`` it is 16 eps(dtype): the terms of a sum may cancel, and the library accumulates some in fp64, a kernel in fp32. Outputs that are not floats are compared exactly with r.
 The one exception has to be declared: ``decided_by`` names outputs that follow from a float output of the same call by a
 threshold or an order (the mask of ``gate_head`` from its logits). Rounding may move a logit over the threshold or make
 two of them equal, so these outputs are compared, still exactly, with what the provider's *own* float output demands.
 
 Cheap checks run on all samples: the rule above, layout as the fake says, no aliasing, inputs untouched, the same bits on
-every run (``cpu``: and for 1, 2 and 3 threads), other memory layouts. The dear ones (opcheck, gradcheck, gradgradcheck,
+every run (a C++ kernel: and for 1, 2 and 3 threads), the kernel that the registry claims, other memory layouts. The dear ones (opcheck, gradcheck, gradgradcheck,
 ``torch.compile``) run on the tiny samples.
 """
 
@@ -120,7 +120,7 @@ class Case:
 
     def roundings(self, name: str) -> int:
         """How many roundings of the result its own arithmetic may cost."""
-        return 4 if name in self.sums else 1
+        return 16 if name in self.sums else 1
 
     def make(self, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> Args:
         """The sample's arguments in a dtype and a memory layout, on the CPU."""
@@ -344,18 +344,17 @@ def calls_of_reference(operator: Operator) -> Iterator[list[torch.dtype]]:
         yield calls
 
 
-def check_served(context: Context, provider: Provider, args: Args) -> None:
-    """Where the registry claims a C++ kernel for this dtype, it does the work; elsewhere the reference does."""
-    operator = context.case.operator
+def has_cpu_kernel(operator: Operator, args: Args) -> bool:
+    """Whether the registry claims a C++ kernel for these arguments, and its library is loaded."""
     first = next(a for a in args if isinstance(a, Tensor))
-    if isinstance(operator.cpu, str) or native.STATUS.variant is None or first.numel() == 0:
-        return
-    claimed = first.dtype in operator.cpu
-    with calls_of_reference(operator) as calls:
+    return isinstance(operator.cpu, tuple) and first.dtype in operator.cpu and native.STATUS.variant is not None
+
+
+def check_served(context: Context, provider: Provider, args: Args) -> None:
+    """Where the registry claims a C++ kernel, it does the work: the reference is not called."""
+    with calls_of_reference(context.case.operator) as calls:
         provider(*args)
-    assert claimed == (not calls), (
-        f"{context}: the registry says {'C++ kernel' if claimed else 'reference'}, but it ran {'reference' if calls else 'C++'}"
-    )
+    assert not calls, f"{context}: the registry claims a C++ kernel for {calls[0]}, but the reference ran"
 
 
 # ----------------------------------------------------------------------------------------------------- checks
@@ -374,9 +373,10 @@ def check_forward(case: Case, provider: Provider, sample: Sample, dtype: torch.d
     check_separate(context, on_device, outputs)
     if provider.name != "reference":
         check_repeats(context, lambda: provider(*on_device), outputs, "from run to run")
-    if provider.name == "cpu":
-        check_served(context, provider, args)
-        for count in (1, 2, 3):
+    if provider.name == "cpu" and has_cpu_kernel(case.operator, args):
+        if all(a.numel() for a in args if isinstance(a, Tensor)):  # of nothing, anyone can make nothing
+            check_served(context, provider, args)
+        for count in (1, 2, 3):  # (the library's own GEMMs and convolutions promise nothing of the kind)
             with threads(count):
                 check_repeats(context, lambda: provider(*on_device), outputs, f"with {count} threads")
 
@@ -468,12 +468,13 @@ def _differentiable(case: Case, args: Args) -> tuple[Callable[..., tuple[Tensor,
 def check_gradcheck(case: Case, sample: Sample) -> None:
     """The gradient against finite differences, in fp64."""
     function, leaves = _differentiable(case, case.make(sample, torch.float64))
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=False)
+    assert torch.autograd.gradcheck(function, leaves)
 
 
 def check_gradgradcheck(case: Case, sample: Sample) -> None:
+    """The gradient of the gradient, along random directions (``fast_mode``): entry by entry it would take minutes."""
     function, leaves = _differentiable(case, case.make(sample, torch.float64))
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=False)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend: str = "inductor") -> None:
@@ -495,7 +496,9 @@ def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend:
         return operator(*args)
 
     torch._dynamo.reset()
-    with quiet(), torch._dynamo.config.patch(error_on_recompile=True):
+    # Duck shapes off: sizes that happen to be equal in a tiny sample are not taken to be equal always.
+    shapes = torch.fx.experimental._config.patch(use_duck_shape=False)
+    with quiet(), shapes, torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend=backend)
         for sample, args in zip(samples, calls, strict=True):
             context = Context(case, f"torch.compile(dynamic={dynamic}, {backend})", sample.name)

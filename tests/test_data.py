@@ -143,7 +143,8 @@ def test_an_unknown_folder_lists_what_is_understood(tmp_path: Path) -> None:
 def test_batches_cover_the_epoch_and_repeat_with_the_seed() -> None:
     pytest.importorskip("sklearn")
     images = load("digits").subset(101)
-    assert "subset of 101" in images.condition
+    assert "Trained on 101 of the 1,258 images." in images.condition
+    assert len(images.subset(None, 5).test_labels) == 5
     epochs = [list(images.batches(50, torch.Generator().manual_seed(3))) for _ in range(2)]
     assert [len(y) for _, y in epochs[0]] == [50, 50]  # the last single image is left out
     assert all(torch.equal(a[0], b[0]) for a, b in zip(*epochs, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package as users get it: a wheel in an empty environment outside the checkout, and an install without a compiler."""
+"""The package as users get it: a wheel in an empty environment, and an install without a compiler."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ def test_wheel_carries_what_run_time_reads(artefacts: dict[str, Path]) -> None:
 
 
 def test_sdist_carries_the_sources(artefacts: dict[str, Path]) -> None:
-    names = {name.partition("/")[2] for name in tarfile.open(artefacts["sdist"]).getnames()}
+    with tarfile.open(artefacts["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     needed = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file()}
     assert needed | {"setup.py", "constraints.txt", "LICENSE"} <= names
 

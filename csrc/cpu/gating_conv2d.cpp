@@ -91,6 +91,12 @@ void for_each_task(int64_t tasks, const F& run) {
   });
 }
 
+// One multiplication per position: where its input is in the panel, and where its
+// weight is in every weight row.
+struct Step {
+  int32_t panel, weight;
+};
+
 // Where a tap finds its inputs in a packed channel.
 struct PanelLayout {
   int64_t rows;       // output rows of a full panel
@@ -98,9 +104,9 @@ struct PanelLayout {
   int64_t copy;       // floats of one shifted copy
   int64_t channel;    // floats of one packed channel
   std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
-  std::vector<int32_t> taps;    // offset of every tap in a packed channel
+  std::vector<Step> taps;       // every tap in a packed channel and in a weight's channel
 
-  PanelLayout(const ConvShape& s, int64_t channels) {
+  PanelLayout(const ConvShape& s, int64_t channels, const at::Tensor& weight) {
     std::vector<int64_t> phase_of(s.kernel[0]);
     int64_t last_row = 0;
     for (int64_t a = 0; a < s.kernel[0]; ++a) {
@@ -124,54 +130,78 @@ struct PanelLayout {
     for (int64_t a = 0; a < s.kernel[0]; ++a) {
       for (int64_t b = 0; b < s.kernel[1]; ++b) {
         const int64_t row = a * s.dilation[0] / s.stride[0];
-        taps.push_back(
-            static_cast<int32_t>((phase_of[a] * s.kernel[1] + b) * copy + row * s.out_width));
+        const int64_t in_panel = (phase_of[a] * s.kernel[1] + b) * copy + row * s.out_width;
+        const int64_t in_weight = a * weight.stride(2) + b * weight.stride(3);
+        taps.push_back({static_cast<int32_t>(in_panel), static_cast<int32_t>(in_weight)});
       }
     }
   }
 };
+
+// The positions i in [0, limit) with 0 <= i * step + offset < size, as [first, last).
+std::pair<int64_t, int64_t> inside(int64_t step, int64_t offset, int64_t size, int64_t limit) {
+  const int64_t first = std::clamp<int64_t>(offset < 0 ? (-offset + step - 1) / step : 0, 0, limit);
+  const int64_t last = offset < size ? (size - offset + step - 1) / step : 0;
+  return {first, std::clamp(last, first, limit)};
+}
+
+// count values, `step` apart, as fp32.
+template <typename T>
+void copy_f32(const T* source, int64_t step, float* to, int64_t count) {
+  int64_t i = 0;
+  if (step == 1) {
+    for (; i + kLanes <= count; i += kLanes) load_f32(source + i).store(to + i);
+    if (i < count) load_f32(source + i, count - i).store(to + i, count - i);
+  } else if (step == 2) {
+    for (; i < count; i += kLanes) {
+      const int64_t left = 2 * (count - i) - 1;  // no value beyond the last one is touched
+      const Vec low = load_f32(source + 2 * i, std::min(left, kLanes));
+      const Vec high = left > kLanes ? load_f32(source + 2 * i + kLanes, std::min(left - kLanes, kLanes))
+                                     : Vec(0.f);
+      at::vec::deinterleave2(low, high).first.store(to + i, std::min(count - i, kLanes));
+    }
+  } else {
+    for (; i < count; ++i) to[i] = static_cast<float>(source[i * step]);
+  }
+}
+
+void zero_columns(float* copy, int64_t width, int64_t top, int64_t bottom, int64_t first,
+                  int64_t last) {
+  for (int64_t column = first; column < last; ++column) {
+    for (int64_t r = top; r < bottom; ++r) copy[r * width + column] = 0.f;
+  }
+}
 
 // One channel into its panel slot: for every row phase and column tap a copy of
 // the plane with rows of out_width values, zero where the tap meets padding.
 template <typename T>
-void pack_channel(const T* plane, float* slot, const ConvShape& s, const PanelLayout& layout,
+void pack_channel(const T* plane, float* copy, const ConvShape& s, const PanelLayout& layout,
                   int64_t first_row) {
+  const int64_t width = s.out_width, step = s.stride[1];
   for (const int64_t phase : layout.phases) {
-    for (int64_t b = 0; b < s.kernel[1]; ++b, slot += layout.copy) {
-      const int64_t step = s.stride[1], shift = b * s.dilation[1] - s.padding[1];
-      // The output columns [low, high) whose input column is inside the plane.
-      const int64_t low = std::min(s.out_width, std::max<int64_t>(0, (-shift + step - 1) / step));
-      const int64_t inside = s.width - shift;
-      const int64_t high =
-          std::clamp<int64_t>(inside > 0 ? (inside + step - 1) / step : 0, low, s.out_width);
-      float* row = slot;
-      for (int64_t r = 0; r < layout.copy_rows; ++r, row += s.out_width) {
-        const int64_t y = (first_row + r) * s.stride[0] + phase - s.padding[0];
-        if (y < 0 || y >= s.height) {
-          std::fill_n(row, s.out_width, 0.f);
-          continue;
+    const int64_t y = first_row * s.stride[0] + phase - s.padding[0];
+    const auto [top, bottom] = inside(s.stride[0], y, s.height, layout.copy_rows);
+    for (int64_t b = 0; b < s.kernel[1]; ++b, copy += layout.copy) {
+      const int64_t x = b * s.dilation[1] - s.padding[1];
+      const auto [left, right] = inside(step, x, s.width, width);
+      std::fill_n(copy, top * width, 0.f);
+      std::fill(copy + bottom * width, copy + layout.copy, 0.f);
+      const T* const source = plane + (y + top * s.stride[0]) * s.width + left * step + x;
+      float* const to = copy + top * width + left;
+      if (step == 1 && s.stride[0] == 1 && width == s.width) {
+        // Rows follow each other in the source as in the copy: one flat run, which
+        // takes wrong values to the border columns.
+        copy_f32(source, 1, to, (bottom - top) * width - left - (width - right));
+      } else {
+        for (int64_t r = 0; r < bottom - top; ++r) {
+          copy_f32(source + r * s.stride[0] * s.width, step, to + r * width, right - left);
         }
-        const T* source = plane + y * s.width + shift;
-        std::fill_n(row, low, 0.f);
-        if (step == 1) {
-          int64_t x = low;
-          for (; x + kLanes <= high; x += kLanes) load_f32(source + x).store(row + x);
-          if (x < high) load_f32(source + x, high - x).store(row + x, high - x);
-        } else {
-          for (int64_t x = low; x < high; ++x) row[x] = static_cast<float>(source[x * step]);
-        }
-        std::fill(row + high, row + s.out_width, 0.f);
       }
-      std::fill(row, slot + layout.copy, 0.f);
+      zero_columns(copy, width, top, bottom, 0, left);
+      zero_columns(copy, width, top, bottom, right, width);
     }
   }
 }
-
-// One multiplication per position: where its input is in the panel, and where its
-// weight is in every weight row.
-struct Step {
-  int32_t panel, weight;
-};
 
 // Sums of `Vecs` vectors of positions for `Rows` output channels. Every output is
 // one chain of fused multiply-adds in the order of the steps.
@@ -315,7 +345,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   const ConvShape& s = p.shape;
   const at::Tensor output = at::empty(p.output_size(), input.options());
   const int64_t most_inputs = p.in.most();
-  const PanelLayout layout(s, most_inputs);
+  const PanelLayout layout(s, most_inputs, weight);
   const int64_t taps = static_cast<int64_t>(layout.taps.size());
   const int64_t panel_floats = most_inputs * layout.channel;
   const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
@@ -361,12 +391,11 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
       const int64_t plane = panel.sample * in_channels + (p.compact_input ? j : channel);
       pack_channel(in + plane * in_plane, packed + which * panel_floats + j * layout.channel, s,
                    layout, panel.first_row);
+      const auto in_panel = static_cast<int32_t>(j * layout.channel);
+      const auto in_weight = static_cast<int32_t>(channel % in_per_group * weight.stride(1));
       for (int64_t t = 0; t < taps; ++t) {
-        const int64_t offset = channel % in_per_group * weight.stride(1) +
-                               t / s.kernel[1] * weight.stride(2) +
-                               t % s.kernel[1] * weight.stride(3);
-        steps[i * taps + t] = {static_cast<int32_t>(j * layout.channel + layout.taps[t]),
-                               static_cast<int32_t>(offset)};
+        const Step& tap = layout.taps[t];
+        steps[i * taps + t] = {in_panel + tap.panel, in_weight + tap.weight};
       }
     });
     for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {

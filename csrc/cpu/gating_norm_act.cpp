@@ -61,17 +61,24 @@ inline void for_vectors(int64_t size, F&& step) {
   if (i < size) step(i, size - i);
 }
 
-// The same for sums: step(part, i) has four parts take turns, so that additions neither wait for
-// one another nor form long chains.
+// For sums: step(part, i) for each multiple i of kUnit below size. Four parts take turns, so that
+// additions neither wait for one another nor form long chains.
 constexpr int kParts = 4;
+
+template <int64_t kUnit, typename F>
+inline void in_parts(int64_t size, F&& step) {
+  int64_t i = 0;
+  for (; i + kParts * kUnit <= size; i += kParts * kUnit) {
+    for (int part = 0; part < kParts; ++part) step(part, i + part * kUnit);
+  }
+  for (; i < size; i += kUnit) step(0, i);
+}
 
 template <typename F>
 inline void for_vectors_in_parts(int64_t size, F&& step) {
-  int64_t i = 0;
-  for (; i + kParts * kLanes <= size; i += kParts * kLanes) {
-    for (int part = 0; part < kParts; ++part) step(part, i + part * kLanes);
-  }
-  for_vectors(size - i, [&](int64_t j, auto... rest) { step(0, i + j, rest...); });
+  const int64_t whole = size / kLanes * kLanes;
+  in_parts<kLanes>(whole, step);
+  if (whole < size) step(0, whole, size - whole);
 }
 
 template <typename T>
@@ -212,16 +219,17 @@ void row_moments(const T* x, const Map& map, float* mean, float* var) {
       float* out = scratch.data() + r * 3 * channels;
       for_vectors(channels, [&](int64_t c, auto... rest) {
         const T* column = x + r * kRunRows * channels + c;
-        Vec sum(0.0f);
-        for (int64_t i = 0; i < length; ++i) {
-          sum = sum + load_f32(column + i * channels, rest...);
-        }
-        const Vec pivot = sum / Vec(static_cast<float>(length));
-        Sums sums;
-        for (int64_t i = 0; i < length; ++i) {
+        Vec sum[kParts] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+        in_parts<1>(length, [&](int part, int64_t i) {
+          sum[part] = sum[part] + load_f32(column + i * channels, rest...);
+        });
+        const Vec pivot = sum_of_parts(sum) / Vec(static_cast<float>(length));
+        Sums part_sums[kParts];
+        in_parts<1>(length, [&](int part, int64_t i) {
           const Vec d = load_f32(column + i * channels, rest...) - pivot;
-          sums.add(d, d);
-        }
+          part_sums[part].add(d, d);
+        });
+        const Sums sums = sum_of_parts(part_sums);
         store_f32(out + c, pivot, rest...);
         store_f32(out + channels + c, sums.first, rest...);
         store_f32(out + 2 * channels + c, sums.product, rest...);
@@ -530,12 +538,14 @@ void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, cons
     float* out = scratch.data() + part * 2 * channels;
     for_vectors(channels, [&](int64_t c, auto... rest) {
       const Vec keep_c = load_f32(keep + c, rest...), mean_c = load_f32(p.mean + c, rest...);
-      Sums sums;
-      for (int64_t i = begin * channels + c; i < end * channels; i += channels) {
+      Sums part_sums[kParts];
+      in_parts<1>(end - begin, [&](int part_of, int64_t row) {
+        const int64_t i = (begin + row) * channels + c;
         const Vec d = dpre_at<Act>(g, i, rest...) & keep_c;
-        sums.add(d, load_f32(g.input + i, rest...) - mean_c);
+        part_sums[part_of].add(d, load_f32(g.input + i, rest...) - mean_c);
         if (g.grad_residual) store_f32(g.grad_residual + i, d, rest...);
-      }
+      });
+      const Sums sums = sum_of_parts(part_sums);
       store_f32(out + c, sums.first, rest...);
       store_f32(out + channels + c, sums.product, rest...);
     });

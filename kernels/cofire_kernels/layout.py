@@ -18,8 +18,9 @@ def in_format(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def empty_map(like: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """An uninitialised map with the dtype and device of ``like``."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    """An uninitialised map with the dtype and device of ``like``; one that is both formats has contiguous strides."""
+    distinct = shape[1] > 1 and shape[2] * shape[3] > 1
+    memory_format = torch.channels_last if channels_last and distinct else torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 

@@ -61,12 +61,18 @@ class Images:
         shift = torch.tensor(self.mean).view(1, -1, 1, 1) * 255
         return (images.float() - shift) / scale
 
-    def subset(self, images: int) -> Images:
-        """The first ``images`` of the training set, which is in random order; the test set stays whole."""
-        if images >= len(self.train):
-            return self
-        note = f"{self.condition} Trained on a fixed subset of {images:,} of the {len(self.train):,} images."
-        return replace(self, condition=note, train=self.train[:images], train_labels=self.train_labels[:images])
+    def subset(self, train: int | None = None, test: int | None = None) -> Images:
+        """The first ``train`` and ``test`` images (None: all) of the two parts; the training set is in random order."""
+        parts = (("Trained", train, self.train), ("Tested", test, self.test))
+        notes = [f" {verb} on {n:,} of the {len(x):,} images." for verb, n, x in parts if n is not None and n < len(x)]
+        return replace(
+            self,
+            condition=self.condition + "".join(notes),
+            train=self.train[:train],
+            train_labels=self.train_labels[:train],
+            test=self.test[:test],
+            test_labels=self.test_labels[:test],
+        )
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, augmented and normalised; a last batch of fewer than two images is left out."""

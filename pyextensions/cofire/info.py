@@ -192,7 +192,8 @@ def explain(call: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[d
             near = get_close_matches(call, public) or public
             raise ValueError(f"explain: no operator is called {call!r}; did you mean {', '.join(near)}?")
         call = cast(Callable[..., Any], getattr(ops, call))
-    with _Recorder() as recorder:
+    recorder = _Recorder()
+    with recorder:
         call(*args, **kwargs)
     return recorder.calls
 

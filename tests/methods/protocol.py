@@ -55,7 +55,7 @@ class Case:
 
     def loss(self, model: nn.Module, rows: slice = slice(None), call: Callable[..., Any] | None = None) -> Tensor:
         x, y = (part[rows] for part in self.batch)
-        output = (call or model)(x)
+        output = (model if call is None else call)(x)
         return F.cross_entropy(output.float(), y) + self.method().loss(model, output, y)
 
     def gradients(self, model: nn.Module, **options: Any) -> State:

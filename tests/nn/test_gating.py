@@ -81,17 +81,19 @@ def test_equals_plain_torch(geometry, with_residual, training):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
     assert (output[~mask] == 0).all()
     direction = torch.randn_like(output)
-    if not training:
+    objective, expected_objective = (output * direction).sum(), (expected * direction).sum()
+    if training:
+        torch.testing.assert_close(layer.gate_loss, loss, rtol=1e-4, atol=1e-5)
+        objective, expected_objective = objective + layer.gate_loss, expected_objective + loss
+    else:
         assert layer.gate_loss is None
-        layer.gate_loss = loss.detach() * 0
-        loss = loss * 0
-    torch.testing.assert_close(layer.gate_loss, loss, rtol=1e-4, atol=1e-5)
-    ((output * direction).sum() + layer.gate_loss).backward()
-    ((expected * direction).sum() + loss).backward()
+    objective.backward()
+    expected_objective.backward()
     torch.testing.assert_close(x.grad, x_twin.grad, rtol=1e-3, atol=1e-4)
     for (name, p), q in zip(layer.named_parameters(), twin.parameters()):
         if training or "head" not in name:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+            atol = 2e-3 if name == "conv.bias" else 2e-4  # before a batch norm it is a sum that cancels to zero
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(buffer, twin.get_buffer(name), rtol=1e-4, atol=1e-5)
 

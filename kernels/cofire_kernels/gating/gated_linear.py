@@ -89,15 +89,15 @@ def gated_linear_columns_forward_kernel(
     active = tl.load(out_slot_ptr + sample * out_features + row, mask=inside, other=-1) >= 0
     count = tl.load(in_count_ptr + sample)
     count = tl.where(tl.max(active.to(tl.int32), 0) > 0, count, 0)  # nothing to compute in this block
-    acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in range(0, count, BLOCK_K):
         slot = start + tl.arange(0, BLOCK_K)
         used = slot < count
         k = tl.load(in_index_ptr + sample * in_features + slot, mask=used, other=0).to(tl.int64)
         x = tl.load(x_ptr + sample * stride_xn + k * stride_xk, mask=used, other=0).to(tl.float32)
-        w = tl.load(w_ptr + k[:, None] * stride_wk + row[None, :], mask=used[:, None] & inside[None, :], other=0)
-        acc += w.to(tl.float32) * x[:, None]
-    y = tl.sum(acc, 0)
+        w = tl.load(w_ptr + row[:, None] + k[None, :] * stride_wk, mask=inside[:, None] & used[None, :], other=0)
+        acc += w.to(tl.float32) * x[None, :]
+    y = tl.sum(acc, 1)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + row, mask=inside, other=0).to(tl.float32)
     y = tl.where(active, activate(y, ACTIVATION), 0.0)

@@ -110,9 +110,9 @@ def gated_norm_act_merge_kernel(
         inside = (split < splits)[:, None] & alive
         between = tl.load(mean_ptr + offset, mask=inside, other=0) - mean[None, :]
         square += tl.load(square_ptr + offset, mask=inside, other=0) + n * between * between
-    var = maximum(tl.sum(square, 0) / size, 0.0)
+    var = maximum((tl.sum(square, 0) / size).to(tl.float32), 0.0)
     tl.store(out_mean_ptr + channel, mean.to(tl.float32), mask=channel < channels)
-    tl.store(out_var_ptr + channel, var.to(tl.float32), mask=channel < channels)
+    tl.store(out_var_ptr + channel, var, mask=channel < channels)
 
 
 @triton.jit

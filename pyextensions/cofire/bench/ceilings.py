@@ -72,6 +72,11 @@ def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
     return {"copy_gbs": copy, "read_gbs": read, "gemm_gflops": gemm, "conv_gflops": conv}
 
 
+def highest(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The higher of two measurements of the same machine, speed by speed."""
+    return {kind: {k: max(a[kind][k], b[kind][k]) for k in b[kind]} for kind in b}
+
+
 def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float:
     """GB/s that a call touching ``moved`` bytes could reach; ``cold``: straight from memory."""
     sizes = sorted(ceilings["copy_gbs"], key=float)

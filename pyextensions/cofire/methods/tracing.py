@@ -151,6 +151,9 @@ def replace(traced: GraphModule, group: ConvGroup, module: nn.Module) -> None:
     last.replace_all_uses_with(node)
     for old in reversed(group.nodes):
         traced.graph.erase_node(old)
+        # at once: `clean` would take the norm, which now lives inside `module`, for used
+        if old is not group.conv and old.op == "call_module" and not _is_called(traced, old.target):
+            traced.delete_submodule(str(old.target))
     modules = dict(traced.named_modules())
     for user in node.users:
         _make_out_of_place(user, modules)  # the module keeps its output for the backward
@@ -231,6 +234,10 @@ def _convolution(node: Node, modules: dict[str, nn.Module]) -> nn.Module | None:
     module: nn.Module | None = _module(node, modules, nn.Module)
     is_convolution = isinstance(module, nn.Conv2d) or isinstance(getattr(module, "conv", None), nn.Conv2d)
     return module if is_convolution else None
+
+
+def _is_called(traced: GraphModule, target: Any) -> bool:
+    return any(node.op == "call_module" and node.target == target for node in traced.graph.nodes)
 
 
 def _only_user(node: Node) -> Node | None:

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Representative calls of every launcher, one builder per entry of ``configs``.
+
+A builder turns the sizes of an entry into calls on tensors of a dtype and a device. Two things use them: ahead-of-time
+compilation runs all of them on meta tensors (:mod:`cofire_kernels.aot`), tuning times the first on a GPU
+(:mod:`cofire_kernels.configs.tune`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cofire_kernels import gating, selection
+from cofire_kernels.selection.positions import positions
+
+Call = Callable[[], object]
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Make:
+    """Inputs of the right shape; on the meta device they cost nothing."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def values(self, *shape: int) -> Tensor:
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def map(self, n: int, c: int, pixels: int, channels_last: bool = False) -> Tensor:
+        width = max(w for w in range(1, int(pixels**0.5) + 1) if pixels % w == 0)
+        x = self.values(n, c, pixels // width, width)
+        return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+    def mask(self, n: int, c: int) -> Tensor:
+        return torch.rand((n, c), device=self.device) < 0.5
+
+    def selection(self, n: int, c: int) -> tuple[Tensor, Tensor]:
+        """Half of the channels, as compact gives them."""
+        slot = torch.arange(c, dtype=torch.int32, device=self.device)
+        index = torch.where(slot < c // 2, 2 * slot, -1).to(torch.int32).repeat(n, 1)
+        return index, torch.full((n,), c // 2, dtype=torch.int32, device=self.device)
+
+
+def _compact(make: Make, sizes: Sizes) -> list[Call]:
+    mask = make.mask(128, sizes["columns"])
+    index, count = make.selection(128, sizes["columns"])
+    return [lambda: selection.compact(mask), lambda: positions(index, count)]
+
+
+def _mass_mask(make: Make, sizes: Sizes) -> list[Call]:
+    scores = make.values(128, sizes["columns"]).abs()
+    weight, pooled = make.values(sizes["columns"], 16), make.values(128, 16)
+    return [
+        lambda: gating.mass_mask(scores, 0.9, "mass", 1),
+        lambda: gating.mass_mask(scores, 1.0, "mass", 1),
+        lambda: gating.mass_mask(scores, 0.5, "uniform", 1),
+        lambda: gating.gate_head(pooled, weight, None, True, 1),
+    ]
+
+
+def _gate_head(make: Make, sizes: Sizes) -> list[Call]:
+    x, w, b = make.values(sizes["samples"], sizes["features"]), make.values(512, sizes["features"]), make.values(512)
+    return [lambda: gating.gate_head(x, w, b, True, 1), lambda: gating.gate_head(x, w, None, False, 0)]
+
+
+def _channel_pool(make: Make, sizes: Sizes, channels_last: bool = False) -> list[Call]:
+    x, grad = make.map(32, 256, sizes["pixels"], channels_last), make.values(32, 256)
+
+    def both(mode: str) -> Call:
+        return lambda: (gating.channel_pool(x, mode), gating.channel_pool_backward(grad, x, mode))
+
+    return [both("max"), both("avg")]
+
+
+def _gated_norm_act(make: Make, sizes: Sizes, channels_last: bool = False) -> list[Call]:
+    n, c = 32, 256
+    x, y, grad = (make.map(n, c, sizes["pixels"], channels_last) for _ in range(3))
+    mask = make.mask(n, c)
+    mean, var = torch.zeros(c, device=make.device), torch.ones(c, device=make.device)
+
+    def both(training: bool, residual: Tensor | None, gate: Tensor | None, activation: str) -> Call:
+        def call() -> object:
+            forward = gating.gated_norm_act(x, var, mean, mean, var, residual, gate, activation, training, 1e-5)
+            return forward, gating.gated_norm_act_backward(
+                grad, y, x, var, mean, var, gate, activation, training, residual is not None, 1e-5
+            )
+
+        return call
+
+    return [both(True, None, mask, "relu"), both(True, y, mask, "relu6"), both(False, None, None, "identity")]
+
+
+def _gated_conv2d(make: Make, sizes: Sizes) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    n, c = 8, sizes["out_channels"]
+    rows, columns = (make.map(n, c, sizes["pixels"], channels_last) for channels_last in (False, True))
+    compact = make.map(n, c // 2, sizes["pixels"], True)
+    weight = make.values(c, c, 3, 3).contiguous(memory_format=torch.channels_last)
+    bias, chosen = make.values(c), make.selection(n, c)
+
+    def conv(x: Tensor, residual: Tensor | None, activation: str, masked: bool, inner: bool, slots: int) -> Call:
+        window = ([1, 1], [1, 1], [1, 1])
+        return lambda: gating.gated_conv2d(
+            x, weight, bias, residual, *chosen, *chosen, *window, 1, activation, masked, inner, slots
+        )
+
+    return [
+        conv(columns, None, "relu", True, False, 0),
+        conv(rows, rows, "relu6", False, False, 0),
+        conv(compact, columns, "identity", False, True, c // 2),
+    ]
+
+
+def _depthwise(make: Make, sizes: Sizes, channels_last: bool = False) -> list[Call]:
+    n, c = 8, 512
+    x, weight, bias = make.map(n, c, sizes["pixels"], channels_last), make.values(c, 1, 3, 3), make.values(c)
+    compact, chosen = make.map(n, c // 2, sizes["pixels"], channels_last), make.selection(n, c)
+    window = ([1, 1], [1, 1], [1, 1])
+
+    def conv(masked: bool, inner: bool, slots: int) -> Call:
+        source, residual = (compact, x) if inner else (x, None)
+        return lambda: gating.gated_conv2d(
+            source, weight, bias, residual, *chosen, *chosen, *window, c, "relu", masked, inner, slots
+        )
+
+    return [conv(True, False, 0), conv(False, True, c // 2)]
+
+
+def _gated_linear(make: Make, sizes: Sizes, by_columns: bool) -> list[Call]:
+    n, features = sizes["samples"], sizes["out_features"]
+    x, weight, bias = make.values(n, features), make.values(features, features), make.values(features)
+    weight, chosen = weight.t() if by_columns else weight, make.selection(n, features)
+    return [lambda: gating.gated_linear(x, weight, bias, *chosen, *chosen, "relu")]
+
+
+CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
+    "compact": _compact,
+    "mass_mask": _mass_mask,
+    "gate_head": _gate_head,
+    "channel_pool": _channel_pool,
+    "channel_pool_channels_last": lambda make, sizes: _channel_pool(make, sizes, channels_last=True),
+    "gated_norm_act": _gated_norm_act,
+    "gated_norm_act_channels_last": lambda make, sizes: _gated_norm_act(make, sizes, channels_last=True),
+    "gated_conv2d": _gated_conv2d,
+    "gated_conv2d_depthwise": _depthwise,
+    "gated_conv2d_depthwise_channels_last": lambda make, sizes: _depthwise(make, sizes, channels_last=True),
+    "gated_linear_rows": lambda make, sizes: _gated_linear(make, sizes, by_columns=False),
+    "gated_linear_columns": lambda make, sizes: _gated_linear(make, sizes, by_columns=True),
+}

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark suite: its harness on cases made up here, and every case of the families on small shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from cofire import bench
+from cofire.bench import ceilings, harness, results
+from cofire.bench import cases as suite
+from cofire.bench.cases import Case, Provider, Random, plain
+from cofire.registry import OPERATORS
+
+CEILINGS = {
+    "copy_gbs": {"1": 100.0, "64": 20.0},
+    "read_gbs": {"1": 90.0, "64": 30.0},
+    "gemm_gflops": {"float32": 200.0, "bfloat16": 100.0},
+    "conv_gflops": {"float32": 250.0, "bfloat16": 150.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small inputs: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def pool_case(**providers: Provider) -> Case:
+    """A case of channel_pool that takes microseconds."""
+
+    def args(rand: Random) -> tuple[Tensor, str]:
+        return rand.normal(2, 3, 4, 4), "avg"
+
+    return Case("channel_pool", "2x3x4x4", torch.float32, args, providers, args, family="gating")
+
+
+def mean(x: Tensor, mode: str) -> tuple[Tensor]:
+    return (x.mean((2, 3)),)
+
+
+def zero(x: Tensor, mode: str) -> tuple[Tensor]:
+    return (x.new_zeros(x.shape[:2]),)
+
+
+def missing(x: Tensor, mode: str) -> tuple[Tensor]:
+    raise ImportError("no such library here")
+
+
+@pytest.fixture
+def suite_of_one(monkeypatch: pytest.MonkeyPatch) -> Case:
+    """``run`` sees this one case, and ceilings that cost no time."""
+    case = pool_case(
+        dense=plain(mean, outputs=1), **{"peer:zero": plain(zero, outputs=1), "peer:missing": plain(missing, outputs=1)}
+    )
+    monkeypatch.setattr(harness, "select", lambda *_: [case])
+    monkeypatch.setattr(ceilings, "measure", lambda *_: CEILINGS)
+    return case
+
+
+# ---------------------------------------------------------------------------------------------- one run
+
+
+def test_run_writes_the_promised_schema(suite_of_one: Case, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "results.json"
+    found = bench.run(quick=True, out=path, progress=False)
+    data = json.loads(path.read_text())
+    assert set(data) == {"environment", "ceilings", "rows"}
+    assert {"device", "threads", "instruction_set", "torch", "commit", "date"} <= set(data["environment"])
+    assert [r["provider"] for r in data["rows"]] == ["cofire", "dense", "peer:zero", "peer:missing"]
+    for row in data["rows"]:
+        assert set(results.COLUMNS) <= set(row)
+    assert bench.Results.load(path).to_json() == found.to_json()
+    assert os.listdir(path.parent) == ["results.json"], "a temporary file was left"
+
+
+def test_a_wrong_provider_gets_no_number(suite_of_one: Case, tmp_path: Path) -> None:
+    rows = {r["provider"]: r for r in bench.run(quick=True, out=tmp_path / "r.json", progress=False).rows}
+    assert rows["dense"]["correct"]
+    assert rows["dense"]["median_ms"] > 0
+    ours = rows["cofire"]
+    assert ours["speedup_low"] <= ours["speedup"] <= ours["speedup_high"]
+    for name, reason in (("peer:zero", "output 0 is off by"), ("peer:missing", "ImportError: no such library here")):
+        assert not rows[name]["correct"]
+        assert reason in rows[name]["note"]
+        assert [rows[name][c] for c in results.NUMBERS] == [None] * 4
+        assert "speedup" not in rows[name]
+
+
+def test_a_number_of_a_wrong_provider_is_not_written(suite_of_one: Case, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    found = bench.run(quick=True, out=path, progress=False)
+    before = path.read_text()
+    found.rows[2]["median_ms"] = 1.0
+    with pytest.raises(ValueError, match=r"a provider with a wrong answer gets no number, got median_ms=1\.0"):
+        found.save(path)
+    del found.rows[2]["median_ms"]
+    with pytest.raises(ValueError, match="a row must have the columns"):
+        found.save(path)
+    assert path.read_text() == before
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    path.write_text("old")
+    with pytest.raises(ValueError, match="JSON"):
+        bench.Results({"device": math.nan}, {}, []).save(path)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_rows_of_the_same_environment_stay(suite_of_one: Case, tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    first = bench.run(quick=True, out=path, progress=False)
+    first.rows[0]["case"] = "another"
+    first.save(path)
+    assert len(bench.run(quick=True, out=path, progress=False).rows) == 5
+    elsewhere = bench.Results({**first.environment, "torch": "0.1"}, CEILINGS, first.rows)
+    elsewhere.save(path)
+    assert len(bench.run(quick=True, out=path, progress=False).rows) == 4
+
+
+def test_the_fastest_variant_is_the_baseline() -> None:
+    def slow(x: Tensor, mode: str) -> tuple[Tensor]:
+        for _ in range(50):
+            x.mean((2, 3))
+        return mean(x, mode)
+
+    case = replace(pool_case(), providers={"dense": {"slow": plain(slow, outputs=1), "fast": plain(mean, outputs=1)}})
+    rows = {r["provider"]: r for r in harness.measure(case, "forward", "cpu", harness.Effort(quick=True))}
+    assert rows["dense"]["variant"] == "fast"
+    assert rows["dense"]["variants_ms"]["slow"] > rows["dense"]["variants_ms"]["fast"]
+
+
+def test_gradients_are_checked() -> None:
+    def detached(x: Tensor, mode: str) -> tuple[Tensor]:
+        return ((x * 2).mean((2, 3)) - x.detach().mean((2, 3)),)  # the right value, twice the gradient
+
+    case = replace(pool_case(), gradients=(0,))
+    given = harness.Input(case, "cpu")
+    assert given.check(plain(mean, outputs=1), "forward+backward") is None
+    assert given.check(plain(detached, outputs=1), "forward") is None
+    assert "output 1 is off by" in str(given.check(plain(detached, outputs=1), "forward+backward"))
+
+
+def test_cold_weights_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "cold_bytes", lambda device: 4 * 2 * 3 * 16 * 5)
+    seen = []
+    given = harness.Input(replace(pool_case(), cold=(0,)), "cpu")
+    run = given.runs(plain(lambda x, mode: seen.append(x.data_ptr())), "forward, cold")
+    for _ in range(10):
+        run()
+    assert len(set(seen)) == 5
+    assert seen[:5] == seen[5:]
+
+
+def test_peak_counts_what_a_call_allocates() -> None:
+    x = torch.ones(1 << 16)
+    assert harness.peak_bytes(lambda: (x + 1) * 2, "cpu") == pytest.approx(2 * 4 * x.numel(), abs=256)
+    assert harness.peak_bytes(lambda: None, "cpu") == 0
+
+
+# --------------------------------------------------------------------------------------- the rule, the law
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rule(dtype: torch.dtype) -> None:
+    exact = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    plain_answers = [exact.to(dtype)]  # loses nothing: what is left is eps(dtype) * 3
+    step = 3 * torch.finfo(dtype).eps
+
+    def verdict(error: float) -> str | None:
+        return harness.disagreement((exact + error,), (exact,), plain_answers, dtype)
+
+    assert verdict(0.99 * step) is None
+    assert "output 0 is off by" in str(verdict(1.01 * step))
+    assert "output 0 is off by" in str(verdict(math.nan))
+
+
+def test_rule_for_integers_shapes_and_gradients() -> None:
+    index = torch.tensor([0, 2])
+    differing = harness.disagreement((index + 1,), (index,), [(index,)], torch.bool)
+    assert differing == "output 0 differs in 2 entries"
+    assert "shape [2, 1], expected [2]" in str(harness.disagreement(index[:, None], index, [index], torch.bool))
+    assert "returned 2 outputs, expected 1" in str(harness.disagreement((index, index), index, [index], torch.bool))
+    one = torch.ones(1, dtype=torch.float64)
+    lossy = [(one * 1.1).float()]
+    assert harness.disagreement(one * 1.29, one, lossy, torch.float32) is not None
+    assert harness.disagreement(one * 1.29, one, lossy, torch.float32, gradients=1) is None
+
+
+def test_interval_is_the_binomial_one() -> None:
+    # ranks 10 and 21 of 30, 6 and 15 of 20, 1 and 6 of 6: the table of any text on the sign test
+    for n, low, high in ((30, 10, 21), (20, 6, 15), (6, 1, 6), (5, 1, 5), (1, 1, 1)):
+        median, lower, upper = harness.median_interval([float(v) for v in range(1, n + 1)])
+        assert (median, lower, upper) == ((n + 1) / 2, low, high)
+
+
+def test_interval_covers() -> None:
+    source = random.Random(0)
+    hits = 0
+    for _ in range(1000):
+        _, low, high = harness.median_interval([source.expovariate(1) for _ in range(31)])
+        hits += low <= math.log(2) <= high
+    assert 940 <= hits <= 990
+
+
+def test_percentiles() -> None:
+    assert [harness.percentile([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], p) for p in (0, 0.2, 0.8, 1)] == [1, 2, 5, 6]
+
+
+def test_noise_marks() -> None:
+    quiet = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1, "probe_ms": 1.0}
+    rows = [quiet, {**quiet, "probe_ms": 1.2}, {**quiet, "p80_ms": 1.5}, {**quiet, "median_ms": None}]
+    harness.mark_noise(rows, best_probe_ms=1.0)
+    assert [r["noisy"] for r in rows] == [False, True, True, False]
+
+
+def test_ceilings() -> None:
+    assert ceilings.bandwidth(CEILINGS, 1 << 19) == 100
+    assert ceilings.bandwidth(CEILINGS, 1 << 19, cold=True) == 30
+    assert ceilings.bandwidth(CEILINGS, 1 << 40) == 30
+    assert ceilings.arithmetic(CEILINGS, "bfloat16") == 250, "16-bit work may be done in fp32"
+    assert ceilings.shortest_ms(CEILINGS, 10**8, 10**6, "float32") == pytest.approx(1e8 / 30e9 * 1e3)
+    assert ceilings.shortest_ms(CEILINGS, 10, 10**9, "float32") == pytest.approx(4)
+
+
+# -------------------------------------------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"families": ["gatin"]}, "no family is called 'gatin'; did you mean gating?"),
+        ({"families": ["xyz"]}, "no family is called 'xyz'; there are gating, selection."),
+        ({"ops": ["gated_conv"]}, "no operator with a benchmark is called 'gated_conv'; did you mean gated_conv2d"),
+        ({"cases": ["no such case"]}, "no case is called 'no such case'"),
+        ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+        ({"providers": ["densely"]}, "no provider is called 'densely'; did you mean dense"),
+    ],
+)
+def test_unknown_names(options: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        bench.run(**options, out=tmp_path / "r.json")  # type: ignore[arg-type]
+    assert sentence in str(error.value)
+
+
+def test_not_a_results_file(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a results file"):
+        bench.Results.load(tmp_path / "r.json")
+
+
+def test_file_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(results, "device_name", lambda device: "Intel(R) Xeon(R) Gold 6/42 @ 2.8 GHz")
+    path = results.results_path("cuda")
+    assert path == Path("benchmarks/results/intel-xeon-gold-6-42-2-8-ghz.json")
+    assert results.results_path("cuda", quick=True).stem.endswith("-quick")
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    for name in ("a.json", "a-quick.json", "b-quick.json"):
+        (tmp_path / name).write_text("{}")
+    assert [p.name for p in results.results_files()] == ["a.json", "b-quick.json"]
+
+
+def test_tune_says_that_cpus_need_none() -> None:
+    assert "dispatch tables were measured beforehand" in bench.tune("cpu")
+    with pytest.raises(ValueError, match="device must be cpu or cuda"):
+        bench.tune("tpu")
+
+
+# ------------------------------------------------------------------------------------------------- report
+
+
+def test_report(suite_of_one: Case, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = bench.run(quick=True, out=tmp_path / "r.json", progress=False)
+    ours = next(r for r in found.rows if r["provider"] == "cofire")
+    ours.update(speedup=0.5, speedup_low=0.4, speedup_high=0.6)
+    found.save(tmp_path / "r.json")
+    written = {p.name: p.read_text() for p in bench.report([tmp_path / "r.json"], tmp_path / "docs")}
+    tables = written["benchmarks.md"]
+    assert "**0.50x [0.40, 0.60]**" in tables, "a loss is shown, in bold"
+    assert "no number" in tables
+    assert "1 of 1" in tables
+    page = written["benchmarks.html"]
+    for part in ("width=device-width", "prefers-color-scheme: dark", "<svg", "<strong>0.50x"):
+        assert part in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", ""), "the page needs no other file"
+    svg = next(text for name, text in written.items() if name.endswith("speedup.svg"))
+    assert "currentColor" in svg
+    # the words around the generated part are the reader's own
+    path = tmp_path / "docs" / "benchmarks.md"
+    path.write_text("My words.\n" + tables)
+    bench.report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "docs")
+    assert path.read_text().startswith("My words.\n")
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="must contain the lines"):
+        bench.report([], tmp_path / "docs")
+    assert "Not measured." in bench.report([], tmp_path / "empty")[0].read_text()
+
+
+# ------------------------------------------------------------------------------------------------ the suite
+
+
+def test_every_operator_has_a_case() -> None:
+    covered = {case.op for family in bench.families() for case in suite.of_family(family)}
+    backward = {name for name in OPERATORS if name.endswith("_backward")}
+    assert covered == set(OPERATORS) - backward, "the backward operators are in the mode forward+backward"
+
+
+def test_cases_are_told_apart() -> None:
+    for family in bench.families():
+        names = [str(case) for case in suite.of_family(family)]
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("family", bench.families())
+def test_quick_is_a_subset(family: str) -> None:
+    assert any(case.quick for case in suite.of_family(family))
+
+
+@pytest.mark.parametrize("case", [c for f in bench.families() for c in suite.of_family(f)], ids=str)
+def test_case(case: Case) -> None:
+    """Every provider of every case passes the correctness gate on the small input."""
+    given = harness.Input(case, "cpu", tiny=True)
+    assert any(isinstance(a, Tensor) and a.count_nonzero() for a in given.args), "an input of zeros"
+    for mode in case.modes:
+        moved, flops = case.cost(given.args, mode)
+        assert moved > 0
+        assert flops >= 0
+        for name, variants in harness.candidates(case, "cpu", mode, None).items():
+            if name == "compile":  # minutes of compiling; the function it compiles is one of the others
+                continue
+            for variant, provider in variants.items():
+                assert given.check(provider, mode) is None, f"{mode}: {name} {variant}"
+
+
+def test_flops_of_a_gated_convolution_are_counted_from_the_masks() -> None:
+    case = next(c for c in suite.of_family("gating") if c.op == "gated_conv2d" and "keep 0.5" in c.name)
+    given = harness.Input(case, "cpu", tiny=True)
+    x, weight, *_, in_count, _, out_count = given.args[:8]
+    expected = sum(2 * int(i) * int(o) for i, o in zip(in_count, out_count)) * x[0, 0].numel() * weight[0, 0].numel()
+    assert case.cost(given.args, "forward")[1] == expected
