@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of ``cofire.bench`` under pytest-benchmark: ``pytest benchmarks``, with its own options and its own tables.
+"""The cases of ``cofire.bench`` under pytest-benchmark: ``pytest benchmarks``, with its options and its tables.
 
-``cofire bench`` is the suite whose numbers are kept: it pairs the providers and measures ceilings. This is for a look at
-one of them, and for comparing two checkouts (``--benchmark-autosave``, ``--benchmark-compare``).
+``cofire bench`` is the suite whose numbers are kept: it pairs the providers and measures ceilings. This is for a look
+at one of them, and for comparing two checkouts (``--benchmark-autosave``, ``--benchmark-compare``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def measure(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable[[Any], None]]:
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Any], None]:
     """Check a provider on the case's input, then hand its call to pytest-benchmark."""
 
     def run(measurement: Any) -> None:
@@ -54,4 +54,4 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[Callable
             harness.read_ms(call, 2, device)
             benchmark(harness.read_ms, call, 1, device)
 
-    yield run
+    return run

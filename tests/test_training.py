@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_fit_schedules_the_backbone_and_not_the_heads(monkeypatch: pytest.Monkey
     assert len(seen) == 6
     assert [head for _, head in seen] == [1.0] * 6
     assert seen[0][0] == 0.01
-    assert all(a > b for (a, _), (b, _) in zip(seen, seen[1:], strict=False))
+    assert all(a > b for (a, _), (b, _) in itertools.pairwise(seen))
     assert all(int(m.steps) == 6 for m in model.modules() if hasattr(m, "steps"))
 
 
@@ -203,6 +204,33 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         training.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_update_page_replaces_what_is_between_the_markers(tmp_path: Path) -> None:
+    results = {
+        "dense": [{"seed": 0, "accuracy": 97.0, "continued": 98.5}],
+        "cells": [_cell(0.8)],
+        "settings": {"condition": "Stripes.", "weights": None, "plan": {**PLAN.__dict__}},
+        "environment": {"cpu": "a CPU", "threads": 2, "torch": "2"},
+    }
+    (tmp_path / "one.json").write_text(json.dumps(results, default=lambda budget: budget.__dict__))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- results: one -->\nold\n<!-- end of results -->\nafter\n")
+    assert training.update_page(page, tmp_path)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- results: one -->\n\nStripes.")
+    assert text.endswith("<!-- end of results -->\nafter\n")
+    assert "| decoupled 0.8 | 1 | 98.00 | +0.50 |" in text
+    assert "old" not in text
+    assert not training.update_page(page, tmp_path)
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    root = Path(__file__).parents[1]
+    page = root / "docs" / "ftwt.md"
+    before = page.read_text()
+    assert not training.update_page(page, root / "benchmarks" / "results" / "experiments"), "now fresh: commit it"
+    assert page.read_text() == before
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -38,3 +38,15 @@ def activation_grad(grad, output, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu6":
         grad = tl.where((output > 0) & (output < 6), grad, 0.0)
     return grad
+
+
+#: Whether kernels run in the interpreter of Triton (``TRITON_INTERPRET=1``), on the CPU.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """``acc + a b`` in fp32. The interpreter holds bf16 as integers and would multiply the bit patterns."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")

@@ -18,8 +18,11 @@ from cofire.version import __version__
 __all__ = ["explain", "info", "markdown_table", "print_table"]
 
 
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.bool: "bool"}
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+    return " ".join(SHORT.get(d, str(d)) for d in dtypes)
 
 
 def _cpu_kernel(operator: Operator) -> str:
@@ -39,7 +42,7 @@ def _gpu_kernel(kernel: Kernel | str, missing: str) -> str:
 
 
 def _describe(operator: Operator) -> dict[str, Any]:
-    no_device = "" if torch.cuda.is_available() else "reference: no CUDA device"
+    no_device = "" if torch.cuda.is_available() else "reference: no GPU"
     differentiable = isinstance(operator.backward, Backward)
     return {
         "name": operator.name,
@@ -112,7 +115,7 @@ def markdown_table() -> str:
 def print_table() -> None:
     """Print :func:`info` for people."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     facts = info()
     console = Console()
@@ -124,10 +127,9 @@ def print_table() -> None:
     if facts["cpu_features"]:
         console.print("CPU has: " + " ".join(facts["cpu_features"]))
     console.print(f"GPU: {facts['cuda'] or 'none that CUDA can see'}; methods: {', '.join(facts['methods'])}")
-    table = Table("operator", "CPU", "GPU (Triton)", "GPU (CUDA C++)", "backward")
+    table = Table(Column("operator", no_wrap=True), "CPU", "GPU: Triton", "GPU: CUDA C++")
     for o in facts["operators"]:
-        kernels = o["kernels"]
-        table.add_row(o["name"], kernels["cpu"], kernels["triton"], kernels["cuda"], o["backward"])
+        table.add_row(o["name"], *(o["kernels"][kind] for kind in ("cpu", "triton", "cuda")))
     console.print(table)
 
 
@@ -145,9 +147,9 @@ def _kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     dtypes = kernel.dtypes if isinstance(kernel, Kernel) else kernel
     if device == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
         return f"reference: {native.STATUS.reason}"
-    foreign = sorted({str(t.dtype) for t in tensors if t.is_floating_point() and t.dtype not in dtypes})
+    foreign = {t.dtype for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
     if foreign and any(d.is_floating_point for d in dtypes):
-        return f"reference: the kernel covers {_names(dtypes)}, got {', '.join(foreign)}"
+        return f"reference: the kernel covers {_names(dtypes)}, got {_names(tuple(foreign))}"
     name = f"c++ {native.STATUS.variant}" if device == "cpu" else "triton"
     return f"{name}: {operator.explain(*args)}" if operator.explain is not None else name
 

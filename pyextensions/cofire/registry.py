@@ -110,9 +110,9 @@ def register(operator: Operator) -> Operator:
         )
     if isinstance(operator.triton, Kernel) and not REFERENCE_ONLY:
         LIBRARY.impl(name, _launch_or_reference(operator, operator.triton), "CUDA")
-    if operator.autocast is not None:
-        for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-            LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
+    # Also where nothing is cast: the library calls inside a kernel must not be cast either.
+    for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
+        LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
     if operator.flops is not None:
         _register_flops(operator)
     OPERATORS[name] = operator
@@ -167,7 +167,7 @@ def _cast_then_call(operator: Operator, device: str, key: str) -> Callable[..., 
 
         def cast(a: Any) -> Any:
             eligible = isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype != torch.float64
-            return a.to(dtype) if eligible else a
+            return a.to(dtype) if eligible and dtype is not None else a
 
         args = tuple(map(cast, args))
         if operator.validate is not None:

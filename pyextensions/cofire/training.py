@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -651,12 +652,13 @@ def conditions(results: Results) -> str:
     where = results["environment"]
     first, longer = (mean(d[key] for d in dense) for key in ("accuracy", "continued"))
     sentences = (
-        f"{settings['condition']} Network {plan['model']}, from {start}{given}; {plan['dense_epochs']} dense epochs, then",
-        f"{plan['gated_epochs']} with gates (heads learn in the first {plan['cooldown']:.0%}). Dense baseline, mean of",
-        f"{len(dense)} seeds: {first:.2f} %, and {longer:.2f} % after as many further epochs as the gated networks had;",
-        "points lost are counted from the better. Multiply-accumulates include the heads; the paper's rule leaves them out.",
-        "The best fixed mask is the same for all samples and chosen in hindsight. Latency at batch 1, first seed, against",
-        f"the fastest form of the dense network: {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
+        f"{settings['condition']} Network {plan['model']}, from {start}{given};",
+        f"{plan['dense_epochs']} dense epochs, then {plan['gated_epochs']} with gates, whose heads learn in the first",
+        f"{plan['cooldown']:.0%}. Dense baseline, mean of {len(dense)} seeds: {first:.2f} %, and {longer:.2f} % after",
+        "as many further epochs as the gated networks had; points lost are counted from the better.",
+        "Multiply-accumulates include the heads; the paper's rule leaves them out. The best fixed mask is the same for",
+        "all samples and chosen in hindsight. Latency at batch 1, first seed, against the fastest form of the dense",
+        f"network: {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
     )
     return " ".join(sentences)
 
@@ -669,6 +671,24 @@ def markdown(results: Results) -> str:
     for c in criteria(results):
         lines.append(_markdown_row((c.name, c.found, verdict(c))))
     return "\n".join(lines) + "\n"
+
+
+def update_page(page: Path, folder: Path) -> bool:
+    """Put the tables of results files between the markers of a markdown page; True if that changed it.
+
+    ``<!-- results: NAME -->`` ... ``<!-- end of results -->`` holds what ``folder/NAME.json`` says.
+    """
+    pattern = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+    def fresh(found: re.Match[str]) -> str:
+        results = json.loads((folder / f"{found[2]}.json").read_text(encoding="utf-8"))
+        return f"{found[1]}\n{markdown(results)}\n{found[3]}"
+
+    text = page.read_text(encoding="utf-8")
+    new = pattern.sub(fresh, text)
+    if new != text:
+        write_atomically(page, new)
+    return new != text
 
 
 def verdict(criterion: Criterion) -> str:

@@ -404,8 +404,8 @@ CONV_SAMPLES = [
     Sample("one_pixel", conv(2, 7, 9, (1, 1))),
 ]
 CONV_TINY = [  # gradcheck takes as long as it has entries
-    Sample("tiny", conv(2, 2, 3, (3, 2), kernel=(2, 2), padding=(1, 0), residual=True, density=(0.7, 0.7))),
-    Sample("tiny_resized", conv(3, 5, 6, (4, 5), kernel=(2, 2), padding=(1, 0), residual=True, density=(0.7, 0.7))),
+    Sample("tiny", conv(2, 2, 3, (3, 2), kernel=(2, 2), padding=(0, 1), residual=True, density=(0.7, 0.7))),
+    Sample("tiny_resized", conv(3, 5, 6, (4, 5), kernel=(2, 2), padding=(0, 1), residual=True, density=(0.7, 0.7))),
 ]
 COMPACT_CONV: Any = {"kernel": (1, 2), "padding": (0, 1), "activation": "identity", "compact_input": 2, "compact_output": 2}
 CONV_TINY_COMPACT = [

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cofire_kernels import configs
+from cofire_kernels.numerics import dot
 from cofire_kernels.selection import compact
 from cofire_kernels.selection.compact import store_compact
 from cofire_kernels.selection.order import LONGEST_ROW, sort_keys
@@ -67,7 +68,7 @@ def gate_head_forward_kernel(
             x = tl.where(inside, tl.exp(x - peak[:, None]) / total[:, None], 0.0)
         inside = in_features[:, None] & has_channel[None, :]
         w = tl.load(w_ptr + offset[:, None] * stride_wk, mask=inside, other=0).to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        acc = dot(x, w, acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + channel, mask=has_channel, other=0).to(tl.float32)[None, :]
     out_ptr = logits_ptr + sample[:, None] * channels + channel[None, :]

@@ -21,7 +21,7 @@ from torch import Tensor
 from cofire_kernels import configs
 from cofire_kernels.gating.depthwise import depthwise
 from cofire_kernels.layout import empty_map, in_format, is_channels_last, output_size, plane_strides
-from cofire_kernels.numerics import activate
+from cofire_kernels.numerics import activate, dot
 from cofire_kernels.selection.positions import positions
 
 
@@ -135,7 +135,7 @@ def gated_conv2d_forward_kernel(
         offset = h.to(tl.int64) * stride_xh + w.to(tl.int64) * stride_xw
         b_ptr = x_ptr + channel.to(tl.int64)[:, None] * stride_xc + offset[None, :]
         b = tl.load(b_ptr, mask=live[:, None] & inside[None, :], other=0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = dot(a, b, acc)
 
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + row, mask=active, other=0).to(tl.float32)[:, None]

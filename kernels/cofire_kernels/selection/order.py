@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 #: Longest row that one program sorts in registers; launchers compose longer ones of torch operators.
-LONGEST_ROW = 4096
+LONGEST_ROW = 2048
 
 
 @triton.jit

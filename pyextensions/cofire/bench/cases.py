@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a benchmark case is. A family adds a module ``cofire.bench.<family>`` with a list ``CASES``, and nothing else."""
+"""What a benchmark case is. A family adds a module ``cofire.bench.<family>`` with a list ``CASES``, nothing else."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Random:
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to compute an operator. ``setup(*args)`` may prepare (pack weights, list indices) and returns the call to time."""
+    """One way to compute an operator. ``setup(*args)`` prepares (packs weights, say) and returns the call to time."""
 
     setup: Callable[..., Run]
     arrange: Callable[..., Args] | None = None  #: arguments in another memory layout, before they become leaves
@@ -69,24 +69,26 @@ def compiled(function: Callable[..., Any], **options: Any) -> Provider:
 class Case:
     """An operator on one input, with everything it is compared with.
 
-    The operator itself (``"cofire"``) is added by the harness. Other names: ``"eager"`` (the expression as users write it),
-    ``"dense"`` (the strongest plain torch), ``"compile"`` and ``"peer:<name>"``. A name may stand for several candidates
-    ``{variant: provider}``; the fastest of them, measured, is the row.
+    The operator itself (``"cofire"``) is added by the harness. Other names: ``"eager"`` (the expression as users write
+    it), ``"dense"`` (the strongest plain torch), ``"compile"`` and ``"peer:<name>"``. A name may stand for several
+    candidates ``{variant: provider}``; the fastest of them, measured, is the row.
     """
 
     op: str
     name: str  #: the shape of a real model and the options, as the tables show them
     dtype: torch.dtype
-    make_args: Callable[[Random], Args]  #: the operator's arguments in its schema's order, on the CPU, random, never all zero
+    make_args: Callable[[Random], Args]  #: in the schema's order, on the CPU, random, never all zero
     providers: Mapping[str, Provider | Mapping[str, Provider]]
     tiny: Callable[[Random], Args]  #: the same with small shapes: for tests, and to time the overhead of a call
     quick: bool = False
-    gradients: tuple[int, ...] = ()  #: positions of the arguments to differentiate by; adds the mode ``forward+backward``
+    gradients: tuple[int, ...] = ()  #: what to differentiate by, by position; adds the mode ``forward+backward``
     cold: tuple[int, ...] = ()  #: positions of the weights to rotate through memory; adds the mode ``forward, cold``
     overhead: bool = False  #: adds the mode ``overhead``: the time of one call on the tiny input
     flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
-    compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = None  #: the part of an answer that callers read
-    backward_cost: Callable[..., tuple[int, int]] | None = None  #: bytes and FLOPs of the backward (default: twice the forward)
+    compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = (
+        None  #: the part of an answer that callers read
+    )
+    backward_cost: Callable[..., tuple[int, int]] | None = None  #: default: twice the forward
     family: str = ""
 
     def __str__(self) -> str:

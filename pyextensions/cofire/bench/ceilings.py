@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -41,9 +42,9 @@ def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str,
         source = torch.rand(int(mib * MIB / 8), device=device)  # half of the bytes, in fp32
         target = torch.empty_like(source)
         moved = 2 * source.numel() * 4
-        copy[f"{mib:g}"] = moved / best_seconds(lambda t=target, s=source: t.copy_(s), device, seconds) / 1e9
+        copy[f"{mib:g}"] = moved / best_seconds(functools.partial(target.copy_, source), device, seconds) / 1e9
         both = torch.cat([source, target])
-        read[f"{mib:g}"] = moved / best_seconds(lambda b=both: b.sum(), device, seconds) / 1e9
+        read[f"{mib:g}"] = moved / best_seconds(both.sum, device, seconds) / 1e9
     return copy, read
 
 
@@ -52,7 +53,7 @@ def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
     rates = []
     for n in sizes:
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        rates.append(2 * n**3 / best_seconds(lambda a=a, b=b: a @ b, device, seconds) / 1e9)
+        rates.append(2 * n**3 / best_seconds(functools.partial(torch.mm, a, b), device, seconds) / 1e9)
     return max(rates)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of dynamic channel gating, on layers of VGG, ResNet and MobileNet.
 
-Masks are random and each sample has its own, as gates are. What the gate left out is zero in memory, so the dense providers need
-not mask their input. A dense provider gets its best memory layout and weights packed beforehand by oneDNN.
+Masks are random and each sample has its own, as gates are. What the gate left out is zero in memory, so the dense
+providers need not mask their input. A dense provider gets its best memory layout, and weights packed once by oneDNN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 from cofire.bench.selection import compact_by_scan
-from cofire.ops.gating import mask_from_index
+from cofire.ops.gating import _like_input, _to_compact, _to_dense, mask_from_index
 from cofire.registry import OPERATORS
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -54,9 +54,7 @@ class Layer:
         low, high = (8, 8) if self.in_channels == self.out_channels else (6, 10)
         size = min(self.size, 7)
         groups = low if self.groups != 1 else 1
-        return replace(
-            self, batch=min(self.batch, 3), in_channels=low, out_channels=high, size=size, groups=groups
-        )
+        return replace(self, batch=min(self.batch, 3), in_channels=low, out_channels=high, size=size, groups=groups)
 
 
 def _compacted(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +77,7 @@ def _conv_args(rand: Random, layer: Layer, keep: float, dtype: torch.dtype, comp
     slots = 0
     if compact:
         slots = int(selection[3].max())
-        x = OPERATORS["gated_conv2d"].reference.__globals__["_to_compact"](x, *selection[:2], int(selection[1].max()))
+        x = _to_compact(x, *selection[:2], int(selection[1].max()))
     geometry = ([layer.stride] * 2, [pad, pad], [1, 1], layer.groups)
     return (x, weight, bias, residual, *selection, *geometry, "relu", True, compact, slots)
 
@@ -93,7 +91,8 @@ def _conv_flops(*args: Any) -> int:
         pixels *= (x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1
     ins = mask_from_index(in_index, in_count, in_index.shape[1]).view(x.shape[0], groups, -1).sum(2)
     outs = mask_from_index(out_index, out_count, out_index.shape[1]).view(x.shape[0], groups, -1).sum(2)
-    return 2 * pixels * weight[0, 0].numel() * int((ins * outs).sum())
+    pairs = int((ins * outs).sum())
+    return 2 * pixels * int(weight[0, 0].numel()) * pairs
 
 
 def _channels_last(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Args:
@@ -121,7 +120,7 @@ def _dense_conv(
         y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
         if residual is not None:
             y = y.add_(residual)
-        return y.relu_() if gate is None else y.mul_(gate).relu_()
+        return (y if gate is None else y.mul_(gate)).relu_()
 
     return run
 
@@ -138,11 +137,9 @@ def _packed_conv(
 
     def run() -> Tensor:
         if residual is None:
-            y = onednn._convolution_pointwise(x, packed, bias, *geometry, "relu", [], "")
+            y: Tensor = onednn._convolution_pointwise(x, packed, bias, *geometry, "relu", [], "")
         else:
-            y = onednn._convolution_pointwise.binary(
-                x, residual, packed, bias, *geometry, "add", 1.0, "relu", [], ""
-            )
+            y = onednn._convolution_pointwise.binary(x, residual, packed, bias, *geometry, "add", 1.0, "relu", [], "")
         return y if gate is None else y.mul_(gate)
 
     return run
@@ -193,7 +190,9 @@ def _gather_loop(inputs: bool) -> Callable[..., Run]:
             y = x.new_zeros(shape)
             for n, (out, ins) in enumerate(zip(rows, columns)):
                 if inputs:
-                    y[n, out] = F.conv2d(x[n, ins][None], weight[out[:, None], ins], bias[out], *geometry[:3])[0].relu_()
+                    y[n, out] = F.conv2d(x[n, ins][None], weight[out[:, None], ins], bias[out], *geometry[:3])[
+                        0
+                    ].relu_()
                 else:
                     y[n, out] = F.conv2d(x[n : n + 1], weight[out], bias[out], *geometry[:3])[0].relu_()
             return y
@@ -205,12 +204,12 @@ def _gather_loop(inputs: bool) -> Callable[..., Run]:
 
 def _grouped_conv(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, in_index: Tensor, in_count: Tensor,
-    index: Tensor, count: Tensor, *geometry: Any,
+    index: Tensor, count: Tensor, stride: list[int], padding: list[int], dilation: list[int], *rest: Any,
 ) -> Run:  # fmt: skip
     """All samples in one convolution, a group for each, weights gathered; shorter samples are filled up."""
     n, co = index.shape
     sample = torch.arange(n, device=x.device)[:, None]
-    # Slots beyond a sample's count take an input channel that is zero, and an output channel that is cut off at the end.
+    # Slots beyond a sample's count take an input channel that is zero, and an output channel that is cut off.
     off = mask_from_index(in_index, in_count, in_index.shape[1]).int().argmin(1, keepdim=True)
     columns = in_index[:, : int(in_count.max())]
     columns = torch.where(columns < 0, off, columns.long())
@@ -221,7 +220,7 @@ def _grouped_conv(
     def run() -> Tensor:
         weights = weight[taken[:, :, None], columns[:, None, :]].flatten(0, 1)
         maps = x[sample, columns].flatten(0, 1)[None]
-        y = F.conv2d(maps, weights, bias[taken].flatten(), *geometry[:3], groups=n).relu_()
+        y = F.conv2d(maps, weights, bias[taken].flatten(), stride, padding, dilation, n).relu_()
         full = x.new_zeros((n, co + 1, *y.shape[2:]))
         full[sample, rows] = y.view(n, -1, *y.shape[2:])
         return full[:, :co]
@@ -235,7 +234,7 @@ def _shrunk(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *r
     every = [torch.arange(k, dtype=torch.int32, device=x.device).expand(x.shape[0], k) for k in (ins, outs)]
     counts = [torch.full_like(rest[1], k) for k in (ins, outs)]
     selection = (every[0], counts[0], every[1], counts[1])
-    smaller = (x[:, :ins].contiguous(), weight[:outs, :ins].contiguous(), bias[:outs].contiguous(), None)
+    smaller = (_like_input(x[:, :ins], x), _like_input(weight[:outs, :ins], weight), bias[:outs].contiguous(), None)
     return (*smaller, *selection, *rest[4:])
 
 
@@ -273,7 +272,7 @@ def _compile_conv(
 
 
 def _read_gradients(answer: tuple[Tensor, ...], args: Args) -> tuple[Tensor, ...]:
-    """The input's gradient where a gate was open: elsewhere the layer before discards it, and dense providers leave it there."""
+    """The input's gradient where a gate was open: the layer before discards the rest, and dense providers leave it."""
     if len(answer) == 1:
         return answer
     open_ = mask_from_index(args[4], args[5], args[0].shape[1])[:, :, None, None]
@@ -296,7 +295,10 @@ def _conv(
         "eager": Provider(_eager_conv, differentiable=False),
     }
     if compile:
-        providers["compile"] = {"contiguous": Provider(_compile_conv), "channels_last": Provider(_compile_conv, _channels_last)}
+        providers["compile"] = {
+            "contiguous": Provider(_compile_conv),
+            "channels_last": Provider(_compile_conv, _channels_last),
+        }
     if layer.groups == 1 and not layer.residual and keep < 1:
         providers["peer:static-pruned"] = {k: replace(p, differentiable=False) for k, p in STATIC_CONV.items()}
         if naive:
@@ -323,7 +325,8 @@ def _compact_conv(layer: Layer, keep: float, dtype: torch.dtype = FLOAT, **optio
     """Maps that hold only the active channels, on both sides; dense providers get the same layer with full maps."""
 
     def full(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Args:
-        dense = OPERATORS["gated_conv2d"].reference.__globals__["_to_dense"](x, *rest[:2], weight.shape[1] * rest[7])
+        in_index, in_count, groups = rest[0], rest[1], rest[7]
+        dense = _like_input(_to_dense(x, in_index, in_count, weight.shape[1] * groups), x)
         return (dense, weight, bias, residual, *rest[:-2], False, 0)
 
     def reference(*args: Any) -> Tensor:
@@ -504,7 +507,10 @@ def _linear(
 LINEARS = [
     *(_linear(1, (1, 0.5), dtype, cold=(1,)) for dtype in (FLOAT, HALF)),
     *(_linear(1, (0.5, 1), dtype, column_major=True, cold=(1,)) for dtype in (FLOAT, HALF)),
-    *(_linear(1, (0.5, 0.5), dtype, gather=True, cold=(1,), quick=dtype == FLOAT, overhead=dtype == FLOAT) for dtype in (FLOAT, HALF)),
+    *(
+        _linear(1, (0.5, 0.5), dtype, gather=True, cold=(1,), quick=dtype == FLOAT, overhead=dtype == FLOAT)
+        for dtype in (FLOAT, HALF)
+    ),
     *(_linear(batch, (0.5, 0.5), dtype) for batch in (8, 32, 256) for dtype in (FLOAT, HALF)),
     _linear(1, (0.1, 0.1), cold=(1,)),
     _linear(1, (1, 1), cold=(1,)),
@@ -580,7 +586,12 @@ def _norm(
     }
     if compile:
         providers["compile"] = compiled(_dense_norm, outputs=2)
-    words = ["x".join(map(str, shape)), "training", *(["residual"] if residual else []), *(["channels_last"] if last else [])]
+    words = [
+        "x".join(map(str, shape)),
+        "training",
+        *(["residual"] if residual else []),
+        *(["channels_last"] if last else []),
+    ]
     return Case(
         "gated_norm_act",
         " ".join(words),

@@ -8,10 +8,10 @@ How a number comes about:
   median over rounds; its speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes
   nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 100 us are repeated within one reading. Forward runs under ``torch.inference_mode``.
-* A fixed multiplication is timed around every case; where it slowed down by 15 %, or a row's own readings spread by half,
-  the row is marked noisy.
-* ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense provider
-  are effective ones. ``peak_bytes`` is what a call allocates through torch at its highest point, outputs included.
+* A fixed multiplication is timed around every case; where it slowed down by 15 % the case is measured once more (not in
+  a quick run), and if that does not help, or a row's own readings spread by half, the row is marked noisy.
+* ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense
+  provider are effective ones. ``peak_bytes`` is what a call holds of torch's allocator at most, outputs included.
 """
 
 from __future__ import annotations
@@ -251,7 +251,8 @@ def prepare(provider: Provider, case: Case, args: Args, mode: str) -> Run:
 
 
 def mode_context(mode: str) -> AbstractContextManager[Any]:
-    return nullcontext() if mode == "forward+backward" else torch.inferencemode_context()
+    """What a mode runs under."""
+    return nullcontext() if mode == "forward+backward" else torch.inference_mode()
 
 
 class Input:
@@ -405,7 +406,9 @@ def measure(case: Case, mode: str, device: str, effort: Effort, wanted: Sequence
 def _fill(row: Row, readings: list[float], dense: list[float] | None) -> None:
     """Everything that follows from the readings."""
     median = statistics.median(readings)
-    row.update(median_ms=median, p20_ms=percentile(readings, 0.2), p80_ms=percentile(readings, 0.8), rounds=len(readings))
+    row.update(
+        median_ms=median, p20_ms=percentile(readings, 0.2), p80_ms=percentile(readings, 0.8), rounds=len(readings)
+    )
     if dense is not None and row["provider"] != "dense":
         ratios = [d / r for d, r in zip(dense, readings)]
         row["speedup"], row["speedup_low"], row["speedup_high"] = median_interval(ratios)
@@ -440,14 +443,14 @@ def run(
 ) -> Results:
     """Run the benchmark suite and write a results file.
 
-    The file is written after every case, so that an interrupted run leaves what it has. Rows that are already there and were
-    measured in the same environment (device, versions, commit, threads) stay; in another environment the file is begun anew.
+    The file is written after every case, so that an interrupted run leaves what it has. Rows that are already there and
+    were measured in the same environment (device, versions, commit, threads) stay; otherwise the file is begun anew.
 
     Args:
         families: names of families; default all.
         quick: a small subset with fewer rounds and without ``torch.compile``, about a minute.
-        ops, cases: only these operators, only cases whose name contains one of these. Cases asked for by name run even if
-            they are not in the quick subset.
+        ops, cases: only these operators, only cases whose name contains one of these. Cases asked for by name run even
+            if they are not in the quick subset.
         device: ``"cpu"`` or ``"cuda"``.
         providers: only these (``"dense"`` runs always: the ratios need it).
         out: the results file; default :func:`cofire.bench.results_path`.
@@ -477,7 +480,7 @@ def run(
     with _progress(progress, sum(len(c.modes) for c in chosen)) as advance:
         for case, mode in ((c, m) for c in chosen for m in c.modes):
             advance(f"{case}, {mode}")
-            rows = _measure_quietly(probe, effort, lambda c=case, m=mode: measure(c, m, device, effort, providers))
+            rows = _measure_quietly(probe, effort, functools.partial(measure, case, mode, device, effort, providers))
             fresh += rows
             mark_noise(fresh, probe.best)
             results.add(rows)
@@ -487,7 +490,7 @@ def run(
 
 
 def _measure_quietly(probe: Probe, effort: Effort, measured: Callable[[], list[Row]]) -> list[Row]:
-    """Measure with the probe read before and after; where the machine was busy, once more, and keep the quieter rows."""
+    """Measure between two readings of the probe; where the machine was busy, once more, and keep the quieter rows."""
     attempts = []
     for _ in range(effort.attempts):
         before = probe.read()

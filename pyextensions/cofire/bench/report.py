@@ -15,12 +15,12 @@ from cofire.bench.results import Results, Row, geometric_mean
 MARKERS = ("<!-- results: cofire report -->", "<!-- end of results -->")
 INTRODUCTION = """# Benchmarks
 
-`cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very input
-that is timed; a wrong answer gets no number. *Dense* is the fastest of several ways to write the operation in plain torch (memory
-layouts, packed weights, in-place expressions); the speed-up is the median ratio of paired readings, with its 95 % interval.
-GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The ceiling is the larger of
-bytes / bandwidth and FLOPs / peak, both measured in the same run. Slower than dense is **bold**; `~` marks a row during which the
-machine was busy or the readings spread.
+`cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
+input that is timed; a wrong answer gets no number. *Dense* is the fastest of several ways to write the operation in
+plain torch (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of paired readings,
+with its 95 % interval. GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The ceiling is the larger of
+bytes / bandwidth and FLOPs / peak, both measured in the same run. Slower than dense is **bold**; `~` marks a row during
+which the machine was busy or the readings spread.
 """
 INK = "#010203"  #: a colour that no plot uses; becomes the colour of the text around the plot
 WIN, LOSS, OTHER = "#2f81f7", "#e5534b", "#8b949e"
@@ -60,16 +60,28 @@ def _groups(rows: Iterable[Row]) -> dict[Key, dict[str, Row]]:
 
 
 def _other_dtypes(groups: dict[Key, dict[str, Row]], key: Key) -> str:
-    """The dense baseline in the other dtypes: the honest comparison where a 16-bit type is slower than fp32, or faster."""
+    """The dense baseline in the other dtypes: a 16-bit type may be slower than fp32, or faster."""
     case, dtype, mode = key
     found = [
-        f"{d}: {_ms(providers.get('dense'))}" for (c, d, m), providers in groups.items() if (c, m) == (case, mode) and d != dtype
+        f"{d}: {_ms(providers.get('dense'))}"
+        for (c, d, m), providers in groups.items()
+        if (c, m) == (case, mode) and d != dtype
     ]
     return ", ".join(found) or "-"
 
 
 HEADINGS = (
-    *("case", "dtype", "mode", "cofire ms", "against dense", "dense ms", "dense in other dtypes", "eager ms", "compile ms"),
+    *(
+        "case",
+        "dtype",
+        "mode",
+        "cofire ms",
+        "against dense",
+        "dense ms",
+        "dense in other dtypes",
+        "eager ms",
+        "compile ms",
+    ),
     *("peers ms", "GFLOP/s", "GB/s", "% of ceiling", "peak MiB (dense)", "notes"),
 )
 
@@ -156,7 +168,11 @@ def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
     """The tables of all devices; ``plots`` are file names by ``<device>-<family>-<kind>``."""
     parts = []
     for results in all_results:
-        parts += [f"## {results.environment['device']}", _environment(results) + ".", "Ceilings: " + _ceilings(results) + "."]
+        parts += [
+            f"## {results.environment['device']}",
+            _environment(results) + ".",
+            "Ceilings: " + _ceilings(results) + ".",
+        ]
         parts.append(_markdown_table(OVERVIEW, _overview_cells(results)))
         before = ""
         for family, op, lines in _tables(results):
@@ -220,7 +236,10 @@ def speedup_plot(rows: Sequence[Row]) -> str | None:
         error = [[ratio - row["speedup_low"]], [row["speedup_high"] - ratio]]
         axes.barh(y, ratio - 1, left=1, height=0.7, color=LOSS if ratio < 1 else WIN, alpha=0.45 if row["noisy"] else 1)
         axes.errorbar(ratio, y, xerr=error, color=INK, linewidth=0.6, capsize=1.5)
-    labels = [f"{r['op']} {r['case']} {r['dtype']}{'' if r['mode'] == 'forward' else ', ' + r['mode']}" for r in reversed(shown)]
+    labels = [
+        f"{r['op']} {r['case']} {r['dtype']}{'' if r['mode'] == 'forward' else ', ' + r['mode']}"
+        for r in reversed(shown)
+    ]
     axes.set_yticks(range(len(shown)), labels, fontsize=6)
     axes.set_xscale("log", base=2)
     ticks = [t for t in (0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64) if _within(t, [r["speedup"] for r in shown])]
@@ -257,12 +276,14 @@ def roofline_plot(results: Results, rows: Sequence[Row]) -> str | None:
 
 def _points(panel: Any, rows: Sequence[Row], x: Any, y: str) -> None:
     for op in dict.fromkeys(r["op"] for r in rows):
-        (colour,) = panel.plot([], [])[0].get_color(),
+        colour = panel.plot([], [])[0].get_color()
         for provider in ("dense", "cofire"):
             points = [(x(r), r[y]) for r in rows if r["op"] == op and r["provider"] == provider]
             if points:
                 face = colour if provider == "cofire" else "none"
-                panel.scatter(*zip(*points), s=9, facecolors=face, edgecolors=colour, linewidths=0.6, label=f"{op} {provider}")
+                panel.scatter(
+                    *zip(*points), s=9, facecolors=face, edgecolors=colour, linewidths=0.6, label=f"{op} {provider}"
+                )
 
 
 def _arithmetic_panel(panel: Any, ceilings: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -273,7 +294,9 @@ def _arithmetic_panel(panel: Any, ceilings: dict[str, Any], rows: Sequence[Row])
     bands = [max(ceilings["copy_gbs"][s], ceilings["read_gbs"][s]) for s in ceilings["copy_gbs"]]
     for dtype, style in (("float32", "-"), ("bfloat16", ":")):
         peak = max(ceilings["gemm_gflops"][dtype], ceilings["conv_gflops"][dtype])
-        panel.plot(xs, [min(peak, bands[-1] * x) for x in xs], style, color=INK, linewidth=0.8, label=f"{dtype}, from memory")
+        panel.plot(
+            xs, [min(peak, bands[-1] * x) for x in xs], style, color=INK, linewidth=0.8, label=f"{dtype}, from memory"
+        )
     peak = max(*ceilings["gemm_gflops"].values(), *ceilings["conv_gflops"].values())
     panel.plot(xs, [min(peak, max(bands) * x) for x in xs], color=OTHER, linewidth=0.8, label="from cache")
     panel.set_xlabel("FLOPs per byte")
@@ -309,8 +332,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ground: #0d1117; --ink: #e6edf3; --soft: #161b22; --line: #30363d; --loss: #ff7b72 }
 }
-body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; padding: 1rem;
-  max-width: 75rem }
+body { background: var(--ground); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; margin: 0 auto;
+  padding: 1rem; max-width: 75rem }
 h1, h2, h3 { line-height: 1.2 } p { max-width: 46rem; overflow-wrap: anywhere }
 .scroll { overflow-x: auto; margin: .5rem 0 1.5rem }
 table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums }
@@ -337,7 +360,9 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
     """One file that needs no other: tables and plots, for a phone and for a desk, in light and dark."""
     parts = []
     for results in all_results:
-        parts.append(f"<h2>{html.escape(results.environment['device'])}</h2><p>{html.escape(_environment(results))}.</p>")
+        parts.append(
+            f"<h2>{html.escape(results.environment['device'])}</h2><p>{html.escape(_environment(results))}.</p>"
+        )
         parts.append(_html_table(OVERVIEW, _overview_cells(results)))
         before = ""
         for family, op, lines in _tables(results):
@@ -348,7 +373,9 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
                         parts.append(f"<details open><summary>{html.escape(text)}</summary>{drawn[key]}</details>")
             before = family
             table = _html_table(HEADINGS, lines)
-            parts.append(f"<details><summary>{html.escape(op)}: all {len(lines)} measurements</summary>{table}</details>")
+            parts.append(
+                f"<details><summary>{html.escape(op)}: all {len(lines)} measurements</summary>{table}</details>"
+            )
         parts.append(f"<p>Ceilings: {html.escape(_ceilings(results))}.</p>")
     introduction = INTRODUCTION.split("\n\n", 1)[1].replace("`", "").replace("*", "")
     return (
@@ -381,8 +408,8 @@ def report(results_files: Iterable[str | Path], out_dir: str | Path = "docs") ->
 
     Args:
         results_files: what :func:`cofire.bench.run` wrote, one file per device.
-        out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks.html`` (self-contained) and the
-            plots as SVG files.
+        out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks.html`` (self-contained)
+            and the plots as SVG files.
 
     Returns:
         The files written.

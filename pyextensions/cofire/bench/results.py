@@ -92,9 +92,10 @@ class Results:
             if not ratios:
                 continue
             lost = sum(r < 1 for r in ratios)
+            mean = geometric_mean(ratios)
             lines.append(
-                f"  {op}: {min(ratios):.2f}x to {max(ratios):.2f}x, geometric mean {geometric_mean(ratios):.2f}x of the "
-                f"strongest plain torch; slower in {lost} of {len(ratios)}"
+                f"  {op}: {min(ratios):.2f}x to {max(ratios):.2f}x the strongest plain torch's speed, geometric mean "
+                f"{mean:.2f}x; slower in {lost} of {len(ratios)}"
             )
         wrong = [r for r in self.rows if not r["correct"]]
         lines += [f"  no number: {r['provider']} on {r['op']}, {r['case']}, {r['dtype']}: {r['note']}" for r in wrong]
@@ -112,7 +113,9 @@ def _check_row(row: Row) -> None:
         raise ValueError(f"bench: a row must have the columns {', '.join(missing)}; got {sorted(row)}")
     if not row["correct"] and any(row[c] is not None for c in NUMBERS):
         what = ", ".join(str(row[k]) for k in KEY)
-        raise ValueError(f"bench: a provider with a wrong answer gets no number, got median_ms={row['median_ms']} ({what})")
+        raise ValueError(
+            f"bench: a provider with a wrong answer gets no number, got median_ms={row['median_ms']} ({what})"
+        )
 
 
 def device_name(device: str) -> str:
@@ -127,7 +130,7 @@ def device_name(device: str) -> str:
 
 
 def results_path(device: str = "cpu", quick: bool = False) -> Path:
-    """``benchmarks/results/<device>.json``, the device's name made safe for file names; quick runs have their own file."""
+    """``benchmarks/results/<device>.json``, the name made safe for files; quick runs have a file of their own."""
     words = re.sub(r"\((?:r|tm|c)\)", "", device_name(device), flags=re.IGNORECASE)
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     if device == "cpu":
@@ -151,7 +154,7 @@ def _commit() -> str | None:
         return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # an environment inside somebody else's checkout is no checkout of ours
+        git("ls-files", "--error-unmatch", here.name)  # a site-packages inside somebody else's checkout is not ours
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -266,9 +266,8 @@ def _validate_gate_head(pooled: Tensor, weight: Tensor, bias: Tensor | None, sof
     if pooled.dim() != 2:
         refuse(op, f"pooled must have shape [N, in_features], got {shape_of(pooled)}")
     check_float(op, pooled=pooled, weight=weight, bias=bias)
-    expected = f"weight must have shape [out_channels, {pooled.shape[1]}], got {shape_of(weight)}"
     if not (weight.dim() == 2 and weight.shape[1] == pooled.shape[1]):
-        refuse(op, expected)
+        refuse(op, f"weight must have shape [out_channels, {pooled.shape[1]}], got {shape_of(weight)}")
     out = weight.shape[0]
     if bias is not None:
         if list(bias.shape) != [out]:
@@ -1001,9 +1000,8 @@ def _validate_gated_linear(
     if input.dim() != 2:
         refuse(op, f"input must have shape [N, in_features], got {shape_of(input)}")
     check_float(op, input=input, weight=weight, bias=bias)
-    expected = f"weight must have shape [out_features, {input.shape[1]}], got {shape_of(weight)}"
     if not (weight.dim() == 2 and weight.shape[1] == input.shape[1]):
-        refuse(op, expected)
+        refuse(op, f"weight must have shape [out_features, {input.shape[1]}], got {shape_of(weight)}")
     if bias is not None:
         if list(bias.shape) != [weight.shape[0]]:
             refuse(op, f"bias must have shape [{weight.shape[0]}], got {shape_of(bias)}")
