@@ -46,7 +46,7 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Any], N
         case, mode, provider, name = measurement
         device = request.config.getoption("--device")
         given = harness.Input(case, device, tiny=mode == "overhead")
-        wrong = given.check(provider, mode)
+        wrong = given.check(provider, mode, harness.slack(name))
         assert wrong is None, f"{name} gets no number: {wrong}"
         benchmark.group = f"{case}, {mode}"
         with harness.mode_context(mode):

@@ -245,6 +245,7 @@ def check_close(where: str, o: Tensor, r: Tensor, t: Tensor, factor: float, scal
     assert r.isfinite().all(), f"{where}: the sample is useless, its reference is not finite"
     error = (o.detach().cpu().double() - r).abs()
     allowed = factor * largest(t.detach().double() - r) + torch.finfo(t.dtype).eps * scale
+    allowed += torch.finfo(t.dtype).tiny  # below it, machines differ in what they flush to zero
     if error.numel() and not (error <= allowed).all():  # not: NaN fails too
         worst = int(error.nan_to_num(nan=torch.inf).argmax())
         position = [int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape)]
@@ -579,7 +580,7 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
         for i, sample in enumerate(samples):
             interpreted = provider.name == "triton"
             for dtype in _dtypes_of(sample, dtypes, provider):
-                later = sample.full or (interpreted and i > 0 and dtype == torch.float16)
+                later = sample.full or (interpreted and i > 0 and dtype != torch.float32)
                 marks = [*provider.marks, *([pytest.mark.full] if later else [])]
                 id = (name, provider.name, sample.name, str(dtype).removeprefix("torch."))
                 yield _param(check_forward, case, provider, sample, dtype, id=("forward", *id), marks=marks)

@@ -198,14 +198,16 @@ def test_rule(dtype: torch.dtype) -> None:
 
 def test_rule_for_integers_shapes_and_gradients() -> None:
     index = torch.tensor([0, 2])
-    differing = harness.disagreement((index + 1,), (index,), [(index,)], torch.bool)
+    differing = harness.disagreement((index + 1,), (index,), [index], torch.bool)
     assert differing == "output 0 differs in 2 entries"
     assert "shape [2, 1], expected [2]" in str(harness.disagreement(index[:, None], index, [index], torch.bool))
     assert "returned 2 outputs, expected 1" in str(harness.disagreement((index, index), index, [index], torch.bool))
     one = torch.ones(1, dtype=torch.float64)
-    lossy = [(one * 1.1).float()]
+    lossy = [one.float(), (one * 1.1).float()]
     assert harness.disagreement(one * 1.29, one, lossy, torch.float32) is not None
     assert harness.disagreement(one * 1.29, one, lossy, torch.float32, gradients=1) is None
+    assert harness.disagreement(one * 2, one, lossy, torch.float32, slack=harness.slack("dense")) is None
+    assert harness.slack("cofire") == 1
 
 
 def test_interval_is_the_binomial_one() -> None:
@@ -353,7 +355,7 @@ def test_case(case: Case) -> None:
             if name == "compile":  # minutes of compiling; the function it compiles is one of the others
                 continue
             for variant, provider in variants.items():
-                assert given.check(provider, mode) is None, f"{mode}: {name} {variant}"
+                assert given.check(provider, mode, harness.slack(name)) is None, f"{mode}: {name} {variant}"
 
 
 def test_flops_of_a_gated_convolution_are_counted_from_the_masks() -> None:

@@ -124,7 +124,13 @@ def test_command_prints_criteria_and_writes_the_report(tmp_path: Path, capsys: p
 
 
 def _cell(mass: float, **changes: object) -> dict[str, object]:
-    timing = {"dense_ms": 2.0, "gated_ms": 1.0, "speedup": 2.0, "layers": [{"dense_ms": 1.0, "gated_ms": 0.5}]}
+    timing = {
+        "dense_ms": 2.0,
+        "gated_ms": 1.0,
+        "speedup": 2.0,
+        "threads": 2,
+        "layers": [{"dense_ms": 1.0, "gated_ms": 0.5}],
+    }
     cell = {"budget": f"decoupled {mass:g}", "mass": mass, "coupling": "decoupled", "seed": 0, "accuracy": 98.0}
     cell |= {"random_accuracy": 60.0, "cut": 0.45, "cut_paper_rule": 0.5, "estimated_cut": 0.4, "mask_accuracy": 0.9}
     cell |= {"fixed_mask_accuracy": 0.8, "deployed_error": 1e-6, "latency": timing}

@@ -35,15 +35,20 @@ namespace {
 // The register tile: kRows x kVecs accumulators, kVecs inputs and a broadcast
 // must fit the register file (32 vectors with AVX-512, else 16).
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-constexpr int kRows = 8, kVecs = 3;
+constexpr int kRows = 8, kVecs = 3, kDepthwiseVecs = 8;
 #else
-constexpr int kRows = 6, kVecs = 2;
+constexpr int kRows = 6, kVecs = 2, kDepthwiseVecs = 6;
 #endif
 
-// A panel stays in the L2 cache of a core while all output tiles pass over it.
-constexpr int64_t kLine = 64 / sizeof(float);
+constexpr int64_t kLine = 64 / sizeof(float);  // floats of a cache line
+// A panel stays in the L2 cache of a core while all output tiles pass over it, and
+// a thread works on about this many floats of panels at a time.
 constexpr int64_t kPanelFloats = 512 * 1024 / sizeof(float);
-constexpr int64_t kGroupFloatsPerThread = 2 * kPanelFloats;
+constexpr int64_t kGroupFloats = 2 * kPanelFloats;
+// But no panel has fewer positions than this (14 x 14, say), if the plane has them.
+constexpr int64_t kPanelPositions = 192;
+// A depthwise panel, one channel, stays in the L1 cache.
+constexpr int64_t kDepthwiseFloats = 24 * 1024 / sizeof(float);
 
 struct Problem {
   ConvShape shape;
@@ -106,7 +111,8 @@ struct PanelLayout {
   std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
   std::vector<Step> taps;       // every tap in a packed channel and in a weight's channel
 
-  PanelLayout(const ConvShape& s, int64_t channels, const at::Tensor& weight) {
+  // For panels of `channels` channels in about `size` floats.
+  PanelLayout(const ConvShape& s, int64_t channels, int64_t size, const at::Tensor& weight) {
     std::vector<int64_t> phase_of(s.kernel[0]);
     int64_t last_row = 0;
     for (int64_t a = 0; a < s.kernel[0]; ++a) {
@@ -117,8 +123,9 @@ struct PanelLayout {
       last_row = a * s.dilation[0] / s.stride[0];
     }
     const int64_t copies = static_cast<int64_t>(phases.size()) * s.kernel[1];
-    const int64_t budget = kPanelFloats / std::max<int64_t>(1, channels * copies * s.out_width);
-    const int64_t most_rows = std::clamp<int64_t>(budget - last_row, 1, s.out_height);
+    const int64_t fitting = size / std::max<int64_t>(1, channels * copies * s.out_width) - last_row;
+    const int64_t fewest = (kPanelPositions + s.out_width - 1) / s.out_width;
+    const int64_t most_rows = std::min(std::max(fitting, fewest), s.out_height);
     const int64_t chunks = (s.out_height + most_rows - 1) / most_rows;
     rows = (s.out_height + chunks - 1) / chunks;
     copy_rows = rows + last_row;
@@ -230,7 +237,7 @@ void micro_kernel(const Step* step, const Step* end, const float* panel,
   }
   COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
     COFIRE_UNROLL for (int v = 0; v < Vecs; ++v) {
-      acc[r][v].store(sums + (r * kVecs + v) * kLanes);
+      acc[r][v].store(sums + (r * Vecs + v) * kLanes);
     }
   }
 }
@@ -247,10 +254,10 @@ const float* fp32_row(const T* row, const Step* step, const Step* end, float* sc
 
 using MicroKernel = void (*)(const Step*, const Step*, const float*, const float* const*, float*);
 
-template <size_t... I>
+template <int Vecs, size_t... I>
 constexpr auto micro_kernels(std::index_sequence<I...>) {
   return std::array<MicroKernel, sizeof...(I)>{
-      &micro_kernel<static_cast<int>(I) / kVecs + 1, static_cast<int>(I) % kVecs + 1>...};
+      &micro_kernel<static_cast<int>(I) / Vecs + 1, static_cast<int>(I) % Vecs + 1>...};
 }
 
 // A tile of output channels: the weight row of each, and where its sums go, as
@@ -264,22 +271,23 @@ struct Tile {
   std::array<float, kRows> bias;
 };
 
-// All positions of a tile, in runs of at most kVecs vectors and of even length.
-template <typename T>
+// All positions of a tile of at most Rows channels, in runs of at most Vecs vectors
+// and of even length.
+template <int Rows, int Vecs, typename T>
 void run_tile(const Tile<T>& tile, const Step* step, const Step* end, const float* panel,
               int64_t positions, float low, float high) {
-  static constexpr auto kKernels = micro_kernels(std::make_index_sequence<kRows * kVecs>{});
-  alignas(64) float sums[kRows * kVecs * kLanes];
+  static constexpr auto kKernels = micro_kernels<Vecs>(std::make_index_sequence<Rows * Vecs>{});
+  alignas(64) float sums[Rows * Vecs * kLanes];
   const int64_t vectors = (positions + kLanes - 1) / kLanes;
-  const int64_t runs = (vectors + kVecs - 1) / kVecs;
+  const int64_t runs = (vectors + Vecs - 1) / Vecs;
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = vectors * i / runs, length = vectors * (i + 1) / runs - first;
-    kKernels[(tile.rows - 1) * kVecs + length - 1](step, end, panel + first * kLanes,
+    kKernels[(tile.rows - 1) * Vecs + length - 1](step, end, panel + first * kLanes,
                                                    tile.weight.data(), sums);
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t v = 0; v < length; ++v) {
         const int64_t at = (first + v) * kLanes, n = std::min(kLanes, positions - at);
-        Vec y = Vec::loadu(sums + (r * kVecs + v) * kLanes) + Vec(tile.bias[r]);
+        Vec y = Vec::loadu(sums + (r * length + v) * kLanes) + Vec(tile.bias[r]);
         if (tile.residual[r] != nullptr) y = y + load_f32(tile.residual[r] + at, n);
         store_f32(tile.output[r] + at, at::vec::clamp(y, Vec(low), Vec(high)), n);
       }
@@ -345,7 +353,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   const ConvShape& s = p.shape;
   const at::Tensor output = at::empty(p.output_size(), input.options());
   const int64_t most_inputs = p.in.most();
-  const PanelLayout layout(s, most_inputs, weight);
+  const PanelLayout layout(s, most_inputs, kPanelFloats, weight);
   const int64_t taps = static_cast<int64_t>(layout.taps.size());
   const int64_t panel_floats = most_inputs * layout.channel;
   const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
@@ -358,7 +366,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
     }
   }
   const int64_t total = static_cast<int64_t>(panels.size());
-  const int64_t fitting = at::get_num_threads() * kGroupFloatsPerThread /
+  const int64_t fitting = at::get_num_threads() * kGroupFloats /
                           std::max<int64_t>(1, panel_floats);
   const int64_t group = std::clamp<int64_t>(fitting, 1, total);
   const at::Tensor workspace = at::empty({group * panel_floats}, at::kFloat);
@@ -420,10 +428,67 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
             residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
         tile.bias[r] = bias ? bias[channel] : 0.f;
       }
-      run_tile(tile, step, end, packed + task.panel * panel_floats, panel.rows * s.out_width, p.low,
+      run_tile<kRows, kVecs>(tile, step, end, packed + task.panel * panel_floats, panel.rows * s.out_width, p.low,
                p.high);
     });
   }
+  return output;
+}
+
+// One input channel per group: a plane at a time, packed and used while in L1.
+template <typename T>
+at::Tensor gated_depthwise(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+  const ConvShape& s = p.shape;
+  const at::Tensor output = at::empty(p.output_size(), input.options());
+  const PanelLayout layout(s, 1, kDepthwiseFloats, weight);
+  const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
+  const at::Tensor dense_residual = p.residual ? p.residual->contiguous() : at::Tensor();
+  const std::vector<int32_t> in_slot = p.in.slots(), out_slot = p.out.slots();
+  const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
+  const int64_t in_channels = input.size(1), out_channels = p.output_channels();
+  const int64_t multiplier = s.out_channels / s.groups;
+  const int64_t taps = static_cast<int64_t>(layout.taps.size());
+  const T* const in = input.const_data_ptr<T>();
+  const T* const w = weight.const_data_ptr<T>();
+  const T* const residual = p.residual ? dense_residual.const_data_ptr<T>() : nullptr;
+  const float* const bias = p.bias ? wide_bias.const_data_ptr<float>() : nullptr;
+  T* const out = output.mutable_data_ptr<T>();
+  const int64_t grain = std::max<int64_t>(1, 8192 / (out_plane * taps));
+
+  at::parallel_for(0, s.batch * out_channels, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> panel(layout.channel), scratch(layout.taps.back().weight + 1);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / out_channels, place = i % out_channels;
+      const int64_t slot = p.compact_output == 0   ? out_slot[i]
+                           : place < p.out.count(n) ? place
+                                                    : -1;
+      if (slot < 0) {
+        std::fill_n(out + i * out_plane, out_plane, T(0.f));
+        continue;
+      }
+      const int64_t channel = p.out.channel(n, slot), source = channel / multiplier;
+      const int64_t source_slot = in_slot[n * s.in_channels + source];
+      const T* const plane =
+          in + (n * in_channels + (p.compact_input ? source_slot : source)) * in_plane;
+      // Without an input the sum is empty, and what remains is the bias.
+      const Step* const step = layout.taps.data();
+      const Step* const step_end = source_slot < 0 ? step : step + taps;
+      Tile<T> tile;
+      tile.rows = 1;
+      tile.weight[0] = fp32_row(w + channel * weight.stride(0), step, step_end, scratch.data());
+      tile.bias[0] = bias ? bias[channel] : 0.f;
+      for (int64_t row = 0; row < s.out_height; row += layout.rows) {
+        const int64_t offset = row * s.out_width;
+        if (source_slot >= 0) pack_channel(plane, panel.data(), s, layout, row);
+        tile.output[0] = out + i * out_plane + offset;
+        tile.residual[0] =
+            residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
+        run_tile<1, kDepthwiseVecs>(tile, step, step_end, panel.data(),
+                                    std::min(layout.rows, s.out_height - row) * s.out_width, p.low,
+                                    p.high);
+      }
+    }
+  });
   return output;
 }
 
@@ -535,7 +600,9 @@ at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weig
     return dense_conv<T>(p, input, weight);
   }
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());
-  const at::Tensor y = gated_conv<T>(p, input.contiguous(), rows ? weight : weight.contiguous());
+  const bool depthwise = p.shape.groups > 1 && p.shape.in_channels == p.shape.groups;
+  const at::Tensor y = (depthwise ? &gated_depthwise<T> : &gated_conv<T>)(
+      p, input.contiguous(), rows ? weight : weight.contiguous());
   return y.contiguous(input.suggest_memory_format());
 }
 

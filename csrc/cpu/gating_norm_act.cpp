@@ -6,14 +6,18 @@
 // while they are still in its second-level cache, so that memory is read once. Channels_last maps:
 // a channel has no compact memory, so the two phases are two passes over rows of pixels.
 //
-// Moments are taken over short runs, each read twice: once for its mean, and again, from the
-// first-level cache, about that mean. No mean, however large, cancels the variance.
+// Moments are taken about a pivot, the mean of m elements from all over the channel. It is at most
+// sqrt(n / m) standard deviations from the mean of all n (Samuelson's inequality), and hardly ever
+// one, so no mean, however large, cancels the variance, and memory is read once. Runs are summed in
+// fp32, and the sums of the runs in fp64.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "vec.h"
@@ -90,6 +94,38 @@ inline T sum_of_parts(const T (&part)[kParts]) {
 inline Vec covered_lanes(const Vec& v) { return v; }
 inline Vec covered_lanes(const Vec& v, int64_t count) { return Vec::set(Vec(0.0f), v, count); }
 
+// The sum of one series, and of its products with another.
+struct Sums {
+  Vec first{0.0f}, product{0.0f};
+
+  void add(const Vec& a, const Vec& b) {
+    first = first + a;
+    product = at::vec::fmadd(a, b, product);
+  }
+  Sums operator+(const Sums& other) const {
+    return {first + other.first, product + other.product};
+  }
+};
+
+// Sums of many runs, lane by lane in fp64.
+struct WideSums {
+  double first[kLanes] = {}, product[kLanes] = {};
+
+  void add(const Sums& run) {
+    float lanes[2][kLanes];
+    run.first.store(lanes[0]);
+    run.product.store(lanes[1]);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      first[i] += lanes[0][i];
+      product[i] += lanes[1][i];
+    }
+  }
+};
+
+double total(const double (&lanes)[kLanes]) {
+  return std::accumulate(std::begin(lanes), std::end(lanes), 0.0);
+}
+
 // Geometry of a [N, C, H, W] map.
 struct Map {
   explicit Map(const at::Tensor& t)
@@ -134,133 +170,152 @@ void for_sample_parts(const Map& map, int64_t length, F&& f) {
   });
 }
 
-// The sum of one series, and of its products with another.
-struct Sums {
-  Vec first{0.0f}, product{0.0f};
+// ---- channels_last: sums over rows ----
 
-  void add(const Vec& a, const Vec& b) {
-    first = first + a;
-    product = at::vec::fmadd(a, b, product);
-  }
-  Sums operator+(const Sums& other) const {
-    return {first + other.first, product + other.product};
-  }
-};
-
-// ---- moments ----
-
-// Number, mean and sum of squared deviations, merged by Chan's rule.
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  void merge(double n, double other_mean, double other_m2) {
-    const double delta = other_mean - mean;
-    const double total = count + n, share = n / total;
-    mean += delta * share;
-    m2 += other_m2 + delta * delta * count * share;
-    count = total;
-  }
-  // `sum` and `square` are taken about `pivot`.
-  void merge_sums(double n, double pivot, double sum, double square) {
-    merge(n, pivot + sum / n, square - sum * sum / n);
-  }
-};
-
-// A run of `planes` planes, `stride` elements apart, of `size` elements each.
-template <typename T>
-void add_run(Moments& total, const T* x, int64_t planes, int64_t stride, int64_t size) {
-  Vec sum[kParts] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for (int64_t p = 0; p < planes; ++p) {
-    for_vectors_in_parts(size, [&](int part, int64_t i, auto... rest) {
-      sum[part] = sum[part] + load_f32(x + p * stride + i, rest...);
-    });
-  }
-  const float count = static_cast<float>(planes * size);
-  const float pivot = reduce_add(sum_of_parts(sum)) / count;
-  Sums sums[kParts];
-  for (int64_t p = 0; p < planes; ++p) {
-    for_vectors_in_parts(size, [&](int part, int64_t i, auto... rest) {
-      const Vec d = covered_lanes(load_f32(x + p * stride + i, rest...) - Vec(pivot), rest...);
-      sums[part].add(d, d);
-    });
-  }
-  const Sums total_sums = sum_of_parts(sums);
-  total.merge_sums(count, pivot, reduce_add(total_sums.first), reduce_add(total_sums.product));
-}
-
-// Moments of channels [c0, c1) of a contiguous map.
-template <typename T>
-void group_moments(const T* x, const Map& map, int64_t c0, int64_t c1, float* mean, float* var) {
-  std::vector<Moments> moments(c1 - c0);
-  const int64_t planes = std::max<int64_t>(1, kRunElements / 4 / map.size);
-  for (int64_t n = 0; n < map.samples; n += planes) {
-    for (int64_t c = c0; c < c1; ++c) {
-      const int64_t stride = map.channels * map.size;
-      for (int64_t i = 0; i < map.size; i += kRunElements) {
-        add_run(moments[c - c0], x + map.plane(n, c) + i, std::min(planes, map.samples - n), stride,
-                std::min(kRunElements, map.size - i));
-      }
-    }
-  }
-  for (int64_t c = c0; c < c1; ++c) {
-    mean[c] = static_cast<float>(moments[c - c0].mean);
-    var[c] = static_cast<float>(moments[c - c0].m2 / moments[c - c0].count);
-  }
-}
-
-// Moments of all channels of a channels_last map.
-template <typename T>
-void row_moments(const T* x, const Map& map, float* mean, float* var) {
-  const int64_t rows = map.rows(), channels = map.channels, runs = ceil_div(rows, kRunRows);
-  std::vector<float> scratch(runs * 3 * channels);  // pivot, sum and square of each run
-  at::parallel_for(0, runs, grain_of(kRunRows * channels), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t length = std::min(kRunRows, rows - r * kRunRows);
-      float* out = scratch.data() + r * 3 * channels;
-      for_vectors(channels, [&](int64_t c, auto... rest) {
-        const T* column = x + r * kRunRows * channels + c;
-        Vec sum[kParts] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-        in_parts<1>(length, [&](int part, int64_t i) {
-          sum[part] = sum[part] + load_f32(column + i * channels, rest...);
-        });
-        const Vec pivot = sum_of_parts(sum) / Vec(static_cast<float>(length));
-        Sums part_sums[kParts];
-        in_parts<1>(length, [&](int part, int64_t i) {
-          const Vec d = load_f32(column + i * channels, rest...) - pivot;
-          part_sums[part].add(d, d);
-        });
-        const Sums sums = sum_of_parts(part_sums);
-        store_f32(out + c, pivot, rest...);
-        store_f32(out + channels + c, sums.first, rest...);
-        store_f32(out + 2 * channels + c, sums.product, rest...);
+// Fills sums [parts, 2, C]: for each part of at most kRunRows rows of a sample, the sum of a and of
+// a * b, where term(i, c, rest...) gives the pair (a, b) of element i of channel c.
+template <typename F>
+std::vector<float> sum_parts(const Map& map, F&& term) {
+  const int64_t channels = map.channels;
+  std::vector<float> sums(map.samples * ceil_div(map.size, kRunRows) * 2 * channels);
+  for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
+    float* out = sums.data() + part * 2 * channels;
+    for_vectors(channels, [&](int64_t c, auto... rest) {
+      const auto term_of = term(part, c, rest...);
+      Sums run[kParts];
+      in_parts<1>(end - begin, [&](int j, int64_t row) {
+        const auto [a, b] = term_of((begin + row) * channels + c);
+        run[j].add(a, b);
       });
-    }
+      const Sums all = sum_of_parts(run);
+      store_f32(out + c, all.first, rest...);
+      store_f32(out + channels + c, all.product, rest...);
+    });
   });
-  at::parallel_for(0, channels, grain_of(4 * runs), [&](int64_t begin, int64_t end) {
-    std::vector<Moments> moments(end - begin);
-    for (int64_t r = 0; r < runs; ++r) {
-      const double length = static_cast<double>(std::min(kRunRows, rows - r * kRunRows));
-      const float* run = scratch.data() + r * 3 * channels;
+  return sums;
+}
+
+// Calls f(c, sum of a, sum of a * b) for each channel.
+template <typename F>
+void reduce_parts(const std::vector<float>& sums, int64_t channels, F&& f) {
+  const int64_t parts = static_cast<int64_t>(sums.size()) / (2 * channels);
+  at::parallel_for(0, channels, grain_of(2 * parts), [&](int64_t begin, int64_t end) {
+    std::vector<double> first(end - begin), product(end - begin);
+    for (int64_t i = 0; i < parts; ++i) {
+      const float* part = sums.data() + i * 2 * channels;
       for (int64_t c = begin; c < end; ++c) {
-        moments[c - begin].merge_sums(length, run[c], run[channels + c], run[2 * channels + c]);
+        first[c - begin] += part[c];
+        product[c - begin] += part[channels + c];
       }
     }
-    for (int64_t c = begin; c < end; ++c) {
-      mean[c] = static_cast<float>(moments[c - begin].mean);
-      var[c] = static_cast<float>(moments[c - begin].m2 / moments[c - begin].count);
-    }
+    for (int64_t c = begin; c < end; ++c) f(c, first[c - begin], product[c - begin]);
   });
 }
 
 // ---- forward ----
 
+// What the normalisation of each channel needs: u = (x - mean) * scale + shift.
+struct Normaliser {
+  Normaliser(const at::Tensor& weight, const at::Tensor& bias, at::Tensor& mean, at::Tensor& var,
+             double eps)
+      : mean(mean.data_ptr<float>()),
+        scale(mean.size(0)),
+        shift(mean.size(0)),
+        var_(var.data_ptr<float>()),
+        weight_(weight.const_data_ptr<float>()),
+        bias_(bias.const_data_ptr<float>()),
+        eps_(eps) {}
+
+  // The moments of channel c. What fp32 cannot hold of the mean goes into the shift: it matters
+  // where the mean is a thousand deviations and more.
+  void set(int64_t c, double exact_mean, double exact_var) {
+    mean[c] = static_cast<float>(exact_mean);
+    var_[c] = static_cast<float>(exact_var);
+    scale[c] = static_cast<float>(weight_[c] / std::sqrt(exact_var + eps_));
+    shift[c] = static_cast<float>(bias_[c] - (exact_mean - mean[c]) * scale[c]);
+  }
+  // The same from `count` deviations about a pivot: their sum and the sum of their squares.
+  void set(int64_t c, int64_t count, double pivot, double sum, double square) {
+    const double n = static_cast<double>(count), delta = sum / n;
+    set(c, pivot + delta, std::max(0.0, square / n - delta * delta));
+  }
+  // Takes the moments as given.
+  void set_from_running() {
+    for (size_t c = 0; c < scale.size(); ++c) set(c, mean[c], var_[c]);
+  }
+
+  float* mean;
+  std::vector<float> scale, shift;
+
+ private:
+  float* var_;
+  const float *weight_, *bias_;
+  double eps_;
+};
+
+// Moments of channels [c0, c1) of a contiguous map.
+template <typename T>
+void group_moments(const T* x, const Map& map, int64_t c0, int64_t c1, Normaliser& norm) {
+  std::vector<float> pivot(c1 - c0);
+  std::vector<WideSums> sums(c1 - c0);
+  const int64_t head = std::min(kLanes, map.size);  // of each plane, for the pivot
+  for (int64_t c = c0; c < c1; ++c) {
+    Vec sum(0.0f);
+    for (int64_t n = 0; n < map.samples; ++n) sum = sum + load_f32(x + map.plane(n, c), head);
+    pivot[c - c0] = reduce_add(sum) / static_cast<float>(map.samples * head);
+  }
+  for (int64_t n = 0; n < map.samples; ++n) {
+    for (int64_t c = c0; c < c1; ++c) {
+      const Vec pivot_c(pivot[c - c0]);
+      for (int64_t begin = 0; begin < map.size; begin += kRunElements) {
+        const T* run = x + map.plane(n, c) + begin;
+        Sums part[kParts];
+        for_vectors_in_parts(std::min(kRunElements, map.size - begin),
+                             [&](int j, int64_t i, auto... rest) {
+                               const Vec d = load_f32(run + i, rest...) - pivot_c;
+                               part[j].add(covered_lanes(d, rest...), d);
+                             });
+        sums[c - c0].add(sum_of_parts(part));
+      }
+    }
+  }
+  for (int64_t c = c0; c < c1; ++c) {
+    const WideSums& all = sums[c - c0];
+    norm.set(c, map.rows(), pivot[c - c0], total(all.first), total(all.product));
+  }
+}
+
+// Moments of all channels of a channels_last map.
+template <typename T>
+void row_moments(const T* x, const Map& map, Normaliser& norm) {
+  const int64_t channels = map.channels;
+  const int64_t step = ceil_div(map.rows(), 256), heads = ceil_div(map.rows(), step);
+  std::vector<float> pivot(channels);  // of every step-th row
+  for_vectors(channels, [&](int64_t c, auto... rest) {
+    Vec sum(0.0f);
+    for (int64_t r = 0; r < map.rows(); r += step) {
+      sum = sum + load_f32(x + r * channels + c, rest...);
+    }
+    store_f32(pivot.data() + c, sum / Vec(static_cast<float>(heads)), rest...);
+  });
+  const auto deviation = [&](int64_t, int64_t c, auto... rest) {
+    return [=, pivot_c = load_f32(pivot.data() + c, rest...)](int64_t i) {
+      const Vec d = load_f32(x + i, rest...) - pivot_c;
+      return std::pair(d, d);
+    };
+  };
+  reduce_parts(sum_parts(map, deviation), channels, [&](int64_t c, double sum, double square) {
+    norm.set(c, map.rows(), pivot[c], sum, square);
+  });
+}
+
 // One plane: writes the output if it is kept, else zeros, and returns the peak either way.
 template <typename Act, bool kResidual, typename T>
 float norm_act_plane(const T* x, const T* residual, T* y, int64_t size, bool keep, float mean,
-                     float scale, float bias) {
+                     float scale, float shift) {
   Vec peak(0.0f);
   for_vectors(size, [&](int64_t i, auto... rest) {
-    Vec u = at::vec::fmadd(load_f32(x + i, rest...) - Vec(mean), Vec(scale), Vec(bias));
+    Vec u = at::vec::fmadd(load_f32(x + i, rest...) - Vec(mean), Vec(scale), Vec(shift));
     if constexpr (kResidual) u = u + load_f32(residual + i, rest...);
     u = Act::apply(u);
     if (keep) store_f32(y + i, u, rest...);
@@ -274,15 +329,15 @@ float norm_act_plane(const T* x, const T* residual, T* y, int64_t size, bool kee
 // `peak` is updated.
 template <typename Act, bool kResidual, typename T>
 void norm_act_rows(const T* x, const T* residual, T* y, int64_t rows, int64_t channels,
-                   const float* keep, const float* mean, const float* scale, const float* bias,
-                   float* peak) {
+                   const float* keep, const Normaliser& norm, float* peak) {
   for_vectors(channels, [&](int64_t c, auto... rest) {
-    const Vec mean_c = load_f32(mean + c, rest...), scale_c = load_f32(scale + c, rest...);
-    const Vec bias_c = load_f32(bias + c, rest...), keep_c = load_f32(keep + c, rest...);
+    const Vec mean_c = load_f32(norm.mean + c, rest...), keep_c = load_f32(keep + c, rest...);
+    const Vec scale_c = load_f32(norm.scale.data() + c, rest...);
+    const Vec shift_c = load_f32(norm.shift.data() + c, rest...);
     Vec peak_c = load_f32(peak + c, rest...);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = r * channels + c;
-      Vec u = at::vec::fmadd(load_f32(x + i, rest...) - mean_c, scale_c, bias_c);
+      Vec u = at::vec::fmadd(load_f32(x + i, rest...) - mean_c, scale_c, shift_c);
       if constexpr (kResidual) u = u + load_f32(residual + i, rest...);
       u = Act::apply(u);
       store_f32(y + i, u & keep_c, rest...);
@@ -304,38 +359,28 @@ std::vector<float> keep_words(const bool* mask, const Map& map) {
   return words;
 }
 
-struct Parameters {
-  const float *weight, *bias;
-  float *mean, *var;
-  double eps;
-
-  float rstd(int64_t c) const { return static_cast<float>(1 / std::sqrt(var[c] + eps)); }
-};
-
 template <typename Act, bool kResidual, typename T>
 void forward_planes(const T* x, const T* residual, const bool* mask, const Map& map,
-                    const Parameters& p, bool training, T* y, float* peak) {
+                    bool training, Normaliser& norm, T* y, float* peak) {
   for_channel_groups(map, sizeof(T), [&](int64_t c0, int64_t c1) {
-    if (training) group_moments(x, map, c0, c1, p.mean, p.var);
+    if (training) group_moments(x, map, c0, c1, norm);
     for (int64_t n = 0; n < map.samples; ++n) {
       for (int64_t c = c0; c < c1; ++c) {
         const int64_t i = n * map.channels + c, at = map.plane(n, c);
         peak[i] = norm_act_plane<Act, kResidual>(
             x + at, kResidual ? residual + at : nullptr, y + at, map.size, !mask || mask[i],
-            p.mean[c], p.weight[c] * p.rstd(c), p.bias[c]);
+            norm.mean[c], norm.scale[c], norm.shift[c]);
       }
     }
   });
 }
 
 template <typename Act, bool kResidual, typename T>
-void forward_rows(const T* x, const T* residual, const bool* mask, const Map& map,
-                  const Parameters& p, bool training, T* y, float* peak) {
+void forward_rows(const T* x, const T* residual, const bool* mask, const Map& map, bool training,
+                  Normaliser& norm, T* y, float* peak) {
   constexpr int64_t kTile = 8;  // rows that share a load of the parameters
   const int64_t channels = map.channels, parts = ceil_div(map.size, kRunRows);
-  if (training) row_moments(x, map, p.mean, p.var);
-  std::vector<float> scale(channels);
-  for (int64_t c = 0; c < channels; ++c) scale[c] = p.weight[c] * p.rstd(c);
+  if (training) row_moments(x, map, norm);
   const std::vector<float> keep = keep_words(mask, map);
   std::vector<float> peaks(map.samples * parts * channels, 0.0f);
   for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
@@ -343,8 +388,8 @@ void forward_rows(const T* x, const T* residual, const bool* mask, const Map& ma
       const int64_t at = r * channels;
       norm_act_rows<Act, kResidual>(x + at, kResidual ? residual + at : nullptr, y + at,
                                     std::min(kTile, end - r), channels,
-                                    keep.data() + part / parts * channels, p.mean, scale.data(),
-                                    p.bias, peaks.data() + part * channels);
+                                    keep.data() + part / parts * channels, norm,
+                                    peaks.data() + part * channels);
     }
   });
   for (int64_t n = 0; n < map.samples; ++n) {
@@ -410,16 +455,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
   }
   at::Tensor output = at::empty_like(x);
   at::Tensor peak = at::empty({map.samples, map.channels}, w.options());
-  const Parameters p{w.const_data_ptr<float>(), b.const_data_ptr<float>(), mean.data_ptr<float>(),
-                     var.data_ptr<float>(), eps};
+  Normaliser norm(w, b, mean, var, eps);
+  if (!training) norm.set_from_running();
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     with_activation(activation, [&](auto act) {
       using Act = decltype(act);
       const auto run = [&](auto kernel) {
         kernel(x.const_data_ptr<T>(), residual ? r.const_data_ptr<T>() : nullptr,
-               mask ? m.const_data_ptr<bool>() : nullptr, map, p, training, output.data_ptr<T>(),
-               peak.data_ptr<float>());
+               mask ? m.const_data_ptr<bool>() : nullptr, map, training, norm,
+               output.data_ptr<T>(), peak.data_ptr<float>());
       };
       if (has_rows(x, map)) {
         residual ? run(forward_rows<Act, true, T>) : run(forward_rows<Act, false, T>);
@@ -435,20 +480,41 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
 
 namespace {
 
-// dpre: the gradient of the pre-activation, grad where the channel is kept and the slope is one.
-// Its sums are taken with the deviation x - mean; then
+// dpre is the gradient of the pre-activation: grad where the channel is kept and the slope is one.
+// From its sum, and that of its products with the deviation x - mean, come the gradients of weight
+// and bias, and the three factors of each channel in
 //   grad_input = slope * dpre + offset + curve * (x - mean),
-// which in evaluation mode is the first term alone.
-struct InputGrad {
-  float slope = 0, offset = 0, curve = 0;
+// of which evaluation mode has the first alone.
+struct Backward {
+  Backward(const at::Tensor& weight, const at::Tensor& mean, const at::Tensor& var, double eps,
+           bool training, int64_t rows, at::Tensor& grad_weight, at::Tensor& grad_bias)
+      : mean(mean.const_data_ptr<float>()),
+        slope(mean.size(0)),
+        offset(mean.size(0)),
+        curve(mean.size(0)),
+        weight_(weight.const_data_ptr<float>()),
+        var_(var.const_data_ptr<float>()),
+        grad_weight_(grad_weight.data_ptr<float>()),
+        grad_bias_(grad_bias.data_ptr<float>()),
+        eps_(eps),
+        share_(training ? 1.0 / static_cast<double>(rows) : 0.0) {}
 
-  InputGrad() = default;
-  InputGrad(float scale, float rstd, double count, double sum, double product, bool training)
-      : slope(scale) {
-    if (!training) return;
-    offset = static_cast<float>(-scale * sum / count);
-    curve = static_cast<float>(-scale * product * rstd * rstd / count);
+  void set(int64_t c, double sum, double product) {
+    const double rstd = 1 / std::sqrt(var_[c] + eps_), scale = weight_[c] * rstd;
+    grad_bias_[c] = static_cast<float>(sum);
+    grad_weight_[c] = static_cast<float>(product * rstd);
+    slope[c] = static_cast<float>(scale);
+    offset[c] = static_cast<float>(-scale * sum * share_);
+    curve[c] = static_cast<float>(-scale * product * rstd * rstd * share_);
   }
+
+  const float* mean;
+  std::vector<float> slope, offset, curve;
+
+ private:
+  const float *weight_, *var_;
+  float *grad_weight_, *grad_bias_;
+  double eps_, share_;
 };
 
 template <typename T>
@@ -468,120 +534,82 @@ inline Vec dpre_at(const Gradients<T>& g, int64_t i, Rest... rest) {
 
 template <typename Act, typename T>
 void reduce_plane(const Gradients<T>& g, int64_t at, int64_t size, bool keep, float mean,
-                  double& sum, double& product) {
+                  WideSums& sums) {
   if (!keep) {
     if (g.grad_residual) std::fill_n(g.grad_residual + at, size, T(0));
     return;
   }
   for (int64_t begin = at; begin < at + size; begin += kRunElements) {
-    Sums sums[kParts];
+    Sums run[kParts];
     const int64_t length = std::min(kRunElements, at + size - begin);
-    for_vectors_in_parts(length, [&](int part, int64_t i, auto... rest) {
+    for_vectors_in_parts(length, [&](int j, int64_t i, auto... rest) {
       const Vec d = dpre_at<Act>(g, begin + i, rest...);
-      sums[part].add(d, load_f32(g.input + begin + i, rest...) - Vec(mean));
+      run[j].add(d, load_f32(g.input + begin + i, rest...) - Vec(mean));
       if (g.grad_residual) store_f32(g.grad_residual + begin + i, d, rest...);
     });
-    const Sums total = sum_of_parts(sums);
-    sum += reduce_add(total.first);
-    product += reduce_add(total.product);
+    sums.add(sum_of_parts(run));
   }
 }
 
 template <typename Act, typename T>
-void input_grad_plane(const Gradients<T>& g, int64_t at, int64_t size, bool keep, float mean,
-                      const InputGrad& f) {
+void input_grad_plane(const Gradients<T>& g, int64_t at, int64_t size, bool keep, int64_t c,
+                      const Backward& f) {
+  const Vec mean(f.mean[c]), slope(f.slope[c]), offset(f.offset[c]), curve(f.curve[c]);
   for_vectors(size, [&](int64_t i, auto... rest) {
-    const Vec deviation = load_f32(g.input + at + i, rest...) - Vec(mean);
-    Vec out = at::vec::fmadd(Vec(f.curve), deviation, Vec(f.offset));
-    if (keep) out = at::vec::fmadd(Vec(f.slope), dpre_at<Act>(g, at + i, rest...), out);
+    Vec out = at::vec::fmadd(curve, load_f32(g.input + at + i, rest...) - mean, offset);
+    if (keep) out = at::vec::fmadd(slope, dpre_at<Act>(g, at + i, rest...), out);
     store_f32(g.grad_input + at + i, out, rest...);
   });
 }
 
 template <typename Act, typename T>
-void backward_planes(const Gradients<T>& g, const bool* mask, const Map& map, const Parameters& p,
-                     bool training, float* grad_weight, float* grad_bias) {
+void backward_planes(const Gradients<T>& g, const bool* mask, const Map& map, Backward& f) {
   for_channel_groups(map, 3 * sizeof(T), [&](int64_t c0, int64_t c1) {
-    const auto keep = [&](int64_t n, int64_t c) { return !mask || mask[n * map.channels + c]; };
-    std::vector<double> sum(c1 - c0), product(c1 - c0);
-    for (int64_t n = 0; n < map.samples; ++n) {
-      for (int64_t c = c0; c < c1; ++c) {
-        reduce_plane<Act>(g, map.plane(n, c), map.size, keep(n, c), p.mean[c], sum[c - c0],
-                          product[c - c0]);
+    const auto for_planes = [&](auto body) {
+      for (int64_t n = 0; n < map.samples; ++n) {
+        for (int64_t c = c0; c < c1; ++c) {
+          body(map.plane(n, c), !mask || mask[n * map.channels + c], c);
+        }
       }
-    }
-    std::vector<InputGrad> factors(c1 - c0);
+    };
+    std::vector<WideSums> sums(c1 - c0);
+    for_planes([&](int64_t at, bool keep, int64_t c) {
+      reduce_plane<Act>(g, at, map.size, keep, f.mean[c], sums[c - c0]);
+    });
     for (int64_t c = c0; c < c1; ++c) {
-      const float rstd = p.rstd(c);
-      grad_bias[c] = static_cast<float>(sum[c - c0]);
-      grad_weight[c] = static_cast<float>(product[c - c0] * rstd);
-      factors[c - c0] = InputGrad(p.weight[c] * rstd, rstd, static_cast<double>(map.rows()),
-                                  sum[c - c0], product[c - c0], training);
+      f.set(c, total(sums[c - c0].first), total(sums[c - c0].product));
     }
-    for (int64_t n = 0; n < map.samples; ++n) {
-      for (int64_t c = c0; c < c1; ++c) {
-        input_grad_plane<Act>(g, map.plane(n, c), map.size, keep(n, c), p.mean[c],
-                              factors[c - c0]);
-      }
-    }
+    for_planes([&](int64_t at, bool keep, int64_t c) {
+      input_grad_plane<Act>(g, at, map.size, keep, c, f);
+    });
   });
 }
 
 template <typename Act, typename T>
-void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, const Parameters& p,
-                   bool training, float* grad_weight, float* grad_bias) {
+void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, Backward& f) {
   const int64_t channels = map.channels, parts = ceil_div(map.size, kRunRows);
-  const std::vector<float> words = keep_words(mask, map);
-  std::vector<float> scratch(map.samples * parts * 2 * channels);  // both sums of each part
+  const std::vector<float> keep = keep_words(mask, map);
+  const auto keep_of = [&](int64_t part) { return keep.data() + part / parts * channels; };
+  const auto term = [&](int64_t part, int64_t c, auto... rest) {
+    const Vec keep_c = load_f32(keep_of(part) + c, rest...), mean_c = load_f32(f.mean + c, rest...);
+    return [=, &g](int64_t i) {
+      const Vec d = dpre_at<Act>(g, i, rest...) & keep_c;
+      if (g.grad_residual) store_f32(g.grad_residual + i, d, rest...);
+      return std::pair(d, load_f32(g.input + i, rest...) - mean_c);
+    };
+  };
+  reduce_parts(sum_parts(map, term), channels,
+               [&](int64_t c, double sum, double product) { f.set(c, sum, product); });
   for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
-    const float* keep = words.data() + part / parts * channels;
-    float* out = scratch.data() + part * 2 * channels;
     for_vectors(channels, [&](int64_t c, auto... rest) {
-      const Vec keep_c = load_f32(keep + c, rest...), mean_c = load_f32(p.mean + c, rest...);
-      Sums part_sums[kParts];
-      in_parts<1>(end - begin, [&](int part_of, int64_t row) {
-        const int64_t i = (begin + row) * channels + c;
-        const Vec d = dpre_at<Act>(g, i, rest...) & keep_c;
-        part_sums[part_of].add(d, load_f32(g.input + i, rest...) - mean_c);
-        if (g.grad_residual) store_f32(g.grad_residual + i, d, rest...);
-      });
-      const Sums sums = sum_of_parts(part_sums);
-      store_f32(out + c, sums.first, rest...);
-      store_f32(out + channels + c, sums.product, rest...);
-    });
-  });
-  std::vector<float> slope(channels), offset(channels), curve(channels);
-  at::parallel_for(0, channels, grain_of(map.samples * parts), [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(end - begin), product(end - begin);
-    for (int64_t i = 0; i < map.samples * parts; ++i) {
-      const float* part = scratch.data() + i * 2 * channels;
-      for (int64_t c = begin; c < end; ++c) {
-        sum[c - begin] += part[c];
-        product[c - begin] += part[channels + c];
-      }
-    }
-    for (int64_t c = begin; c < end; ++c) {
-      const float rstd = p.rstd(c);
-      grad_bias[c] = static_cast<float>(sum[c - begin]);
-      grad_weight[c] = static_cast<float>(product[c - begin] * rstd);
-      const InputGrad f(p.weight[c] * rstd, rstd, static_cast<double>(map.rows()), sum[c - begin],
-                        product[c - begin], training);
-      slope[c] = f.slope;
-      offset[c] = f.offset;
-      curve[c] = f.curve;
-    }
-  });
-  for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
-    const float* keep = words.data() + part / parts * channels;
-    for_vectors(channels, [&](int64_t c, auto... rest) {
-      const Vec keep_c = load_f32(keep + c, rest...), mean_c = load_f32(p.mean + c, rest...);
-      const Vec slope_c = load_f32(slope.data() + c, rest...);
-      const Vec offset_c = load_f32(offset.data() + c, rest...);
-      const Vec curve_c = load_f32(curve.data() + c, rest...);
+      const Vec keep_c = load_f32(keep_of(part) + c, rest...);
+      const Vec mean_c = load_f32(f.mean + c, rest...);
+      const Vec slope_c = load_f32(f.slope.data() + c, rest...);
+      const Vec offset_c = load_f32(f.offset.data() + c, rest...);
+      const Vec curve_c = load_f32(f.curve.data() + c, rest...);
       for (int64_t i = begin * channels + c; i < end * channels; i += channels) {
         const Vec d = dpre_at<Act>(g, i, rest...) & keep_c;
-        const Vec deviation = load_f32(g.input + i, rest...) - mean_c;
-        const Vec out = at::vec::fmadd(curve_c, deviation, offset_c);
+        const Vec out = at::vec::fmadd(curve_c, load_f32(g.input + i, rest...) - mean_c, offset_c);
         store_f32(g.grad_input + i, at::vec::fmadd(slope_c, d, out), rest...);
       }
     });
@@ -613,8 +641,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act_backwa
   at::Tensor grad_residual = residual ? at::empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({map.channels}, w.options());
   at::Tensor grad_bias = at::empty({map.channels}, w.options());
-  const Parameters p{w.const_data_ptr<float>(), nullptr, mu.data_ptr<float>(), v.data_ptr<float>(),
-                     eps};
+  Backward factors(w, mu, v, eps, training, map.rows(), grad_weight, grad_bias);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Gradients<T> gradients{g.const_data_ptr<T>(), y.const_data_ptr<T>(),
@@ -623,8 +650,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act_backwa
     with_activation(activation, [&](auto act) {
       using Act = decltype(act);
       const auto kernel = has_rows(x, map) ? backward_rows<Act, T> : backward_planes<Act, T>;
-      kernel(gradients, mask ? m.const_data_ptr<bool>() : nullptr, map, p, training,
-             grad_weight.data_ptr<float>(), grad_bias.data_ptr<float>());
+      kernel(gradients, mask ? m.const_data_ptr<bool>() : nullptr, map, factors);
     });
   });
   return {grad_input, grad_weight, grad_bias, grad_residual};

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for GPUs that need not be there, through its own launcher.
 
-``python -m cofire_kernels.aot sm_90 gfx942`` runs the calls of :mod:`cofire_kernels.cases`, for every entry of
-``configs/default.json`` and every dtype, on meta tensors. A driver that only names a target takes the place of the real
-one and a launch becomes a compilation, so that what is compiled is what a user's call would compile: the same signature,
-specialisation, tiles and options. One line of JSON per compiled kernel goes to standard output.
+``python -m cofire_kernels.aot sm_90 gfx942 --dtypes bfloat16`` runs the calls of :mod:`cofire_kernels.cases`, for
+every entry of ``configs/default.json``, on meta tensors. A driver that only names a target takes the place of the real
+one and a launch becomes a compilation, so that what is compiled is what a user's call would compile: the same
+signature, specialisation, tiles and options. One line of JSON per compiled kernel goes to standard output.
 
 The process must not run the interpreter (``TRITON_INTERPRET``).
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -38,7 +38,7 @@ def _target(name: str) -> Any:
 
 
 class _Driver:
-    """What the runtime asks of a driver before it compiles. The device number is the target's: launches are cached by it."""
+    """What the runtime asks of a driver before it compiles. Launches are cached by device: each target is its own."""
 
     def __init__(self, target: str) -> None:
         self._target, self._device = _target(target), list(SHARED_MEMORY).index(target)
@@ -119,15 +119,20 @@ def compile_entry(target: str, name: str, position: int, dtype: str) -> list[dic
     return [{**variant, **_facts(kernel)} for kernel in kernels]
 
 
-def main(targets: list[str]) -> None:
+def main() -> None:
     from cofire_kernels.configs import entries
+
+    parser = argparse.ArgumentParser(prog="python -m cofire_kernels.aot")
+    parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY), help=", ".join(SHARED_MEMORY))
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    options = parser.parse_args()
 
     tasks = [
         (target, name, position, dtype)
-        for target in targets
+        for target in options.targets
         for name, listed in entries("default.json").items()
         for position in range(len(listed))
-        for dtype in DTYPES
+        for dtype in options.dtypes
     ]
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         for results in pool.map(compile_entry, *zip(*tasks, strict=True)):
@@ -136,4 +141,4 @@ def main(targets: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(SHARED_MEMORY))
+    main()

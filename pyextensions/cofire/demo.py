@@ -142,7 +142,7 @@ def _network_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["gated, deployed", f"{result['deployed_accuracy']:.2f}", gated, f"{timing['gated_ms']:.3f}"],
         ["random masks, as many channels", f"{result['random_accuracy']:.2f}", gated, ""],
     ]
-    return ["network", "test accuracy %", "multiply-accumulates", "ms per image (batch 1)"], rows
+    return ["network", "test accuracy %", "MACs", "ms per image (batch 1)"], rows
 
 
 def _layer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

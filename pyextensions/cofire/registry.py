@@ -11,7 +11,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.abc
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,8 +116,7 @@ def register(operator: Operator) -> Operator:
     # Also where nothing is cast: the library calls inside a kernel must not be cast either.
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
-    if operator.flops is not None:
-        _register_flops(operator)
+    _register_flops(operator)
     OPERATORS[name] = operator
     return operator
 
@@ -178,11 +180,39 @@ def _cast_then_call(operator: Operator, device: str, key: str) -> Callable[..., 
     return run
 
 
+class _FlopFormulas(importlib.abc.MetaPathFinder):
+    """Registers the FLOP formulas right after torch's FLOP counter is imported; to import it here would import triton."""
+
+    counter = "torch.utils.flop_counter"
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
+        if fullname != self.counter:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_then_register(module: Any) -> None:
+                execute(module)
+                for operator in OPERATORS.values():
+                    _register_flops(operator)
+
+            spec.loader.exec_module = execute_then_register  # type: ignore[method-assign]
+        return spec
+
+
 def _register_flops(operator: Operator) -> None:
-    from torch.utils.flop_counter import register_flop_formula
+    counter = sys.modules.get(_FlopFormulas.counter)
+    if counter is None or operator.flops is None:
+        return
 
     def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         assert operator.flops is not None
         return operator.flops(*args)
 
-    register_flop_formula(getattr(torch.ops.cofire, operator.name), get_raw=True)(formula)
+    counter.register_flop_formula(getattr(torch.ops.cofire, operator.name), get_raw=True)(formula)
+
+
+if _FlopFormulas.counter not in sys.modules:
+    sys.meta_path.insert(0, _FlopFormulas())

@@ -86,7 +86,9 @@ def assert_same(a: State, b: State) -> None:
 def assert_near(a: State, b: State) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def freeze_norms(model: nn.Module) -> nn.Module:
@@ -190,7 +192,7 @@ def accumulated_halves_equal_the_batch(case: Case) -> None:
 def compiles_without_a_break(case: Case) -> None:
     model, twin = case.prepared(), case.prepared()
     torch.compiler.reset()
-    # this backend traces, functionalises and differentiates, all that a method can get wrong, without the code generation
+    # this backend traces, functionalises and differentiates: all that a method can get wrong, and no code generation
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for _ in range(2):

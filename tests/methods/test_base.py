@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from methods.protocol import check_protocol
 from torch import Tensor, nn
 
 from cofire.methods import METHODS, Method, Report
+from methods.protocol import check_protocol
 
 
 @dataclass(frozen=True)

@@ -281,15 +281,15 @@ def test_from_modules_takes_the_modules_over():
 @pytest.mark.parametrize(
     ("call", "error", "sentence"),
     [
-        (lambda: GatedConv2d(3, 4, 3, mass=1.5), ValueError, r"GatedConv2d: mass must be in \(0, 1\] or negative .*1.5"),
+        (lambda: GatedConv2d(3, 4, 3, mass=1.5), ValueError, r"GatedConv2d: mass must be in \(0, 1\] .*1.5"),
         (lambda: GatedConv2d(3, 4, 3, mass=0), ValueError, r"GatedConv2d: mass must be in \(0, 1\] .* got 0"),
-        (lambda: GatedConv2d(3, 4, 3, mode="uniform", mass=1), ValueError, r"mass must be in \[0, 1\) in mode 'uniform'"),
-        (lambda: GatedConv2d(3, 4, 3, activation="gelu"), ValueError, "activation must be one of identity, relu, relu6"),
-        (lambda: GatedConv2d(3, 4, 3, coupling="both"), ValueError, "coupling must be one of decoupled, joint, got 'both'"),
+        (lambda: GatedConv2d(3, 4, 3, mode="uniform", mass=1), ValueError, r"must be in \[0, 1\) in mode 'uniform'"),
+        (lambda: GatedConv2d(3, 4, 3, activation="gelu"), ValueError, "must be one of identity, relu, relu6"),
+        (lambda: GatedConv2d(3, 4, 3, coupling="both"), ValueError, "one of decoupled, joint, got 'both'"),
         (lambda: GatedConv2d(3, 4, 3, pool="sum"), ValueError, "GateHead: pool must be one of avg, max, got 'sum'"),
-        (lambda: GatedConv2d(3, 4, 3, min_keep=5), ValueError, "min_keep must be between 0 and the 4 channels, got 5"),
+        (lambda: GatedConv2d(3, 4, 3, min_keep=5), ValueError, "must be between 0 and the 4 channels, got 5"),
         (lambda: GatedConv2d(3, 4, 2, padding="same"), ValueError, "padding='same' needs an odd kernel"),
-        (lambda: GatedConv2d(3, 4, 3)(torch.ones(3, 5, 5)), ValueError, r"input must have shape \[N, C, H, W\], got \[3, 5"),
+        (lambda: GatedConv2d(3, 4, 3)(torch.ones(3, 5, 5)), ValueError, r"must have shape \[N, C, H, W\], got \[3, 5"),
         (lambda: GatedConv2d(3, 4, 3)(torch.ones(2, 3)), ValueError, r"GatedConv2d: input must have shape"),
         (
             lambda: GatedConv2d(3, 4, 3)(torch.ones(2, 3, 5, 5), torch.ones(2, 4, 5, 5)),

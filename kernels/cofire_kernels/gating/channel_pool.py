@@ -122,10 +122,11 @@ def channel_pool_backward(grad: Tensor, input: Tensor, mode: str) -> Tensor:
     grad_input = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device)
     if x.numel():
         with torch.cuda.device_of(x):
-            # the result is contiguous for either format of the input: tile for its rows of pixels
+            # written in rows of pixels for either format of the input: tile for those
             tile = configs.tile("channel_pool", x.device, pixels=h * w)
             grid = (n, triton.cdiv(c, tile["BLOCK_C"]))
+            strides = plane_strides(c, h * w, last)
             channel_pool_backward_kernel[grid](
-                grad.contiguous(), x, grad_input, c, h * w, float(h * w), *plane_strides(c, h * w, last), MODE=mode, **tile
+                grad.contiguous(), x, grad_input, c, h * w, float(h * w), *strides, MODE=mode, **tile
             )
-    return grad_input
+    return in_format(grad_input, last)

@@ -13,7 +13,7 @@ from cofire_kernels import configs
 from cofire_kernels.numerics import dot
 from cofire_kernels.selection import compact
 from cofire_kernels.selection.compact import store_compact
-from cofire_kernels.selection.order import LONGEST_ROW, sort_keys
+from cofire_kernels.selection.order import LONGEST_ROW, sort_descending, sort_keys
 
 
 @triton.jit
@@ -76,9 +76,7 @@ def gate_head_forward_kernel(
 
 
 @triton.jit
-def gate_head_select_kernel(
-    logits_ptr, mask_ptr, index_ptr, count_ptr, channels, min_keep, BLOCK_C: tl.constexpr
-):
+def gate_head_select_kernel(logits_ptr, mask_ptr, index_ptr, count_ptr, channels, min_keep, BLOCK_C: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * channels
     channel = tl.arange(0, BLOCK_C)
     inside = channel < channels
@@ -86,7 +84,7 @@ def gate_head_select_kernel(
     keep = inside & (logit > 0)
     if tl.sum(keep.to(tl.int32), 0) < min_keep:  # rare: only then is the order needed
         key = sort_keys(logit, channel, inside)
-        ordered = tl.sort(key, descending=True)
+        ordered = sort_descending(key, BLOCK_C)
         least = tl.sum(tl.where(channel == min_keep - 1, ordered, 0), 0)
         keep = inside & (key >= least)
     tl.store(mask_ptr + row + channel, keep, mask=inside)

@@ -2,15 +2,17 @@
 # mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
 """Convolution that computes only the active output channels of each sample, as an implicit GEMM.
 
-One program computes BLOCK_M active output channels of one sample at BLOCK_N pixels; programs beyond the sample's number of
-active channels end at once. On the reduction side whole blocks of BLOCK_K input channels are left out when the sample
-uses none of them: single channels are not gathered there, since a masked channel of a loaded block costs nothing more.
-The input is read by its strides, whatever its memory format, and the result has the input's.
+One program computes BLOCK_M active output channels of one sample at BLOCK_N pixels; programs beyond the sample's number
+of active channels end at once. On the reduction side whole blocks of BLOCK_K input channels are left out when the
+sample uses none of them; a compact input leaves out single channels, by gathering columns of the weight. The input is
+read by its strides, whatever its memory format, and the result has the input's.
 
 Weights are read as [out, kh, kw, in]. That is how a channels_last weight lies in memory; any other is copied first.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ from cofire_kernels.selection.positions import positions
 def gated_conv2d_blocks_kernel(
     index_ptr, count_ptr, blocks_ptr, number_ptr, channels, blocks, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """The blocks of BLOCK_K channels that hold an active one: a channel whose predecessor lies in another block adds its own."""
+    """The blocks of BLOCK_K channels that hold an active one: each is found at its first active channel."""
     sample = tl.program_id(0).to(tl.int64)
     index_ptr += sample * channels
     count = tl.load(count_ptr + sample)
@@ -174,13 +176,24 @@ def gated_conv2d(
     out_index, out_count = out_index.contiguous(), out_count.contiguous()
     bias = None if bias is None else bias.contiguous()
     selection = (in_index, in_count, out_index, out_count)
-    window = (stride, padding, dilation)
-    options = (activation, masked_input, compact_input, compact_output)
-    if weight.shape[1] == 1:
-        return depthwise(input, weight, bias, residual, *selection, *window, *options)
-    if groups > 1:
-        return _grouped(input, weight, bias, residual, *selection, *window, groups, *options)
-    return _implicit_gemm(input, weight, bias, residual, *selection, *window, *options)
+    if groups > 1 and weight.shape[1] > 1:
+        convolve = functools.partial(_grouped, groups=groups)
+    else:
+        convolve = functools.partial(depthwise if weight.shape[1] == 1 else _implicit_gemm)
+    return convolve(
+        input,
+        weight,
+        bias,
+        residual,
+        *selection,
+        stride,
+        padding,
+        dilation,
+        activation,
+        masked_input,
+        compact_input,
+        compact_output,
+    )
 
 
 def _implicit_gemm(
@@ -263,9 +276,7 @@ def _active_blocks(index: Tensor, count: Tensor, block: int) -> tuple[Tensor, Te
     number = torch.empty((n,), dtype=torch.int32, device=index.device)
     with torch.cuda.device_of(index):
         tile = configs.tile("compact", index.device, columns=channels)
-        gated_conv2d_blocks_kernel[(n,)](
-            index, count, blocks, number, channels, blocks.shape[1], BLOCK_K=block, **tile
-        )
+        gated_conv2d_blocks_kernel[(n,)](index, count, blocks, number, channels, blocks.shape[1], BLOCK_K=block, **tile)
     return blocks, number
 
 
@@ -281,11 +292,11 @@ def _grouped(
     stride: list[int],
     padding: list[int],
     dilation: list[int],
-    groups: int,
     activation: str,
     masked_input: bool,
     compact_input: bool,
     compact_output: int,
+    groups: int,
 ) -> Tensor:
     """Groups of several channels: the library's convolution on masked tensors."""
     last = is_channels_last(input)

@@ -3,8 +3,9 @@
 """Channels that carry a given share of each sample's activation mass: one program sorts and scans one sample.
 
 The arithmetic is that of the reference (fp32 shares, added in sorted order), but a GPU adds a prefix sum as a tree and
-a CPU from left to right. The two can differ in the last bits of the running share, and a channel whose share lies within
-that rounding of ``mass + 1e-5`` can then be kept by one and dropped by the other; every run on one device agrees with itself.
+a CPU from left to right. The two can differ in the last bits of the running share, and a channel whose running share
+lies within that rounding of ``mass + 1e-5`` can then be kept by one and dropped by the other. Every run on one device
+agrees with itself.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 from cofire_kernels import configs
-from cofire_kernels.selection.order import LONGEST_ROW, key_column, key_value, sort_keys
+from cofire_kernels.selection.order import LONGEST_ROW, key_column, key_value, sort_descending, sort_keys
 
 NEGLIGIBLE = 1e-5  # shares (mode "mass") and scores (mode "uniform") up to here count as nothing
 
 
 @triton.jit
 def mass_mask_forward_kernel(
-    scores_ptr, mask_ptr, valid_ptr, columns, mass, kept, min_keep, negligible, MODE: tl.constexpr, BLOCK_C: tl.constexpr
+    scores_ptr,
+    mask_ptr,
+    valid_ptr,
+    columns,
+    mass,
+    kept,
+    min_keep,
+    negligible,
+    MODE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     sample = tl.program_id(0).to(tl.int64)
     rank = tl.arange(0, BLOCK_C)
@@ -31,17 +41,14 @@ def mass_mask_forward_kernel(
     invalid = (score < 0) | (score != score) | (score == float("inf"))
     tl.store(valid_ptr + sample, tl.max(invalid.to(tl.int32), 0) == 0)
 
-    key = tl.sort(sort_keys(score, rank, inside), descending=True)
+    key = sort_descending(sort_keys(score, rank, inside), BLOCK_C)
     ordered = tl.where(inside, key_value(key), 0.0)
     if MODE == "uniform":
         keep = (rank < kept) & (ordered > negligible)
     else:
         total = tl.sum(tl.where(rank == columns - 1, tl.cumsum(ordered, 0), 0.0), 0) + tl.zeros_like(ordered)
         share = tl.div_rn(ordered, tl.where(total > 0, total, 1.0))
-        if MODE == "all":
-            keep = share > negligible
-        else:
-            keep = tl.cumsum(share, 0) - mass <= negligible
+        keep = share > negligible if MODE == "all" else tl.cumsum(share, 0) - mass <= negligible
         keep &= total > 0
     keep |= rank < min_keep
     tl.store(mask_ptr + sample * columns + key_column(key), keep, mask=inside)

@@ -16,8 +16,8 @@ from cofire_kernels import configs
 def store_compact(index_ptr, set_, column, inside, columns, found):
     """Write one block of a row's compaction and return the new number of set entries.
 
-    ``found`` set entries lie to the left of the block. The r-th set entry goes to slot r, the r-th unset one puts its -1
-    into the r-th slot from the end: together they fill the row exactly, before the total count is known.
+    ``found`` set entries lie to the left of the block. The r-th set entry goes to slot r, the r-th unset one puts its
+    -1 into the r-th slot from the end: together they fill the row exactly, before the total count is known.
     """
     one = (set_ & inside).to(tl.int32)
     before = found + tl.cumsum(one, 0) - one

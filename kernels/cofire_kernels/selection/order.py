@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cofire_kernels.numerics import INTERPRETED
+
 #: Longest row that one program sorts in registers; launchers compose longer ones of torch operators.
 LONGEST_ROW = 2048
 
@@ -15,13 +17,28 @@ LONGEST_ROW = 2048
 def sort_keys(value, column, inside):
     """int64 keys, unique, in the order "greater value first, then lower column first" when sorted descending.
 
-    The upper half is the fp32 value as an integer of the same order (a negative float's bits count downwards), the lower half
-    counts columns downwards. -0.0 ties with 0.0; NaN comes first, as in torch. Lanes outside the row come last.
+    The upper half is the fp32 value as an integer of the same order (a negative float's bits count downwards), the
+    lower half counts columns downwards. -0.0 ties with 0.0; NaN comes first, as in torch. Lanes outside the row come
+    last.
     """
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     return tl.where(inside, key, -9223372036854775807)
+
+
+@triton.jit
+def sort_descending(key, BLOCK: tl.constexpr):
+    """The keys of a row in descending order; those outside the row end up behind them, in no order.
+
+    The interpreter counts instead: there ``tl.sort`` needs a second for a row of some hundred keys.
+    """
+    if INTERPRETED:
+        rank = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
+        ordered = tl.sum(tl.where(rank[:, None] == tl.arange(0, BLOCK)[None, :], key[:, None], 0), 0)
+    else:
+        ordered = tl.sort(key, descending=True)
+    return ordered
 
 
 @triton.jit

@@ -537,7 +537,7 @@ def _eager_norm(
     x: Tensor, weight: Tensor, bias: Tensor, _: Any, __: Any, residual: Tensor | None, mask: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """As published code has it: batch norm, residual, activation, the peak of its magnitude, the mask."""
-    u = F.batch_norm(x, None, None, weight.to(x.dtype), bias.to(x.dtype), training=True, eps=EPS)
+    u = F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS)
     u = F.relu(u if residual is None else u + residual)
     peak = u.detach().abs().amax((2, 3))
     return u * mask[:, :, None, None], peak

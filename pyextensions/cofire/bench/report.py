@@ -18,9 +18,9 @@ INTRODUCTION = """# Benchmarks
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
 input that is timed; a wrong answer gets no number. *Dense* is the fastest of several ways to write the operation in
 plain torch (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of paired readings,
-with its 95 % interval. GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The ceiling is the larger of
-bytes / bandwidth and FLOPs / peak, both measured in the same run. Slower than dense is **bold**; `~` marks a row during
-which the machine was busy or the readings spread.
+with its 95 % interval. GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The ceiling is the
+larger of bytes / bandwidth and FLOPs / peak, both measured in the same run. Slower than dense is **bold**; `~` marks a
+row during which the machine was busy or the readings spread.
 """
 INK = "#010203"  #: a colour that no plot uses; becomes the colour of the text around the plot
 WIN, LOSS, OTHER = "#2f81f7", "#e5534b", "#8b949e"

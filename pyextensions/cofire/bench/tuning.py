@@ -26,5 +26,5 @@ def tune(device: str = "cuda") -> str:
         raise ValueError(f"tune: device must be cpu or cuda, got {device!r}")
     if not torch.cuda.is_available():
         raise ValueError("tune: device cuda needs an NVIDIA GPU that torch can see, and there is none")
-    path = importlib.import_module("cofire_kernels.configs").tune()
+    path = importlib.import_module("cofire_kernels.configs.tune").tune()
     return f"cofire tune: wrote {path}"

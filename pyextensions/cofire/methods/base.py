@@ -66,7 +66,7 @@ class Method(abc.ABC):
         """The method's own loss (a scalar) for the last forward of ``model``, to be added to the task's."""
 
     def step(self, model: nn.Module) -> None:
-        """Advance the method's state; call it after each ``optimizer.step()``. Without a schedule there is nothing to do."""
+        """Advance the method's state, if it has any; call it after each ``optimizer.step()``."""
         return
 
     @abc.abstractmethod

@@ -83,7 +83,7 @@ class GatingReport(FlopsEstimate):
     """What gating saves in a trained model."""
 
     head_macs: int
-    kept: float  #: share of the channels, the mean over the layers
+    kept: float  #: share of the channels, the mean over the gated layers
     mask_accuracy: float  #: share of the mask's bits, over all gated layers, that equal the target's
     dense_bytes: float
     gated_bytes: float

@@ -177,7 +177,7 @@ class FTWT(Method, name="ftwt"):
         return _convert(model, lambda gate: gate.deploy())
 
     def dense(self, model: nn.Module) -> nn.Module:
-        """The baseline of :meth:`finalize`: the same weights without gates, batch norm folded, the library's kernels."""
+        """The baseline of :meth:`finalize`: the same weights, no gates, batch norm folded, the library's kernels."""
         self._require_gates(model, "dense")
         return _convert(model, _Dense.of)
 
@@ -244,7 +244,7 @@ class FTWT(Method, name="ftwt"):
             paper_rule=paper_rule,
             exact=exact,
             head_macs=sum(layer.head_macs for layer in layers),
-            kept=sum(layer.kept for layer in layers) / len(layers),
+            kept=sum(layer.kept for layer in layers if layer.gated) / sum(layer.gated for layer in layers),
             mask_accuracy=sum(layer.agreeing for layer in count.layers.values()) / max(bits, 1),
             dense_bytes=sum(layer.dense_bytes for layer in layers),
             gated_bytes=sum(layer.gated_bytes for layer in layers),
@@ -458,7 +458,7 @@ def _deployed(model: nn.Module) -> bool:
 
 
 def _convert(model: nn.Module, form: Callable[[Any], nn.Module]) -> nn.Module:
-    """A copy for inference with each gated layer in another form; other batch norms are folded where a graph shows them."""
+    """A copy for inference, each gated layer in another form, the other batch norms folded where a graph shows them."""
     result = copy.deepcopy(bare(model)).eval()
     if isinstance(result, Gated):
         return form(result)

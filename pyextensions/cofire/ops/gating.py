@@ -83,16 +83,13 @@ def _channel_pool_fake(input: Tensor, mode: str) -> tuple[Tensor, Tensor, Tensor
 def _channel_pool_backward_reference(grad: Tensor, input: Tensor, mode: str) -> Tensor:
     n, c, h, w = input.shape
     if mode == "avg":
-        return (grad / (h * w))[:, :, None, None].expand(n, c, h, w).clone(memory_format=torch.contiguous_format)
+        everywhere = (grad / (h * w))[:, :, None, None].expand(n, c, h, w)
+        return everywhere.clone(memory_format=memory_format(input))
     # argmax promises nothing on ties; the first maximum is the lowest position that equals it
     flat = input.flatten(2)
     position = torch.arange(h * w, device=input.device)
     first = torch.where(flat == flat.amax(2, keepdim=True), position, h * w).amin(2, keepdim=True)
-    return (
-        torch.zeros_like(flat, memory_format=torch.contiguous_format)
-        .scatter(2, first, grad[:, :, None])
-        .view(n, c, h, w)
-    )
+    return _like_input(torch.zeros_like(flat).scatter(2, first, grad[:, :, None]).reshape(n, c, h, w), input)
 
 
 def _channel_pool_bytes(input: Tensor, mode: str) -> int:
@@ -104,7 +101,7 @@ _channel_pool_backward = register(
         "channel_pool_backward(Tensor grad, Tensor input, str mode) -> Tensor",
         family="gating",
         reference=_channel_pool_backward_reference,
-        fake=lambda grad, input, mode: input.new_empty(input.shape),
+        fake=lambda grad, input, mode: torch.empty_like(input, memory_format=memory_format(input)),
         backward=through_reference(_channel_pool_backward_reference),
         triton=Kernel("cofire_kernels.gating:channel_pool_backward"),
         bytes=lambda grad, input, mode: 2 * input.numel() * input.element_size(),

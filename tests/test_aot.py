@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Triton kernel is compiled for GPUs that need not be there, and what comes out is inspected."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
+
+from cofire_kernels import aot
+
+PACKAGE = Path(aot.__file__).parent
+#: The kernels by name, from the sources: importing them here would find them wrapped by the interpreter.
+KERNELS = sorted(
+    name
+    for file in PACKAGE.rglob("*.py")
+    for name in re.findall(r"^@triton\.jit\ndef (\w+_kernel)\(", file.read_text(), re.MULTILINE)
+)
+STREAMING = [
+    "channel_pool_forward_kernel",
+    "gated_norm_act_statistics_kernel",
+    "gated_norm_act_forward_kernel",
+    "gated_norm_act_backward_sums_kernel",
+    "gated_norm_act_backward_kernel",
+]
+CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.full) for chip in aot.SHARED_MEMORY if chip != "sm_90")]
+NVIDIA = CHIPS[:-1]  # gfx942 comes last
+
+
+@functools.cache
+def compiled(chip: str) -> list[dict[str, Any]]:
+    """One process per chip, without the interpreter. In the first tier, one 16-bit type stands for both."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
+    dtypes = ["bfloat16", "float32"] if chip == "sm_90" else list(aot.DTYPES)
+    command = [sys.executable, "-m", "cofire_kernels.aot", chip, "--dtypes", *dtypes]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def of(chip: str, kernel: str) -> list[dict[str, Any]]:
+    variants = [facts for facts in compiled(chip) if facts["kernel"] == kernel]
+    assert variants, f"no call in cofire_kernels/cases.py launches {kernel}: add one"
+    return variants
+
+
+def test_streaming_kernels_exist() -> None:
+    assert set(STREAMING) <= set(KERNELS)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_everything_compiles(chip: str) -> None:
+    assert [facts for facts in compiled(chip) if "error" in facts] == []
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fits_the_chip(kernel: str, chip: str) -> None:
+    """Shared memory within the limit of a block, and no register spilled to memory."""
+    for facts in of(chip, kernel):
+        assert facts["shared"] <= aot.SHARED_MEMORY[chip], facts
+        spilled = facts["spills"] if chip == "gfx942" else facts["stack"] + facts["local"]
+        assert spilled == 0, facts
+
+
+def test_convolution_uses_the_tensor_cores_of_hopper() -> None:
+    halves = [facts for facts in of("sm_90", "gated_conv2d_forward_kernel") if facts["dtype"] == "bfloat16"]
+    assert halves
+    assert all(facts["wgmma"] for facts in halves), halves
+
+
+@pytest.mark.parametrize("chip", NVIDIA)
+@pytest.mark.parametrize("kernel", STREAMING)
+def test_streaming_kernels_load_128_bits(kernel: str, chip: str) -> None:
+    for facts in of(chip, kernel):
+        assert facts["vector_loads"], facts

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ kernels run on torch's threads. No test here looks at a clock."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import threads
+
+from cofire import native, ops
+
+compiled = pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+
+
+@compiled
+@linux
+def test_there_is_one_openmp_runtime() -> None:
+    """Two would mean two pools of threads: each kernel would fight torch for the cores."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    runtimes = set(re.findall(r"/\S*/(?:libgomp|libiomp5|libomp)[^/\s]*\.so\S*", maps))
+    assert len({os.path.realpath(r) for r in runtimes}) == 1, runtimes
+    assert f"_cpu_{native.STATUS.variant}." in maps
+
+
+def threads_used() -> list[int]:
+    """For each of ten kernel calls, how many threads of this process the scheduler gave a core to."""
+
+    def time_slices() -> dict[str, int]:
+        return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+
+    mask = torch.ones(2048, 4096, dtype=torch.bool)  # 8 MiB, all rows alike: enough to share
+    ops.compact(mask)
+    used = []
+    for _ in range(10):
+        before = time_slices()
+        ops.compact(mask)
+        used.append(sum(spent > before.get(task, 0) for task, spent in time_slices().items()))
+    return used
+
+
+@compiled
+@linux
+def test_kernels_use_several_threads() -> None:
+    """Without -fopenmp at the link, at::parallel_for is silently serial."""
+    with threads(2):
+        assert max(threads_used()) >= 2
+
+
+@compiled
+@linux
+def test_the_number_of_threads_is_honoured() -> None:
+    with threads(1):
+        assert min(threads_used()) == 1  # in some calls a thread of the pool may still be waking from earlier work
+
+
+@compiled
+def test_kernels_leave_the_number_of_threads_alone() -> None:
+    with threads(3):
+        ops.compact(torch.ones(64, 64, dtype=torch.bool))
+        assert torch.get_num_threads() == 3
