@@ -15,7 +15,7 @@ import pytest
 # Threads that wait without spinning: on a busy machine the tests are ten times faster. Read when OpenMP is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it has to stand before the first import of triton: launchers then run on

@@ -4,8 +4,8 @@
 How to test a new operator, in ``tests/ops/test_<family>.py``::
 
     SAMPLES = [
-        Sample("odd", lambda rand: (rand.normal(7, 17, 5, 3), "max")),       # arguments in the schema's order, fp32, CPU
-        Sample("zeros", lambda rand: (torch.zeros(2, 3, 4, 4), "avg")),
+        Sample("odd", lambda rand: (rand.normal(7, 17, 5, 3), "max")),       # arguments in the schema's order, fp32,
+        CPU Sample("zeros", lambda rand: (torch.zeros(2, 3, 4, 4), "avg")),
     ]
     TINY = [Sample("tiny", ...), Sample("tiny_resized", ...)]                 # same options, other sizes
 
@@ -13,8 +13,8 @@ How to test a new operator, in ``tests/ops/test_<family>.py``::
     def test_operator(check):
         check()
 
-    @pytest.mark.parametrize("check", refusals([Refusal("rank", lambda: ops.channel_pool(torch.ones(2)), ValueError, "...")]))
-    def test_refusal(check):
+    @pytest.mark.parametrize("check", refusals([Refusal("rank", lambda: ops.channel_pool(torch.ones(2)), ValueError,
+    "...")])) def test_refusal(check):
         check()
 
 Golden vectors, laws and comparisons with an independent formula are ordinary tests beside them.
@@ -34,16 +34,18 @@ provider's result, the one rule for floats is ::
 
     max|o - r| <= 2 max|t - r| + eps(dtype) max|r|
 
-that is, a kernel may lose about as much as plain torch loses. For gradients it is 3 instead of 2, and max|r| is that of a
-random cotangent also where the cotangent of a sum is used, whose gradient may cancel to nothing. For the outputs named in
-``sums`` it is 16 eps(dtype): the terms of a sum may cancel, and the library accumulates some in fp64, a kernel in fp32. Outputs that are not floats are compared exactly with r.
+that is, a kernel may lose about as much as plain torch loses. For gradients it is 3 instead of 2, and max|r| is that
+of a random cotangent also where the cotangent of a sum is used, whose gradient may cancel to nothing. For the outputs
+named in ``sums`` it is 16 eps(dtype): the terms of a sum may cancel, and the library accumulates some in fp64, a
+kernel in fp32. Outputs that are not floats are compared exactly with r.
 The one exception has to be declared: ``decided_by`` names outputs that follow from a float output of the same call by a
 threshold or an order (the mask of ``gate_head`` from its logits). Rounding may move a logit over the threshold or make
 two of them equal, so these outputs are compared, still exactly, with what the provider's *own* float output demands.
 
-Cheap checks run on all samples: the rule above, layout as the fake says, no aliasing, inputs untouched, the same bits on
-every run (a C++ kernel: and for 1, 2 and 3 threads), the kernel that the registry claims, other memory layouts. The dear ones (opcheck, gradcheck, gradgradcheck,
-``torch.compile``) run on the tiny samples.
+Cheap checks run on all samples: the rule above, layout as the fake says, no aliasing, inputs untouched, the same bits
+    on
+every run (a C++ kernel: and for 1, 2 and 3 threads), the kernel that the registry claims, other memory layouts. The
+dear ones (opcheck, gradcheck, gradgradcheck, ``torch.compile``) run on the tiny samples.
 """
 
 from __future__ import annotations
@@ -259,11 +261,15 @@ def check_close(where: str, o: Tensor, r: Tensor, t: Tensor, factor: float, scal
 def check_equal(where: str, o: Tensor, r: Tensor) -> None:
     """The rule for everything that is not a float."""
     o = o.cpu()
-    assert (o.shape, o.dtype) == (r.shape, r.dtype), f"{where}: {o.dtype} {list(o.shape)}, expected {r.dtype} {list(r.shape)}"
+    assert (o.shape, o.dtype) == (r.shape, r.dtype), (
+        f"{where}: {o.dtype} {list(o.shape)}, expected {r.dtype} {list(r.shape)}"
+    )
     if not torch.equal(o, r):
         position = (o != r).nonzero()[0].tolist()
         got, expected = o[tuple(position)].item(), r[tuple(position)].item()
-        raise AssertionError(f"{where}: {int((o != r).sum())} values differ; at {position} it is {got}, expected {expected}")
+        raise AssertionError(
+            f"{where}: {int((o != r).sum())} values differ; at {position} it is {got}, expected {expected}"
+        )
 
 
 def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
@@ -304,7 +310,11 @@ def check_layout(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> N
 
 def check_separate(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
     """No output shares memory with an input or with another output."""
-    owners = {a.untyped_storage().data_ptr(): n for n, a in zip(context.case.names, args) if isinstance(a, Tensor) and a.numel()}
+    owners = {
+        a.untyped_storage().data_ptr(): n
+        for n, a in zip(context.case.names, args)
+        if isinstance(a, Tensor) and a.numel()
+    }
     for name, o in zip(context.case.outputs, outputs, strict=True):
         address = o.untyped_storage().data_ptr()
         assert o.numel() == 0 or address not in owners, f"{context}: {name} shares the memory of {owners[address]}"
@@ -313,10 +323,14 @@ def check_separate(context: Context, args: Args, outputs: tuple[Tensor, ...]) ->
 
 def check_untouched(context: Context, before: Args, args: Args) -> None:
     for name, was, now in zip(context.case.names, before, args, strict=True):
-        assert not isinstance(now, Tensor) or torch.equal(bits(was), bits(now)), f"{context}: it wrote to its input {name}"
+        assert not isinstance(now, Tensor) or torch.equal(bits(was), bits(now)), (
+            f"{context}: it wrote to its input {name}"
+        )
 
 
-def check_repeats(context: Context, run: Callable[[], tuple[Tensor, ...]], outputs: tuple[Tensor, ...], when: str) -> None:
+def check_repeats(
+    context: Context, run: Callable[[], tuple[Tensor, ...]], outputs: tuple[Tensor, ...], when: str
+) -> None:
     for name, first, again in zip(context.case.outputs, outputs, run(), strict=True):
         assert torch.equal(bits(first), bits(again)), f"{context}: {name} changes {when}"
 
@@ -361,7 +375,9 @@ def check_served(context: Context, provider: Provider, args: Args) -> None:
 # ----------------------------------------------------------------------------------------------------- checks
 
 
-def check_forward(case: Case, provider: Provider, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> None:
+def check_forward(
+    case: Case, provider: Provider, sample: Sample, dtype: torch.dtype, layout: str = "contiguous"
+) -> None:
     """Everything that one call can show, and that its repetition is the same to the last bit."""
     context = Context(case, provider.name, sample.name, dtype, layout)
     args = case.make(sample, dtype, layout)
@@ -393,14 +409,21 @@ def check_layouts(case: Case, provider: Provider, sample: Sample) -> None:
 
 def _leaves(case: Case, args: Args) -> tuple[Args, list[str]]:
     """Fresh arguments that require grad where the operator is differentiable, and the names of those."""
-    wanted = [n for n, a in zip(case.names, args) if isinstance(a, Tensor) and a.is_floating_point() and n not in case.constants]
+    wanted = [
+        n
+        for n, a in zip(case.names, args)
+        if isinstance(a, Tensor) and a.is_floating_point() and n not in case.constants
+    ]
     fresh = tuple(
-        a.detach().requires_grad_(n in wanted) if isinstance(a, Tensor) else a for n, a in zip(case.names, args, strict=True)
+        a.detach().requires_grad_(n in wanted) if isinstance(a, Tensor) else a
+        for n, a in zip(case.names, args, strict=True)
     )
     return fresh, wanted
 
 
-def _gradients(case: Case, run: Callable[..., Any], args: Args, pick: list[int], cotangents: list[Tensor]) -> list[Tensor | None]:
+def _gradients(
+    case: Case, run: Callable[..., Any], args: Args, pick: list[int], cotangents: list[Tensor]
+) -> list[Tensor | None]:
     args, wanted = _leaves(case, args)
     outputs = _tuple(run(*args))
     leaves = [a for n, a in zip(case.names, args) if n in wanted]
@@ -423,7 +446,9 @@ def check_gradient(case: Case, provider: Provider, sample: Sample, dtype: torch.
     for kind in ("random", "sum"):
         # rounded to the dtype first, so that all three computations see the same numbers
         cotangents = [
-            random.normal(*outputs[i].shape).to(outputs[i].dtype) if kind == "random" else torch.ones(()).expand(outputs[i].shape)
+            random.normal(*outputs[i].shape).to(outputs[i].dtype)
+            if kind == "random"
+            else torch.ones(()).expand(outputs[i].shape)
             for i in pick
         ]
         o = _gradients(case, provider, on_device, pick, cotangents)
@@ -431,7 +456,9 @@ def check_gradient(case: Case, provider: Provider, sample: Sample, dtype: torch.
         t = _gradients(case, case.operator.reference, args, pick, cotangents)
         for name, o_i, r_i, t_i in zip(wanted, o, r, t, strict=True):
             where = f"{context}: gradient of {name} ({kind} cotangent)"
-            assert (o_i is None) == (r_i is None), f"{where} is {'missing' if o_i is None else 'there'}, unlike the reference's"
+            assert (o_i is None) == (r_i is None), (
+                f"{where} is {'missing' if o_i is None else 'there'}, unlike the reference's"
+            )
             if o_i is not None and r_i is not None and t_i is not None:
                 scales[name] = max(scales.get(name, 0.0), largest(r_i))
                 check_close(where, o_i, r_i, t_i, factor=3, scale=case.roundings(name) * scales[name])
@@ -460,7 +487,9 @@ def _differentiable(case: Case, args: Args) -> tuple[Callable[..., tuple[Tensor,
 
     def function(*leaves: Tensor) -> tuple[Tensor, ...]:
         values = iter(leaves)
-        outputs = _tuple(case.operator.overload(*(next(values) if n in wanted else a for n, a in zip(case.names, args))))
+        outputs = _tuple(
+            case.operator.overload(*(next(values) if n in wanted else a for n, a in zip(case.names, args)))
+        )
         return tuple(o for o in outputs if o.requires_grad)
 
     return function, [a for n, a in zip(case.names, args) if n in wanted]
@@ -507,7 +536,9 @@ def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend:
             (outputs, grads), (eager, eager_grads) = step(args, compiled), step(args, operator)
             check_repeats(context, lambda eager=eager: eager, outputs, "under compilation")
             # close, not equal: Inductor fuses the arithmetic around the operators
-            torch.testing.assert_close(grads, eager_grads, msg=lambda message, where=context: f"{where}: gradients: {message}")
+            torch.testing.assert_close(
+                grads, eager_grads, msg=lambda message, where=context: f"{where}: gradients: {message}"
+            )
 
 
 def check_autocast(case: Case, sample: Sample) -> None:
@@ -517,8 +548,10 @@ def check_autocast(case: Case, sample: Sample) -> None:
         context = Context(case, "autocast", sample.name, dtype)
         args = case.make(sample, dtype)
         target = {None: dtype, "lower": torch.bfloat16}.get(rule, rule)
-        cast = case.make(sample, dtype) if rule is None else tuple(
-            a.to(target) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+        cast = (
+            case.make(sample, dtype)
+            if rule is None
+            else tuple(a.to(target) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
             outputs = _tuple(case.operator(*args))
@@ -555,14 +588,15 @@ def check_op(
 
     Args:
         operator: its name in ``cofire.registry.OPERATORS``.
-        samples: run through the cheap checks in every dtype. The first should be small and general: in the interpreter it
-            alone is run in every dtype and layout.
+        samples: run through the cheap checks in every dtype. The first should be small and general: in the interpreter
+            it alone is run in every dtype and layout.
         tiny: two samples, same options and other sizes (2 or more), for the dear checks.
         constants: float arguments that have no gradient.
         wide: float arguments that stay in fp32 when the input has 16 bits.
         sums: outputs, and arguments with respect to their gradients, that are fp32 sums over many values.
         dtypes: of the float arguments. An operator without float arguments is run once.
-        decided_by: ``decided_by(args, outputs)`` gives, by name, the outputs that follow from a float output of the call.
+        decided_by: ``decided_by(args, outputs)`` gives, by name, the outputs that follow from a float output of the
+            call.
     """
     case = Case(OPERATORS[operator], tuple(constants), tuple(wide), tuple(sums), decided_by)
     return [*_cheap(case, samples, dtypes), *_dear(case, tiny)]
@@ -591,7 +625,9 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
             if provider.name != "reference":
                 later = sample.full or (interpreted and i > 0)
                 marks = [*provider.marks, *([pytest.mark.full] if later else [])]
-                yield _param(check_layouts, case, provider, sample, id=("layouts", name, provider.name, sample.name), marks=marks)
+                yield _param(
+                    check_layouts, case, provider, sample, id=("layouts", name, provider.name, sample.name), marks=marks
+                )
 
 
 def _dtypes_of(sample: Sample, dtypes: Sequence[torch.dtype], provider: Provider) -> list[torch.dtype]:
@@ -640,7 +676,10 @@ def refusals(cases: Sequence[Refusal]) -> list[Any]:
 
 def check_examples(module: Any) -> None:
     """The examples in the docstrings of a module's public functions: each function has some, and they are right."""
-    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    finder, runner = (
+        doctest.DocTestFinder(recurse=False),
+        doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE),
+    )
     for name in module.__all__:
         tests = finder.find(getattr(module, name), name, globs=dict(vars(module)))
         assert tests and tests[0].examples, f"{name}: its docstring has no example"

@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from cofire.registry import OPERATORS, Backward, Operator
 from helpers import (
     Args,
     Case,
@@ -29,9 +32,6 @@ from helpers import (
     check_opcheck,
     check_refusal,
 )
-from torch import Tensor
-
-from cofire.registry import OPERATORS, Backward, Operator
 
 EVERY = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,9 +83,6 @@ def forget_the_last(output: Tensor, args: Args) -> Tensor:
     return result
 
 
-counter = itertools.count()
-
-
 def write_to_input(output: Tensor, args: Args) -> Tensor:
     args[0].detach()[0, 0] += 1
     return output
@@ -99,11 +96,10 @@ FORWARD_FAULTS = {
     "dtype": (lambda y, args: y.double(), "dtype"),
     "strides": (lambda y, args: y.t().contiguous().t(), "the fake says"),
     "input": (write_to_input, "it wrote to its input input"),
-    "from run to run": (lambda y, args: y * (1 + 1e-8 * (next(counter) % 2)) + 0.0 * y, None),
 }
 
 
-@pytest.mark.parametrize("fault", [f for f in FORWARD_FAULTS if f != "from run to run"])
+@pytest.mark.parametrize("fault", FORWARD_FAULTS)
 def test_a_wrong_result_is_found(fault: str) -> None:
     change, message = FORWARD_FAULTS[fault]
     with pytest.raises(AssertionError, match=message):
@@ -117,14 +113,14 @@ def test_the_right_result_passes() -> None:
 
 
 def test_16_bit_accumulation_is_found() -> None:
-    """One rounding too many of an intermediate result: what plain torch would not lose."""
-    sample = Sample("sample", lambda rand: (rand.normal(4, 3, 9, 9), "avg"))
+    """What plain torch would not lose."""
+    sample = Sample("sample", lambda rand: (rand.uniform(4, 3, 20, 20), "avg"))
 
     def change(outputs: tuple[Tensor, ...], args: Args) -> tuple[Tensor, ...]:
         total = args[0].new_zeros(args[0].shape[:2])
         for pixel in args[0].flatten(2).unbind(2):
             total = total + pixel
-        return total / 81, *outputs[1:]
+        return total / 400, *outputs[1:]
 
     with pytest.raises(AssertionError, match="values are wrong"):
         check_forward(POOL, wrong(POOL, change), sample, torch.bfloat16)
@@ -204,7 +200,9 @@ def test_different_bits_with_other_threads_are_found() -> None:
 @pytest.mark.usefixtures("as_compiled")
 def test_a_kernel_that_hands_over_is_found() -> None:
     provider = Provider("cpu", "cpu", torch.ops.cofire.gated_linear.reference, EVERY)
-    with pytest.raises(AssertionError, match="the registry claims a C\\+\\+ kernel for torch.float32, but the reference ran"):
+    with pytest.raises(
+        AssertionError, match="the registry claims a C\\+\\+ kernel for torch.float32, but the reference ran"
+    ):
         check_forward(LINEAR, provider, linear_sample(), torch.float32)
 
 
@@ -244,6 +242,8 @@ def test_a_wrong_gradient_is_found() -> None:
 
 # ------------------------------------------------------------------------ operators with a fault in their parts
 
+counter = itertools.count()
+
 
 def cube(x: Tensor) -> Tensor:
     return x**3
@@ -281,7 +281,9 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
                 "cpu": "none",
                 "triton": "none",
             }
-            return Case(registry.register(Operator(f"{name}(Tensor input) -> Tensor", **defaults | parts)), (), (), (), None)
+            return Case(
+                registry.register(Operator(f"{name}(Tensor input) -> Tensor", **defaults | parts)), (), (), (), None
+            )
 
         yield make
 
@@ -313,14 +315,14 @@ def test_a_wrong_fake_is_found(operator: Callable[..., Case], fake: Any) -> None
 
 
 def test_a_wrong_backward_is_found(operator: Callable[..., Case]) -> None:
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         check_gradcheck(operator(backward=wrong_backward), CUBE[0])
 
 
 def test_a_backward_that_is_not_differentiable_is_found(operator: Callable[..., Case]) -> None:
     case = operator(backward=once_backward)
     check_gradcheck(case, CUBE[0])
-    with pytest.raises((torch.autograd.gradcheck.GradcheckError, RuntimeError)):
+    with pytest.raises(RuntimeError, match="not require grad|mismatch"):
         check_gradgradcheck(case, CUBE[0])
 
 
@@ -336,14 +338,18 @@ def test_a_graph_break_is_found(operator: Callable[..., Case]) -> None:
 
 def test_a_second_compilation_is_found(operator: Callable[..., Case]) -> None:
     def validate(x: Tensor) -> None:
-        if int(x.shape[0]) == 2 and x.shape[1] == 3:  # a size that the code looks at is a size that the graph is bound to
+        if (
+            int(x.shape[0]) == 2 and x.shape[1] == 3
+        ):  # a size that the code looks at is a size that the graph is bound to
             return
 
     with pytest.raises(torch._dynamo.exc.RecompileError):
         check_compile(operator(validate=validate), CUBE, dynamic=True, backend="aot_eager")
 
 
-def test_a_kernel_that_autocast_reaches_is_found(operator: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_autocast_reaches_is_found(
+    operator: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = operator(reference=lambda x: (x @ x.t()) @ x, fake=torch.empty_like)
     check_autocast(case, CUBE[0])
     bare = replace(case.operator)

@@ -40,7 +40,11 @@ def probe(**environment: str) -> dict[str, object]:
     paths = os.pathsep.join([*(str(s.parent) for s in SOURCES), os.environ.get("PYTHONPATH", "")])
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COFIRE_BACKEND")}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE], env=env | {"PYTHONPATH": paths} | environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROBE],
+        env=env | {"PYTHONPATH": paths} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     result: dict[str, object] = json.loads(done.stdout)
     return result
@@ -73,7 +77,9 @@ def python_files(*roots: Path) -> list[Path]:
     return sorted(p for root in roots for p in root.rglob("*.py"))
 
 
-@pytest.mark.parametrize("path", python_files(*SOURCES, ROOT / "tests", ROOT / "benchmarks"), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", python_files(*SOURCES, ROOT / "tests", ROOT / "benchmarks"), ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_python_has_a_licence_header(path: Path) -> None:
     assert HEADER in "\n".join(path.read_text(encoding="utf-8").splitlines()[:3])
 
@@ -134,7 +140,9 @@ def test_the_import_graph_has_no_cycle() -> None:
     def at_import(path: Path) -> set[str]:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         named = [n for n in body if isinstance(n, ast.ImportFrom) and n.module]
-        found = {f"{n.module}.{a.name}" if f"{n.module}.{a.name}" in files else str(n.module) for n in named for a in n.names}
+        found = {
+            f"{n.module}.{a.name}" if f"{n.module}.{a.name}" in files else str(n.module) for n in named for a in n.names
+        }
         return found & set(files)
 
     graph = {m: at_import(p) for m, p in files.items()}

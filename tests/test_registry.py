@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import calls_of_reference
 
 from cofire import native, ops
 from cofire.info import markdown_table
 from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator, register
+from helpers import calls_of_reference
 
 ROOT = Path(__file__).parents[1]
 ALL = [pytest.param(o, id=o.name) for o in OPERATORS.values()]
@@ -67,7 +67,9 @@ def test_every_kernel_exists_or_says_why_not(operator: Operator) -> None:
 @every_operator
 def test_it_has_a_test(operator: Operator) -> None:
     text = (ROOT / "tests" / "ops" / f"test_{operator.family}.py").read_text(encoding="utf-8")
-    assert re.search(rf'check_op\(\s*"{operator.name}"', text), f"{operator.name} is not checked in test_{operator.family}.py"
+    assert re.search(rf'check_op\(\s*"{operator.name}"', text), (
+        f"{operator.name} is not checked in test_{operator.family}.py"
+    )
 
 
 @every_operator
@@ -87,14 +89,18 @@ def test_its_public_function_is_documented(operator: Operator) -> None:
     for section in ("Args:", "Returns:", "Raises:", "Example:", "Source:"):
         assert section in text, f"{operator.name}: no {section}"
     for name in inspect.signature(function).parameters:
-        assert re.search(rf"\b{name}\b", text.partition("Args:")[2]), f"{operator.name}: argument {name} is not described"
+        assert re.search(rf"\b{name}\b", text.partition("Args:")[2]), (
+            f"{operator.name}: argument {name} is not described"
+        )
 
 
 @every_operator
 def test_its_csrc_exists(operator: Operator) -> None:
     if isinstance(operator.cpu, tuple):
         sources = list((ROOT / "csrc" / "cpu").glob(f"{operator.family}*.cpp"))
-        assert any(re.search(rf'm\.impl\("{operator.name}"', s.read_text(encoding="utf-8")) for s in sources), operator.name
+        assert any(re.search(rf'm\.impl\("{operator.name}"', s.read_text(encoding="utf-8")) for s in sources), (
+            operator.name
+        )
 
 
 @every_operator

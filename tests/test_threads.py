@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import threads
 
 from cofire import native, ops
+from helpers import threads
 
 compiled = pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
@@ -32,7 +32,9 @@ def threads_used() -> list[int]:
     """For each of ten kernel calls, how many threads of this process the scheduler gave a core to."""
 
     def time_slices() -> dict[str, int]:
-        return {task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()}
+        return {
+            task.name: int((task / "schedstat").read_text().split()[0]) for task in Path("/proc/self/task").iterdir()
+        }
 
     mask = torch.ones(2048, 4096, dtype=torch.bool)  # 8 MiB, all rows alike: enough to share
     ops.compact(mask)

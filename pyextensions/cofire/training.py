@@ -679,8 +679,8 @@ def conditions(results: Results) -> str:
     sentences = (
         f"{settings['condition']} Network {plan['model']}, from {start}{given};",
         f"{plan['dense_epochs']} dense epochs, then {plan['gated_epochs']} with gates, whose heads learn in the first",
-        f"{plan['cooldown']:.0%}. Dense baseline, mean over the seeds ({len(dense)}): {first:.2f} %, and {longer:.2f} % after",
-        "as many further epochs as the gated networks had; points lost are counted from the better.",
+        f"{plan['cooldown']:.0%}. Dense baseline, mean over the seeds ({len(dense)}): {first:.2f} %, and",
+        f"{longer:.2f} % after as many further epochs as the gated networks had; points lost count from the better.",
         "Multiply-accumulates include the heads; the paper's rule leaves them out. The best fixed mask is the same for",
         "all samples and chosen in hindsight. Latency at batch 1, first seed, against the fastest form of the dense",
         f"network: {where['cpu']}, {threads} threads, torch {where['torch']}.",

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from torch import Tensor
 from cofire import ops
 from cofire.ops import gating
 from cofire.registry import OPERATORS
+from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
 
 ODD = (1, 7, 17, 63, 65, 129)
 
@@ -44,8 +44,12 @@ def pool_samples(mode: str) -> list[Sample]:
         Sample(f"{mode}_ties", lambda rand: ((rand.uniform(2, 5, 4, 5) * 3).floor() - 1, mode)),
         Sample(f"{mode}_zeros", lambda rand: (torch.zeros(2, 5, 3, 3), mode)),
         # the support asks whether there is a non-zero, not for the sum or the largest
-        Sample(f"{mode}_cancelling", lambda rand: (torch.tensor([1.0, -1.0, 0.0, -0.0]).expand(1, 3, 4, 4).clone(), mode)),
-        Sample(f"{mode}_one_tiny", lambda rand: (6e-8 * (torch.arange(63) == 62).float().expand(1, 2, 1, 63).clone(), mode)),
+        Sample(
+            f"{mode}_cancelling", lambda rand: (torch.tensor([1.0, -1.0, 0.0, -0.0]).expand(1, 3, 4, 4).clone(), mode)
+        ),
+        Sample(
+            f"{mode}_one_tiny", lambda rand: (6e-8 * (torch.arange(63) == 62).float().expand(1, 2, 1, 63).clone(), mode)
+        ),
         Sample(f"{mode}_no_samples", lambda rand: (torch.zeros(0, 5, 3, 3), mode)),
         Sample(f"{mode}_no_channels", lambda rand: (torch.zeros(2, 0, 3, 3), mode)),
     ]
@@ -112,7 +116,13 @@ MASS_MASK_SAMPLES = [
     ),
     *(
         Sample(f"zeros_{k}_{mode}_{value:g}", lambda rand, m=mode, v=value, k=k: (torch.zeros(2, 17), v, m, k))
-        for mode, value, k in (("mass", 0.5, 0), ("mass", 0.5, 1), ("mass", 1.0, 3), ("uniform", 0.5, 1), ("mass", -1.0, 0))
+        for mode, value, k in (
+            ("mass", 0.5, 0),
+            ("mass", 0.5, 1),
+            ("mass", 1.0, 3),
+            ("uniform", 0.5, 1),
+            ("mass", -1.0, 0),
+        )
     ),
     Sample("one_dead_row", lambda rand: (rand.uniform(3, 17) * torch.tensor([[1.0], [0.0], [1.0]]), 0.9, "mass", 1)),
     # shares around the 1e-5 of "never fires", and scores around the 1e-5 of mode uniform
@@ -145,7 +155,9 @@ def decided_by_logits(args: Args, outputs: tuple[Tensor, ...]) -> dict[str, Tens
     logits, min_keep = outputs[0], args[4]
     mask = logits > 0
     if min_keep:
-        mask |= torch.zeros_like(mask).scatter(1, logits.sort(dim=1, descending=True, stable=True).indices[:, :min_keep], True)
+        mask |= torch.zeros_like(mask).scatter(
+            1, logits.sort(dim=1, descending=True, stable=True).indices[:, :min_keep], True
+        )
     index, count = compaction(mask)
     return {"mask": mask, "index": index, "count": count}
 
@@ -225,7 +237,9 @@ NORM_SAMPLES = [
     *(Sample(f"{a}_residual", norm(2, 7, 5, 3, activation=a, residual=True)) for a in ("identity", "relu")),
     *(Sample(f"{a}_eval", norm(2, 7, 5, 3, activation=a, training=False)) for a in ("identity", "relu")),
     Sample("relu6", norm(2, 7, 5, 3, activation="relu6", gain=6.0), kink=True),
-    Sample("relu6_eval_residual", norm(2, 7, 5, 3, activation="relu6", training=False, residual=True, gain=6.0), kink=True),
+    Sample(
+        "relu6_eval_residual", norm(2, 7, 5, 3, activation="relu6", training=False, residual=True, gain=6.0), kink=True
+    ),
     Sample("no_mask", norm(2, 7, 5, 3, density=None)),
     Sample("no_mask_eval", norm(2, 7, 5, 3, density=None, training=False)),
     Sample("all_masked", norm(2, 7, 5, 3, density=0.0, residual=True)),
@@ -254,7 +268,9 @@ def norm_backward(sample: Sample, poison: bool = False) -> Sample:
 
     def make(rand: Random) -> Args:
         # in numbers that every dtype holds, so that output, mean and var belong to the input in every dtype
-        input, weight, *rest = (a.bfloat16().float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in sample.make(rand))
+        input, weight, *rest = (
+            a.bfloat16().float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in sample.make(rand)
+        )
         residual, mask, activation, training, eps = rest[3:]
         output, _, mean, var = OPERATORS["gated_norm_act"].reference(input, weight, *rest)
         grad = rand.normal(*input.shape)
@@ -329,7 +345,9 @@ def conv(
         in_index, in_count = selection(rand, ci, density[0], compact_input)
         out_index, out_count = selection(rand, co, density[1], compact_output)
         slots = compact_input or ci
-        used = torch.arange(slots) < in_count[:, None] if compact_input else gating.mask_from_index(in_index, in_count, ci)
+        used = (
+            torch.arange(slots) < in_count[:, None] if compact_input else gating.mask_from_index(in_index, in_count, ci)
+        )
         x = rand.normal(n, slots, *size)
         if masked or poison:
             x = x.masked_fill(~used[:, :, None, None], torch.nan if poison else 0.0)
@@ -395,10 +413,14 @@ CONV_SAMPLES = [
     Sample("compact_input_poisoned", conv(2, 17, 19, (6, 5), compact_input=12, poison=True, density=(0.3, 0.5))),
     Sample("compact_output", conv(2, 17, 19, (6, 5), compact_output=11)),
     Sample("compact_output_full", conv(2, 7, 9, (6, 5), compact_output=9, density=(0.5, ALL))),
-    Sample("compact_both_residual", conv(3, 17, 19, (6, 5), compact_input=9, compact_output=11, residual=True), kink=True),
+    Sample(
+        "compact_both_residual", conv(3, 17, 19, (6, 5), compact_input=9, compact_output=11, residual=True), kink=True
+    ),
     Sample("compact_groups", conv(2, 12, 9, (6, 5), compact_input=7, compact_output=6, groups=3)),
     Sample("compact_depthwise", conv(2, 17, 17, (6, 5), compact_input=9, compact_output=9, groups=17)),
-    Sample("compact_pointwise", conv(2, 17, 19, (6, 5), compact_input=9, compact_output=11, kernel=(1, 1), padding=(0, 0))),
+    Sample(
+        "compact_pointwise", conv(2, 17, 19, (6, 5), compact_input=9, compact_output=11, kernel=(1, 1), padding=(0, 0))
+    ),
     Sample("compact_none", conv(2, 7, 9, (4, 4), compact_input=3, compact_output=4, density=(NONE, NONE))),
     Sample("no_samples", conv(0, 7, 9, (4, 4))),
     Sample("one_pixel", conv(2, 7, 9, (1, 1))),
@@ -407,7 +429,13 @@ CONV_TINY = [  # gradcheck takes as long as it has entries
     Sample("tiny", conv(2, 2, 3, (3, 2), kernel=(2, 2), padding=(0, 1), residual=True, density=(0.7, 0.7))),
     Sample("tiny_resized", conv(3, 5, 6, (4, 5), kernel=(2, 2), padding=(0, 1), residual=True, density=(0.7, 0.7))),
 ]
-COMPACT_CONV: Any = {"kernel": (1, 2), "padding": (0, 1), "activation": "identity", "compact_input": 2, "compact_output": 2}
+COMPACT_CONV: Any = {
+    "kernel": (1, 2),
+    "padding": (0, 1),
+    "activation": "identity",
+    "compact_input": 2,
+    "compact_output": 2,
+}
 CONV_TINY_COMPACT = [
     Sample("tiny_compact", conv(2, 3, 3, (2, 2), density=(0.7, 0.7), **COMPACT_CONV)),
     Sample("tiny_compact_resized", conv(3, 5, 6, (4, 5), density=(0.7, 0.7), **COMPACT_CONV)),
@@ -431,7 +459,12 @@ GATED_CONV2D = [
     *check_op("gated_conv2d", [], tiny=CONV_TINY_COMPACT),
 ]
 GATED_CONV2D_BACKWARD = [
-    *check_op("gated_conv2d_backward", [*map(conv_backward, CONV_SAMPLES)], tiny=[*map(conv_backward, CONV_TINY)], constants=["output"]),
+    *check_op(
+        "gated_conv2d_backward",
+        [*map(conv_backward, CONV_SAMPLES)],
+        tiny=[*map(conv_backward, CONV_TINY)],
+        constants=["output"],
+    ),
     *check_op("gated_conv2d_backward", [], tiny=[*map(conv_backward, CONV_TINY_COMPACT)], constants=["output"]),
 ]
 
@@ -527,7 +560,6 @@ def test_operator(check: Callable[[], None]) -> None:
 # --------------------------------------------------------------------------------------------------- refusals
 
 
-
 def refuse_pool(input: Callable[[], Tensor], mode: str = "max") -> Callable[[], Any]:
     return lambda: ops.channel_pool(input(), mode)
 
@@ -542,7 +574,9 @@ def refuse_head(**changed: Any) -> Callable[[], Any]:
     def call() -> Any:
         arguments = {"pooled": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), "min_keep": 1}
         arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
-        return ops.gate_head(arguments["pooled"], arguments["weight"], arguments["bias"], min_keep=arguments["min_keep"])
+        return ops.gate_head(
+            arguments["pooled"], arguments["weight"], arguments["bias"], min_keep=arguments["min_keep"]
+        )
 
     return call
 
@@ -577,7 +611,12 @@ def refuse_conv(**changed: Any) -> Callable[[], Any]:
 
 def refuse_linear(**changed: Any) -> Callable[[], Any]:
     def call() -> Any:
-        arguments = {"input": torch.ones(2, 4), "weight": torch.ones(6, 4), "bias": torch.ones(6), **selection_arguments()}
+        arguments = {
+            "input": torch.ones(2, 4),
+            "weight": torch.ones(6, 4),
+            "bias": torch.ones(6),
+            **selection_arguments(),
+        }
         arguments |= {name: value() if callable(value) else value for name, value in changed.items()}
         return ops.gated_linear(**arguments)
 
@@ -602,7 +641,12 @@ REFUSALS = [
         Refusal(f"channel_pool_{name}", call, error, f"channel_pool: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_pool(ones(2, 3, 4)), ValueError, "input must have shape [N, C, H, W], got [2, 3, 4]"),
-            ("integer", refuse_pool(integers(1, 2, 3, 4)), TypeError, "input must be a floating-point tensor, got torch.int64"),
+            (
+                "integer",
+                refuse_pool(integers(1, 2, 3, 4)),
+                TypeError,
+                "input must be a floating-point tensor, got torch.int64",
+            ),
             ("mode", refuse_pool(ones(1, 2, 3, 4), "sum"), ValueError, "mode must be one of avg, max, got 'sum'"),
             ("pixels", refuse_pool(ones(1, 2, 0, 4)), ValueError, "input must have pixels, got [1, 2, 0, 4]"),
         )
@@ -611,11 +655,26 @@ REFUSALS = [
         Refusal(f"mass_mask_{name}", call, error, f"mass_mask: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_mass(ones(4)), ValueError, "scores must have shape [N, C], got [4]"),
-            ("integer", refuse_mass(integers(2, 4)), TypeError, "scores must be a floating-point tensor, got torch.int64"),
+            (
+                "integer",
+                refuse_mass(integers(2, 4)),
+                TypeError,
+                "scores must be a floating-point tensor, got torch.int64",
+            ),
             ("mode", refuse_mass(mode="top"), ValueError, "mode must be one of mass, uniform, got 'top'"),
             ("zero", refuse_mass(mass=0.0), ValueError, "mass must be in (0, 1] or negative (gating off), got 0.0"),
-            ("above_one", refuse_mass(mass=1.5), ValueError, "mass must be in (0, 1] or negative (gating off), got 1.5"),
-            ("nan", refuse_mass(mass=torch.nan), ValueError, "mass must be in (0, 1] or negative (gating off), got nan"),
+            (
+                "above_one",
+                refuse_mass(mass=1.5),
+                ValueError,
+                "mass must be in (0, 1] or negative (gating off), got 1.5",
+            ),
+            (
+                "nan",
+                refuse_mass(mass=torch.nan),
+                ValueError,
+                "mass must be in (0, 1] or negative (gating off), got nan",
+            ),
             (
                 "uniform_one",
                 refuse_mass(mass=1.0, mode="uniform"),
@@ -628,8 +687,18 @@ REFUSALS = [
                 ValueError,
                 "mass must be in [0, 1) in mode 'uniform' (the share to prune), got -0.5",
             ),
-            ("min_keep_large", refuse_mass(min_keep=5), ValueError, "min_keep must be between 0 and the 4 channels, got 5"),
-            ("min_keep_negative", refuse_mass(min_keep=-1), ValueError, "min_keep must be between 0 and the 4 channels, got -1"),
+            (
+                "min_keep_large",
+                refuse_mass(min_keep=5),
+                ValueError,
+                "min_keep must be between 0 and the 4 channels, got 5",
+            ),
+            (
+                "min_keep_negative",
+                refuse_mass(min_keep=-1),
+                ValueError,
+                "min_keep must be between 0 and the 4 channels, got -1",
+            ),
         )
     ),
     *(
@@ -647,9 +716,24 @@ REFUSALS = [
         Refusal(f"gate_head_{name}", call, error, f"gate_head: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_head(pooled=ones(4)), ValueError, "pooled must have shape [N, in_features], got [4]"),
-            ("integer", refuse_head(pooled=integers(2, 4)), TypeError, "pooled must be a floating-point tensor, got torch.int64"),
-            ("weight", refuse_head(weight=ones(6, 5)), ValueError, "weight must have shape [out_channels, 4], got [6, 5]"),
-            ("weight_rank", refuse_head(weight=ones(6)), ValueError, "weight must have shape [out_channels, 4], got [6]"),
+            (
+                "integer",
+                refuse_head(pooled=integers(2, 4)),
+                TypeError,
+                "pooled must be a floating-point tensor, got torch.int64",
+            ),
+            (
+                "weight",
+                refuse_head(weight=ones(6, 5)),
+                ValueError,
+                "weight must have shape [out_channels, 4], got [6, 5]",
+            ),
+            (
+                "weight_rank",
+                refuse_head(weight=ones(6)),
+                ValueError,
+                "weight must have shape [out_channels, 4], got [6]",
+            ),
             ("bias", refuse_head(bias=ones(5)), ValueError, "bias must have shape [6], got [5]"),
             (
                 "dtypes",
@@ -664,11 +748,26 @@ REFUSALS = [
         Refusal(f"gated_norm_act_{name}", call, error, f"gated_norm_act: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_norm(input=ones(2, 4, 3)), ValueError, "input must have shape [N, C, H, W], got [2, 4, 3]"),
-            ("integer", refuse_norm(input=integers(2, 4, 3, 3)), TypeError, "input must be a floating-point tensor, got torch.int64"),
-            ("integer_weight", refuse_norm(weight=integers(4)), TypeError, "weight must be a floating-point tensor, got torch.int64"),
+            (
+                "integer",
+                refuse_norm(input=integers(2, 4, 3, 3)),
+                TypeError,
+                "input must be a floating-point tensor, got torch.int64",
+            ),
+            (
+                "integer_weight",
+                refuse_norm(weight=integers(4)),
+                TypeError,
+                "weight must be a floating-point tensor, got torch.int64",
+            ),
             ("weight", refuse_norm(weight=ones(5)), ValueError, "weight must have shape [4], got [5]"),
             ("bias", refuse_norm(bias=ones(4, 1)), ValueError, "bias must have shape [4], got [4, 1]"),
-            ("running_mean", refuse_norm(running_mean=ones(3)), ValueError, "running_mean must have shape [4], got [3]"),
+            (
+                "running_mean",
+                refuse_norm(running_mean=ones(3)),
+                ValueError,
+                "running_mean must have shape [4], got [3]",
+            ),
             ("running_var", refuse_norm(running_var=ones(3)), ValueError, "running_var must have shape [4], got [3]"),
             (
                 "one_value",
@@ -709,9 +808,24 @@ REFUSALS = [
         Refusal(f"gated_conv2d_{name}", call, error, f"gated_conv2d: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_conv(input=ones(4, 5, 5)), ValueError, "input must have shape [N, C, H, W], got [4, 5, 5]"),
-            ("integer", refuse_conv(input=integers(2, 4, 5, 5)), TypeError, "input must be a floating-point tensor, got torch.int64"),
-            ("weight_rank", refuse_conv(weight=ones(6, 4)), ValueError, "weight must have shape [out, in / groups, kh, kw], got [6, 4]"),
-            ("channels", refuse_conv(input=ones(2, 3, 5, 5)), ValueError, "input must have 4 channels (weight, groups), got [2, 3, 5, 5]"),
+            (
+                "integer",
+                refuse_conv(input=integers(2, 4, 5, 5)),
+                TypeError,
+                "input must be a floating-point tensor, got torch.int64",
+            ),
+            (
+                "weight_rank",
+                refuse_conv(weight=ones(6, 4)),
+                ValueError,
+                "weight must have shape [out, in / groups, kh, kw], got [6, 4]",
+            ),
+            (
+                "channels",
+                refuse_conv(input=ones(2, 3, 5, 5)),
+                ValueError,
+                "input must have 4 channels (weight, groups), got [2, 3, 5, 5]",
+            ),
             ("groups_zero", refuse_conv(groups=0), ValueError, "groups must be at least 1, got 0"),
             ("groups_divide", refuse_conv(groups=4), ValueError, "groups must divide the 6 output channels, got 4"),
             (
@@ -729,7 +843,12 @@ REFUSALS = [
             ("bias", refuse_conv(bias=ones(4)), ValueError, "bias must have shape [6], got [4]"),
             ("stride", refuse_conv(stride=0), ValueError, "stride must be two integers >= 1, got [0, 0]"),
             ("padding", refuse_conv(padding=(0, -1)), ValueError, "padding must be two integers >= 0, got [0, -1]"),
-            ("dilation", refuse_conv(dilation=(1, 2, 3)), ValueError, "dilation must be two integers >= 1, got [1, 2, 3]"),
+            (
+                "dilation",
+                refuse_conv(dilation=(1, 2, 3)),
+                ValueError,
+                "dilation must be two integers >= 1, got [1, 2, 3]",
+            ),
             (
                 "index_dtype",
                 refuse_conv(in_index=integers(2, 4)),
@@ -748,7 +867,12 @@ REFUSALS = [
                 ValueError,
                 "out_index must have shape [2, 6], got [2, 4]",
             ),
-            ("count_shape", refuse_conv(in_count=ones(3, dtype=torch.int32)), ValueError, "in_count must have shape [2], got [3]"),
+            (
+                "count_shape",
+                refuse_conv(in_count=ones(3, dtype=torch.int32)),
+                ValueError,
+                "in_count must have shape [2], got [3]",
+            ),
             ("activation", refuse_conv(activation="gelu"), ValueError, ACTIVATION),
             (
                 "no_pixels",
@@ -791,8 +915,18 @@ REFUSALS = [
         Refusal(f"gated_linear_{name}", call, error, f"gated_linear: {sentence}")
         for name, call, error, sentence in (
             ("rank", refuse_linear(input=ones(4)), ValueError, "input must have shape [N, in_features], got [4]"),
-            ("integer", refuse_linear(weight=integers(6, 4)), TypeError, "weight must be a floating-point tensor, got torch.int64"),
-            ("weight", refuse_linear(weight=ones(6, 3)), ValueError, "weight must have shape [out_features, 4], got [6, 3]"),
+            (
+                "integer",
+                refuse_linear(weight=integers(6, 4)),
+                TypeError,
+                "weight must be a floating-point tensor, got torch.int64",
+            ),
+            (
+                "weight",
+                refuse_linear(weight=ones(6, 3)),
+                ValueError,
+                "weight must have shape [out_features, 4], got [6, 3]",
+            ),
             ("bias", refuse_linear(bias=ones(4)), ValueError, "bias must have shape [6], got [4]"),
             (
                 "index_dtype",
@@ -800,7 +934,12 @@ REFUSALS = [
                 TypeError,
                 "out_index must be int32 (as compact returns it), got torch.int64",
             ),
-            ("index_shape", refuse_linear(in_index=ones(2, 6, dtype=torch.int32)), ValueError, "in_index must have shape [2, 4], got [2, 6]"),
+            (
+                "index_shape",
+                refuse_linear(in_index=ones(2, 6, dtype=torch.int32)),
+                ValueError,
+                "in_index must have shape [2, 4], got [2, 6]",
+            ),
             ("activation", refuse_linear(activation="gelu"), ValueError, ACTIVATION),
             (
                 "dtypes",
@@ -846,7 +985,9 @@ def test_golden_min_keep_zero() -> None:
 
 
 def test_golden_uniform() -> None:
-    row = torch.tensor([[5.0, 1.0, 0.0, 1.0, 3.0, 4.0]])  # int(.5 * 6) = 3 go: 0, and of the ones first the higher index
+    row = torch.tensor(
+        [[5.0, 1.0, 0.0, 1.0, 3.0, 4.0]]
+    )  # int(.5 * 6) = 3 go: 0, and of the ones first the higher index
     assert ops.mass_mask(row, 0.5, "uniform").int().tolist() == [[1, 0, 0, 0, 1, 1]]
     assert ops.mass_mask(row, 0.34, "uniform").int().tolist() == [[1, 1, 0, 0, 1, 1]]
     assert ops.mass_mask(row, 0.0, "uniform").int().tolist() == [[1, 1, 0, 1, 1, 1]]
@@ -939,7 +1080,9 @@ def test_mass_mask_follows_a_permutation(row: list[int], mass: float, random: An
 def test_gate_head_keeps_the_positive_or_the_largest(n: int, c: int, min_keep: int, seed: int) -> None:
     assume(min_keep <= c)
     rand = Random(str(seed))
-    logits, mask, index, count = ops.gate_head(rand.normal(n, 3), rand.normal(c, 3), rand.normal(c) - 2, min_keep=min_keep)
+    logits, mask, index, count = ops.gate_head(
+        rand.normal(n, 3), rand.normal(c, 3), rand.normal(c) - 2, min_keep=min_keep
+    )
     assert bool((mask | (logits <= 0)).all())
     assert torch.equal(mask.sum(1), (logits > 0).sum(1).clamp(min=min_keep))
     assert bool((logits.masked_fill(~mask, -torch.inf).amax(1) >= logits.amax(1))[count > 0].all())
@@ -1003,7 +1146,9 @@ def test_gated_norm_act_is_batch_norm_and_a_gate(activation: str, training: bool
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])
 def test_gated_conv2d_is_a_masked_convolution(activation: str, groups: int) -> None:
     rand = Random(f"conv {groups}")
-    leaves = [rand.normal(*s).double().requires_grad_() for s in ((3, 6, 7, 8), (12, 6 // groups, 3, 2), (12,), (3, 12, 4, 4))]
+    leaves = [
+        rand.normal(*s).double().requires_grad_() for s in ((3, 6, 7, 8), (12, 6 // groups, 3, 2), (12,), (3, 12, 4, 4))
+    ]
     input, weight, bias, residual = leaves
     in_mask, out_mask = rand.mask(3, 6), rand.mask(3, 12)
     act = {"identity": lambda x: x, "relu": F.relu, "relu6": F.relu6}[activation]
@@ -1074,7 +1219,11 @@ def test_public_functions_compile_into_one_graph() -> None:
         z, peak, _, _ = ops.gated_norm_act(y, g, b, mask=mask)
         target = ops.mass_mask(peak, 0.9)
         index, count = ops.compact(target)
-        return z.sum() + F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype)) + (index.sum() + count.sum()) * 0
+        return (
+            z.sum()
+            + F.binary_cross_entropy_with_logits(logits, target.to(logits.dtype))
+            + (index.sum() + count.sum()) * 0
+        )
 
     rand = Random("layer")
     leaves = [rand.normal(*s).requires_grad_() for s in ((2, 5, 6, 6), (7, 5, 3, 3), (7,), (7,), (7, 5))]

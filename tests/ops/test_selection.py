@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cofire import ops
 from cofire.ops import selection
 from cofire.ops.gating import mask_from_index
+from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
 
 
 def mask_of(rows: int, columns: int, density: float = 0.5) -> Callable[[Random], tuple[torch.Tensor]]:
@@ -43,7 +43,9 @@ FLOAT_MASKS = [
 TINY = [Sample("tiny", mask_of(2, 5)), Sample("tiny_resized", mask_of(3, 8))]
 
 
-@pytest.mark.parametrize("check", [*check_op("compact", COMPACT, tiny=TINY), *check_op("compact", FLOAT_MASKS, tiny=())])
+@pytest.mark.parametrize(
+    "check", [*check_op("compact", COMPACT, tiny=TINY), *check_op("compact", FLOAT_MASKS, tiny=())]
+)
 def test_operator(check: Callable[[], None]) -> None:
     check()
 

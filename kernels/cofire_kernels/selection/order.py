@@ -9,8 +9,9 @@ import triton.language as tl
 
 from cofire_kernels.numerics import INTERPRETED
 
-#: Longest row that one program sorts in registers; launchers compose longer ones of torch operators.
-LONGEST_ROW = 2048
+#: Longest row that one program sorts; launchers compose longer ones of torch operators. The interpreter, which compares
+#: all pairs of keys, can hold a tensor of 2**20 elements.
+LONGEST_ROW = 1024 if INTERPRETED else 2048
 
 
 @triton.jit

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator tests once more: with every CPU variant that runs here, and with no kernel at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cofire import native
+
+ROOT = Path(__file__).resolve().parents[1]
+LOADED = native.STATUS.variant
+OTHERS = [v for v in native.VARIANTS if v != LOADED]
+
+
+def run_operator_tests(**environment: str) -> None:
+    """Without the Triton launchers and the compiler, which do not depend on the setting."""
+    selection = "not triton and not compile"
+    command = [sys.executable, "-m", "pytest", "tests/ops", "-q", "-m", "not full and not gpu", "-k", selection]
+    command += ["-p", "no:cacheprovider"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("variant", OTHERS)
+def test_other_variant(variant: str) -> None:
+    if LOADED is None or native.VARIANTS.index(variant) > native.VARIANTS.index(LOADED):
+        pytest.skip(f"this CPU or this build has no {variant}")
+    run_operator_tests(COFIRE_CPU=variant)
+
+
+@pytest.mark.full
+def test_nothing_compiled() -> None:
+    run_operator_tests(COFIRE_BACKEND="reference")
