@@ -18,5 +18,5 @@ inline bool prefer_gated(const ConvShape& s, double macs, int threads, int elem)
   return true;
 }
 
-inline bool prefer_gated_linear(int64_t n, int64_t, int64_t) {return n<=8; }
+inline bool prefer_gated_linear(int64_t n, int64_t, int64_t) { return n <= 8; }
 }  // namespace cofire

@@ -7,7 +7,6 @@
 #include <string>
 #include <vector>
 
-
 namespace py = pybind11;
 
 namespace {

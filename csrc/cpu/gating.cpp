@@ -3,7 +3,6 @@
 // descriptors, mass-based targets, and the head that predicts a mask per sample.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
@@ -24,7 +23,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 int64_t grain_of(int64_t size) { return 1 + kGrain / (size + 1); }
 
 bool is_channels_last(const at::Tensor& input) {
-  return input.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+  return memory_format(input) == at::MemoryFormat::ChannelsLast;
 }
 
 // ---- channel_pool ----
@@ -63,8 +62,8 @@ void pool_plane(const T* x, int64_t size, T& pooled, bool& support) {
   part[0].add(part[1]);
   part[2].add(part[3]);
   part[0].add(part[2]);
-  const float value = kMax ? reduce_max(part[0].value)
-                           : reduce_add(part[0].value) / static_cast<float>(size);
+  const float value =
+      kMax ? reduce_max(part[0].value) : reduce_add(part[0].value) / static_cast<float>(size);
   pooled = static_cast<T>(value);
   support = part[0].bits.zero_mask() != (1 << kLanes) - 1;
 }
@@ -123,7 +122,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> channel_pool(const at::Tensor& in
   }
   TORCH_CHECK(input.dim() == 4, "channel_pool: input must be 4-D [N, C, H, W], got ", input.dim(),
               "-D");
-  const at::Tensor x = input.contiguous(input.suggest_memory_format());
+  const at::Tensor x = input.contiguous(memory_format(input));
   at::Tensor pooled = at::empty({x.size(0), x.size(1)}, x.options());
   at::Tensor support = at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kBool));
   dispatch(x.scalar_type(), [&](auto zero) {
@@ -225,8 +224,8 @@ at::Tensor channel_pool_backward(const at::Tensor& grad, const at::Tensor& input
               "channel_pool_backward: grad must be [N, C] = [", samples, ", ", channels, "], got ",
               grad.sizes());
   const at::Tensor g = grad.contiguous();
-  const at::Tensor x = input.contiguous(input.suggest_memory_format());
-  at::Tensor out = at::empty_like(x);
+  const at::Tensor x = input.contiguous(memory_format(input));
+  at::Tensor out = empty_like(x);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* g_data = g.const_data_ptr<T>();
@@ -259,8 +258,8 @@ int64_t mass_kept(const DescendingOrder& order, const float* scores, float mass)
   for (int64_t i = 0; i < size; ++i) {
     const float share = scores[order.position(i)] / total;
     cumulative += share;
-    const bool keep = mass == 1 ? share > kTolerance
-                                : static_cast<float>(cumulative) - mass <= kTolerance;
+    const bool keep =
+        mass == 1 ? share > kTolerance : static_cast<float>(cumulative) - mass <= kTolerance;
     if (!keep) return i;
   }
   return size;

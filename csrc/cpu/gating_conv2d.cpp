@@ -58,7 +58,9 @@ struct Problem {
   bool masked_input, compact_input;
   int64_t compact_output;
 
-  int64_t output_channels() const { return compact_output > 0 ? compact_output : shape.out_channels; }
+  int64_t output_channels() const {
+    return compact_output > 0 ? compact_output : shape.out_channels;
+  }
   std::vector<int64_t> output_size() const {
     return {shape.batch, output_channels(), shape.out_height, shape.out_width};
   }
@@ -104,10 +106,10 @@ struct Step {
 
 // Where a tap finds its inputs in a packed channel.
 struct PanelLayout {
-  int64_t rows;       // output rows of a full panel
-  int64_t copy_rows;  // rows of one shifted copy
-  int64_t copy;       // floats of one shifted copy
-  int64_t channel;    // floats of one packed channel
+  int64_t rows;                 // output rows of a full panel
+  int64_t copy_rows;            // rows of one shifted copy
+  int64_t copy;                 // floats of one shifted copy
+  int64_t channel;              // floats of one packed channel
   std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
   std::vector<Step> taps;       // every tap in a packed channel and in a weight's channel
 
@@ -163,8 +165,9 @@ void copy_f32(const T* source, int64_t step, float* to, int64_t count) {
     for (; i < count; i += kLanes) {
       const int64_t left = 2 * (count - i) - 1;  // no value beyond the last one is touched
       const Vec low = load_f32(source + 2 * i, std::min(left, kLanes));
-      const Vec high = left > kLanes ? load_f32(source + 2 * i + kLanes, std::min(left - kLanes, kLanes))
-                                     : Vec(0.f);
+      const Vec high = left > kLanes
+                           ? load_f32(source + 2 * i + kLanes, std::min(left - kLanes, kLanes))
+                           : Vec(0.f);
       at::vec::deinterleave2(low, high).first.store(to + i, std::min(count - i, kLanes));
     }
   } else {
@@ -213,8 +216,8 @@ void pack_channel(const T* plane, float* copy, const ConvShape& s, const PanelLa
 // Sums of `Vecs` vectors of positions for `Rows` output channels. Every output is
 // one chain of fused multiply-adds in the order of the steps.
 template <int Rows, int Vecs>
-void micro_kernel(const Step* step, const Step* end, const float* panel,
-                  const float* const* weight, float* sums) {
+void micro_kernel(const Step* step, const Step* end, const float* panel, const float* const* weight,
+                  float* sums) {
   Vec acc[Rows][Vecs];
   const float* row[Rows];
   COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
@@ -283,7 +286,7 @@ void run_tile(const Tile<T>& tile, const Step* step, const Step* end, const floa
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = vectors * i / runs, length = vectors * (i + 1) / runs - first;
     kKernels[(tile.rows - 1) * Vecs + length - 1](step, end, panel + first * kLanes,
-                                                   tile.weight.data(), sums);
+                                                  tile.weight.data(), sums);
     for (int64_t r = 0; r < tile.rows; ++r) {
       for (int64_t v = 0; v < length; ++v) {
         const int64_t at = (first + v) * kLanes, n = std::min(kLanes, positions - at);
@@ -366,8 +369,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
     }
   }
   const int64_t total = static_cast<int64_t>(panels.size());
-  const int64_t fitting = at::get_num_threads() * kGroupFloats /
-                          std::max<int64_t>(1, panel_floats);
+  const int64_t fitting = at::get_num_threads() * kGroupFloats / std::max<int64_t>(1, panel_floats);
   const int64_t group = std::clamp<int64_t>(fitting, 1, total);
   const at::Tensor workspace = at::empty({group * panel_floats}, at::kFloat);
   float* const packed = workspace.mutable_data_ptr<float>();
@@ -421,15 +423,15 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
       for (int64_t r = 0; r < task.count; ++r) {
         const int64_t slot = task.first + r, channel = p.out.channel(n, slot);
         const int64_t to = p.compact_output > 0 ? slot : channel;
-        tile.weight[r] = fp32_row(w + channel * weight.stride(0), step, end,
-                                  scratch.data() + r * row_extent);
+        tile.weight[r] =
+            fp32_row(w + channel * weight.stride(0), step, end, scratch.data() + r * row_extent);
         tile.output[r] = out + (n * p.output_channels() + to) * out_plane + offset;
         tile.residual[r] =
             residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
         tile.bias[r] = bias ? bias[channel] : 0.f;
       }
-      run_tile<kRows, kVecs>(tile, step, end, packed + task.panel * panel_floats, panel.rows * s.out_width, p.low,
-               p.high);
+      run_tile<kRows, kVecs>(tile, step, end, packed + task.panel * panel_floats,
+                             panel.rows * s.out_width, p.low, p.high);
     });
   }
   return output;
@@ -459,7 +461,7 @@ at::Tensor gated_depthwise(const Problem& p, const at::Tensor& input, const at::
     std::vector<float> panel(layout.channel), scratch(layout.taps.back().weight + 1);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / out_channels, place = i % out_channels;
-      const int64_t slot = p.compact_output == 0   ? out_slot[i]
+      const int64_t slot = p.compact_output == 0    ? out_slot[i]
                            : place < p.out.count(n) ? place
                                                     : -1;
       if (slot < 0) {
@@ -572,7 +574,8 @@ at::Tensor dense_conv(const Problem& p, const at::Tensor& input, const at::Tenso
                   input.options().memory_format(planes ? at::MemoryFormat::Contiguous : format));
     T* const to = x.mutable_data_ptr<T>();
     if (planes) {
-      masking.planes(source.const_data_ptr<T>(), p.compact_input ? source.size(1) : 0, nullptr, to, 0);
+      masking.planes(source.const_data_ptr<T>(), p.compact_input ? source.size(1) : 0, nullptr, to,
+                     0);
     } else {
       masking.pixels(source.const_data_ptr<T>(), nullptr, to);
     }
@@ -601,8 +604,9 @@ at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weig
   }
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());
   const bool depthwise = p.shape.groups > 1 && p.shape.in_channels == p.shape.groups;
-  const at::Tensor y = (depthwise ? &gated_depthwise<T> : &gated_conv<T>)(
-      p, input.contiguous(), rows ? weight : weight.contiguous());
+  const at::Tensor y =
+      (depthwise ? &gated_depthwise<T> : &gated_conv<T>)(p, input.contiguous(),
+                                                         rows ? weight : weight.contiguous());
   return y.contiguous(input.suggest_memory_format());
 }
 
@@ -661,8 +665,7 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
                      masked_input, compact_input, compact_output);
   }
   const int64_t in_channels = compact_input ? in_index.size(-1) : input.size(1);
-  const ConvShape shape =
-      conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
+  const ConvShape shape = conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
   const auto [low, high] = activation_range(activation);
   const Problem problem{shape,
                         Selection("in", in_index, in_count, shape.batch, shape.in_channels),
@@ -682,12 +685,12 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
   TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->numel() == shape.out_channels),
               "weight, bias: expected ", type, " and ", shape.out_channels, " values, got ",
               weight.scalar_type(), " and ", bias ? bias->numel() : shape.out_channels);
-  TORCH_CHECK(!residual || (residual->scalar_type() == type &&
-                            residual->sizes() == at::IntArrayRef({shape.batch, shape.out_channels,
-                                                                  shape.out_height,
-                                                                  shape.out_width})),
-              "residual: expected ", type, " of the dense output's size, got ",
-              residual->scalar_type(), " ", residual->sizes());
+  TORCH_CHECK(
+      !residual || (residual->scalar_type() == type &&
+                    residual->sizes() == at::IntArrayRef({shape.batch, shape.out_channels,
+                                                          shape.out_height, shape.out_width})),
+      "residual: expected ", type, " of the dense output's size, got ", residual->scalar_type(),
+      " ", residual->sizes());
   switch (type) {
     case at::kFloat:
       return run<float>(problem, input, weight);

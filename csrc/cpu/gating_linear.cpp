@@ -65,8 +65,8 @@ void dot_rows(const float* x, const T* const* weight, int64_t size, float* sums)
     }
   }
   COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
-    sums[r] = at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; },
-                                             acc[r][0] + acc[r][1]);
+    sums[r] =
+        at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, acc[r][0] + acc[r][1]);
   }
 }
 
@@ -241,14 +241,17 @@ at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
   TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) &&
                   weight.scalar_type() == type,
               "input, weight: expected [batch, in_features] and [out_features, in_features] of one "
-              "type, got ", type, " ", input.sizes(), " and ", weight.scalar_type(), " ",
-              weight.sizes());
+              "type, got ",
+              type, " ", input.sizes(), " and ", weight.scalar_type(), " ", weight.sizes());
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0),
               " values, got ", bias ? bias->numel() : 0);
   const auto [low, high] = activation_range(activation);
   const LinearProblem problem{Selection("in", in_index, in_count, input.size(0), weight.size(1)),
                               Selection("out", out_index, out_count, input.size(0), weight.size(0)),
-                              input.size(0), bias, low, high};
+                              input.size(0),
+                              bias,
+                              low,
+                              high};
   const at::Tensor x = input.contiguous();
   switch (type) {
     case at::kFloat:

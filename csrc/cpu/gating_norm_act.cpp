@@ -12,7 +12,6 @@
 // fp32, and the sums of the runs in fp64.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -28,7 +27,8 @@ namespace {
 
 constexpr int64_t kGrain = 32768;         // elements worth a thread of their own
 constexpr int64_t kRunElements = 1024;    // contiguous maps: elements reduced in fp32
-constexpr int64_t kRunRows = 64;          // channels_last: rows reduced in fp32
+constexpr int64_t kRunRows = 16;          // channels_last: rows reduced in fp32
+constexpr int64_t kPartRows = 64;         // channels_last: rows of a sample that one call takes
 constexpr int64_t kGroupBytes = 1 << 19;  // of input, kept in the second-level cache
 
 int64_t grain_of(int64_t size) { return 1 + kGrain / (size + 1); }
@@ -102,9 +102,7 @@ struct Sums {
     first = first + a;
     product = at::vec::fmadd(a, b, product);
   }
-  Sums operator+(const Sums& other) const {
-    return {first + other.first, product + other.product};
-  }
+  Sums operator+(const Sums& other) const { return {first + other.first, product + other.product}; }
 };
 
 // Sums of many runs, lane by lane in fp64.
@@ -138,7 +136,7 @@ struct Map {
 
 // Whether the channels of a pixel lie next to each other. (One-pixel maps do in both formats.)
 bool has_rows(const at::Tensor& t, const Map& map) {
-  return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast || map.size == 1;
+  return memory_format(t) == at::MemoryFormat::ChannelsLast || map.size == 1;
 }
 
 at::Tensor as_float(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
@@ -156,40 +154,44 @@ void for_channel_groups(const Map& map, int64_t element_size, F&& f) {
   });
 }
 
-// Runs f(part, first_row, last_row) over pieces of at most `length` pixels of one sample each.
-// Parts are numbered by sample, `ceil(size / length)` to a sample.
+// Runs f(part, first_row, last_row) over parts of at most kPartRows pixels of one sample each.
+// Parts are numbered by sample, ceil(size / kPartRows) to a sample.
 template <typename F>
-void for_sample_parts(const Map& map, int64_t length, F&& f) {
-  const int64_t parts = ceil_div(map.size, length);
-  const int64_t grain = grain_of(std::min(length, map.size) * map.channels);
+void for_sample_parts(const Map& map, F&& f) {
+  const int64_t parts = ceil_div(map.size, kPartRows);
+  const int64_t grain = grain_of(std::min(kPartRows, map.size) * map.channels);
   at::parallel_for(0, map.samples * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / parts, p = i % parts * length;
-      f(i, n * map.size + p, n * map.size + std::min(p + length, map.size));
+      const int64_t n = i / parts, p = i % parts * kPartRows;
+      f(i, n * map.size + p, n * map.size + std::min(p + kPartRows, map.size));
     }
   });
 }
 
 // ---- channels_last: sums over rows ----
 
-// Fills sums [parts, 2, C]: for each part of at most kRunRows rows of a sample, the sum of a and of
-// a * b, where term(i, c, rest...) gives the pair (a, b) of element i of channel c.
+// Sums [parts, 2, C]: for each part of at most kPartRows rows of a sample, the sum of a and of
+// a * b, where term(part, c, rest...)(i) is the pair (a, b) at element i, in channel c.
 template <typename F>
-std::vector<float> sum_parts(const Map& map, F&& term) {
+std::vector<double> sum_parts(const Map& map, F&& term) {
   const int64_t channels = map.channels;
-  std::vector<float> sums(map.samples * ceil_div(map.size, kRunRows) * 2 * channels);
-  for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
-    float* out = sums.data() + part * 2 * channels;
+  std::vector<double> sums(map.samples * ceil_div(map.size, kPartRows) * 2 * channels);
+  for_sample_parts(map, [&](int64_t part, int64_t begin, int64_t end) {
+    double* out = sums.data() + part * 2 * channels;
     for_vectors(channels, [&](int64_t c, auto... rest) {
-      const auto term_of = term(part, c, rest...);
-      Sums run[kParts];
-      in_parts<1>(end - begin, [&](int j, int64_t row) {
-        const auto [a, b] = term_of((begin + row) * channels + c);
-        run[j].add(a, b);
-      });
-      const Sums all = sum_of_parts(run);
-      store_f32(out + c, all.first, rest...);
-      store_f32(out + channels + c, all.product, rest...);
+      const auto pair_at = term(part, c, rest...);
+      WideSums wide;
+      for (int64_t row = begin; row < end; row += kRunRows) {
+        Sums run[kParts];
+        in_parts<1>(std::min(kRunRows, end - row), [&](int j, int64_t i) {
+          const auto [a, b] = pair_at((row + i) * channels + c);
+          run[j].add(a, b);
+        });
+        wide.add(sum_of_parts(run));
+      }
+      const int64_t lanes = std::min(kLanes, channels - c);
+      std::copy_n(wide.first, lanes, out + c);
+      std::copy_n(wide.product, lanes, out + channels + c);
     });
   });
   return sums;
@@ -197,12 +199,12 @@ std::vector<float> sum_parts(const Map& map, F&& term) {
 
 // Calls f(c, sum of a, sum of a * b) for each channel.
 template <typename F>
-void reduce_parts(const std::vector<float>& sums, int64_t channels, F&& f) {
+void reduce_parts(const std::vector<double>& sums, int64_t channels, F&& f) {
   const int64_t parts = static_cast<int64_t>(sums.size()) / (2 * channels);
   at::parallel_for(0, channels, grain_of(2 * parts), [&](int64_t begin, int64_t end) {
     std::vector<double> first(end - begin), product(end - begin);
     for (int64_t i = 0; i < parts; ++i) {
-      const float* part = sums.data() + i * 2 * channels;
+      const double* part = sums.data() + i * 2 * channels;
       for (int64_t c = begin; c < end; ++c) {
         first[c - begin] += part[c];
         product[c - begin] += part[channels + c];
@@ -360,16 +362,16 @@ std::vector<float> keep_words(const bool* mask, const Map& map) {
 }
 
 template <typename Act, bool kResidual, typename T>
-void forward_planes(const T* x, const T* residual, const bool* mask, const Map& map,
-                    bool training, Normaliser& norm, T* y, float* peak) {
+void forward_planes(const T* x, const T* residual, const bool* mask, const Map& map, bool training,
+                    Normaliser& norm, T* y, float* peak) {
   for_channel_groups(map, sizeof(T), [&](int64_t c0, int64_t c1) {
     if (training) group_moments(x, map, c0, c1, norm);
     for (int64_t n = 0; n < map.samples; ++n) {
       for (int64_t c = c0; c < c1; ++c) {
         const int64_t i = n * map.channels + c, at = map.plane(n, c);
-        peak[i] = norm_act_plane<Act, kResidual>(
-            x + at, kResidual ? residual + at : nullptr, y + at, map.size, !mask || mask[i],
-            norm.mean[c], norm.scale[c], norm.shift[c]);
+        peak[i] = norm_act_plane<Act, kResidual>(x + at, kResidual ? residual + at : nullptr,
+                                                 y + at, map.size, !mask || mask[i], norm.mean[c],
+                                                 norm.scale[c], norm.shift[c]);
       }
     }
   });
@@ -379,17 +381,16 @@ template <typename Act, bool kResidual, typename T>
 void forward_rows(const T* x, const T* residual, const bool* mask, const Map& map, bool training,
                   Normaliser& norm, T* y, float* peak) {
   constexpr int64_t kTile = 8;  // rows that share a load of the parameters
-  const int64_t channels = map.channels, parts = ceil_div(map.size, kRunRows);
+  const int64_t channels = map.channels, parts = ceil_div(map.size, kPartRows);
   if (training) row_moments(x, map, norm);
   const std::vector<float> keep = keep_words(mask, map);
   std::vector<float> peaks(map.samples * parts * channels, 0.0f);
-  for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
+  for_sample_parts(map, [&](int64_t part, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; r += kTile) {
       const int64_t at = r * channels;
-      norm_act_rows<Act, kResidual>(x + at, kResidual ? residual + at : nullptr, y + at,
-                                    std::min(kTile, end - r), channels,
-                                    keep.data() + part / parts * channels, norm,
-                                    peaks.data() + part * channels);
+      norm_act_rows<Act, kResidual>(
+          x + at, kResidual ? residual + at : nullptr, y + at, std::min(kTile, end - r), channels,
+          keep.data() + part / parts * channels, norm, peaks.data() + part * channels);
     }
   });
   for (int64_t n = 0; n < map.samples; ++n) {
@@ -406,8 +407,8 @@ void forward_rows(const T* x, const T* residual, const bool* mask, const Map& ma
 // The mask as contiguous bool, or an undefined tensor.
 at::Tensor as_mask(const char* op, const std::optional<at::Tensor>& mask, const at::Tensor& input) {
   if (!mask) return {};
-  TORCH_CHECK(mask->sizes() == input.sizes().slice(0, 2), op, ": mask must be [N, C] = ",
-              input.sizes().slice(0, 2), ", got ", mask->sizes());
+  TORCH_CHECK(mask->sizes() == input.sizes().slice(0, 2), op,
+              ": mask must be [N, C] = ", input.sizes().slice(0, 2), ", got ", mask->sizes());
   return mask->to(at::kBool).contiguous();
 }
 
@@ -421,7 +422,7 @@ at::Tensor as_input(const char* op, const char* name, const at::Tensor& t,
                     const at::Tensor& input) {
   TORCH_CHECK(t.sizes() == input.sizes(), op, ": ", name, " must have input's shape ",
               input.sizes(), ", got ", t.sizes());
-  return t.to(input.scalar_type()).contiguous(input.suggest_memory_format());
+  return t.to(input.scalar_type()).contiguous(memory_format(input));
 }
 
 }  // namespace
@@ -440,7 +441,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
   const Map map(input);
   check_channels(kOp, "weight", weight, map.channels);
   check_channels(kOp, "bias", bias, map.channels);
-  const at::Tensor x = input.contiguous(input.suggest_memory_format());
+  const at::Tensor x = input.contiguous(memory_format(input));
   const at::Tensor w = as_float(weight), b = as_float(bias), m = as_mask(kOp, mask, input);
   const at::Tensor r = residual ? as_input(kOp, "residual", *residual, x) : at::Tensor();
   at::Tensor mean = at::empty({map.channels}, w.options());
@@ -453,7 +454,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
     mean.copy_(*running_mean);
     var.copy_(*running_var);
   }
-  at::Tensor output = at::empty_like(x);
+  at::Tensor output = empty_like(x);
   at::Tensor peak = at::empty({map.samples, map.channels}, w.options());
   Normaliser norm(w, b, mean, var, eps);
   if (!training) norm.set_from_running();
@@ -463,8 +464,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
       using Act = decltype(act);
       const auto run = [&](auto kernel) {
         kernel(x.const_data_ptr<T>(), residual ? r.const_data_ptr<T>() : nullptr,
-               mask ? m.const_data_ptr<bool>() : nullptr, map, training, norm,
-               output.data_ptr<T>(), peak.data_ptr<float>());
+               mask ? m.const_data_ptr<bool>() : nullptr, map, training, norm, output.data_ptr<T>(),
+               peak.data_ptr<float>());
       };
       if (has_rows(x, map)) {
         residual ? run(forward_rows<Act, true, T>) : run(forward_rows<Act, false, T>);
@@ -587,7 +588,7 @@ void backward_planes(const Gradients<T>& g, const bool* mask, const Map& map, Ba
 
 template <typename Act, typename T>
 void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, Backward& f) {
-  const int64_t channels = map.channels, parts = ceil_div(map.size, kRunRows);
+  const int64_t channels = map.channels, parts = ceil_div(map.size, kPartRows);
   const std::vector<float> keep = keep_words(mask, map);
   const auto keep_of = [&](int64_t part) { return keep.data() + part / parts * channels; };
   const auto term = [&](int64_t part, int64_t c, auto... rest) {
@@ -600,7 +601,7 @@ void backward_rows(const Gradients<T>& g, const bool* mask, const Map& map, Back
   };
   reduce_parts(sum_parts(map, term), channels,
                [&](int64_t c, double sum, double product) { f.set(c, sum, product); });
-  for_sample_parts(map, kRunRows, [&](int64_t part, int64_t begin, int64_t end) {
+  for_sample_parts(map, [&](int64_t part, int64_t begin, int64_t end) {
     for_vectors(channels, [&](int64_t c, auto... rest) {
       const Vec keep_c = load_f32(keep_of(part) + c, rest...);
       const Vec mean_c = load_f32(f.mean + c, rest...);
@@ -633,12 +634,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act_backwa
   check_channels(kOp, "weight", weight, map.channels);
   check_channels(kOp, "mean", mean, map.channels);
   check_channels(kOp, "var", var, map.channels);
-  const at::Tensor x = input.contiguous(input.suggest_memory_format());
+  const at::Tensor x = input.contiguous(memory_format(input));
   const at::Tensor g = as_input(kOp, "grad", grad, x), y = as_input(kOp, "output", output, x);
   const at::Tensor w = as_float(weight), mu = as_float(mean), v = as_float(var);
   const at::Tensor m = as_mask(kOp, mask, input);
-  at::Tensor grad_input = at::empty_like(x);
-  at::Tensor grad_residual = residual ? at::empty_like(x) : at::empty({0}, x.options());
+  at::Tensor grad_input = empty_like(x);
+  at::Tensor grad_residual = residual ? empty_like(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({map.channels}, w.options());
   at::Tensor grad_bias = at::empty({map.channels}, w.options());
   Backward factors(w, mu, v, eps, training, map.rows(), grad_weight, grad_bias);

@@ -34,8 +34,8 @@ class Selection {
       for (int64_t j = 0; j < active; ++j) {
         const int64_t low = j > 0 ? channel(n, j - 1) + 1 : 0;
         TORCH_CHECK(channel(n, j) >= low && channel(n, j) < channels, name,
-                    "_index: expected ascending channels below ", channels, ", got ",
-                    channel(n, j), " at slot ", j, " of sample ", n);
+                    "_index: expected ascending channels below ", channels, ", got ", channel(n, j),
+                    " at slot ", j, " of sample ", n);
       }
       most_ = std::max(most_, active);
       total_ += active;
@@ -46,9 +46,7 @@ class Selection {
   int64_t most() const { return most_; }    // active channels of the fullest sample
   int64_t total() const { return total_; }  // active channels of all samples
   int64_t count(int64_t n) const { return active_[n]; }
-  int64_t channel(int64_t n, int64_t slot) const {
-    return channel_of_[n * channels_ + slot];
-  }
+  int64_t channel(int64_t n, int64_t slot) const { return channel_of_[n * channels_ + slot]; }
 
   // The first slot of sample n that holds `channel` or a higher one.
   int64_t first_slot(int64_t n, int64_t channel) const {

@@ -9,7 +9,7 @@
 #define COFIRE_TEXT(a) COFIRE_TEXT_(a)
 
 PyMODINIT_FUNC COFIRE_JOIN(PyInit_, TORCH_EXTENSION_NAME)() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, COFIRE_TEXT(TORCH_EXTENSION_NAME), nullptr, -1,
-                               nullptr};
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, COFIRE_TEXT(TORCH_EXTENSION_NAME), nullptr,
+                               -1, nullptr};
   return PyModule_Create(&module);
 }

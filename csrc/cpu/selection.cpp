@@ -28,6 +28,4 @@ std::tuple<at::Tensor, at::Tensor> compact(const at::Tensor& mask) {
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
-TORCH_LIBRARY_IMPL(cofire, CPU, m) {
-  m.impl("compact", &cofire::compact);
-}
+TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("compact", &cofire::compact); }

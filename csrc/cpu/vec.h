@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstdint>
@@ -75,7 +76,19 @@ inline float reduce_max(const Vec& v) {
 // The types that kernels read and write.
 inline bool covered(const at::Tensor& t) {
   return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 ||
-      t.scalar_type() == at::kHalf;
+         t.scalar_type() == at::kHalf;
+}
+
+// The format that convolution-like operators keep. A tensor in both counts as contiguous.
+inline at::MemoryFormat memory_format(const at::Tensor& t) {
+  return !t.is_contiguous() && t.is_contiguous(at::MemoryFormat::ChannelsLast)
+             ? at::MemoryFormat::ChannelsLast
+             : at::MemoryFormat::Contiguous;
+}
+
+// Uninitialised, in t's shape, type and the format above.
+inline at::Tensor empty_like(const at::Tensor& t) {
+  return at::empty_like(t, t.options(), memory_format(t));
 }
 
 // Calls f(T{}) with the C++ type of a covered dtype.

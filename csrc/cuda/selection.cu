@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Selection primitives in CUDA C++, where warps must vote. No header, so that NVRTC and nvcc both take it.
+// Selection primitives in CUDA C++, where warps must vote. No header, so that NVRTC and nvcc both
+// take it.
 
-// Positions of the set entries of each row, ascending, then -1; and their number. One warp per row, any width.
+// Positions of the set entries of each row, ascending, then -1; and their number. One warp per row,
+// any width.
 //
-// A warp looks at 32 columns at a time: the ballot is their bitmap, and its popcount below a lane is the lane's rank.
-// The r-th set column goes to slot r, the r-th unset one puts its -1 into the r-th slot from the end, so that one pass
-// fills the row before its count is known.
+// A warp looks at 32 columns at a time: the ballot is their bitmap, and its popcount below a lane
+// is the lane's rank. The r-th set column goes to slot r, the r-th unset one puts its -1 into the
+// r-th slot from the end, so that one pass fills the row before its count is known.
 extern "C" __global__ void __launch_bounds__(256)
     compact_forward_kernel(const unsigned char* __restrict__ mask, int* __restrict__ index,
                            int* __restrict__ count, long long rows, long long columns) {

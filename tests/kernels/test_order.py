@@ -14,8 +14,7 @@ from cofire_kernels.selection.order import key_column, key_value, sort_descendin
 
 
 @triton.jit
-def order_kernel(value_ptr, column_ptr, ordered_ptr, columns, SORT: tl.constexpr, BLOCK_C: tl.constexpr):  # type:
-ignore[no-untyped-def]
+def order_kernel(value_ptr, column_ptr, ordered_ptr, columns, SORT: tl.constexpr, BLOCK_C: tl.constexpr):
     lane = tl.arange(0, BLOCK_C)
     inside = lane < columns
     key = sort_keys(tl.load(value_ptr + lane, mask=inside, other=0), lane, inside)
