@@ -225,7 +225,7 @@ at::Tensor channel_pool_backward(const at::Tensor& grad, const at::Tensor& input
               grad.sizes());
   const at::Tensor g = grad.contiguous();
   const at::Tensor x = input.contiguous(memory_format(input));
-  at::Tensor out = empty_like(x);
+  at::Tensor out = empty_map(x);
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T* g_data = g.const_data_ptr<T>();

@@ -454,7 +454,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act(
     mean.copy_(*running_mean);
     var.copy_(*running_var);
   }
-  at::Tensor output = empty_like(x);
+  at::Tensor output = empty_map(x);
   at::Tensor peak = at::empty({map.samples, map.channels}, w.options());
   Normaliser norm(w, b, mean, var, eps);
   if (!training) norm.set_from_running();
@@ -638,8 +638,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> gated_norm_act_backwa
   const at::Tensor g = as_input(kOp, "grad", grad, x), y = as_input(kOp, "output", output, x);
   const at::Tensor w = as_float(weight), mu = as_float(mean), v = as_float(var);
   const at::Tensor m = as_mask(kOp, mask, input);
-  at::Tensor grad_input = empty_like(x);
-  at::Tensor grad_residual = residual ? empty_like(x) : at::empty({0}, x.options());
+  at::Tensor grad_input = empty_map(x);
+  at::Tensor grad_residual = residual ? empty_map(x) : at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({map.channels}, w.options());
   at::Tensor grad_bias = at::empty({map.channels}, w.options());
   Backward factors(w, mu, v, eps, training, map.rows(), grad_weight, grad_bias);

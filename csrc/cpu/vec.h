@@ -87,7 +87,7 @@ inline at::MemoryFormat memory_format(const at::Tensor& t) {
 }
 
 // Uninitialised, in t's shape, type and the format above.
-inline at::Tensor empty_like(const at::Tensor& t) {
+inline at::Tensor empty_map(const at::Tensor& t) {
   return at::empty_like(t, t.options(), memory_format(t));
 }
 

@@ -97,7 +97,8 @@ def _facts(kernel: Any) -> dict[str, Any]:
         facts |= {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]}
         facts |= {"wgmma": "wgmma.mma_async" in ptx, "vector_loads": VECTOR_LOAD.search(ptx) is not None}
     else:
-        spills = re.findall(r"\.(?:s|v)gpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
+        # scalar registers spill into lanes of vector registers: only vector registers spill into memory
+        spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
         facts |= {"spills": sum(map(int, spills))}
     return facts
 
