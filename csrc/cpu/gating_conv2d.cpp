@@ -597,9 +597,20 @@ at::Tensor dense_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   return y.contiguous(format);
 }
 
+// The share of the dense multiply-adds that the masks leave.
+double kept_share(const Problem& p) {
+  const ConvShape& s = p.shape;
+  double pairs = 0.0;
+  for (int64_t n = 0; n < s.batch; ++n) {
+    pairs += static_cast<double>(p.in.count(n)) * static_cast<double>(p.out.count(n));
+  }
+  const double all = static_cast<double>(s.batch) * s.in_channels * s.out_channels;
+  return all > 0 ? pairs / all : 0.0;
+}
+
 template <typename T>
 at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
-  if (!prefer_gated(p.shape, 0, at::get_num_threads(), sizeof(T))) {
+  if (!prefer_gated_conv2d(p.shape.in_channels, p.shape.groups, kept_share(p))) {
     return dense_conv<T>(p, input, weight);
   }
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());

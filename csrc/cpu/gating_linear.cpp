@@ -210,7 +210,7 @@ at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor
   const bool columns = any_weight.stride(0) == 1 && any_weight.stride(1) != 1;
   const at::Tensor weight =
       columns || any_weight.stride(1) == 1 ? any_weight : any_weight.contiguous();
-  if (!prefer_gated_linear(p.batch, columns ? p.in.most() : p.out.most(), 0)) {
+  if (!prefer_gated_linear(p.batch)) {
     return dense_linear<T>(p, input, weight);
   }
   const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();

@@ -514,7 +514,7 @@ LINEARS = [
     *(_linear(batch, (0.5, 0.5), dtype) for batch in (8, 32, 256) for dtype in (FLOAT, HALF)),
     _linear(1, (0.1, 0.1), cold=(1,)),
     _linear(1, (1, 1), cold=(1,)),
-    _linear(32, (1, 1)),
+    _linear(32, (1, 1), gradients=(0, 1, 2)),
 ]
 
 # ------------------------------------------------------------------------------------------- gated_norm_act
@@ -728,7 +728,7 @@ def _head(batch: int, ins: int, outs: int, **options: Any) -> Case:
 
 GATES = [
     _pool((128, 256, 16, 16), "max", quick=True, overhead=True),
-    _pool((128, 256, 16, 16), "avg"),
+    _pool((128, 256, 16, 16), "avg", gradients=(0,)),
     _pool((128, 256, 16, 16), "max", HALF),
     _pool((8, 256, 14, 14), "max"),
     _pool((1, 512, 4, 4), "max"),
