@@ -690,9 +690,9 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
                         compact_output};
   TORCH_CHECK(!compact_input || problem.in.most() <= input.size(1), "input: expected at least ",
               problem.in.most(), " compact channels, got ", input.sizes());
-  TORCH_CHECK(compact_output == 0 || problem.out.most() <= compact_output,
-              "compact_output: expected at least ", problem.out.most(), " slots, got ",
-              compact_output);
+  TORCH_CHECK_VALUE(compact_output == 0 || problem.out.most() <= compact_output,
+                    "gated_conv2d: compact_output must hold every sample's channels (",
+                    problem.out.most(), "), got ", compact_output);
   TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->numel() == shape.out_channels),
               "weight, bias: expected ", type, " and ", shape.out_channels, " values, got ",
               weight.scalar_type(), " and ", bias ? bias->numel() : shape.out_channels);

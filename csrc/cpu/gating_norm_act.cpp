@@ -26,7 +26,7 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 constexpr int64_t kGrain = 32768;         // elements worth a thread of their own
-constexpr int64_t kRunElements = 1024;    // contiguous maps: elements reduced in fp32
+constexpr int64_t kRunElements = 256;     // contiguous maps: elements reduced in fp32
 constexpr int64_t kRunRows = 16;          // channels_last: rows reduced in fp32
 constexpr int64_t kPartRows = 64;         // channels_last: rows of a sample that one call takes
 constexpr int64_t kGroupBytes = 1 << 19;  // of input, kept in the second-level cache
@@ -255,6 +255,13 @@ struct Normaliser {
   double eps_;
 };
 
+// A pivot in the input's own type makes the deviations of 16-bit data exact; their rounding would
+// not be random.
+template <typename T>
+float rounded(float pivot) {
+  return static_cast<float>(static_cast<T>(pivot));
+}
+
 // Moments of channels [c0, c1) of a contiguous map.
 template <typename T>
 void group_moments(const T* x, const Map& map, int64_t c0, int64_t c1, Normaliser& norm) {
@@ -264,7 +271,7 @@ void group_moments(const T* x, const Map& map, int64_t c0, int64_t c1, Normalise
   for (int64_t c = c0; c < c1; ++c) {
     Vec sum(0.0f);
     for (int64_t n = 0; n < map.samples; ++n) sum = sum + load_f32(x + map.plane(n, c), head);
-    pivot[c - c0] = reduce_add(sum) / static_cast<float>(map.samples * head);
+    pivot[c - c0] = rounded<T>(reduce_add(sum) / static_cast<float>(map.samples * head));
   }
   for (int64_t n = 0; n < map.samples; ++n) {
     for (int64_t c = c0; c < c1; ++c) {
@@ -300,6 +307,7 @@ void row_moments(const T* x, const Map& map, Normaliser& norm) {
     }
     store_f32(pivot.data() + c, sum / Vec(static_cast<float>(heads)), rest...);
   });
+  for (float& p : pivot) p = rounded<T>(p);
   const auto deviation = [&](int64_t, int64_t c, auto... rest) {
     return [=, pivot_c = load_f32(pivot.data() + c, rest...)](int64_t i) {
       const Vec d = load_f32(x + i, rest...) - pivot_c;

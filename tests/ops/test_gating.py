@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cofire import ops
+from cofire import native, ops
 from cofire.ops import gating
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
@@ -955,6 +955,19 @@ REFUSALS = [
 @pytest.mark.parametrize("check", refusals(REFUSALS))
 def test_refusal(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize("bad", [99, "one too far", -1])
+@pytest.mark.parametrize("which", ["in_index", "out_index"])
+@pytest.mark.parametrize("call", [refuse_conv, refuse_linear], ids=["gated_conv2d", "gated_linear"])
+def test_an_index_outside_is_an_error_and_no_stray_access(call: Any, which: str, bad: int | str) -> None:
+    channels = {"in_index": 4, "out_index": 6}[which]
+    if bad == "one too far" and native.STATUS.variant is None:
+        pytest.skip("the reference has a column of its own for it, and drops it")
+    index = torch.zeros(2, channels, dtype=torch.int32)
+    index[1, 0] = channels if isinstance(bad, str) else bad
+    with pytest.raises(RuntimeError, match="index"):
+        call(**{which: index})()
 
 
 # ------------------------------------------------------------------------------------- golden vectors and laws
