@@ -11,7 +11,6 @@
 #include <optional>
 #include <vector>
 
-#include "../gating_plan.h"
 #include "gating_selection.h"
 #include "vec.h"
 
@@ -133,7 +132,8 @@ void run_columns(const LinearProblem& p, const float* x, const T* weight, int64_
       std::fill(next.begin(), next.end(), 0);
       for (int64_t block = 0; block < in; block += kBlock) {
         for (int64_t n = 0; n < p.batch; ++n) {
-          float* const acc = sums.data() + n * kStrip;
+          // A block is summed by itself: shorter chains, smaller rounding errors.
+          float acc[kStrip] = {};
           int64_t& slot = next[n];
           while (slot < p.in.count(n) && p.in.channel(n, slot) < block + kBlock) {
             // Missing columns of the last few repeat the first, times zero.
@@ -159,6 +159,7 @@ void run_columns(const LinearProblem& p, const float* x, const T* weight, int64_
               v.store(acc + o);
             }
           }
+          for (int64_t o = 0; o < kStrip; ++o) sums[n * kStrip + o] += acc[o];
         }
       }
       for (int64_t n = 0; n < p.batch; ++n) {
@@ -210,7 +211,11 @@ at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor
   const bool columns = any_weight.stride(0) == 1 && any_weight.stride(1) != 1;
   const at::Tensor weight =
       columns || any_weight.stride(1) == 1 ? any_weight : any_weight.contiguous();
-  if (!prefer_gated_linear(p.batch)) {
+  const Selection& kept = columns ? p.in : p.out;
+  const double size = static_cast<double>(std::max<int64_t>(1, kept.channels()));
+  const bool enough = linear_skips_enough(p.batch, static_cast<double>(kept.total()) / size,
+                                          static_cast<double>(kept.touched()) / size, columns);
+  if (!prefer_gated_linear(p.batch) || !enough || (!std::is_same_v<T, float> && has_amx())) {
     return dense_linear<T>(p, input, weight);
   }
   const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();

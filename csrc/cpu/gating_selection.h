@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arguments that the gated operators share, checked: which channels a gate
-// kept, and the activation.
+// What the gated operators share: the channels a gate kept, checked; the
+// activation; and what the dispatch rule asks about the type and the machine.
 #pragma once
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "../gating_plan.h"
 #include "vec.h"
 
 namespace cofire {
@@ -54,6 +55,15 @@ class Selection {
     return std::lower_bound(begin, begin + count(n), channel) - begin;
   }
 
+  // Channels that any sample keeps.
+  int64_t touched() const {
+    std::vector<bool> kept(channels_);
+    for (int64_t n = 0; n < count_.numel(); ++n) {
+      for (int64_t j = 0; j < count(n); ++j) kept[channel(n, j)] = true;
+    }
+    return std::count(kept.begin(), kept.end(), true);
+  }
+
   // For every (sample, channel) its slot, or -1 where the channel is off.
   std::vector<int32_t> slots() const {
     std::vector<int32_t> slot(count_.numel() * channels_, -1);
@@ -70,6 +80,15 @@ class Selection {
   const int32_t *channel_of_, *active_;
   int64_t channels_, most_ = 0, total_ = 0;
 };
+
+// Whether the library can multiply 16-bit types on AMX tiles.
+inline bool has_amx() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  return __builtin_cpu_supports("amx-tile");
+#else
+  return false;
+#endif
+}
 
 // Every activation is a clamp: its bounds.
 inline std::pair<float, float> activation_range(c10::string_view name) {
