@@ -15,9 +15,10 @@ struct ConvShape {
   bool depthwise() const { return groups > 1 && groups == in_channels; }
 };
 
-// The share of the dense multiply-adds below which the gated convolution wins. Per multiply-add it
-// reaches 0.7 to 0.9 of the speed of the library's dense convolution (fp32, AVX-512, 2 threads:
-// 0.72 at 256x256 3x3 @14x14, 0.9 at 64x64 3x3 @56x56, 0.75 at 128x128 3x3 stride 2 @28x28).
+// The share of the dense multiply-adds below which the gated convolution wins. Preliminary: from
+// the fastest of some 40 calls on a loaded machine (fp32, AVX-512, 2 threads), to be repeated on a
+// quiet one. Per multiply-add it reached 0.7 to 0.9 of the speed of the library's dense
+// convolution.
 constexpr double kConvBreakEven = 0.7;
 
 // A depthwise convolution moves bytes rather than multiplying: ours is ahead even with every
@@ -49,8 +50,8 @@ inline double gated_conv2d_factor(const ConvShape& s, int64_t lanes, bool channe
 }
 
 // Up to this many samples a linear layer is bound by the bytes of its weight, and each sample reads
-// its own; from there on the library's GEMM, which reads the weight once, is ahead (4096x4096: at
-// 8 samples 2.3x dense with half of the outputs kept, at 32 samples no gain).
+// its own; from there on the library's GEMM reads the weight once. Preliminary: on one thread half
+// of the outputs kept gave 1.95x dense at 8 samples and no gain from 16, at 4096x4096.
 constexpr int64_t kLinearSamples = 8;
 
 inline bool prefer_gated_linear(int64_t batch) { return batch <= kLinearSamples; }
