@@ -7,8 +7,6 @@
 #include <string>
 #include <vector>
 
-#include "gating_plan.h"
-
 namespace py = pybind11;
 
 namespace {
@@ -51,10 +49,5 @@ std::vector<std::string> cpu_features() {
 
 PYBIND11_MODULE(_host, m) {
   m.def("build", &build, "Compiler, torch version and CPU variants of this build.");
-  m.def("prefer_gated_conv2d", &cofire::prefer_gated_conv2d, py::arg("in_channels"),
-        py::arg("groups"), py::arg("kept"),
-        "Whether the CPU computes a convolution channel by channel.");
-  m.def("prefer_gated_linear", &cofire::prefer_gated_linear, py::arg("batch"),
-        "Whether the CPU computes a linear layer sample by sample.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that kernels care about.");
 }

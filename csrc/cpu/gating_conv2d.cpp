@@ -44,6 +44,9 @@ constexpr int64_t kLine = 64 / sizeof(float);  // floats of a cache line
 // a thread works on about this many floats of panels at a time.
 constexpr int64_t kPanelFloats = 512 * 1024 / sizeof(float);
 constexpr int64_t kGroupFloats = 2 * kPanelFloats;
+// A panel that several threads use exists in so many copies: half of 256x256 3x3 @14x14, one
+// sample, two threads: 0.237 ms instead of 0.286 where each reads what the other has packed.
+constexpr int64_t kCopies = 2;
 // But no panel has fewer positions than this (14 x 14, say), if the plane has them.
 constexpr int64_t kPanelPositions = 192;
 // A depthwise panel, one channel, stays in the L1 cache.
@@ -67,17 +70,16 @@ struct Problem {
 
 // Work that is split over the threads in contiguous ranges, so that a thread
 // comes back to what it packed, and evened out by stealing, so that an unequal
-// split or a busy core costs little. What a task writes depends on its index
-// alone: the result is the same for any number of threads.
+// split or a busy core costs little. run(task, worker): what a task writes depends
+// on its index alone, so the result is the same for any number of threads.
 template <typename F>
-void for_each_task(int64_t tasks, const F& run) {
+void for_each_task(int64_t tasks, int64_t workers, const F& run) {
   struct alignas(64) Range {
     std::atomic<int64_t> next;
     int64_t end;
   };
-  const int64_t workers = std::min<int64_t>(at::get_num_threads(), tasks);
   if (workers <= 1) {
-    for (int64_t i = 0; i < tasks; ++i) run(i);
+    for (int64_t i = 0; i < tasks; ++i) run(i, 0);
     return;
   }
   std::vector<Range> ranges(workers);
@@ -90,7 +92,7 @@ void for_each_task(int64_t tasks, const F& run) {
       for (int64_t victim = 0; victim < workers; ++victim) {
         Range& range = ranges[(t + victim) % workers];
         for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
-          run(i);
+          run(i, t);
         }
       }
     }
@@ -112,8 +114,10 @@ struct PanelLayout {
   std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
   std::vector<Step> taps;       // every tap in a packed channel and in a weight's channel
 
-  // For panels of `channels` channels in about `size` floats.
-  PanelLayout(const ConvShape& s, int64_t channels, int64_t size, const at::Tensor& weight) {
+  // For panels of `channels` channels in about `size` floats, and a sample's planes shared by so
+  // many threads.
+  PanelLayout(const ConvShape& s, int64_t channels, int64_t size, int64_t sharers,
+              const at::Tensor& weight) {
     std::vector<int64_t> phase_of(s.kernel[0]);
     int64_t last_row = 0;
     for (int64_t a = 0; a < s.kernel[0]; ++a) {
@@ -126,8 +130,13 @@ struct PanelLayout {
     const int64_t copies = static_cast<int64_t>(phases.size()) * s.kernel[1];
     const int64_t fitting = size / std::max<int64_t>(1, channels * copies * s.out_width) - last_row;
     const int64_t fewest = (kPanelPositions + s.out_width - 1) / s.out_width;
-    const int64_t most_rows = std::min(std::max(fitting, fewest), s.out_height);
-    const int64_t chunks = (s.out_height + most_rows - 1) / most_rows;
+    // A thread that packs its own rows waits for nobody: 32x32 3x3 @32x32, one sample, half of the
+    // channels kept, two threads: 0.038 ms instead of 0.061.
+    const int64_t share = (s.out_height + sharers - 1) / sharers;
+    const int64_t most_rows = std::min(std::max(std::min(fitting, share), fewest), s.out_height);
+    int64_t chunks = (s.out_height + most_rows - 1) / most_rows;
+    if (chunks > sharers)
+      chunks = std::min((chunks + sharers - 1) / sharers * sharers, s.out_height);
     rows = (s.out_height + chunks - 1) / chunks;
     copy_rows = rows + last_row;
     // One vector of slack: the last vector of positions may read past its end.
@@ -249,24 +258,13 @@ void micro_kernel(const Step* step, const Step* end, const float* panel, const f
   }
 }
 
-// A weight row as the micro-kernel wants it: fp32 as it lies, other types widened
-// into `scratch` at the same offsets, and only where a step reads.
-const float* fp32_row(const float* row, const Step*, const Step*, int64_t, float*) { return row; }
+// A weight row as the micro-kernel wants it: fp32 as it lies, other types widened into `scratch`.
+// The whole row: value by value, only where a step reads, took ten times as long.
+const float* fp32_row(const float* row, int64_t, float*) { return row; }
 
 template <typename T>
-const float* fp32_row(const T* row, const Step* step, const Step* end, int64_t taps,
-                      float* scratch) {
-  // The taps of a channel lie side by side unless the weight is channels last.
-  const bool together = step != end && step[taps - 1].weight - step->weight == taps - 1;
-  for (; step != end; step += taps) {
-    if (together) {
-      copy_f32(row + step->weight, 1, scratch + step->weight, taps);
-    } else {
-      for (int64_t t = 0; t < taps; ++t) {
-        scratch[step[t].weight] = static_cast<float>(row[step[t].weight]);
-      }
-    }
-  }
+const float* fp32_row(const T* row, int64_t size, float* scratch) {
+  copy_f32(row, 1, scratch, size);
   return scratch;
 }
 
@@ -377,7 +375,9 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   const ConvShape& s = p.shape;
   const at::Tensor output = at::empty(p.output_size(), input.options());
   const int64_t most_inputs = p.in.most();
-  const PanelLayout layout(s, most_inputs, kPanelFloats, weight);
+  const int64_t threads = at::get_num_threads();
+  const int64_t sharers = std::max<int64_t>(1, threads / std::max<int64_t>(1, s.batch));
+  const PanelLayout layout(s, most_inputs, kPanelFloats, sharers, weight);
   const int64_t taps = static_cast<int64_t>(layout.taps.size());
   const int64_t panel_floats = most_inputs * layout.channel;
   const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
@@ -390,9 +390,11 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
     }
   }
   const int64_t total = static_cast<int64_t>(panels.size());
-  const int64_t fitting = at::get_num_threads() * kGroupFloats / std::max<int64_t>(1, panel_floats);
-  const int64_t group = std::clamp<int64_t>(fitting, 1, total);
-  const at::Tensor workspace = at::empty({group * panel_floats}, at::kFloat);
+  const int64_t fitting = threads * kGroupFloats / std::max<int64_t>(1, panel_floats);
+  int64_t group = std::clamp<int64_t>(fitting, 1, total);
+  if (group > threads) group -= group % threads;
+  const int64_t copies = group < threads ? kCopies : 1;
+  const at::Tensor workspace = at::empty({copies * group * panel_floats}, at::kFloat);
   float* const packed = workspace.mutable_data_ptr<float>();
 
   const int64_t in_per_group = s.in_channels / s.groups;
@@ -414,14 +416,17 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
     for (int64_t i = 0; i < count; ++i) {
       append_tasks(p, panels[begin + i].sample, static_cast<int32_t>(i), tasks);
     }
-    for_each_task(count * most_inputs, [&](int64_t i) {
-      const int64_t which = i / most_inputs, j = i % most_inputs;
+    const int64_t slots = count * most_inputs;
+    for_each_task(copies * slots, threads, [&](int64_t task, int64_t) {
+      const int64_t i = task % slots, which = i / most_inputs, j = i % most_inputs;
       const Panel& panel = panels[begin + which];
       if (j >= p.in.count(panel.sample)) return;
       const int64_t channel = p.in.channel(panel.sample, j);
       const int64_t plane = panel.sample * in_channels + (p.compact_input ? j : channel);
-      pack_channel(in + plane * in_plane, packed + which * panel_floats + j * layout.channel, s,
+      float* const copy = packed + task / slots * count * panel_floats;
+      pack_channel(in + plane * in_plane, copy + which * panel_floats + j * layout.channel, s,
                    layout, panel.first_row);
+      if (copy != packed) return;  // the copies share their steps
       const auto in_panel = static_cast<int32_t>(j * layout.channel);
       const auto in_weight = static_cast<int32_t>(channel % in_per_group * weight.stride(1));
       for (int64_t t = 0; t < taps; ++t) {
@@ -429,7 +434,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
         steps[i * taps + t] = {in_panel + tap.panel, in_weight + tap.weight};
       }
     });
-    for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t i) {
+    for_each_task(static_cast<int64_t>(tasks.size()), threads, [&](int64_t i, int64_t worker) {
       const Task& task = tasks[i];
       const Panel& panel = panels[begin + task.panel];
       if (task.count == 0) return zero_inactive(p, panel, out);
@@ -444,14 +449,15 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
       for (int64_t r = 0; r < task.count; ++r) {
         const int64_t slot = task.first + r, channel = p.out.channel(n, slot);
         const int64_t to = p.compact_output > 0 ? slot : channel;
-        tile.weight[r] = fp32_row(w + channel * weight.stride(0), step, end, taps,
-                                  scratch.data() + r * row_extent);
+        tile.weight[r] =
+            fp32_row(w + channel * row_extent, row_extent, scratch.data() + r * row_extent);
         tile.output[r] = out + (n * p.output_channels() + to) * out_plane + offset;
         tile.residual[r] =
             residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
         tile.bias[r] = bias ? bias[channel] : 0.f;
       }
-      run_tile<kRows, kVecs>(tile, step, end, packed + task.panel * panel_floats,
+      const float* const copy = packed + worker * copies / threads * count * panel_floats;
+      run_tile<kRows, kVecs>(tile, step, end, copy + task.panel * panel_floats,
                              panel.rows * s.out_width, p.low, p.high);
     });
   }
@@ -463,7 +469,7 @@ template <typename T>
 at::Tensor gated_depthwise(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
   const ConvShape& s = p.shape;
   const at::Tensor output = at::empty(p.output_size(), input.options());
-  const PanelLayout layout(s, 1, kDepthwiseFloats, weight);
+  const PanelLayout layout(s, 1, kDepthwiseFloats, 1, weight);
   const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor dense_residual = p.residual ? p.residual->contiguous() : at::Tensor();
   const std::vector<int32_t> in_slot = p.in.slots(), out_slot = p.out.slots();
@@ -498,8 +504,7 @@ at::Tensor gated_depthwise(const Problem& p, const at::Tensor& input, const at::
       const Step* const step_end = source_slot < 0 ? step : step + taps;
       Tile<T> tile;
       tile.rows = 1;
-      tile.weight[0] =
-          fp32_row(w + channel * weight.stride(0), step, step_end, taps, scratch.data());
+      tile.weight[0] = fp32_row(w + channel * taps, taps, scratch.data());
       tile.bias[0] = bias ? bias[channel] : 0.f;
       for (int64_t row = 0; row < s.out_height; row += layout.rows) {
         const int64_t offset = row * s.out_width;
@@ -639,18 +644,22 @@ double kept_share(const Problem& p) {
   return all > 0 ? pairs / all : 0.0;
 }
 
-template <typename T>
-at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+// The largest share of the multiply-adds at which the gated kernel is chosen; 0: never.
+double break_even(const Problem& p, const at::Tensor& input) {
   const bool channels_last = input.suggest_memory_format() != at::MemoryFormat::Contiguous;
-  const bool half = !std::is_same_v<T, float>;
-  const ConvShape& s = p.shape;
+  const bool sixteen_bit = input.scalar_type() != at::kFloat;
   // Not offered: against AMX (not measured); depthwise on pixels, where the two
   // conversions cost more than the convolution (512 @14x14: 0.26 ms against 0.09 in the library).
-  const bool offered = offsets_fit(s) && !(half && has_amx()) && !(s.depthwise() && channels_last);
-  const double factor = gated_conv2d_factor(s, kLanes, channels_last, half);
-  if (!offered || !prefer_gated_conv2d(s.in_channels, s.groups, kept_share(p) * factor)) {
-    return dense_conv<T>(p, input, weight);
+  if (!offsets_fit(p.shape) || (sixteen_bit && has_amx()) ||
+      (p.shape.depthwise() && channels_last)) {
+    return 0.0;
   }
+  return gated_conv2d_break_even(p.shape, kLanes, channels_last, sixteen_bit);
+}
+
+template <typename T>
+at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
+  if (kept_share(p) > break_even(p, input)) return dense_conv<T>(p, input, weight);
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());
   const at::Tensor y = (p.shape.depthwise() ? &gated_depthwise<T>
                                             : &gated_conv<T>)(p, input.contiguous(),
@@ -696,6 +705,44 @@ ConvShape conv_shape(const at::Tensor& input, const at::Tensor& weight, int64_t 
   return s;
 }
 
+Problem make_problem(const at::Tensor& input, const at::Tensor& weight,
+                     const std::optional<at::Tensor>& bias,
+                     const std::optional<at::Tensor>& residual, const at::Tensor& in_index,
+                     const at::Tensor& in_count, const at::Tensor& out_index,
+                     const at::Tensor& out_count, at::IntArrayRef stride, at::IntArrayRef padding,
+                     at::IntArrayRef dilation, int64_t groups, c10::string_view activation,
+                     bool masked_input, bool compact_input, int64_t compact_output) {
+  const auto type = input.scalar_type();
+  const int64_t in_channels = compact_input ? in_index.size(-1) : input.size(1);
+  const ConvShape shape = conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
+  const auto [low, high] = activation_range(activation);
+  Problem problem{shape,
+                  Selection("in", in_index, in_count, shape.batch, shape.in_channels),
+                  Selection("out", out_index, out_count, shape.batch, shape.out_channels),
+                  bias,
+                  residual,
+                  low,
+                  high,
+                  masked_input,
+                  compact_input,
+                  compact_output};
+  TORCH_CHECK(!compact_input || problem.in.most() <= input.size(1), "input: expected at least ",
+              problem.in.most(), " compact channels, got ", input.sizes());
+  TORCH_CHECK_VALUE(compact_output == 0 || problem.out.most() <= compact_output,
+                    "gated_conv2d: compact_output must hold every sample's channels (",
+                    problem.out.most(), "), got ", compact_output);
+  TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->numel() == shape.out_channels),
+              "weight, bias: expected ", type, " and ", shape.out_channels, " values, got ",
+              weight.scalar_type(), " and ", bias ? bias->numel() : shape.out_channels);
+  TORCH_CHECK(
+      !residual || (residual->scalar_type() == type &&
+                    residual->sizes() == at::IntArrayRef({shape.batch, shape.out_channels,
+                                                          shape.out_height, shape.out_width})),
+      "residual: expected ", type, " of the dense output's size, got ", residual->scalar_type(),
+      " ", residual->sizes());
+  return problem;
+}
+
 }  // namespace
 
 at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
@@ -712,33 +759,9 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
                      in_count, out_index, out_count, stride, padding, dilation, groups, activation,
                      masked_input, compact_input, compact_output);
   }
-  const int64_t in_channels = compact_input ? in_index.size(-1) : input.size(1);
-  const ConvShape shape = conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
-  const auto [low, high] = activation_range(activation);
-  const Problem problem{shape,
-                        Selection("in", in_index, in_count, shape.batch, shape.in_channels),
-                        Selection("out", out_index, out_count, shape.batch, shape.out_channels),
-                        bias,
-                        residual,
-                        low,
-                        high,
-                        masked_input,
-                        compact_input,
-                        compact_output};
-  TORCH_CHECK(!compact_input || problem.in.most() <= input.size(1), "input: expected at least ",
-              problem.in.most(), " compact channels, got ", input.sizes());
-  TORCH_CHECK_VALUE(compact_output == 0 || problem.out.most() <= compact_output,
-                    "gated_conv2d: compact_output must hold every sample's channels (",
-                    problem.out.most(), "), got ", compact_output);
-  TORCH_CHECK(weight.scalar_type() == type && (!bias || bias->numel() == shape.out_channels),
-              "weight, bias: expected ", type, " and ", shape.out_channels, " values, got ",
-              weight.scalar_type(), " and ", bias ? bias->numel() : shape.out_channels);
-  TORCH_CHECK(
-      !residual || (residual->scalar_type() == type &&
-                    residual->sizes() == at::IntArrayRef({shape.batch, shape.out_channels,
-                                                          shape.out_height, shape.out_width})),
-      "residual: expected ", type, " of the dense output's size, got ", residual->scalar_type(),
-      " ", residual->sizes());
+  const Problem problem = make_problem(input, weight, bias, residual, in_index, in_count, out_index,
+                                       out_count, stride, padding, dilation, groups, activation,
+                                       masked_input, compact_input, compact_output);
   switch (type) {
     case at::kFloat:
       return run<float>(problem, input, weight);
@@ -749,7 +772,24 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
   }
 }
 
+// What gated_conv2d would do with these arguments, and why.
+std::string plan_gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias,
+                              const std::optional<at::Tensor>& residual, const at::Tensor& in_index,
+                              const at::Tensor& in_count, const at::Tensor& out_index,
+                              const at::Tensor& out_count, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
+                              c10::string_view activation, bool masked_input, bool compact_input,
+                              int64_t compact_output) {
+  const Problem problem = make_problem(input, weight, bias, residual, in_index, in_count, out_index,
+                                       out_count, stride, padding, dilation, groups, activation,
+                                       masked_input, compact_input, compact_output);
+  return plan(kept_share(problem), break_even(problem, input), "multiply-adds",
+              "computes the active channels", "library convolution, then mask");
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("gated_conv2d", &cofire::gated_conv2d); }
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) { m.def("gated_conv2d", &cofire::plan_gated_conv2d); }

@@ -206,18 +206,29 @@ at::Tensor dense_linear(const LinearProblem& p, const at::Tensor& input, const a
   return y;
 }
 
-template <typename T>
-at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor& any_weight) {
-  const bool columns = any_weight.stride(0) == 1 && any_weight.stride(1) != 1;
-  const at::Tensor weight =
-      columns || any_weight.stride(1) == 1 ? any_weight : any_weight.contiguous();
+bool column_major(const at::Tensor& weight) {
+  return weight.stride(0) == 1 && weight.stride(1) != 1;
+}
+
+// The cost of the gated kernel, as a share of the library's, and the largest at which it is chosen.
+std::pair<double, double> cost_and_limit(const LinearProblem& p, const at::Tensor& weight) {
+  const bool columns = column_major(weight);
   const Selection& kept = columns ? p.in : p.out;
   const double size = static_cast<double>(std::max<int64_t>(1, kept.channels()));
-  const bool enough = linear_skips_enough(p.batch, static_cast<double>(kept.total()) / size,
-                                          static_cast<double>(kept.touched()) / size, columns);
-  if (!prefer_gated_linear(p.batch) || !enough || (!std::is_same_v<T, float> && has_amx())) {
-    return dense_linear<T>(p, input, weight);
-  }
+  const double cost = gated_linear_cost(static_cast<double>(kept.total()) / size,
+                                        static_cast<double>(kept.touched()) / size);
+  const bool offered =
+      p.batch <= kLinearSamples && (weight.scalar_type() == at::kFloat || !has_amx());
+  return {cost / dense_linear_cost(p.batch, columns), offered ? kLinearMargin : 0.0};
+}
+
+template <typename T>
+at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor& any_weight) {
+  const auto [cost, limit] = cost_and_limit(p, any_weight);
+  if (cost > limit) return dense_linear<T>(p, input, any_weight);
+  const bool columns = column_major(any_weight);
+  const at::Tensor weight =
+      columns || any_weight.stride(1) == 1 ? any_weight : any_weight.contiguous();
   const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
   const float* const bias = p.bias ? wide_bias.const_data_ptr<float>() : nullptr;
   const at::Tensor y = at::empty({p.batch, p.out.channels()}, input.options());
@@ -232,6 +243,27 @@ at::Tensor run(const LinearProblem& p, const at::Tensor& input, const at::Tensor
   return y;
 }
 
+LinearProblem make_problem(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias, const at::Tensor& in_index,
+                           const at::Tensor& in_count, const at::Tensor& out_index,
+                           const at::Tensor& out_count, c10::string_view activation) {
+  const auto type = input.scalar_type();
+  TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) &&
+                  weight.scalar_type() == type,
+              "input, weight: expected [batch, in_features] and [out_features, in_features] of one "
+              "type, got ",
+              type, " ", input.sizes(), " and ", weight.scalar_type(), " ", weight.sizes());
+  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0),
+              " values, got ", bias ? bias->numel() : 0);
+  const auto [low, high] = activation_range(activation);
+  return {Selection("in", in_index, in_count, input.size(0), weight.size(1)),
+          Selection("out", out_index, out_count, input.size(0), weight.size(0)),
+          input.size(0),
+          bias,
+          low,
+          high};
+}
+
 }  // namespace
 
 at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
@@ -243,20 +275,8 @@ at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
     return reference("cofire::gated_linear", &gated_linear, input, weight, bias, in_index, in_count,
                      out_index, out_count, activation);
   }
-  TORCH_CHECK(input.dim() == 2 && weight.dim() == 2 && input.size(1) == weight.size(1) &&
-                  weight.scalar_type() == type,
-              "input, weight: expected [batch, in_features] and [out_features, in_features] of one "
-              "type, got ",
-              type, " ", input.sizes(), " and ", weight.scalar_type(), " ", weight.sizes());
-  TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0),
-              " values, got ", bias ? bias->numel() : 0);
-  const auto [low, high] = activation_range(activation);
-  const LinearProblem problem{Selection("in", in_index, in_count, input.size(0), weight.size(1)),
-                              Selection("out", out_index, out_count, input.size(0), weight.size(0)),
-                              input.size(0),
-                              bias,
-                              low,
-                              high};
+  const LinearProblem problem =
+      make_problem(input, weight, bias, in_index, in_count, out_index, out_count, activation);
   const at::Tensor x = input.contiguous();
   switch (type) {
     case at::kFloat:
@@ -268,7 +288,20 @@ at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
   }
 }
 
+// What gated_linear would do with these arguments, and why.
+std::string plan_gated_linear(const at::Tensor& input, const at::Tensor& weight,
+                              const std::optional<at::Tensor>& bias, const at::Tensor& in_index,
+                              const at::Tensor& in_count, const at::Tensor& out_index,
+                              const at::Tensor& out_count, c10::string_view activation) {
+  const LinearProblem problem =
+      make_problem(input, weight, bias, in_index, in_count, out_index, out_count, activation);
+  const auto [cost, limit] = cost_and_limit(problem, weight);
+  return plan(cost, limit, "dense layer's time", "computes the active outputs",
+              "library GEMM, then mask");
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("gated_linear", &cofire::gated_linear); }
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) { m.def("gated_linear", &cofire::plan_gated_linear); }

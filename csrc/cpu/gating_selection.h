@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "../gating_plan.h"
+#include "gating_plan.h"
 #include "vec.h"
 
 namespace cofire {

@@ -44,6 +44,7 @@ inline Vec load_f32(const T* p) {
 // The first `count` elements; the other lanes are zero.
 template <typename T>
 inline Vec load_f32(const T* p, int64_t count) {
+  if (count == kLanes) return load_f32(p);
   if constexpr (std::is_same_v<T, float>) {
     return Vec::loadu(p, count);
   } else {

@@ -133,7 +133,7 @@ def print_table() -> None:
     console.print(table)
 
 
-def _kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
+def kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     """Which kernel the dispatcher takes for these arguments, and why."""
     if REFERENCE_ONLY:
         return "reference: COFIRE_BACKEND=reference"
@@ -150,8 +150,11 @@ def _kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     foreign = {t.dtype for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
     if foreign and any(d.is_floating_point for d in dtypes):
         return f"reference: the kernel covers {_names(dtypes)}, got {_names(tuple(foreign))}"
-    name = f"c++ {native.STATUS.variant}" if device == "cpu" else "triton"
-    return f"{name}: {operator.explain(*args)}" if operator.explain is not None else name
+    if device != "cpu":
+        return "triton"
+    name = f"c++ {native.STATUS.variant}"
+    plan = getattr(torch.ops.cofire_plan, operator.name, None)  # of operators that choose between two ways
+    return name if plan is None else f"{name}: {plan(*args)}"
 
 
 class _Recorder(TorchDispatchMode):
@@ -162,7 +165,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "cofire":
             operator = OPERATORS[func._schema.name.removeprefix("cofire::")]
-            self.calls.append({"operator": operator.name, "kernel": _kernel_for(operator, args)})
+            self.calls.append({"operator": operator.name, "kernel": kernel_for(operator, args)})
         return func(*args, **(kwargs or {}))
 
 

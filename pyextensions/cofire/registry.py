@@ -73,7 +73,6 @@ class Operator:
     autocast: torch.dtype | str | None = None  #: a dtype, "lower" (autocast's own), or None (inputs as they come)
     flops: Callable[..., int] | None = None
     bytes: Callable[..., int] | None = None  #: the fewest bytes the operator can move
-    explain: Callable[..., str] | None = None  #: which kernel would run on these arguments, and why
     name: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire import ops
+from cofire.info import kernel_for
 from cofire.registry import OPERATORS
 
 ACTIVATIONS = ("identity", "relu", "relu6")
@@ -402,7 +403,7 @@ class DeployedGatedConv2d(nn.Module):
 
     def explain(self, input: Tensor, residual: Tensor | None = None) -> str:
         """Which kernel runs on this input, and why."""
-        return _explain("gated_conv2d", *self._arguments(input, residual))
+        return kernel_for(OPERATORS["gated_conv2d"], self._arguments(input, residual))
 
     def extra_repr(self) -> str:
         out, per_group, *kernel = self.weight.shape
@@ -510,7 +511,7 @@ class DeployedGatedLinear(nn.Module):
 
     def explain(self, input: Tensor) -> str:
         """Which kernel runs on this input, and why."""
-        return _explain("gated_linear", *self._arguments(input))
+        return kernel_for(OPERATORS["gated_linear"], self._arguments(input))
 
     def extra_repr(self) -> str:
         out, in_ = reversed(self.weight.shape) if self.storage == "in" else self.weight.shape
@@ -554,10 +555,3 @@ def _update_running(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, count: int)
     momentum = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked.to(mean.dtype)
     for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         running.copy_(running + (value - running) * momentum)
-
-
-def _explain(operator: str, *args: Any) -> str:
-    explain = OPERATORS[operator].explain
-    if explain is None:
-        return f"{operator}: one kernel serves every input on {args[0].device.type}"
-    return explain(*args)

@@ -8,7 +8,6 @@ count)`` is its compaction (:func:`cofire.ops.compact`).
 
 from __future__ import annotations
 
-import importlib
 import math
 from typing import Any
 
@@ -879,19 +878,6 @@ def _gated_conv2d_bytes(*args: Any) -> int:
     return total
 
 
-def _explain_gated_conv2d(*args: Any) -> str:
-    input, weight, in_count, out_count, groups = args[0], args[1], args[5], args[7], args[11]
-    channels = weight.shape[1] * groups
-    pairs = (in_count.double() * out_count.double()).sum().item()
-    kept = pairs / max(input.shape[0] * channels * weight.shape[0], 1)
-    share = f"the masks leave {kept:.0%} of the multiply-adds"
-    if input.device.type != "cpu":
-        return share
-    host = importlib.import_module("cofire._host")
-    gated = host.prefer_gated_conv2d(channels, groups, kept)
-    return f"{'computes the active channels' if gated else 'library convolution, then mask'}: {share}"
-
-
 _gated_conv2d = register(
     Operator(
         "gated_conv2d(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor in_index, Tensor in_count, "
@@ -907,7 +893,6 @@ _gated_conv2d = register(
         autocast="lower",
         flops=_gated_conv2d_flops,
         bytes=_gated_conv2d_bytes,
-        explain=_explain_gated_conv2d,
     )
 )
 
@@ -1094,17 +1079,6 @@ def _gated_linear_bytes(*args: Any) -> int:
     return total
 
 
-def _explain_gated_linear(*args: Any) -> str:
-    input, weight, in_count, out_count = args[0], args[1], args[4], args[6]
-    pairs = (in_count.double() * out_count.double()).sum().item()
-    share = f"the masks leave {pairs / max(input.shape[0] * weight.numel(), 1):.0%} of the multiply-adds"
-    if input.device.type != "cpu":
-        return share
-    host = importlib.import_module("cofire._host")
-    gated = host.prefer_gated_linear(input.shape[0])
-    return f"{'computes the active outputs' if gated else 'library GEMM, then mask'}: {share}, {input.shape[0]} samples"
-
-
 _gated_linear = register(
     Operator(
         "gated_linear(Tensor input, Tensor weight, Tensor? bias, Tensor in_index, Tensor in_count, Tensor out_index, "
@@ -1119,7 +1093,6 @@ _gated_linear = register(
         autocast="lower",
         flops=lambda input, weight, *rest: 2 * input.shape[0] * weight.numel(),
         bytes=_gated_linear_bytes,
-        explain=_explain_gated_linear,
     )
 )
 
