@@ -162,3 +162,27 @@ def test_augmentation_shifts_and_mirrors_whole_images() -> None:
     steps = centre[:, 0, 1] - centre[:, 0, 0]
     assert set(steps.tolist()) == {1.0, -1.0}
     assert torch.all(centre[:, 1, 0] - centre[:, 0, 0] == 8)
+
+
+def test_validation_is_a_fixed_share_of_the_training_images() -> None:
+    pytest.importorskip("sklearn")
+    images = load("digits", seed=1)
+    once, again = images.validation(), load("digits", seed=1).validation()
+    for field in ("train", "train_labels", "test", "test_labels"):
+        assert torch.equal(getattr(once, field), getattr(again, field))
+
+    def rows(*parts: torch.Tensor) -> list[bytes]:
+        return sorted(x.numpy().tobytes() for part in parts for x in part)
+
+    # Train and validation are the training images, each once; so they are disjoint, and no test image is among them.
+    assert rows(once.train, once.test) == rows(images.train)
+    assert len(once.train) + len(once.test) == len(images.train)
+    assert not set(rows(once.test)) & set(rows(images.test))
+    assert not set(rows(once.train)) & set(rows(once.test))
+    shares = torch.bincount(once.test_labels) / torch.bincount(images.train_labels)
+    assert (shares - 0.2).abs().max() < 0.01
+    assert (once.mean, once.std, once.part) == (images.mean, images.std, "validation")
+    assert "Validation run: 2" in once.condition
+    assert "Validated on 5 of" in once.subset(None, 5).condition
+    with pytest.raises(ValueError, match="set aside already"):
+        once.validation()

@@ -6,6 +6,7 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 
@@ -248,21 +249,19 @@ namespace {
 // How many channels of a row, in descending order, the mass rule keeps. Running sums are held in
 // fp64 and rounded to fp32 at each step, as torch.cumsum does, so that the plain-torch expression
 // agrees bit for bit.
-int64_t mass_kept(const DescendingOrder& order, const float* scores, float mass) {
-  const int64_t size = order.size();
+int64_t mass_kept(const DescendingOrder& order, const float* scores, int64_t positive, float mass) {
   double sum = 0;
-  for (int64_t i = 0; i < size; ++i) sum += scores[order.position(i)];
+  for (int64_t i = 0; i < positive; ++i) sum += scores[order.position(i)];
   const float total = static_cast<float>(sum);
-  if (total == 0) return 0;
   double cumulative = 0;
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t i = 0; i < positive; ++i) {
     const float share = scores[order.position(i)] / total;
     cumulative += share;
     const bool keep =
         mass == 1 ? share > kTolerance : static_cast<float>(cumulative) - mass <= kTolerance;
     if (!keep) return i;
   }
-  return size;
+  return mass == 1 || positive == 0 ? positive : order.size();  // zeros add nothing to the sum
 }
 
 int64_t uniform_kept(const DescendingOrder& order, const float* scores, double ratio) {
@@ -272,12 +271,16 @@ int64_t uniform_kept(const DescendingOrder& order, const float* scores, double r
   return kept;
 }
 
-void check_scores(const float* scores, int64_t samples, int64_t channels) {
-  const auto valid = [](float s) { return s >= 0 && s < kInfinity; };
+bool valid_score(float s) { return s >= 0 && s < kInfinity; }
+
+bool valid_row(const float* scores, int64_t size) {
   bool all = true;
-  for (int64_t i = 0; i < samples * channels; ++i) all &= valid(scores[i]);
-  if (all) return;
-  const float* bad = std::find_if_not(scores, scores + samples * channels, valid);
+  for (int64_t i = 0; i < size; ++i) all &= valid_score(scores[i]);
+  return all;
+}
+
+[[noreturn]] void refuse_scores(const float* scores, int64_t samples, int64_t channels) {
+  const float* bad = std::find_if_not(scores, scores + samples * channels, valid_score);
   const int64_t at = bad - scores;
   const std::string got = std::isnan(*bad) ? "nan" : c10::str(*bad);
   TORCH_CHECK_VALUE(false, "mass_mask: scores must be finite and non-negative, got ", got,
@@ -295,21 +298,29 @@ at::Tensor mass_mask(const at::Tensor& scores, double mass, c10::string_view mod
   const at::Tensor s = scores.to(at::kFloat).contiguous();
   const int64_t samples = s.size(0), channels = s.size(1);
   const float* s_data = s.const_data_ptr<float>();
-  check_scores(s_data, samples, channels);
   at::Tensor mask = at::empty({samples, channels}, s.options().dtype(at::kBool));
   bool* mask_data = mask.data_ptr<bool>();
-  const bool uniform = mode == "uniform";
-  if (!uniform && mass < 0) return mask.fill_(true);
+  const bool uniform = mode == "uniform", off = !uniform && mass < 0;
+  std::atomic<bool> valid = true;
   at::parallel_for(0, samples, 1 + 2048 / channels, [&](int64_t begin, int64_t end) {
     DescendingOrder order(channels);
     for (int64_t n = begin; n < end; ++n) {
       const float* row = s_data + n * channels;
-      order.sort(row);
+      if (!valid_row(row, channels)) {
+        valid = false;
+        return;
+      }
+      if (off) {
+        std::fill_n(mask_data + n * channels, channels, true);
+        continue;
+      }
+      const int64_t positive = order.sort_non_negative(row);
       const int64_t kept = uniform ? uniform_kept(order, row, mass)
-                                   : mass_kept(order, row, static_cast<float>(mass));
+                                   : mass_kept(order, row, positive, static_cast<float>(mass));
       keep_first(order, std::max(kept, min_keep), mask_data + n * channels);
     }
   });
+  if (!valid) refuse_scores(s_data, samples, channels);
   return mask;
 }
 

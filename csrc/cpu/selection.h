@@ -58,11 +58,36 @@ class DescendingOrder {
   // position, so positions need no pass of their own.
   template <typename T>
   void sort(const T* row) {
-    uint32_t histogram[4][256] = {};
     const int64_t n = size();
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t key = descending_key(static_cast<float>(row[i]));
       items_[i] = static_cast<uint64_t>(key) << 32 | static_cast<uint64_t>(i);
+    }
+    sort_items(n);
+  }
+
+  // The same for a row without negative values or NaN: its zeros come last and need no sorting.
+  // Returns how many values are positive.
+  int64_t sort_non_negative(const float* row) {
+    const int64_t n = size();
+    int64_t positive = 0, zero = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint64_t item =
+          static_cast<uint64_t>(descending_key(row[i])) << 32 | static_cast<uint64_t>(i);
+      items_[positive] = scratch_[zero] = item;  // no branch: the next one overwrites a wrong one
+      positive += row[i] > 0;
+      zero += !(row[i] > 0);
+    }
+    std::copy_n(scratch_.begin(), zero, items_.begin() + positive);
+    sort_items(positive);
+    return positive;
+  }
+
+ private:
+  void sort_items(int64_t n) {
+    uint32_t histogram[4][256] = {};
+    for (int64_t i = 0; i < n; ++i) {
+      const auto key = static_cast<uint32_t>(items_[i] >> 32);
       for (int d = 0; d < 4; ++d) ++histogram[d][key >> (8 * d) & 255];
     }
     for (int d = 0; d < 4; ++d) {
@@ -72,11 +97,11 @@ class DescendingOrder {
       uint32_t start = 0;
       for (int b = 0; b < 256; ++b) start += std::exchange(next[b], start);
       for (int64_t i = 0; i < n; ++i) scratch_[next[items_[i] >> shift & 255]++] = items_[i];
+      std::copy(items_.begin() + n, items_.end(), scratch_.begin() + n);
       items_.swap(scratch_);
     }
   }
 
- private:
   // Unsigned keys whose ascending order is the descending order of the values.
   static uint32_t descending_key(float value) {
     if (value != value) return 0;

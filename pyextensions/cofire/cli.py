@@ -116,14 +116,29 @@ def train(
     weights: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
     seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Epochs per run (default: the experiment's).")] = None,
+    head_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the heads (default: the experiment's).")
+    ] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Score on a share of the training images, not on the test images.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for results, tables and plots.")] = Path("runs"),
 ) -> None:
     """Run a method's experiment against its controls, and say which criteria it meets."""
-    from cofire import training
-    from cofire.methods import METHODS
+    from cofire.experiments import EXPERIMENTS
 
-    name = _choose("method", method, sorted(METHODS))
-    _sentences(training.command, name, data=data, model=model, weights=weights, seeds=seeds, epochs=epochs, out=out)
+    run = EXPERIMENTS[_choose("method", method, sorted(EXPERIMENTS))]
+    _sentences(
+        run,
+        data=data,
+        model=model,
+        weights=weights,
+        seeds=seeds,
+        epochs=epochs,
+        head_lr=head_lr,
+        validate=validate,
+        out=out,
+    )
 
 
 @app.command()

@@ -23,6 +23,7 @@ __all__ = ["FORMS", "Images", "load"]
 #: What networks trained on ImageNet expect of RGB images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEST_SHARE = 0.3
+VALIDATION_SHARE = 0.2
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 #: The folders that :func:`load` understands, as its error message lists them.
@@ -54,6 +55,7 @@ class Images:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool  #: whether training may shift and mirror the images
+    part: str = "test"  #: what ``test`` holds: ``"test"`` or ``"validation"`` images
 
     def normalize(self, images: Tensor) -> Tensor:
         """float32, with zero mean and unit deviation per channel."""
@@ -63,7 +65,8 @@ class Images:
 
     def subset(self, train: int | None = None, test: int | None = None) -> Images:
         """The first ``train`` and ``test`` images (None: all) of the two parts; the training set is in random order."""
-        parts = (("Trained", train, self.train), ("Tested", test, self.test))
+        verb = {"test": "Tested", "validation": "Validated"}[self.part]
+        parts = (("Trained", train, self.train), (verb, test, self.test))
         notes = [f" {verb} on {n:,} of the {len(x):,} images." for verb, n, x in parts if n is not None and n < len(x)]
         return replace(
             self,
@@ -72,6 +75,32 @@ class Images:
             train_labels=self.train_labels[:train],
             test=self.test[:test],
             test_labels=self.test_labels[:test],
+        )
+
+    def validation(self) -> Images:
+        """Training images in the place of the test images, so that a setting can be chosen without a look at the test.
+
+        The first fifth of each class is set aside; the training set is in random order. ``mean`` and ``std`` stay.
+
+        Raises:
+            ValueError: the images are from this method already.
+        """
+        if self.part != "test":
+            raise ValueError("validation: a validation split is set aside already")
+        aside = torch.zeros(len(self.train_labels), dtype=torch.bool)
+        for label in self.train_labels.unique():
+            rows = torch.nonzero(self.train_labels == label).flatten()
+            aside[rows[: round(VALIDATION_SHARE * len(rows))]] = True
+        count = int(aside.sum())
+        note = f" Validation run: {count:,} of the {len(aside):,} training images are set aside, and accuracy is"
+        return replace(
+            self,
+            condition=f"{self.condition}{note} measured on these; the test images are not used.",
+            train=self.train[~aside],
+            train_labels=self.train_labels[~aside],
+            test=self.train[aside],
+            test_labels=self.train_labels[aside],
+            part="validation",
         )
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:

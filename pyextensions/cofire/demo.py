@@ -14,9 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from cofire import data, models, training
+from cofire import data, models
+from cofire.experiments import report, training
+from cofire.experiments.environment import cpu_name
+from cofire.experiments.files import write_atomically
+from cofire.experiments.latency import latency
 from cofire.methods import FTWT
 from cofire.methods.ftwt import random_masks
+from cofire.nn.gating import DeployedGatedConv2d
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Settings:
     cooldown: float = 0.7
     head_lr: float = 10.0
     images: int | None = None
+    validate: bool = False  #: score on a share of the training images; for choosing the settings above
     bench: bool = True
 
 
@@ -64,7 +70,8 @@ def main(out: Path = Path("report"), settings: Settings | None = None) -> dict[s
 
 def _network(console: Any, settings: Settings) -> dict[str, Any]:
     """Train the dense network, gate it, and measure both."""
-    images = data.load("digits", size=settings.size).subset(settings.images)
+    images = data.load("digits", size=settings.size)
+    images = (images.validation() if settings.validate else images).subset(settings.images)
     steps = training.steps_per_epoch(images, settings.batch) * settings.gated_epochs
     method = FTWT(mass=settings.mass, cooldown=settings.cooldown, total_steps=steps)
     torch.manual_seed(0)
@@ -72,7 +79,7 @@ def _network(console: Any, settings: Settings) -> dict[str, Any]:
     console.print(
         f"{images.condition} Trained here and now: the dense network, then the same with gates.", highlight=False
     )
-    with training.progress_bar(console) as progress:
+    with report.progress_bar(console) as progress:
         task = progress and progress.add_task("training", total=settings.dense_epochs + settings.gated_epochs)
 
         def fit(model: nn.Module, what: str, groups: Any, epochs: int, method: FTWT | None = None) -> None:
@@ -90,25 +97,33 @@ def _network(console: Any, settings: Settings) -> dict[str, Any]:
         gated = method.prepare(dense)
         groups = method.parameter_groups(gated, lr=0.01, head_lr=settings.head_lr)
         fit(gated, "gated", groups, settings.gated_epochs, method)
-    report = method.report(gated, [x for x, _ in images.test_batches(128)])
+    gains = method.report(gated, [x for x, _ in images.test_batches(128)])
+    deployed = method.finalize(gated)
     with random_masks(gated):
         random = training.accuracy(gated, images)
     return {
         "condition": images.condition,
+        "part": images.part,
         "layers": " ".join(map(str, settings.layers)),
         "mass": settings.mass,
         "epochs": [settings.dense_epochs, settings.gated_epochs],
         "dense_accuracy": training.accuracy(dense, images),
         "gated_accuracy": training.accuracy(gated, images),
         "random_accuracy": random,
-        "deployed_accuracy": training.accuracy(method.finalize(gated), images),
+        "deployed_accuracy": training.accuracy(deployed, images),
         "estimated_cut": estimate.exact.reduction,
-        "dense_macs": report.exact.dense,
-        "gated_macs": report.exact.gated,
-        "cut": report.exact.reduction,
-        "mask_accuracy": report.mask_accuracy,
-        "kept": {layer.name: layer.kept for layer in report.layers if layer.gated},
-        "latency": training.latency(method, gated, images.normalize(images.test[:1])),
+        "dense_macs": gains.exact.dense,
+        "gated_macs": gains.exact.gated,
+        "cut": gains.exact.reduction,
+        "mask_accuracy": gains.mask_accuracy,
+        "kept": {layer.name: layer.kept for layer in gains.layers if layer.gated},
+        "latency": latency(
+            "gated",
+            method.dense(gated),
+            deployed,
+            images.normalize(images.test[:1]),
+            DeployedGatedConv2d,
+        ),
     }
 
 
@@ -142,7 +157,7 @@ def _network_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ["gated, deployed", f"{result['deployed_accuracy']:.2f}", gated, f"{timing['gated_ms']:.3f}"],
         ["random masks, as many channels", f"{result['random_accuracy']:.2f}", gated, ""],
     ]
-    return ["network", "test accuracy %", "MACs", "ms per image (batch 1)"], rows
+    return ["network", f"{result['part']} accuracy %", "MACs", "ms per image (batch 1)"], rows
 
 
 def _layer_table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -212,7 +227,7 @@ def _plot_accuracy(result: dict[str, Any], path: Path) -> None:
         ("random masks, as many channels", timing["gated_ms"], "random_accuracy", "x"),
     ):
         axes.plot([ms], [result[key]], marker, label=name, markersize=9)
-    axes.set(xlabel="ms at batch 1", ylabel="test accuracy (%)", xlim=(0, None))
+    axes.set(xlabel="ms at batch 1", ylabel=f"{result['part']} accuracy (%)", xlim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -246,7 +261,7 @@ def _write_page(out: Path, result: dict[str, Any], results: Any) -> Path:
         "img,svg{max-width:100%}</style>",
         "<h1>cofire</h1><h2>A network that computes only the channels each image needs</h2>",
         f"<p>{html.escape(result['condition'])} Network: 3x3 convolutions of {html.escape(result['layers'])} channels; "
-        f"gates for {result['mass']:.0%} of each layer's activation mass; {html.escape(training.cpu_name())}, "
+        f"gates for {result['mass']:.0%} of each layer's activation mass; {html.escape(cpu_name())}, "
         f"{result['latency']['threads']} threads, torch {torch.__version__}.</p>",
         _html_table(*_network_table(result)),
         *(f"<p>{html.escape(sentence)}</p>" for sentence in _sentences(result)),
@@ -256,7 +271,7 @@ def _write_page(out: Path, result: dict[str, Any], results: Any) -> Path:
     if results is not None:
         parts += ["<h2>The operators</h2>", f"<pre>{html.escape(results.summary())}</pre>", _speedups(results)]
     page = out / "index.html"
-    training.write_atomically(page, "\n".join(parts))
+    write_atomically(page, "\n".join(parts))
     return page
 
 

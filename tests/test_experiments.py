@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop and the experiment's bookkeeping, on tiny data."""
+"""The training loop, the experiment and its bookkeeping, on tiny data."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
-from cofire import demo, models, training
+from cofire import cli, models
 from cofire.data import Images
+from cofire.experiments import files, ftwt, ftwt_report, latency, report, training
+from cofire.experiments.ftwt import Budget, Plan
 from cofire.methods import FTWT
-from cofire.training import Budget, Plan
 
 PLAN = Plan(
     model="digits_cnn",
@@ -44,7 +46,7 @@ def _images(train: int = 48, test: int = 16) -> Images:
 
 @pytest.fixture
 def _tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.datasets, "load", lambda *_, **__: _images())
+    monkeypatch.setattr(ftwt.datasets, "load", lambda *_, **__: _images())
 
 
 def test_fit_learns_and_repeats_exactly() -> None:
@@ -81,7 +83,7 @@ def test_fit_schedules_the_backbone_and_not_the_heads(monkeypatch: pytest.Monkey
 
 @pytest.mark.usefixtures("_tiny_data")
 def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = training.experiment("ftwt", "stripes", 2, out=tmp_path, plan=PLAN)
+    results = ftwt.experiment("stripes", 2, out=tmp_path, plan=PLAN)
     assert [(c["budget"], c["seed"]) for c in results["cells"]] == [
         ("decoupled 0.9", 0),
         ("joint 0.7", 0),
@@ -98,19 +100,19 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
     lost = written["cells"].pop()
     (tmp_path / "results.json").write_text(json.dumps(written))
     trained = []
-    fit = training.fit
-    monkeypatch.setattr(training, "fit", lambda *args, **kwargs: trained.append(1) or fit(*args, **kwargs))
-    again = training.experiment("ftwt", "stripes", 2, out=tmp_path, plan=PLAN)
+    fit = ftwt.fit
+    monkeypatch.setattr(ftwt, "fit", lambda *args, **kwargs: trained.append(1) or fit(*args, **kwargs))
+    again = ftwt.experiment("stripes", 2, out=tmp_path, plan=PLAN)
     assert trained == [1]
     assert again["cells"][-1] | {"seconds": 0} == lost | {"seconds": 0}
 
     with pytest.raises(ValueError, match="holds another experiment"):
-        training.experiment("ftwt", "stripes", 2, out=tmp_path, plan=replace(PLAN, gated_lr=0.02))
+        ftwt.experiment("stripes", 2, out=tmp_path, plan=replace(PLAN, gated_lr=0.02))
 
 
 @pytest.mark.usefixtures("_tiny_data")
 def test_command_prints_criteria_and_writes_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    training.command("ftwt", data="digits", seeds=1, epochs=1, out=tmp_path)
+    ftwt.command(data="digits", seeds=1, epochs=1, out=tmp_path)
     text = capsys.readouterr().out
     assert "criterion" in text
     assert "Stripes." in text.replace("\n", " ")
@@ -152,14 +154,14 @@ def _cell(mass: float, **changes: object) -> dict[str, object]:
 def test_criteria_judge_what_was_measured(change: dict[str, object], failed: str | None) -> None:
     dense = [{"seed": 0, "accuracy": 98.0, "continued": 98.4}]
     results = {"dense": dense, "cells": [_cell(1, cut=0.12, estimated_cut=0.1, accuracy=98.2), _cell(0.8, **change)]}
-    failures = [c.name for c in training.criteria(results) if not c.passed]
+    failures = [c.name for c in ftwt_report.criteria(results) if not c.passed]
     assert len(failures) == (failed is not None)
     assert failed is None or failed in failures[0]
 
 
 def test_points_lost_count_from_the_better_baseline() -> None:
     dense = [{"seed": 0, "accuracy": 97.0, "continued": 98.5}]
-    (row,) = training.summary({"dense": dense, "cells": [_cell(0.8)]})
+    (row,) = ftwt_report.summary({"dense": dense, "cells": [_cell(0.8)]})
     assert row["drop"] == pytest.approx(0.5)
 
 
@@ -170,7 +172,7 @@ def test_fixed_mask_accuracy_is_the_share_of_the_majority() -> None:
     (gate,) = (m for m in model.modules() if hasattr(m, "examine"))
     targets = []
     gate.register_forward_pre_hook(lambda module, args: targets.append(module.examine(*args)[1]))
-    found = training.fixed_mask_accuracy(model, [x])
+    found = ftwt.fixed_mask_accuracy(model, [x])
     frequency = targets[0].float().mean(0)
     assert found == pytest.approx(float(torch.maximum(frequency, 1 - frequency).mean()))
 
@@ -184,7 +186,7 @@ def test_latency_compares_networks_that_agree(name: str) -> None:
     x = torch.randn(1, 3, 16, 16)
     dense = method.dense(model)
     expected = dense(x)
-    for form in (training._channels_last(dense), training._prepacked(method.dense(model), x)):
+    for form in (latency._channels_last(dense), latency._prepacked(dense, x)):
         if form is not None:
             torch.testing.assert_close(form(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
@@ -194,20 +196,20 @@ def test_weights_are_read_from_common_forms(tmp_path: Path) -> None:
     state = {f"module.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "w.pt")
     other = nn.Linear(2, 1)
-    training.load_weights(other, training.read_weights(tmp_path / "w.pt"))
+    files.load_weights(other, files.read_weights(tmp_path / "w.pt"))
     assert torch.equal(other.weight, model.weight)
     with pytest.raises(ValueError, match="do not fit Linear"):
-        training.load_weights(nn.Linear(3, 1), state)
+        files.load_weights(nn.Linear(3, 1), state)
     with pytest.raises(FileNotFoundError, match="no file"):
-        training.read_weights(tmp_path / "absent.pt")
+        files.read_weights(tmp_path / "absent.pt")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
-    training.write_atomically(path, "old")
+    files.write_atomically(path, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        training.write_atomically(path, "new")
+        files.write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
@@ -222,40 +224,88 @@ def test_update_page_replaces_what_is_between_the_markers(tmp_path: Path) -> Non
     (tmp_path / "one.json").write_text(json.dumps(results, default=lambda budget: budget.__dict__))
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- results: one -->\nold\n<!-- end of results -->\nafter\n")
-    assert training.update_page(page, tmp_path)
+    assert report.update_page(page, tmp_path, ftwt_report.markdown)
     text = page.read_text()
     assert text.startswith("before\n<!-- results: one -->\n\nStripes.")
     assert text.endswith("<!-- end of results -->\nafter\n")
     assert "| decoupled 0.8 | 1 | 98.00 | +0.50 |" in text
     assert "old" not in text
-    assert not training.update_page(page, tmp_path)
+    assert not report.update_page(page, tmp_path, ftwt_report.markdown)
 
 
 def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
     root = Path(__file__).parents[1]
     page = root / "docs" / "ftwt.md"
     before = page.read_text()
-    assert not training.update_page(page, root / "benchmarks" / "results" / "experiments"), "now fresh: commit it"
+    folder = root / "benchmarks" / "results" / "experiments"
+    assert not report.update_page(page, folder, ftwt_report.markdown), "now fresh: commit it"
     assert page.read_text() == before
 
 
-def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="method must be 'ftwt', got 'other'"):
-        training.experiment("other", out=tmp_path)
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_no_positive_number_is_refused(tmp_path: Path, rate: float) -> None:
+    with pytest.raises(ValueError, match=f"head_lr must be a positive number, got {rate:g}"):
+        ftwt.experiment(out=tmp_path, plan=replace(PLAN, head_lr=rate))
+    assert not list(tmp_path.iterdir())
+
+
+def test_seeds_below_one_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0"):
-        training.experiment("ftwt", seeds=0, out=tmp_path)
+        ftwt.experiment(seeds=0, out=tmp_path)
 
 
-def test_demo_prints_and_writes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn")
-    pytest.importorskip("matplotlib")
-    settings = demo.Settings(
-        layers=(8, "pool", 16, 16), size=12, dense_epochs=1, gated_epochs=1, batch=32, images=96, bench=False
-    )
-    result = demo.main(tmp_path, settings)
-    page = (tmp_path / "index.html").read_text()
-    assert f"{result['latency']['speedup']:.2f}x" in page
-    assert page.count("data:image/png;base64,") == 2
-    assert "http" not in page
-    assert (tmp_path / "layers.png").exists()
-    assert "gated, deployed" in capsys.readouterr().out
+# ----------------------------------------------------------------------------------------------- validation runs
+
+
+def test_a_validation_run_never_touches_the_test_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test images are an object that allows nothing, so that any use of them is an error."""
+    unreadable = replace(_images(), test=object(), test_labels=object())
+    monkeypatch.setattr(ftwt.datasets, "load", lambda *_, **__: unreadable)
+    plan = replace(PLAN, budgets=(Budget(0.9),))
+    with pytest.raises((TypeError, AttributeError)):
+        ftwt.experiment("stripes", 1, out=tmp_path, plan=plan)
+    results = ftwt.experiment("stripes", 1, out=tmp_path, plan=replace(plan, validate=True, head_lr=3.0))
+    assert "10 of the 48 training images are set aside" in ftwt_report.conditions(results)
+    assert results["settings"]["plan"]["validate"] is True
+    assert results["settings"]["plan"]["head_lr"] == 3.0
+
+
+@pytest.mark.usefixtures("_tiny_data")
+def test_validation_and_test_runs_keep_their_files_apart(tmp_path: Path) -> None:
+    plan = replace(PLAN, budgets=(Budget(0.9),))
+    ftwt.experiment("stripes", 1, out=tmp_path, plan=replace(plan, validate=True))
+    folder = tmp_path / "validation"
+    assert [p.name for p in tmp_path.iterdir()] == ["validation"]
+    assert sorted(p.name for p in folder.iterdir()) == ["validation.json", "weights"]
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    results = ftwt.experiment("stripes", 1, out=tmp_path, plan=plan)
+    assert results["settings"]["plan"]["validate"] is False
+    assert "Validation" not in ftwt_report.conditions(results)
+    assert (tmp_path / "results.json").is_file()
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.usefixtures("_tiny_data")
+def test_the_command_line_runs_a_validation(tmp_path: Path) -> None:
+    arguments = ["train", "ftwt", "--validate", "--head-lr", "3", "--seeds", "1", "--epochs", "1", "--out", tmp_path]
+    done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    assert "Validation run" in done.output
+    folder = tmp_path / "ftwt-digits_cnn-digits" / "validation"
+    assert "Validation run" in (folder / "validation.md").read_text()
+    plan = json.loads((folder / "validation.json").read_text())["settings"]["plan"]
+    assert (plan["validate"], plan["head_lr"]) == (True, 3.0)
+    assert not list(tmp_path.rglob("results.*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["ftwt", "--head-lr", "0"], "cofire: experiment: head_lr must be a positive number, got 0"),
+        (["ftwd"], "cofire: no method is called 'ftwd'; did you mean ftwt?"),
+    ],
+)
+def test_the_command_line_refuses_with_a_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(cli.app, ["train", *arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert sentence in done.output
