@@ -515,6 +515,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gate_head_backward(const at::Tens
     return reference("cofire::gate_head_backward", &gate_head_backward, grad_logits, pooled, weight,
                      softmax);
   }
+  // The products are the library's: like torch's own, their rounding may change with the number of
+  // threads.
   at::Tensor grad_bias = grad_logits.sum(0);
   at::Tensor grad_pooled = grad_logits.mm(weight);
   if (!softmax) return {grad_pooled, grad_logits.t().mm(pooled), grad_bias};
