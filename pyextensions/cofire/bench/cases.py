@@ -65,6 +65,20 @@ def compiled(function: Callable[..., Any], **options: Any) -> Provider:
     return Provider(setup, **options)
 
 
+def one_thread(function: Callable[..., Any]) -> Provider:
+    """The same function without the help of other threads: what parallelism gains."""
+
+    def call(*args: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return function(*args)
+        finally:
+            torch.set_num_threads(threads)
+
+    return plain(call, devices=("cpu",))
+
+
 @dataclass(frozen=True)
 class Case:
     """An operator on one input, with everything it is compared with.
@@ -83,7 +97,9 @@ class Case:
     quick: bool = False
     gradients: tuple[int, ...] = ()  #: what to differentiate by, by position; adds the mode ``forward+backward``
     cold: tuple[int, ...] = ()  #: positions of the weights to rotate through memory; adds the mode ``forward, cold``
-    overhead: bool = False  #: adds the mode ``overhead``: the time of one call on the tiny input
+    #: the operator's representative: adds the mode ``overhead``, the time of one call on the tiny input, and to
+    #: ``forward`` the time on one thread
+    overhead: bool = False
     flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
     compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = (
         None  #: the part of an answer that callers read

@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from cofire.bench import ceilings as roofs
-from cofire.bench.cases import Args, Case, Provider, Random, Run, known, plain, select
+from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
 from cofire.bench.results import Results, Row, environment, results_path
 from cofire.registry import OPERATORS
 
 READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
+ONE_THREAD = "peer:cofire-on-one-thread"
 NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
@@ -339,6 +340,8 @@ def cold_bytes(device: str) -> int:
 def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, dict[str, Provider]]:
     """The providers of a case that can run here, each as ``{variant: provider}``; always with ``cofire``."""
     every = {"cofire": plain(OPERATORS[case.op]), **case.providers}
+    if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
+        every[ONE_THREAD] = one_thread(OPERATORS[case.op])
     found: dict[str, dict[str, Provider]] = {}
     for name, entry in every.items():
         if wanted and name not in (*wanted, "dense"):
@@ -527,7 +530,7 @@ def _check_request(device: str, providers: Sequence[str] | None, cases: Sequence
 
 
 def _provider_names(cases: Sequence[Case]) -> list[str]:
-    return list(dict.fromkeys(["cofire", "dense", *(name for c in cases for name in c.providers)]))
+    return list(dict.fromkeys(["cofire", "dense", ONE_THREAD, *(name for c in cases for name in c.providers)]))
 
 
 def _begin(path: Path, here: dict[str, Any], table: dict[str, Any]) -> Results:
