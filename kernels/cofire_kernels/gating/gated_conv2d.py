@@ -12,10 +12,7 @@ Weights are read as [out, kh, kw, in]. That is how a channels_last weight lies i
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -172,20 +169,21 @@ def gated_conv2d(
     compact_input: bool,
     compact_output: int,
 ) -> Tensor:
-    in_index, in_count = in_index.contiguous(), in_count.contiguous()
-    out_index, out_count = out_index.contiguous(), out_count.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    selection = (in_index, in_count, out_index, out_count)
-    if groups > 1 and weight.shape[1] > 1:
-        convolve = functools.partial(_grouped, groups=groups)
-    else:
-        convolve = functools.partial(depthwise if weight.shape[1] == 1 else _implicit_gemm)
-    return convolve(
+    if groups > 1 and weight.shape[1] > 1:  # groups of several channels: the library's convolution on masked tensors
+        options = (stride, padding, dilation, groups, activation, masked_input, compact_input, compact_output)
+        selection = (in_index, in_count, out_index, out_count)
+        reference = torch.ops.cofire.gated_conv2d.reference
+        y: Tensor = reference(input, weight, bias, residual, *selection, *options)
+        return y
+    return (depthwise if weight.shape[1] == 1 else _implicit_gemm)(
         input,
         weight,
-        bias,
+        None if bias is None else bias.contiguous(),
         residual,
-        *selection,
+        in_index.contiguous(),
+        in_count.contiguous(),
+        out_index.contiguous(),
+        out_count.contiguous(),
         stride,
         padding,
         dilation,
@@ -278,50 +276,3 @@ def _active_blocks(index: Tensor, count: Tensor, block: int) -> tuple[Tensor, Te
         tile = configs.tile("compact", index.device, columns=channels)
         gated_conv2d_blocks_kernel[(n,)](index, count, blocks, number, channels, blocks.shape[1], BLOCK_K=block, **tile)
     return blocks, number
-
-
-def _grouped(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    in_index: Tensor,
-    in_count: Tensor,
-    out_index: Tensor,
-    out_count: Tensor,
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    activation: str,
-    masked_input: bool,
-    compact_input: bool,
-    compact_output: int,
-    groups: int,
-) -> Tensor:
-    """Groups of several channels: the library's convolution on masked tensors."""
-    last = is_channels_last(input)
-    x = input
-    if compact_input:
-        slot = positions(in_index, in_count)
-        x = _gather(input, slot, slot >= 0)
-    elif not masked_input:
-        x = input.masked_fill((positions(in_index, in_count) < 0)[:, :, None, None], 0)
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        y = y + residual
-    if activation == "relu":
-        y = y.relu()
-    elif activation == "relu6":
-        y = y.clamp(0, 6)
-    if compact_output:
-        index = out_index[:, :compact_output]
-        y = _gather(y, index, index >= 0)
-    else:
-        y = y.masked_fill((positions(out_index, out_count) < 0)[:, :, None, None], 0)
-    return in_format(y, last)
-
-
-def _gather(x: Tensor, channel: Tensor, used: Tensor) -> Tensor:
-    """Channels of ``x`` by ``channel`` [N, K]; zero where not ``used``."""
-    position = channel.clamp(min=0).long()[:, :, None, None].expand(-1, -1, *x.shape[2:])
-    return x.gather(1, position).masked_fill(~used[:, :, None, None], 0)
