@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cofire import native, ops
+from cofire import explain, native, ops
 from cofire.ops import gating
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
@@ -1217,6 +1217,37 @@ def test_gated_linear_is_a_masked_linear() -> None:
     assert_same(ours, theirs)
     grad = rand.normal(5, 9).double()
     assert_same(torch.autograd.grad(ours, leaves, grad), torch.autograd.grad(theirs, leaves, grad))
+
+
+# --------------------------------------------------------------------------------------------- dispatch rules
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
+@pytest.mark.parametrize(("keep", "words"), [(1.0, "library convolution"), (0.3, "computes the active channels")])
+def test_explain_says_what_the_convolution_does(keep: float, words: str) -> None:
+    """The words come from the rule itself, and the profiler sees the library's convolution or does not."""
+    rand = Random("explain")
+    x, w = rand.normal(8, 64, 7, 7), rand.normal(64, 64, 3, 3)
+    selection = compaction(torch.arange(64).expand(8, 64) < 64 * keep)
+
+    def call() -> Tensor:
+        return ops.gated_conv2d(x, w, None, *selection, *selection, padding=1)
+
+    (told,) = explain(call)
+    assert told["operator"] == "gated_conv2d" and words in told["kernel"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        call()
+    used_library = any(event.key == "aten::conv2d" for event in seen.key_averages())
+    assert used_library == ("library" in words)
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
+@pytest.mark.parametrize(("keep", "words"), [(1.0, "library GEMM"), (0.3, "computes the active outputs")])
+def test_explain_says_what_the_linear_layer_does(keep: float, words: str) -> None:
+    rand = Random("explain")
+    selection = compaction(torch.arange(64).expand(1, 64) < 64 * keep)
+    (told,) = explain("gated_linear", rand.normal(1, 64), rand.normal(64, 64), None, *selection, *selection)
+    assert words in told["kernel"]
 
 
 # ------------------------------------------------------------------------------------------- public functions
