@@ -52,6 +52,7 @@ report: build
 
 readme: build
 	$(BIN)/cofire info --readme README.md
+	$(BIN)/cofire report --out docs --readme README.md
 
 wheel: build
 	$(BIN)/python -m build --no-isolation --wheel --sdist

@@ -17,6 +17,7 @@ from cofire import cli, models
 from cofire.data import Images
 from cofire.experiments import files, ftwt, ftwt_report, latency, report, training
 from cofire.experiments.ftwt import Budget, Plan
+from cofire.files import write_atomically
 from cofire.methods import FTWT
 
 PLAN = Plan(
@@ -206,10 +207,10 @@ def test_weights_are_read_from_common_forms(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "results.json"
-    files.write_atomically(path, "old")
+    write_atomically(path, "old")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        files.write_atomically(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 

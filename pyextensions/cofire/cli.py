@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Fast kernels for efficient deep learning on PyTorch, and the training methods that stand on them.",
 )
 
-MARKERS = ("<!-- support table: make readme -->", "<!-- end of support table -->")
+SUPPORT_TABLE = ("<!-- support table: make readme -->", "<!-- end of support table -->")
 
 
 def _fail(message: str) -> typer.Exit:
@@ -33,34 +33,19 @@ def _choose(kind: str, name: str, known: list[str]) -> str:
     raise _fail(f"cofire: no {kind} is called {name!r}; {hint}")
 
 
-def write_support_table(readme: Path) -> bool:
-    """Put the support table of the registry between the markers of a markdown file; True if that changed it."""
-    from cofire.info import markdown_table
-
-    text = readme.read_text(encoding="utf-8")
-    start, end = (text.find(marker) for marker in MARKERS)
-    if not 0 <= start < end:
-        raise _fail(f"cofire: {readme} must contain the lines {MARKERS[0]!r} and {MARKERS[1]!r}")
-    fresh = text[: start + len(MARKERS[0])] + "\n" + markdown_table() + text[end:]
-    if fresh == text:
-        return False
-    temporary = readme.with_suffix(".tmp")
-    temporary.write_text(fresh, encoding="utf-8")
-    temporary.replace(readme)
-    return True
-
-
 @app.command()
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     readme: Annotated[Path | None, typer.Option(help="Write the support table into this markdown file.")] = None,
 ) -> None:
     """Which kernel serves which operator here, and why a faster one does not."""
+    from cofire.files import fill
     from cofire.info import info as facts
-    from cofire.info import print_table
+    from cofire.info import markdown_table, print_table
 
     if readme is not None:
-        typer.echo(f"{readme}: {'written' if write_support_table(readme) else 'already fresh'}")
+        changed = _sentences(fill, readme, SUPPORT_TABLE, markdown_table().rstrip())
+        typer.echo(f"{readme}: {'written' if changed else 'already fresh'}")
     elif as_json:
         typer.echo(json.dumps(facts(), indent=2))
     else:
@@ -92,11 +77,12 @@ def bench(
 def report(
     results: Annotated[list[Path] | None, typer.Argument(help="Results files (default: all that are there).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the page, tables and plots.")] = Path("report"),
+    readme: Annotated[Path | None, typer.Option(help="Write the overview into this markdown file.")] = None,
 ) -> None:
     """Draw tables, plots and a page from results files."""
     from cofire import bench as suite
 
-    for path in _sentences(suite.report, results or suite.results_files(), out):
+    for path in _sentences(suite.report, results or suite.results_files(), out, readme):
         typer.echo(path)
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from cofire import data, models
 from cofire.experiments import report, training
 from cofire.experiments.environment import cpu_name
-from cofire.experiments.files import write_atomically
 from cofire.experiments.latency import latency
+from cofire.files import write_atomically
 from cofire.methods import FTWT
 from cofire.methods.ftwt import random_masks
 from cofire.nn.gating import DeployedGatedConv2d

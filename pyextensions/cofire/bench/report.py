@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import html
 import io
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cofire.bench.results import Results, Row, geometric_mean
+from cofire.files import fill, write_atomically
 
 MARKERS = ("<!-- results: cofire report -->", "<!-- end of results -->")
+MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
 INTRODUCTION = """# Benchmarks
 
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
@@ -162,6 +163,19 @@ def _markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> 
     escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     rule = ["---"] * len(headings)
     return "\n".join("| " + " | ".join(line) + " |" for line in [headings, rule, *escaped])
+
+
+def measured(all_results: Sequence[Results]) -> str:
+    """For the README: how each operator compares, losses included."""
+    parts = []
+    for results in all_results:
+        e = results.environment
+        where = f"{e['device']}, {e['threads']} threads, torch {e['torch']}" if e["kind"] == "cpu" else e["device"]
+        parts += [
+            f"Speed-up over the strongest plain torch ({where}):",
+            _markdown_table(OVERVIEW, _overview_cells(results)),
+        ]
+    return "\n\n".join(parts)
 
 
 def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
@@ -387,29 +401,16 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
     )
 
 
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
-
-
-def _between_markers(path: Path, text: str) -> str:
-    """The markdown file with its generated part replaced; a new file if there is none."""
-    start, end = MARKERS
-    old = path.read_text(encoding="utf-8") if path.exists() else f"{INTRODUCTION}\n{start}\n{end}\n"
-    if not 0 <= old.find(start) < old.find(end):
-        raise ValueError(f"report: {path} must contain the lines {start!r} and {end!r}")
-    return old[: old.index(start) + len(start)] + f"\n\n{text}\n\n" + old[old.index(end) :]
-
-
-def report(results_files: Iterable[str | Path], out_dir: str | Path = "docs") -> list[Path]:
+def report(
+    results_files: Iterable[str | Path], out_dir: str | Path = "docs", readme: str | Path | None = None
+) -> list[Path]:
     """Draw any number of results files.
 
     Args:
         results_files: what :func:`cofire.bench.run` wrote, one file per device.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks.html`` (self-contained)
             and the plots as SVG files.
+        readme: a markdown file that gets the overview, between the markers ``<!-- measured -->``.
 
     Returns:
         The files written.
@@ -428,6 +429,11 @@ def report(results_files: Iterable[str | Path], out_dir: str | Path = "docs") ->
     drawn = plots(all_results)
     names = {key: f"benchmarks-{key}.svg" for key in drawn}
     tables = folder / "benchmarks.md"
-    written = [_write(tables, _between_markers(tables, markdown(all_results, names)))]
-    written.append(_write(folder / "benchmarks.html", page(all_results, drawn)))
-    return written + [_write(folder / names[key], svg) for key, svg in drawn.items()]
+    if not tables.exists():
+        write_atomically(tables, "\n".join([INTRODUCTION, *MARKERS, ""]))
+    fill(tables, MARKERS, f"\n{markdown(all_results, names)}\n")
+    written = [tables, write_atomically(folder / "benchmarks.html", page(all_results, drawn))]
+    if readme is not None:
+        fill(Path(readme), MEASURED, measured(all_results))
+        written.append(Path(readme))
+    return written + [write_atomically(folder / names[key], svg) for key, svg in drawn.items()]

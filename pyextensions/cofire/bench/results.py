@@ -10,13 +10,14 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from cofire.files import replacing
 
 Row = dict[str, Any]
 
@@ -51,17 +52,9 @@ class Results:
         for row in self.rows:
             _check_row(row)
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1, allow_nan=False)
-                file.write("\n")
-            os.chmod(temporary, 0o644)  # mkstemp makes files for their owner alone
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.to_json(), file, indent=1, allow_nan=False)
+            file.write("\n")
         return path
 
     @classmethod

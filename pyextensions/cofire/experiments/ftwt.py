@@ -30,10 +30,10 @@ from cofire.experiments.files import (
     load_weights,
     read_weights,
     save_weights,
-    write_atomically,
 )
 from cofire.experiments.latency import latency
 from cofire.experiments.training import Advance, accuracy, fit, steps_per_epoch
+from cofire.files import write_atomically
 from cofire.methods import FTWT
 from cofire.methods.ftwt import random_masks
 from cofire.nn.gating import DeployedGatedConv2d, Gated

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cofire.experiments.files import Results, write_atomically
+from cofire.experiments.files import Results
+from cofire.files import write_atomically
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]  #: header and rows
 

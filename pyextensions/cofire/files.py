@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are whole or not there, and generated parts of pages that people write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; takes the place of ``path`` at the end, unless an exception ends it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> Path:
+    """A reader sees the old file or the new one, never half of it. Returns ``path``."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def fill(page: Path, markers: tuple[str, str], text: str) -> bool:
+    """Put a generated text between two marker lines of a page; True if that changed it.
+
+    Raises:
+        FileNotFoundError: there is no such page. ValueError: it lacks the markers.
+    """
+    start, end = markers
+    old = page.read_text(encoding="utf-8")
+    if not 0 <= old.find(start) < old.find(end):
+        raise ValueError(f"cofire: {page} must contain the lines {start!r} and {end!r}")
+    new = f"{old[: old.index(start)]}{start}\n{text}\n{old[old.index(end) :]}"
+    if new != old:
+        write_atomically(page, new)
+    return new != old
