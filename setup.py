@@ -69,7 +69,7 @@ def extensions() -> list[Extension]:
     names = variants()
     sources = [os.path.relpath(p, ROOT) for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     headers = [os.path.relpath(p, ROOT) for p in sorted((ROOT / "csrc").rglob("*.h"))]
-    common = ["/O2", "/std:c++20", "/openmp"] if WINDOWS else ["-O3", "-std=c++20", "-g0"]
+    common = ["/O2", "/std:c++20", "/openmp"] if WINDOWS else ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]
     # Apple's compiler ships no OpenMP: there the kernels are serial, and `cofire info` says so.
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     facts = {

@@ -11,19 +11,16 @@
 // an outer product of kRows output channels by kVecs vectors of positions.
 // Weights are read where they lie, in any layout: a skipped output channel costs
 // no bytes, a skipped input channel no arithmetic.
-#include <ATen/ops/conv2d.h>
+#include "gating_conv2d.h"
+
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <limits>
-#include <optional>
 #include <utility>
 #include <vector>
-
-#include "gating_selection.h"
-#include "vec.h"
 
 #define COFIRE_UNROLL _Pragma("GCC unroll 16")
 
@@ -34,9 +31,9 @@ namespace {
 // The register tile: kRows x kVecs accumulators, kVecs inputs and a broadcast
 // must fit the register file (32 vectors with AVX-512, else 16).
 #if defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
-constexpr int kRows = 8, kVecs = 3, kDepthwiseVecs = 8;
+constexpr int kRows = 8, kVecs = 3;
 #else
-constexpr int kRows = 6, kVecs = 2, kDepthwiseVecs = 6;
+constexpr int kRows = 6, kVecs = 2;
 #endif
 
 constexpr int64_t kLine = 64 / sizeof(float);  // floats of a cache line
@@ -49,24 +46,6 @@ constexpr int64_t kGroupFloats = 2 * kPanelFloats;
 constexpr int64_t kCopies = 2;
 // But no panel has fewer positions than this (14 x 14, say), if the plane has them.
 constexpr int64_t kPanelPositions = 192;
-// A depthwise panel, one channel, stays in the L1 cache.
-constexpr int64_t kDepthwiseFloats = 24 * 1024 / sizeof(float);
-
-struct Problem {
-  ConvShape shape;
-  Selection in, out;
-  std::optional<at::Tensor> bias, residual;
-  float low, high;  // the activation is a clamp
-  bool masked_input, compact_input;
-  int64_t compact_output;
-
-  int64_t output_channels() const {
-    return compact_output > 0 ? compact_output : shape.out_channels;
-  }
-  std::vector<int64_t> output_size() const {
-    return {shape.batch, output_channels(), shape.out_height, shape.out_width};
-  }
-};
 
 // Work that is split over the threads in contiguous ranges, so that a thread
 // comes back to what it packed, and evened out by stealing, so that an unequal
@@ -114,10 +93,8 @@ struct PanelLayout {
   std::vector<int64_t> phases;  // the row phases (modulo the stride) that taps use
   std::vector<Step> taps;       // every tap in a packed channel and in a weight's channel
 
-  // For panels of `channels` channels in about `size` floats, and a sample's planes shared by so
-  // many threads.
-  PanelLayout(const ConvShape& s, int64_t channels, int64_t size, int64_t sharers,
-              const at::Tensor& weight) {
+  // For panels of `channels` channels, and a sample's planes shared by so many threads.
+  PanelLayout(const ConvShape& s, int64_t channels, int64_t sharers, const at::Tensor& weight) {
     std::vector<int64_t> phase_of(s.kernel[0]);
     int64_t last_row = 0;
     for (int64_t a = 0; a < s.kernel[0]; ++a) {
@@ -128,7 +105,8 @@ struct PanelLayout {
       last_row = a * s.dilation[0] / s.stride[0];
     }
     const int64_t copies = static_cast<int64_t>(phases.size()) * s.kernel[1];
-    const int64_t fitting = size / std::max<int64_t>(1, channels * copies * s.out_width) - last_row;
+    const int64_t fitting =
+        kPanelFloats / std::max<int64_t>(1, channels * copies * s.out_width) - last_row;
     const int64_t fewest = (kPanelPositions + s.out_width - 1) / s.out_width;
     // A thread that packs its own rows waits for nobody: 32x32 3x3 @32x32, one sample, half of the
     // channels kept, two threads: 0.038 ms instead of 0.061.
@@ -154,34 +132,6 @@ struct PanelLayout {
     }
   }
 };
-
-// The positions i in [0, limit) with 0 <= i * step + offset < size, as [first, last).
-std::pair<int64_t, int64_t> inside(int64_t step, int64_t offset, int64_t size, int64_t limit) {
-  const int64_t first = std::clamp<int64_t>(offset < 0 ? (-offset + step - 1) / step : 0, 0, limit);
-  const int64_t last = offset < size ? (size - offset + step - 1) / step : 0;
-  return {first, std::clamp(last, first, limit)};
-}
-
-// count values, `step` apart, as fp32.
-template <typename T>
-void copy_f32(const T* source, int64_t step, float* to, int64_t count) {
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i + kLanes <= count; i += kLanes) load_f32(source + i).store(to + i);
-    if (i < count) load_f32(source + i, count - i).store(to + i, count - i);
-  } else if (step == 2) {
-    for (; i < count; i += kLanes) {
-      const int64_t left = 2 * (count - i) - 1;  // no value beyond the last one is touched
-      const Vec low = load_f32(source + 2 * i, std::min(left, kLanes));
-      const Vec high = left > kLanes
-                           ? load_f32(source + 2 * i + kLanes, std::min(left - kLanes, kLanes))
-                           : Vec(0.f);
-      at::vec::deinterleave2(low, high).first.store(to + i, std::min(count - i, kLanes));
-    }
-  } else {
-    for (; i < count; ++i) to[i] = static_cast<float>(source[i * step]);
-  }
-}
 
 void zero_columns(float* copy, int64_t width, int64_t top, int64_t bottom, int64_t first,
                   int64_t last) {
@@ -377,7 +327,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   const int64_t most_inputs = p.in.most();
   const int64_t threads = at::get_num_threads();
   const int64_t sharers = std::max<int64_t>(1, threads / std::max<int64_t>(1, s.batch));
-  const PanelLayout layout(s, most_inputs, kPanelFloats, sharers, weight);
+  const PanelLayout layout(s, most_inputs, sharers, weight);
   const int64_t taps = static_cast<int64_t>(layout.taps.size());
   const int64_t panel_floats = most_inputs * layout.channel;
   const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
@@ -464,166 +414,6 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   return output;
 }
 
-// One input channel per group: a plane at a time, packed and used while in L1.
-template <typename T>
-at::Tensor gated_depthwise(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
-  const ConvShape& s = p.shape;
-  const at::Tensor output = at::empty(p.output_size(), input.options());
-  const PanelLayout layout(s, 1, kDepthwiseFloats, 1, weight);
-  const at::Tensor wide_bias = p.bias ? p.bias->to(at::kFloat).contiguous() : at::Tensor();
-  const at::Tensor dense_residual = p.residual ? p.residual->contiguous() : at::Tensor();
-  const std::vector<int32_t> in_slot = p.in.slots(), out_slot = p.out.slots();
-  const int64_t in_plane = s.height * s.width, out_plane = s.out_height * s.out_width;
-  const int64_t in_channels = input.size(1), out_channels = p.output_channels();
-  const int64_t multiplier = s.out_channels / s.groups;
-  const int64_t taps = static_cast<int64_t>(layout.taps.size());
-  const T* const in = input.const_data_ptr<T>();
-  const T* const w = weight.const_data_ptr<T>();
-  const T* const residual = p.residual ? dense_residual.const_data_ptr<T>() : nullptr;
-  const float* const bias = p.bias ? wide_bias.const_data_ptr<float>() : nullptr;
-  T* const out = output.mutable_data_ptr<T>();
-  const int64_t grain = std::max<int64_t>(1, 8192 / (out_plane * taps));
-
-  at::parallel_for(0, s.batch * out_channels, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> panel(layout.channel), scratch(layout.taps.back().weight + 1);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t n = i / out_channels, place = i % out_channels;
-      const int64_t slot = p.compact_output == 0    ? out_slot[i]
-                           : place < p.out.count(n) ? place
-                                                    : -1;
-      if (slot < 0) {
-        std::fill_n(out + i * out_plane, out_plane, T(0.f));
-        continue;
-      }
-      const int64_t channel = p.out.channel(n, slot), source = channel / multiplier;
-      const int64_t source_slot = in_slot[n * s.in_channels + source];
-      const T* const plane =
-          in + (n * in_channels + (p.compact_input ? source_slot : source)) * in_plane;
-      // Without an input the sum is empty, and what remains is the bias.
-      const Step* const step = layout.taps.data();
-      const Step* const step_end = source_slot < 0 ? step : step + taps;
-      Tile<T> tile;
-      tile.rows = 1;
-      tile.weight[0] = fp32_row(w + channel * taps, taps, scratch.data());
-      tile.bias[0] = bias ? bias[channel] : 0.f;
-      for (int64_t row = 0; row < s.out_height; row += layout.rows) {
-        const int64_t offset = row * s.out_width;
-        if (source_slot >= 0) pack_channel(plane, panel.data(), s, layout, row);
-        tile.output[0] = out + i * out_plane + offset;
-        tile.residual[0] =
-            residual ? residual + (n * s.out_channels + channel) * out_plane + offset : nullptr;
-        run_tile<1, kDepthwiseVecs>(tile, step, step_end, panel.data(),
-                                    std::min(layout.rows, s.out_height - row) * s.out_width, p.low,
-                                    p.high);
-      }
-    }
-  });
-  return output;
-}
-
-// What surrounds the library convolution: y = clamp(x + residual) on the active
-// channels and exact zero on the others. A compact x or y holds the active
-// channels in its first slots; in channels-last memory both are dense.
-template <typename T>
-struct Masking {
-  const Selection& selection;
-  int64_t batch, positions;
-  float low = -std::numeric_limits<float>::infinity();
-  float high = std::numeric_limits<float>::infinity();
-
-  void planes(const T* x, int64_t compact_x, const T* residual, T* y, int64_t compact_y) const {
-    const int64_t channels = selection.channels();
-    const int64_t x_channels = compact_x > 0 ? compact_x : channels;
-    const int64_t y_channels = compact_y > 0 ? compact_y : channels;
-    const std::vector<int32_t> slots = selection.slots();
-    at::parallel_for(0, batch * y_channels, grain(positions), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t n = i / y_channels, c = i % y_channels;
-        const int64_t slot = compact_y == 0 ? slots[i] : c < selection.count(n) ? c : -1;
-        if (slot < 0) {
-          std::fill_n(y + i * positions, positions, T(0.f));
-          continue;
-        }
-        const int64_t channel = selection.channel(n, slot);
-        const T* from = x + (n * x_channels + (compact_x > 0 ? slot : channel)) * positions;
-        const T* add = residual ? residual + (n * channels + channel) * positions : nullptr;
-        run(from, add, nullptr, y + i * positions, positions);
-      }
-    });
-  }
-
-  void pixels(const T* x, const T* residual, T* y) const {
-    const int64_t channels = selection.channels();
-    const std::vector<int32_t> slots = selection.slots();
-    std::vector<float> mask(slots.size());  // all bits set where the channel is active
-    for (size_t i = 0; i < slots.size(); ++i) {
-      const int32_t bits = slots[i] < 0 ? 0 : -1;
-      std::memcpy(&mask[i], &bits, sizeof(bits));
-    }
-    at::parallel_for(0, batch * positions, grain(channels), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T* add = residual ? residual + i * channels : nullptr;
-        run(x + i * channels, add, mask.data() + i / positions * channels, y + i * channels,
-            channels);
-      }
-    });
-  }
-
- private:
-  static int64_t grain(int64_t run) {
-    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, run));
-  }
-
-  void run(const T* x, const T* residual, const float* mask, T* y, int64_t size) const {
-    for (int64_t i = 0; i < size; i += kLanes) {
-      const int64_t n = std::min(kLanes, size - i);
-      Vec v = load_f32(x + i, n);
-      if (residual != nullptr) v = v + load_f32(residual + i, n);
-      v = at::vec::clamp(v, Vec(low), Vec(high));
-      if (mask != nullptr) v = v & Vec::loadu(mask + i, n);
-      store_f32(y + i, v, n);
-    }
-  }
-};
-
-// The library convolution on the dense tensor, then one pass that adds the
-// residual, applies the activation and zeroes the channels that are off.
-template <typename T>
-at::Tensor dense_conv(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
-  const ConvShape& s = p.shape;
-  const auto format = input.suggest_memory_format();
-  at::Tensor x = input.contiguous(format);
-  if (p.compact_input || (!p.masked_input && p.in.total() < s.batch * s.in_channels)) {
-    const Masking<T> masking{p.in, s.batch, s.height * s.width};
-    const bool planes = p.compact_input || x.is_contiguous();
-    const at::Tensor source = planes ? x.contiguous() : x;
-    x = at::empty({s.batch, s.in_channels, s.height, s.width},
-                  input.options().memory_format(planes ? at::MemoryFormat::Contiguous : format));
-    T* const to = x.mutable_data_ptr<T>();
-    if (planes) {
-      masking.planes(source.const_data_ptr<T>(), p.compact_input ? source.size(1) : 0, nullptr, to,
-                     0);
-    } else {
-      masking.pixels(source.const_data_ptr<T>(), nullptr, to);
-    }
-  }
-  const bool planes = p.compact_output > 0 || format == at::MemoryFormat::Contiguous;
-  const auto order = planes ? at::MemoryFormat::Contiguous : format;
-  const at::Tensor conv =
-      at::conv2d(x, weight, p.bias, s.stride, s.padding, s.dilation, s.groups).contiguous(order);
-  const at::Tensor residual = p.residual ? p.residual->contiguous(order) : at::Tensor();
-  const T* const from = conv.const_data_ptr<T>();
-  const T* const add = p.residual ? residual.const_data_ptr<T>() : nullptr;
-  const Masking<T> masking{p.out, s.batch, s.out_height * s.out_width, p.low, p.high};
-  if (!planes) {
-    masking.pixels(from, add, conv.mutable_data_ptr<T>());
-    return conv;
-  }
-  const at::Tensor y = p.compact_output > 0 ? at::empty(p.output_size(), conv.options()) : conv;
-  masking.planes(from, 0, add, y.mutable_data_ptr<T>(), p.compact_output);
-  return y.contiguous(format);
-}
-
 // Offsets in a panel and in a weight row are 32-bit.
 bool offsets_fit(const ConvShape& s) {
   const int64_t taps = s.kernel[0] * s.kernel[1];
@@ -659,11 +449,10 @@ double break_even(const Problem& p, const at::Tensor& input) {
 
 template <typename T>
 at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
-  if (kept_share(p) > break_even(p, input)) return dense_conv<T>(p, input, weight);
+  if (kept_share(p) > break_even(p, input)) return library_conv2d(p, input, weight);
+  if (p.shape.depthwise()) return gated_depthwise(p, input.contiguous(), weight.contiguous());
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());
-  const at::Tensor y = (p.shape.depthwise() ? &gated_depthwise<T>
-                                            : &gated_conv<T>)(p, input.contiguous(),
-                                                              rows ? weight : weight.contiguous());
+  const at::Tensor y = gated_conv<T>(p, input.contiguous(), rows ? weight : weight.contiguous());
   return y.contiguous(input.suggest_memory_format());
 }
 
