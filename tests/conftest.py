@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,28 @@ if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it has to stand before the first import of triton: launchers then run on
     # CPU tensors. A GPU machine compiles its kernels instead.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def _interpreter_reads_scalars() -> None:
+    """Triton 3.6's interpreter reads a scalar by ``int()`` of an array of one, which NumPy refuses from 2.4 on."""
+    try:
+        import triton
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    if not triton.__version__.startswith("3.6."):
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _interpreter_reads_scalars()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -252,18 +252,24 @@ def test_ceilings() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"families": ["gatin"]}, "no family is called 'gatin'; did you mean gating"),
-        ({"families": ["xyz"]}, "no family is called 'xyz'; there are gating, selection."),
-        ({"ops": ["gated_conv"]}, "no operator with a benchmark is called 'gated_conv'; did you mean gated_conv2d"),
+        ({"families": ["gatin"]}, "no family is called 'gatin'; did you mean 'gating'?"),
+        ({"families": ["xyz"]}, "no family is called 'xyz'; there are 'gating', 'selection'"),
+        ({"ops": ["gated_conv"]}, "no operator with a benchmark is called 'gated_conv'; did you mean 'gated_conv2d'"),
         ({"cases": ["no such case"]}, "no case is called 'no such case'"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
-        ({"providers": ["densely"]}, "no provider is called 'densely'; did you mean dense"),
+        ({"providers": ["densely"]}, "no provider is called 'densely'; did you mean 'dense'?"),
     ],
 )
 def test_unknown_names(options: dict[str, object], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:  # noqa: PT011
         bench.run(**options, out=tmp_path / "r.json")  # type: ignore[arg-type]
     assert sentence in str(error.value)
+
+
+def test_a_list_of_names_is_short(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no case is called 'zzz'; there are .*, \.\.\. and \d+ more$") as error:
+        bench.run(cases=["zzz"], out=tmp_path / "r.json")
+    assert len(str(error.value)) < 1000
 
 
 def test_not_a_results_file(tmp_path: Path) -> None:

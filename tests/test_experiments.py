@@ -28,6 +28,7 @@ PLAN = Plan(
     batch=16,
     dense_lr=0.05,
     gated_lr=0.01,
+    head_lr=10.0,
     counted=8,
 )
 
@@ -303,10 +304,30 @@ def test_the_command_line_runs_a_validation(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["ftwt", "--head-lr", "0"], "cofire: experiment: head_lr must be a positive number, got 0"),
-        (["ftwd"], "cofire: no method is called 'ftwd'; did you mean ftwt?"),
+        (["ftwd"], "cofire: no method is called 'ftwd'; did you mean 'ftwt'?"),
+        (["FTWT", "--epochs", "0"], "cofire: no method is called 'FTWT'; did you mean 'ftwt'?"),
+        (["ftwt", "--epochs", "-1"], "cofire: experiment: epochs must be at least 1, got -1"),
     ],
 )
 def test_the_command_line_refuses_with_a_sentence(tmp_path: Path, arguments: list[str], sentence: str) -> None:
     done = CliRunner().invoke(cli.app, ["train", *arguments, "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert sentence in done.output
+
+
+@pytest.mark.parametrize("arguments", [["report", "/nope.json"], ["info", "--readme", "/nope.json"]])
+def test_a_missing_file_gets_a_sentence(arguments: list[str]) -> None:
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exit_code == 2
+    assert done.output == "cofire: no file '/nope.json'\n"
+
+
+def test_no_hook_stays_when_a_forward_fails() -> None:
+    model = FTWT(mass=0.9).prepare(models.digits_cnn())
+    bad = torch.ones(2, 3, 8, 8)
+    with pytest.raises((RuntimeError, ValueError)):
+        ftwt.fixed_mask_accuracy(model, [bad])
+    layers = {name: module for name, module in model.named_modules() if name}
+    with pytest.raises((RuntimeError, ValueError)):
+        latency._inputs(model, layers, bad)
+    assert not any(module._forward_pre_hooks for module in model.modules())

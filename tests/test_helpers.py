@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cofire.registry import OPERATORS, Backward, Operator
 from helpers import (
+    TORCH,
     Args,
     Case,
     Provider,
@@ -310,6 +311,9 @@ def test_a_wrong_fake_is_found(operator: Callable[..., Case], fake: Any) -> None
     case = operator(fake=fake)
     with pytest.raises(AssertionError, match="the fake says"):
         check_forward(case, Provider("broken", "cpu", cube, EVERY), CUBE[0], torch.float32)
+    x = torch.ones(2, 3)
+    if TORCH < (2, 13) and (fake(x).shape, fake(x).dtype) == (x.shape, x.dtype):
+        return  # that opcheck does not compare strides
     with pytest.raises(Exception):  # noqa: B017, PT011 (opcheck has an error of its own)
         check_opcheck(case, CUBE[0])
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from cofire import native
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / "pyextensions" / "cofire", ROOT / "kernels" / "cofire_kernels"]
@@ -35,12 +38,12 @@ print(json.dumps({
 """
 
 
-def probe(**environment: str) -> dict[str, object]:
+def probe(code: str = PROBE, **environment: str) -> dict[str, object]:
     """Import cofire in a process of its own, and say what that process looks like afterwards."""
     paths = os.pathsep.join([*(str(s.parent) for s in SOURCES), os.environ.get("PYTHONPATH", "")])
     env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "COFIRE_BACKEND")}
     done = subprocess.run(
-        [sys.executable, "-c", PROBE],
+        [sys.executable, "-c", code],
         env=env | {"PYTHONPATH": paths} | environment,
         capture_output=True,
         text=True,
@@ -68,6 +71,43 @@ def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         probe(COFIRE_CPU="sse")
     assert "ValueError: COFIRE_CPU must be one of default, avx2, avx512, got 'sse'" in caught.value.stderr
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        probe(COFIRE_BACKEND="refrence")
+    assert "ValueError: COFIRE_BACKEND must be reference, or not set, got 'refrence'" in caught.value.stderr
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
+def test_a_chosen_variant_is_not_called_the_best() -> None:
+    variant = str(native.STATUS.variant)
+    assert probe(COFIRE_CPU=variant)["reason"] == f"chosen by COFIRE_CPU={variant}"
+
+
+def test_without_triton_no_launcher_is_attached() -> None:
+    """Otherwise the first call on a GPU would fail where the reference could serve."""
+    missing = "import sys\nsys.modules['triton'] = None\n" + PROBE.replace(
+        '"reason"',
+        '"attached": torch._C._dispatch_has_kernel_for_dispatch_key("cofire::compact", "CUDA"),\n    "reason"',
+    )
+    assert probe(missing)["attached"] is False
+    if importlib.util.find_spec("triton") is not None:
+        assert probe(missing.replace("sys.modules['triton'] = None", ""))["attached"] is True
+
+
+@pytest.mark.parametrize(
+    ("variable", "sentence"),
+    [
+        ("COFIRE_CPU", "cofire: COFIRE_CPU must be one of default, avx2, avx512, got 'foo'\n"),
+        ("COFIRE_BACKEND", "cofire: COFIRE_BACKEND must be reference, or not set, got 'foo'\n"),
+    ],
+)
+def test_the_command_answers_with_the_sentence_alone(variable: str, sentence: str) -> None:
+    command = "import sys\nsys.argv = ['/usr/bin/cofire', 'info']\nfrom cofire.cli import main\nmain()"
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        probe(command, **{variable: "foo"})
+    assert (caught.value.returncode, caught.value.stderr) == (2, sentence)
 
 
 # ---------------------------------------------------------------------------------------------- the source tree

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cofire import native, ops
-from cofire.info import markdown_table
+from cofire.info import kernel_for, markdown_table
 from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator, register
 from helpers import calls_of_reference
 
+info = importlib.import_module("cofire.info")  # the package's attribute of this name is the function
 ROOT = Path(__file__).parents[1]
 ALL = [pytest.param(o, id=o.name) for o in OPERATORS.values()]
 PUBLIC = [pytest.param(o, id=o.name) for o in OPERATORS.values() if not o.name.endswith("_backward")]
@@ -142,3 +144,75 @@ def test_a_name_is_registered_once() -> None:
 
 def test_dtypes_are_the_three() -> None:
     assert set(FLOATS) == {torch.float32, torch.bfloat16, torch.float16}
+
+
+# ------------------------------------------------------------------------------------------ what is said of a GPU
+
+
+def test_without_triton_the_info_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info, "HAS_TRITON", False)
+    monkeypatch.setattr(info, "REFERENCE_ONLY", False)
+    kernels = info._describe(OPERATORS["compact"])["kernels"]
+    assert kernels["triton"] == kernels["cuda"] == "reference: triton is not installed"
+
+
+def test_a_kernel_that_is_never_dispatched_is_not_said_to_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(info, "HAS_TRITON", True)
+    monkeypatch.setattr(info, "REFERENCE_ONLY", False)
+    assert info._describe(OPERATORS["compact"])["kernels"]["cuda"] == "alternative, not dispatched: Triton serves"
+    assert info._describe(OPERATORS["gated_linear"])["kernels"]["cuda"] == "none: Triton says it"
+
+
+def _on_a_gpu(name: str, **sizes: int) -> str:
+    """What kernel_for says of a call on a GPU that need not be there."""
+    size = {"n": 2, "ci": 4, "co": 6, "groups": 1, "transposed": 0} | sizes
+    n, ci, co, groups = (size[k] for k in ("n", "ci", "co", "groups"))
+    with FakeTensorMode():
+
+        def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        selection = [make(*shape, dtype=torch.int32) for shape in ((n, ci), (n,), (n, co), (n,))]
+        weight = make(ci, co).t() if size["transposed"] else make(co, ci)
+        args: dict[str, tuple[object, ...]] = {
+            "gated_linear": (make(n, ci), weight, None, *selection, "relu"),
+            "gated_conv2d": (
+                *(make(n, ci, 5, 5), make(co, ci // groups, 3, 3), None, None, *selection),
+                *([1, 1], [1, 1], [1, 1], groups, "relu", False, False, 0),
+            ),
+            "mass_mask": (make(n, ci), 0.9, "mass", 1),
+            "gate_head": (make(n, ci), make(co, ci), None, True, 1),
+            "channel_pool": (make(n, ci, 5, 5), "max"),
+        }
+        return kernel_for(OPERATORS[name], args[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "expected"),
+    [
+        ("gated_linear", {}, "triton: skips inactive outputs"),
+        ("gated_linear", {"transposed": 1}, "triton: skips inactive inputs"),
+        ("gated_linear", {"n": 33}, "triton: library GEMM on masked tensors: more than 32 samples"),
+        ("gated_conv2d", {}, "triton: computes the active channels"),
+        ("gated_conv2d", {"groups": 4, "co": 8}, "triton: depthwise kernel"),
+        ("gated_conv2d", {"groups": 2}, "triton: library convolution on masked tensors: groups of several channels"),
+        ("mass_mask", {}, "triton: one program per sample"),
+        ("mass_mask", {"ci": 5000}, "triton: torch operators: more than"),
+        ("gate_head", {}, "triton: logits; the mask by one program per sample"),
+        ("gate_head", {"co": 5000}, "triton: logits; the mask by torch operators: more than"),
+        ("channel_pool", {}, "triton"),
+    ],
+)
+def test_explain_knows_the_plan_of_a_launcher(name: str, sizes: dict[str, int], expected: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if REFERENCE_ONLY:
+        pytest.skip("COFIRE_BACKEND=reference")
+    found = _on_a_gpu(name, **sizes)
+    assert found.startswith(expected)
+    assert found == expected or expected.endswith("than")
+
+
+def test_only_the_advice_that_helps() -> None:
+    with pytest.warns(UserWarning, match=r"without its C\+\+ kernels: cofire._cpu_avx2 does not load.$"):
+        native._failed("cofire._cpu_avx2 does not load", {}, ())

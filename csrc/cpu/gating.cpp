@@ -16,12 +16,8 @@ namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 32768;  // elements worth a thread of their own
 constexpr float kTolerance = 1e-5f;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// How many items of `size` elements each make up the grain.
-int64_t grain_of(int64_t size) { return 1 + kGrain / (size + 1); }
 
 bool is_channels_last(const at::Tensor& input) {
   return memory_format(input) == at::MemoryFormat::ChannelsLast;
@@ -249,7 +245,10 @@ namespace {
 // How many channels of a row, in descending order, the mass rule keeps. Running sums are held in
 // fp64 and rounded to fp32 at each step, as torch.cumsum does, so that the plain-torch expression
 // agrees bit for bit.
-int64_t mass_kept(const DescendingOrder& order, const float* scores, int64_t positive, float mass) {
+int64_t mass_kept(const DescendingOrder& order, const float* scores, int64_t positive,
+                  double whole) {
+  const bool lossless = whole == 1;
+  const auto mass = static_cast<float>(whole);
   double sum = 0;
   for (int64_t i = 0; i < positive; ++i) sum += scores[order.position(i)];
   const float total = static_cast<float>(sum);
@@ -258,10 +257,10 @@ int64_t mass_kept(const DescendingOrder& order, const float* scores, int64_t pos
     const float share = scores[order.position(i)] / total;
     cumulative += share;
     const bool keep =
-        mass == 1 ? share > kTolerance : static_cast<float>(cumulative) - mass <= kTolerance;
+        lossless ? share > kTolerance : static_cast<float>(cumulative) - mass <= kTolerance;
     if (!keep) return i;
   }
-  return mass == 1 || positive == 0 ? positive : order.size();  // zeros add nothing to the sum
+  return lossless || positive == 0 ? positive : order.size();  // zeros add nothing to the sum
 }
 
 int64_t uniform_kept(const DescendingOrder& order, const float* scores, double ratio) {
@@ -315,8 +314,8 @@ at::Tensor mass_mask(const at::Tensor& scores, double mass, c10::string_view mod
         continue;
       }
       const int64_t positive = order.sort_non_negative(row);
-      const int64_t kept = uniform ? uniform_kept(order, row, mass)
-                                   : mass_kept(order, row, positive, static_cast<float>(mass));
+      const int64_t kept =
+          uniform ? uniform_kept(order, row, mass) : mass_kept(order, row, positive, mass);
       keep_first(order, std::max(kept, min_keep), mask_data + n * channels);
     }
   });

@@ -22,8 +22,6 @@
 #include <utility>
 #include <vector>
 
-#define COFIRE_UNROLL _Pragma("GCC unroll 16")
-
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {
@@ -156,7 +154,9 @@ void pack_channel(const T* plane, float* copy, const ConvShape& s, const PanelLa
       std::fill(copy + bottom * width, copy + layout.copy, 0.f);
       const T* const source = plane + (y + top * s.stride[0]) * s.width + left * step + x;
       float* const to = copy + top * width + left;
-      if (step == 1 && s.stride[0] == 1 && width == s.width) {
+      if (left == right) {
+        // The tap meets nothing but padding: every column is cleared below.
+      } else if (step == 1 && s.stride[0] == 1 && width == s.width) {
         // Rows follow each other in the source as in the copy: one flat run, which
         // takes wrong values to the border columns.
         copy_f32(source, 1, to, (bottom - top) * width - left - (width - right));
@@ -341,7 +341,7 @@ at::Tensor gated_conv(const Problem& p, const at::Tensor& input, const at::Tenso
   }
   const int64_t total = static_cast<int64_t>(panels.size());
   const int64_t fitting = threads * kGroupFloats / std::max<int64_t>(1, panel_floats);
-  int64_t group = std::clamp<int64_t>(fitting, 1, total);
+  int64_t group = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(1, total));
   if (group > threads) group -= group % threads;
   const int64_t copies = group < threads ? kCopies : 1;
   const at::Tensor workspace = at::empty({copies * group * panel_floats}, at::kFloat);
@@ -436,7 +436,7 @@ double kept_share(const Problem& p) {
 
 // The largest share of the multiply-adds at which the gated kernel is chosen; 0: never.
 double break_even(const Problem& p, const at::Tensor& input) {
-  const bool channels_last = input.suggest_memory_format() != at::MemoryFormat::Contiguous;
+  const bool channels_last = memory_format(input) != at::MemoryFormat::Contiguous;
   const bool sixteen_bit = input.scalar_type() != at::kFloat;
   // Not offered: against AMX (not measured); depthwise on pixels, where the two
   // conversions cost more than the convolution (512 @14x14: 0.26 ms against 0.09 in the library).
@@ -453,7 +453,7 @@ at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weig
   if (p.shape.depthwise()) return gated_depthwise(p, input.contiguous(), weight.contiguous());
   const bool rows = weight.is_contiguous(weight.suggest_memory_format());
   const at::Tensor y = gated_conv<T>(p, input.contiguous(), rows ? weight : weight.contiguous());
-  return y.contiguous(input.suggest_memory_format());
+  return y.contiguous(memory_format(input));
 }
 
 ConvShape conv_shape(const at::Tensor& input, const at::Tensor& weight, int64_t in_channels,
@@ -505,18 +505,20 @@ Problem make_problem(const at::Tensor& input, const at::Tensor& weight,
   const int64_t in_channels = compact_input ? in_index.size(-1) : input.size(1);
   const ConvShape shape = conv_shape(input, weight, in_channels, stride, padding, dilation, groups);
   const auto [low, high] = activation_range(activation);
-  Problem problem{shape,
-                  Selection("in", in_index, in_count, shape.batch, shape.in_channels),
-                  Selection("out", out_index, out_count, shape.batch, shape.out_channels),
-                  bias,
-                  residual,
-                  low,
-                  high,
-                  masked_input,
-                  compact_input,
-                  compact_output};
-  TORCH_CHECK(!compact_input || problem.in.most() <= input.size(1), "input: expected at least ",
-              problem.in.most(), " compact channels, got ", input.sizes());
+  Problem problem{
+      shape,
+      Selection("gated_conv2d", "in", in_index, in_count, shape.batch, shape.in_channels),
+      Selection("gated_conv2d", "out", out_index, out_count, shape.batch, shape.out_channels),
+      bias,
+      residual,
+      low,
+      high,
+      masked_input,
+      compact_input,
+      compact_output};
+  TORCH_CHECK_VALUE(!compact_input || problem.in.most() <= input.size(1),
+                    "gated_conv2d: a compact input must hold every sample's channels (",
+                    problem.in.most(), "), got ", input.sizes());
   TORCH_CHECK_VALUE(compact_output == 0 || problem.out.most() <= compact_output,
                     "gated_conv2d: compact_output must hold every sample's channels (",
                     problem.out.most(), "), got ", compact_output);
@@ -542,8 +544,7 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
                         at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
                         c10::string_view activation, bool masked_input, bool compact_input,
                         int64_t compact_output) {
-  const auto type = input.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) {
+  if (!covered(input)) {
     return reference("cofire::gated_conv2d", &gated_conv2d, input, weight, bias, residual, in_index,
                      in_count, out_index, out_count, stride, padding, dilation, groups, activation,
                      masked_input, compact_input, compact_output);
@@ -551,14 +552,8 @@ at::Tensor gated_conv2d(const at::Tensor& input, const at::Tensor& weight,
   const Problem problem = make_problem(input, weight, bias, residual, in_index, in_count, out_index,
                                        out_count, stride, padding, dilation, groups, activation,
                                        masked_input, compact_input, compact_output);
-  switch (type) {
-    case at::kFloat:
-      return run<float>(problem, input, weight);
-    case at::kBFloat16:
-      return run<c10::BFloat16>(problem, input, weight);
-    default:
-      return run<c10::Half>(problem, input, weight);
-  }
+  return dispatch(input.scalar_type(),
+                  [&](auto zero) { return run<decltype(zero)>(problem, input, weight); });
 }
 
 // What gated_conv2d would do with these arguments, and why.

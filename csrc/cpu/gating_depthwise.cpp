@@ -10,8 +10,6 @@
 
 #include "gating_conv2d.h"
 
-#define COFIRE_UNROLL _Pragma("GCC unroll 4")
-
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {

@@ -81,7 +81,7 @@ struct Masking {
 template <typename T>
 at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
   const ConvShape& s = p.shape;
-  const auto format = input.suggest_memory_format();
+  const auto format = memory_format(input);
   at::Tensor x = input.contiguous(format);
   if (p.compact_input || (!p.masked_input && p.in.total() < s.batch * s.in_channels)) {
     const Masking<T> masking{p.in, s.batch, s.height * s.width};
@@ -117,9 +117,8 @@ at::Tensor run(const Problem& p, const at::Tensor& input, const at::Tensor& weig
 }  // namespace
 
 at::Tensor library_conv2d(const Problem& p, const at::Tensor& input, const at::Tensor& weight) {
-  at::Tensor y;
-  dispatch(input.scalar_type(), [&](auto zero) { y = run<decltype(zero)>(p, input, weight); });
-  return y;
+  return dispatch(input.scalar_type(),
+                  [&](auto zero) { return run<decltype(zero)>(p, input, weight); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -14,8 +14,6 @@
 #include "gating_selection.h"
 #include "vec.h"
 
-#define COFIRE_UNROLL _Pragma("GCC unroll 16")
-
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {
@@ -63,10 +61,7 @@ void dot_rows(const float* x, const T* const* weight, int64_t size, float* sums)
       acc[r][0] = at::vec::fmadd(in, load_f32(weight[r] + i, n), acc[r][0]);
     }
   }
-  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) {
-    sums[r] =
-        at::vec::vec_reduce_all<float>([](Vec a, Vec b) { return a + b; }, acc[r][0] + acc[r][1]);
-  }
+  COFIRE_UNROLL for (int r = 0; r < Rows; ++r) { sums[r] = reduce_add(acc[r][0] + acc[r][1]); }
 }
 
 constexpr int kStreams = 4;
@@ -107,7 +102,7 @@ void run_rows(const LinearProblem& p, const float* x, const T* weight, int64_t s
           }
           for (int64_t r = 0; r < rows; ++r) {
             const float v = sums[r] + (bias ? bias[feature[r]] : 0.f);
-            to[feature[r]] = static_cast<T>(v < p.low ? p.low : v > p.high ? p.high : v);
+            to[feature[r]] = static_cast<T>(std::clamp(v, p.low, p.high));
           }
         }
       }
@@ -169,7 +164,7 @@ void run_columns(const LinearProblem& p, const float* x, const T* weight, int64_
              slot < p.out.count(n) && p.out.channel(n, slot) < first + width; ++slot) {
           const int64_t o = p.out.channel(n, slot);
           const float v = sums[n * kStrip + o - first] + (bias ? bias[o] : 0.f);
-          to[o] = static_cast<T>(v < p.low ? p.low : v > p.high ? p.high : v);
+          to[o] = static_cast<T>(std::clamp(v, p.low, p.high));
         }
       }
     }
@@ -199,8 +194,7 @@ at::Tensor dense_linear(const LinearProblem& p, const at::Tensor& input, const a
                    [&](int64_t begin, int64_t end) {
                      for (int64_t i = begin * out; i < end * out; ++i) {
                        const float v = static_cast<float>(data[i]);
-                       const float clamped = v < p.low ? p.low : v > p.high ? p.high : v;
-                       data[i] = static_cast<T>(slots[i] < 0 ? 0.f : clamped);
+                       data[i] = static_cast<T>(slots[i] < 0 ? 0.f : std::clamp(v, p.low, p.high));
                      }
                    });
   return y;
@@ -256,8 +250,8 @@ LinearProblem make_problem(const at::Tensor& input, const at::Tensor& weight,
   TORCH_CHECK(!bias || bias->numel() == weight.size(0), "bias: expected ", weight.size(0),
               " values, got ", bias ? bias->numel() : 0);
   const auto [low, high] = activation_range(activation);
-  return {Selection("in", in_index, in_count, input.size(0), weight.size(1)),
-          Selection("out", out_index, out_count, input.size(0), weight.size(0)),
+  return {Selection("gated_linear", "in", in_index, in_count, input.size(0), weight.size(1)),
+          Selection("gated_linear", "out", out_index, out_count, input.size(0), weight.size(0)),
           input.size(0),
           bias,
           low,
@@ -270,22 +264,15 @@ at::Tensor gated_linear(const at::Tensor& input, const at::Tensor& weight,
                         const std::optional<at::Tensor>& bias, const at::Tensor& in_index,
                         const at::Tensor& in_count, const at::Tensor& out_index,
                         const at::Tensor& out_count, c10::string_view activation) {
-  const auto type = input.scalar_type();
-  if (type != at::kFloat && type != at::kBFloat16 && type != at::kHalf) {
+  if (!covered(input)) {
     return reference("cofire::gated_linear", &gated_linear, input, weight, bias, in_index, in_count,
                      out_index, out_count, activation);
   }
   const LinearProblem problem =
       make_problem(input, weight, bias, in_index, in_count, out_index, out_count, activation);
   const at::Tensor x = input.contiguous();
-  switch (type) {
-    case at::kFloat:
-      return run<float>(problem, x, weight);
-    case at::kBFloat16:
-      return run<c10::BFloat16>(problem, x, weight);
-    default:
-      return run<c10::Half>(problem, x, weight);
-  }
+  return dispatch(input.scalar_type(),
+                  [&](auto zero) { return run<decltype(zero)>(problem, x, weight); });
 }
 
 // What gated_linear would do with these arguments, and why.

@@ -25,13 +25,11 @@ namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kGrain = 32768;         // elements worth a thread of their own
 constexpr int64_t kRunElements = 256;     // contiguous maps: elements reduced in fp32
 constexpr int64_t kRunRows = 16;          // channels_last: rows reduced in fp32
 constexpr int64_t kPartRows = 64;         // channels_last: rows of a sample that one call takes
 constexpr int64_t kGroupBytes = 1 << 19;  // of input, kept in the second-level cache
 
-int64_t grain_of(int64_t size) { return 1 + kGrain / (size + 1); }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // apply: the activation; NaN passes. gate: the gradient where the activation's slope is one.

@@ -3,6 +3,10 @@
 // activation; and what the dispatch rule asks about the type and the machine.
 #pragma once
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -17,8 +21,8 @@ inline namespace CPU_CAPABILITY {
 // The channels a gate kept, per sample: ascending indices in the first slots.
 class Selection {
  public:
-  Selection(const char* name, const at::Tensor& index, const at::Tensor& count, int64_t batch,
-            int64_t channels)
+  Selection(const char* op, const char* name, const at::Tensor& index, const at::Tensor& count,
+            int64_t batch, int64_t channels)
       : index_(index.contiguous()), count_(count.contiguous()), channels_(channels) {
     TORCH_CHECK(index_.scalar_type() == at::kInt && count_.scalar_type() == at::kInt &&
                     index_.dim() == 2 && index_.size(0) == batch && index_.size(1) == channels &&
@@ -30,13 +34,14 @@ class Selection {
     active_ = count_.const_data_ptr<int32_t>();
     for (int64_t n = 0; n < batch; ++n) {
       const int64_t active = this->count(n);
-      TORCH_CHECK(active >= 0 && active <= channels, name, "_count: expected 0 to ", channels,
-                  ", got ", active, " for sample ", n);
+      TORCH_CHECK_VALUE(active >= 0 && active <= channels, op, ": ", name,
+                        "_count must be between 0 and ", channels, ", got ", active, " for sample ",
+                        n);
       for (int64_t j = 0; j < active; ++j) {
         const int64_t low = j > 0 ? channel(n, j - 1) + 1 : 0;
-        TORCH_CHECK(channel(n, j) >= low && channel(n, j) < channels, name,
-                    "_index: expected ascending channels below ", channels, ", got ", channel(n, j),
-                    " at slot ", j, " of sample ", n);
+        TORCH_CHECK_VALUE(channel(n, j) >= low && channel(n, j) < channels, op, ": ", name,
+                          "_index must hold ascending channels below ", channels, ", got ",
+                          channel(n, j), " at slot ", j, " of sample ", n);
       }
       most_ = std::max(most_, active);
       total_ += active;
@@ -83,8 +88,9 @@ class Selection {
 
 // Whether the library can multiply 16-bit types on AMX tiles.
 inline bool has_amx() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-  return __builtin_cpu_supports("amx-tile");
+#if defined(__x86_64__) && defined(__GNUC__)
+  unsigned a = 0, b = 0, c = 0, d = 0;  // __builtin_cpu_supports knows no "amx-tile" in older clang
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d >> 24 & 1) != 0;
 #else
   return false;
 #endif

@@ -74,6 +74,12 @@ inline float reduce_max(const Vec& v) {
       [](const Vec& a, const Vec& b) { return at::vec::maximum(a, b); }, v);
 }
 
+// Unrolls the loop that follows, so that its array of vectors stays in registers.
+#define COFIRE_UNROLL _Pragma("GCC unroll 16")
+
+// How many items of `size` elements each are worth a thread of their own.
+inline int64_t grain_of(int64_t size) { return 1 + 32768 / (size + 1); }
+
 // The types that kernels read and write.
 inline bool covered(const at::Tensor& t) {
   return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 ||
@@ -94,7 +100,7 @@ inline at::Tensor empty_map(const at::Tensor& t) {
 
 // Calls f(T{}) with the C++ type of a covered dtype.
 template <typename F>
-inline void dispatch(at::ScalarType dtype, F&& f) {
+inline auto dispatch(at::ScalarType dtype, F&& f) -> decltype(f(float{})) {
   switch (dtype) {
     case at::kFloat:
       return f(float{});

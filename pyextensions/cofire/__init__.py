@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """cofire: fast kernels for efficient deep learning on PyTorch, and the training methods that stand on them."""
 
-from cofire import native, ops  # the C++ kernels, and the operators that they attach themselves to
+import sys
+from pathlib import Path
+
+try:
+    from cofire import native, ops  # the C++ kernels, and the operators that they attach themselves to
+except ValueError as error:  # a switch in the environment has no such value
+    if Path(sys.argv[0] if sys.argv else "").stem != "cofire":
+        raise
+    print(f"cofire: {error}", file=sys.stderr)  # who types the command needs no traceback
+    sys.exit(2)
+
 from cofire.info import explain, info
 from cofire.version import __version__
 

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from cofire.names import near_matches
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,9 +29,7 @@ def _fail(message: str) -> typer.Exit:
 def _choose(kind: str, name: str, known: list[str]) -> str:
     if name in known:
         return name
-    near = get_close_matches(name.lower(), known, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}."
-    raise _fail(f"cofire: no {kind} is called {name!r}; {hint}")
+    raise _fail(f"cofire: no {kind} is called {name!r}{near_matches(name, known)}")
 
 
 @app.command()
@@ -139,7 +138,10 @@ def _sentences(function: Any, *args: Any, **kwargs: Any) -> Any:
     """Run, and turn the errors of a user's input into a sentence and exit code 2."""
     try:
         return function(*args, **kwargs)
-    except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
+    except FileNotFoundError as error:  # the system's own has a file name, ours has a sentence
+        sentence = str(error) if error.filename is None else f"no file {str(error.filename)!r}"
+        raise _fail(f"cofire: {sentence}") from error
+    except (ValueError, ModuleNotFoundError) as error:
         raise _fail(f"cofire: {error}") from error
 
 

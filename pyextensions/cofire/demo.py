@@ -35,7 +35,7 @@ class Settings:
     batch: int = 16
     mass: float = 0.8
     cooldown: float = 0.7
-    head_lr: float = 10.0
+    head_lr: float = 30.0
     images: int | None = None
     validate: bool = False  #: score on a share of the training images; for choosing the settings above
     bench: bool = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import sys
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cofire import native
-from cofire.registry import OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
+from cofire.names import near_matches
+from cofire.registry import HAS_TRITON, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
 from cofire.version import __version__
 
 __all__ = ["explain", "info", "markdown_table", "print_table"]
@@ -33,24 +35,30 @@ def _cpu_kernel(operator: Operator) -> str:
     return f"c++ {native.STATUS.variant} ({_names(operator.cpu)})"
 
 
+def _no_gpu_kernel() -> str:
+    """Why no kernel serves on CUDA, or nothing."""
+    if REFERENCE_ONLY:
+        return "reference: COFIRE_BACKEND=reference"
+    return "" if HAS_TRITON else "reference: triton is not installed"
+
+
 def _gpu_kernel(kernel: Kernel | str, missing: str) -> str:
     if isinstance(kernel, str):
         return f"none: {kernel}"
-    if REFERENCE_ONLY:
-        return "reference: COFIRE_BACKEND=reference"
     return missing or f"{kernel.launcher} ({_names(kernel.dtypes)})"
 
 
 def _describe(operator: Operator) -> dict[str, Any]:
-    no_device = "" if torch.cuda.is_available() else "reference: no GPU"
+    missing = _no_gpu_kernel() or ("" if torch.cuda.is_available() else "reference: no GPU")
     differentiable = isinstance(operator.backward, Backward)
     return {
         "name": operator.name,
         "family": operator.family,
         "kernels": {
             "cpu": _cpu_kernel(operator),
-            "triton": _gpu_kernel(operator.triton, no_device),
-            "cuda": _gpu_kernel(operator.cuda, no_device),
+            "triton": _gpu_kernel(operator.triton, missing),
+            # registered for comparison; the dispatcher never takes it
+            "cuda": _gpu_kernel(operator.cuda, missing or "alternative, not dispatched: Triton serves"),
         },
         "backward": operator.backward.operator if isinstance(operator.backward, Backward) else operator.backward,
         "double_backward": operator.double_backward,
@@ -67,7 +75,7 @@ def info() -> dict[str, Any]:
         ``version``, ``operators``, ``methods``, ``cpu_variant``, ``cpu_reason``, ``cpu_features``, ``build``, ``torch``, ``cuda``,
         ``threads``, ``python``, ``platform``. Each operator has ``name``, ``family``, ``kernels`` (``cpu``, ``triton``, ``cuda``),
         ``backward``, ``double_backward``, ``differentiable``, ``test``, ``benchmark``; a kernel that is not in use reads
-        ``reference: <why>``.
+        ``reference: <why>`` or ``alternative, not dispatched: <why>``.
 
     Example:
         >>> sorted(info()["operators"][0]["kernels"])
@@ -144,17 +152,27 @@ def kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     kernel = operator.cpu if device == "cpu" else operator.triton
     if isinstance(kernel, str):
         return f"reference: {kernel}"
+    if device == "cuda" and (why := _no_gpu_kernel()):
+        return why
     dtypes = kernel.dtypes if isinstance(kernel, Kernel) else kernel
     if device == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
         return f"reference: {native.STATUS.reason}"
     foreign = {t.dtype for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
     if foreign and any(d.is_floating_point for d in dtypes):
         return f"reference: the kernel covers {_names(dtypes)}, got {_names(tuple(foreign))}"
-    if device != "cpu":
-        return "triton"
+    if isinstance(kernel, Kernel):
+        plan = _gpu_plan(kernel)
+        return "triton" if plan is None else f"triton: {plan(*args)}"
     name = f"c++ {native.STATUS.variant}"
     plan = getattr(torch.ops.cofire_plan, operator.name, None)  # of operators that choose between two ways
     return name if plan is None else f"{name}: {plan(*args)}"
+
+
+def _gpu_plan(kernel: Kernel) -> Callable[..., str] | None:
+    """``<launcher>_plan``, which launchers that choose between two ways have beside them."""
+    module, _, launcher = kernel.launcher.partition(":")
+    plan: Callable[..., str] | None = getattr(importlib.import_module(module), f"{launcher}_plan", None)
+    return plan
 
 
 class _Recorder(TorchDispatchMode):
@@ -190,12 +208,9 @@ def explain(call: str | Callable[..., Any], *args: Any, **kwargs: Any) -> list[d
     from cofire import ops
 
     if isinstance(call, str):
-        from difflib import get_close_matches
-
         public = [name for name in OPERATORS if hasattr(ops, name)]
         if call not in public:
-            near = get_close_matches(call, public) or public
-            raise ValueError(f"explain: no operator is called {call!r}; did you mean {', '.join(near)}?")
+            raise ValueError(f"explain: no operator is called {call!r}{near_matches(call, public)}")
         call = cast(Callable[..., Any], getattr(ops, call))
     recorder = _Recorder()
     with recorder:

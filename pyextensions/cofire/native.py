@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from cofire.registry import REFERENCE_ONLY
+
 #: From the least to the most demanding; ``COFIRE_CPU`` names one of them.
 VARIANTS = ("default", "avx2", "avx512")
 
@@ -58,7 +60,7 @@ def _same_release(built: str, found: str) -> bool:
 
 def load() -> Status:
     """Load the library that fits; on failure say why once, and leave the references in charge."""
-    if os.environ.get("COFIRE_BACKEND") == "reference":
+    if REFERENCE_ONLY:
         return Status(None, "COFIRE_BACKEND=reference")
     wanted = _wanted()
     if importlib.util.find_spec("cofire._host") is None:
@@ -66,7 +68,8 @@ def load() -> Status:
     host = importlib.import_module("cofire._host")
     build, features = dict(host.build()), tuple(host.cpu_features())
     if not _same_release(build["torch"], torch.__version__):
-        return _failed(f"built for torch {build['torch']}, you have torch {torch.__version__}", build, features)
+        reason = f"built for torch {build['torch']}, you have torch {torch.__version__}"
+        return _failed(reason, build, features, " Rebuild it with this torch.")
     for variant in wanted:
         if importlib.util.find_spec(f"cofire._cpu_{variant}") is None:
             continue
@@ -74,14 +77,14 @@ def load() -> Status:
             importlib.import_module(f"cofire._cpu_{variant}")
         except ImportError as error:
             return _failed(f"cofire._cpu_{variant} does not load: {error}", build, features)
-        return Status(
-            variant, f"best of the variants built ({', '.join(build['variants'])}) for this CPU", build, features
-        )
+        best = f"best of the variants built ({', '.join(build['variants'])}) for this CPU"
+        chosen = f"chosen by COFIRE_CPU={variant}" if os.environ.get("COFIRE_CPU") else best
+        return Status(variant, chosen, build, features)
     return _failed(f"built for {', '.join(build['variants'])}, you have {wanted[0]}", build, features)
 
 
-def _failed(reason: str, build: dict[str, Any], features: tuple[str, ...]) -> Status:
-    warnings.warn(f"cofire runs without its C++ kernels: {reason}. Rebuild it with this torch.", stacklevel=3)
+def _failed(reason: str, build: dict[str, Any], features: tuple[str, ...], advice: str = "") -> Status:
+    warnings.warn(f"cofire runs without its C++ kernels: {reason}.{advice}", stacklevel=3)
     return Status(None, reason, build, features)
 
 

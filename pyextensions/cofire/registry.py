@@ -23,8 +23,19 @@ import torch
 
 LIBRARY = torch.library.Library("cofire", "FRAGMENT")
 OPERATORS: dict[str, Operator] = {}
+
+
+def _reference_only() -> bool:
+    backend = os.environ.get("COFIRE_BACKEND", "")
+    if backend not in ("", "reference"):
+        raise ValueError(f"COFIRE_BACKEND must be reference, or not set, got {backend!r}")
+    return backend == "reference"
+
+
 #: ``COFIRE_BACKEND=reference`` turns every kernel off; read once, at import.
-REFERENCE_ONLY = os.environ.get("COFIRE_BACKEND") == "reference"
+REFERENCE_ONLY = _reference_only()
+#: Triton is an optional extra; looked for, not imported.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,9 +96,19 @@ class Operator:
     def __call__(self, *args: Any) -> Any:
         """Validate and run: what the public function of the operator returns."""
         # Under autocast mixed dtypes are no mistake: what is validated is what comes out of the cast.
-        if self.validate is not None and not (self.autocast and torch.is_autocast_enabled(args[0].device.type)):
-            self.validate(*args)
+        try:
+            if self.validate is not None and not (self.autocast and torch.is_autocast_enabled(args[0].device.type)):
+                self.validate(*args)
+        except AttributeError:  # what a tensor has and something else has not
+            self._refuse_non_tensors(args)
+            raise
         return self.overload(*args)
+
+    def _refuse_non_tensors(self, args: tuple[Any, ...]) -> None:
+        for argument, value in zip(self.overload._schema.arguments, args, strict=True):
+            optional = str(argument.type) == "Optional[Tensor]" and value is None
+            if "Tensor" in str(argument.type) and not (optional or isinstance(value, torch.Tensor)):
+                raise TypeError(f"{self.name}: {argument.name} must be a tensor, got {type(value).__name__}") from None
 
 
 def register(operator: Operator) -> Operator:
@@ -110,7 +131,7 @@ def register(operator: Operator) -> Operator:
         torch.library.register_autograd(
             f"cofire::{name}", operator.backward.formula, setup_context=operator.backward.save, lib=LIBRARY
         )
-    if isinstance(operator.triton, Kernel) and not REFERENCE_ONLY:
+    if isinstance(operator.triton, Kernel) and HAS_TRITON and not REFERENCE_ONLY:
         LIBRARY.impl(name, _launch_or_reference(operator, operator.triton), "CUDA")
     # Also where nothing is cast: the library calls inside a kernel must not be cast either.
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):

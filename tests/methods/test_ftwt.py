@@ -617,6 +617,8 @@ class HidesItsScale(AsksForTheMode):
         (lambda: FTWT().prepare(Branches()), r"torch.fx cannot trace Branches: TraceError.*groups=\[\("),
         (lambda: FTWT().prepare(HidesItsScale(), BATCH[0]), "on example_input the rewritten network differs"),
         (lambda: FTWT().prepare(residual(), groups=[("1.conv", None, None)]), "names '1.conv', .*did you mean '1.conv"),
+        (lambda: FTWT().prepare(residual(), groups=[("0", "1")]), r"groups must hold triples .*, got \('0', '1'\)"),
+        (lambda: FTWT().prepare(residual(), groups=[("zzz", None, None)]), r"names 'zzz', .*; there are '0', "),
         (lambda: FTWT().prepare(residual(), groups=[("1.bn1", None, None)]), "a Conv2d at '1.bn1', got BatchNorm2d"),
         (
             lambda: FTWT().prepare(residual(), groups=[("1.conv1", "1.bn1", "1.conv2")]),
@@ -629,6 +631,54 @@ class HidesItsScale(AsksForTheMode):
 def test_refusals(call, sentence):
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: FTWT(mass=[0.9]), r"FTWT: mass must be a number, got \[0.9\]"),
+        (lambda: FTWT(mass={"a": "0.9"}), "FTWT: mass must be a number, got '0.9'"),
+        (lambda: FTWT(min_keep=2.5), "FTWT: min_keep must be an integer, got 2.5"),
+        (lambda: FTWT(cooldown="half"), "FTWT: cooldown must be a number, got 'half'"),
+        (lambda: FTWT().prepare("m"), "FTWT.prepare: model must be a torch.nn.Module, got str"),
+        (lambda: FTWT().report(FTWT().prepare(residual()), "abc"), "batches must hold tensors, .* got str"),
+        (lambda: FTWT().report(FTWT().prepare(residual()), BATCH[0]), "an iterable of batches, got a single tensor"),
+    ],
+)
+def test_refusals_of_types(call, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        call()
+
+
+def test_an_empty_batch_counts_nothing():
+    method = FTWT()
+    model = settle(method.prepare(NETWORKS["bottleneck"]()))
+    with pytest.raises(ValueError, match="FTWT: batches must hold at least one sample, got none"):
+        method.report(model, [BATCH[0][:0]])
+    assert method.report(model, [BATCH[0][:0], BATCH[0]]).exact == method.report(model, [BATCH[0]]).exact
+
+
+class SharesItsActivation(nn.Module):
+    """One module for the group's activation, and for another that must not get lost."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.bn = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.act, self.head = nn.ReLU(inplace=True), Head(6)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(self.act(self.act(self.bn(self.conv(x))) - x.mean()))
+
+
+def test_an_activation_that_several_layers_share_stays():
+    network = randomise(SharesItsActivation())
+    model = FTWT().prepare(network, BATCH[0], groups=[("conv", "bn", "act")])
+    expected = network.eval()(BATCH[0])
+    with open_gates(model):
+        torch.testing.assert_close(model.eval()(BATCH[0]), expected)
+    assert network.act.inplace and isinstance(model.act, nn.ReLU)
+    model.train()(BATCH[0]).sum().backward()  # in place, the module would write to what the gated layer keeps
 
 
 def test_untraceable_networks_take_named_groups():

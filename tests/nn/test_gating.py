@@ -316,6 +316,20 @@ def test_from_modules_takes_the_modules_over():
             TypeError,
             "norm must be a BatchNorm2d, got SyncBatchNorm",
         ),
+        (lambda: GatedConv2d(3, 4, 3, mass="x"), TypeError, "GatedConv2d: mass must be a number, got 'x'"),
+        (lambda: GatedConv2d(3, 4, 3, min_keep=2.5), TypeError, "GateHead: min_keep must be an integer, got 2.5"),
+        (
+            lambda: GatedConv2d(3, 8, 3)(torch.ones(2, 4, 8, 8)),
+            ValueError,
+            r"^GatedConv2d: input must have 3 channels, got \[2, 4, 8, 8\]",
+        ),
+        (
+            lambda: GatedConv2d(3, 8, 3).eval().deploy()(torch.ones(2, 4, 8, 8)),
+            ValueError,
+            r"^GateHead: input must have 3 channels, got \[2, 4, 8, 8\]",
+        ),
+        (lambda: GatedLinear(4, 4)(torch.rand(2, 3)), ValueError, r"^GatedLinear: input must have 4 features, got \[2"),
+        (lambda: GatedConv2d.from_modules(nn.Linear(3, 8)), TypeError, "conv must be a Conv2d, got Linear"),
         (lambda: GateHead(3, 4, rank=0), ValueError, "rank must be at least 1, or None, got 0"),
         (lambda: GatedLinear(3, 4, storage="row"), ValueError, "storage must be one of out, in, got 'row'"),
         (lambda: GatedLinear(3, 4)(torch.ones(2, 5, 3)), ValueError, r"input must have shape \[N, in_features\], got"),
@@ -324,6 +338,16 @@ def test_from_modules_takes_the_modules_over():
 def test_refusals(call, error, sentence):
     with pytest.raises(error, match=sentence):
         call()
+
+
+@pytest.mark.parametrize("layer", [GatedConv2d(3, 4, 3), GatedLinear(3, 4)], ids=["conv", "linear"])
+def test_a_misspelt_force_is_refused(layer):
+    layer.force = "opne"
+    x = torch.ones(2, 3, 5, 5) if isinstance(layer, GatedConv2d) else torch.ones(2, 3)
+    with pytest.raises(ValueError, match="force must be None, 'open', 'target' or a tensor, got 'opne'"):
+        layer(x)
+    with pytest.raises(ValueError, match="got 'opne'"):
+        layer.examine(x)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6"])

@@ -57,6 +57,12 @@ REFUSALS = [
         ValueError,
         "compact: mask must have shape [rows, columns], got [3]",
     ),
+    Refusal(
+        "compact_list",
+        lambda: ops.compact([[1, 0]]),  # type: ignore[arg-type]
+        TypeError,
+        "compact: mask must be a tensor, got list",
+    ),
 ]
 
 

@@ -92,6 +92,13 @@ def gate_head_select_kernel(logits_ptr, mask_ptr, index_ptr, count_ptr, channels
     tl.store(count_ptr + tl.program_id(0).to(tl.int64), count)
 
 
+def gate_head_plan(*args) -> str:
+    """What :func:`gate_head` does with these arguments."""
+    if args[1].shape[0] > LONGEST_ROW:
+        return f"logits; the mask by torch operators: more than {LONGEST_ROW} channels"
+    return "logits; the mask by one program per sample"
+
+
 def gate_head(
     pooled: Tensor, weight: Tensor, bias: Tensor | None, softmax: bool, min_keep: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -151,6 +151,19 @@ def gated_conv2d_forward_kernel(
     tl.store(out_ptr, acc.to(y_ptr.dtype.element_ty), mask=written)
 
 
+def _by_library(weight: Tensor, groups: int) -> bool:
+    """Groups of several channels: the library's convolution on masked tensors."""
+    return groups > 1 and weight.shape[1] > 1
+
+
+def gated_conv2d_plan(*args) -> str:
+    """What :func:`gated_conv2d` does with these arguments."""
+    weight, groups = args[1], args[11]
+    if _by_library(weight, groups):
+        return "library convolution on masked tensors: groups of several channels"
+    return "depthwise kernel" if weight.shape[1] == 1 else "computes the active channels"
+
+
 def gated_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -169,7 +182,7 @@ def gated_conv2d(
     compact_input: bool,
     compact_output: int,
 ) -> Tensor:
-    if groups > 1 and weight.shape[1] > 1:  # groups of several channels: the library's convolution on masked tensors
+    if _by_library(weight, groups):
         options = (stride, padding, dilation, groups, activation, masked_input, compact_input, compact_output)
         selection = (in_index, in_count, out_index, out_count)
         reference = torch.ops.cofire.gated_conv2d.reference

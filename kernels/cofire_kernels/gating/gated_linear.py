@@ -104,6 +104,18 @@ def gated_linear_columns_forward_kernel(
     tl.store(y_ptr + sample * out_features + row, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+def gated_linear_plan(*args) -> str:
+    """What :func:`gated_linear` does with these arguments."""
+    input, weight = args[:2]
+    if input.shape[0] > MOST_SAMPLES:
+        return f"library GEMM on masked tensors: more than {MOST_SAMPLES} samples"
+    return "skips inactive inputs" if _by_columns(weight) else "skips inactive outputs"
+
+
+def _by_columns(weight: Tensor) -> bool:
+    return weight.stride(0) == 1 and weight.stride(1) != 1
+
+
 def gated_linear(
     input: Tensor,
     weight: Tensor,
@@ -118,7 +130,7 @@ def gated_linear(
     out_features = weight.shape[0]
     if samples > MOST_SAMPLES:
         return _masked_library(input, weight, bias, in_index, in_count, out_index, out_count, activation)
-    by_columns = weight.stride(0) == 1 and weight.stride(1) != 1
+    by_columns = _by_columns(weight)
     if not by_columns and weight.stride(1) != 1:
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()

@@ -54,6 +54,12 @@ def mass_mask_forward_kernel(
     tl.store(mask_ptr + sample * columns + key_column(key), keep, mask=inside)
 
 
+def mass_mask_plan(*args) -> str:
+    """What :func:`mass_mask` does with these arguments."""
+    long = args[0].shape[1] > LONGEST_ROW
+    return f"torch operators: more than {LONGEST_ROW} channels" if long else "one program per sample"
+
+
 def mass_mask(scores: Tensor, mass: float, mode: str, min_keep: int) -> Tensor:
     rows, columns = scores.shape
     kept = columns - int(mass * columns) if mode == "uniform" else 0

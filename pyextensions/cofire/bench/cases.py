@@ -9,12 +9,12 @@ import importlib.util
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cofire.names import near_matches
 from cofire.registry import OPERATORS
 
 Args = tuple[Any, ...]
@@ -146,9 +146,7 @@ def known(kind: str, wanted: Iterable[str], known: Sequence[str]) -> list[str]:
     wanted = list(wanted)
     for name in wanted:
         if name not in known:
-            near = get_close_matches(name, known, cutoff=0.4)
-            hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(known)}."
-            raise ValueError(f"bench: no {kind} is called {name!r}; {hint}")
+            raise ValueError(f"bench: no {kind} is called {name!r}{near_matches(name, known)}")
     return wanted
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 from cofire.bench.selection import compact_by_scan
-from cofire.ops.gating import _like_input, _to_compact, _to_dense, mask_from_index
+from cofire.ops.gating import like_input, mask_from_index, to_compact, to_dense
 from cofire.registry import OPERATORS
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -77,7 +77,7 @@ def _conv_args(rand: Random, layer: Layer, keep: float, dtype: torch.dtype, comp
     slots = 0
     if compact:
         slots = int(selection[3].max())
-        x = _to_compact(x, *selection[:2], int(selection[1].max()))
+        x = to_compact(x, *selection[:2], int(selection[1].max()))
     geometry = ([layer.stride] * 2, [pad, pad], [1, 1], layer.groups)
     return (x, weight, bias, residual, *selection, *geometry, "relu", True, compact, slots)
 
@@ -161,13 +161,14 @@ def _eager_conv(
     mask = mask_from_index(index, count, weight.shape[0]).to(x.dtype)[:, :, None, None]
     channels = torch.arange(1, weight.shape[0] + 1, device=x.device)
     scale = torch.exp2((channels % 3).float() - 1)  # a batch norm that folds to (weight, bias) without rounding
-    mean, var = torch.zeros_like(scale), torch.ones_like(scale)
+    eps = 2.0**-16  # var + eps is 1 to the bit; torch 2.11 refuses an eps of 0
+    mean, var = torch.zeros_like(scale), torch.full_like(scale, 1 - eps)
     unfolded = (weight.float() / scale[:, None, None, None]).to(weight.dtype)
     shift = bias.float()  # parameters in fp32, as mixed precision keeps them
 
     def run() -> Tensor:
         y = F.conv2d(x, unfolded, None, stride, padding, dilation, groups)
-        y = F.batch_norm(y, mean, var, scale, shift, training=False, eps=0.0)
+        y = F.batch_norm(y, mean, var, scale, shift, training=False, eps=eps)
         if residual is not None:
             y = y + residual
         return F.relu(y) * mask
@@ -234,7 +235,7 @@ def _shrunk(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *r
     every = [torch.arange(k, dtype=torch.int32, device=x.device).expand(x.shape[0], k) for k in (ins, outs)]
     counts = [torch.full_like(rest[1], k) for k in (ins, outs)]
     selection = (every[0], counts[0], every[1], counts[1])
-    smaller = (_like_input(x[:, :ins], x), _like_input(weight[:outs, :ins], weight), bias[:outs].contiguous(), None)
+    smaller = (like_input(x[:, :ins], x), like_input(weight[:outs, :ins], weight), bias[:outs].contiguous(), None)
     return (*smaller, *selection, *rest[4:])
 
 
@@ -326,7 +327,7 @@ def _compact_conv(layer: Layer, keep: float, dtype: torch.dtype = FLOAT, **optio
 
     def full(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> Args:
         in_index, in_count, groups = rest[0], rest[1], rest[7]
-        dense = _like_input(_to_dense(x, in_index, in_count, weight.shape[1] * groups), x)
+        dense = like_input(to_dense(x, in_index, in_count, weight.shape[1] * groups), x)
         return (dense, weight, bias, residual, *rest[:-2], False, 0)
 
     def reference(*args: Any) -> Tensor:

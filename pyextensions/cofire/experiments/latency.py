@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cofire.experiments.files import Results
+from cofire.methods.timing import interleaved
 
 
 def latency(
@@ -40,7 +40,7 @@ def latency(
     packed = _prepacked(dense, x)
     if packed is not None:
         candidates["dense prepacked"] = (packed, pixel_last)
-    times = interleaved(candidates, pairs)
+    times = interleaved(candidates, pairs, warmup=10)
     middle = {form: 1e3 * median(taken) for form, taken in times.items()}
     best = {side: min((n for n in middle if n.startswith(side)), key=middle.__getitem__) for side in ("dense", name)}
     ratios = [d / o for d, o in zip(times[best["dense"]], times[best[name]], strict=True)]
@@ -110,26 +110,13 @@ def _inputs(network: nn.Module, layers: Mapping[str, nn.Module], x: Tensor) -> d
         return lambda module, args: inputs.__setitem__(name, args)
 
     hooks = [layer.register_forward_pre_hook(remember(name)) for name, layer in layers.items()]
-    with torch.inference_mode():
-        network(x)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.inference_mode():
+            network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return inputs
-
-
-def interleaved(
-    candidates: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], repeats: int, warmup: int = 10
-) -> dict[str, list[float]]:
-    """Seconds of each repeat; the candidates run one after the other within each."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    with torch.inference_mode():
-        for repeat in range(warmup + repeats):
-            for name, (function, x) in candidates.items():
-                start = time.perf_counter()
-                function(x)
-                if repeat >= warmup:
-                    times[name].append(time.perf_counter() - start)
-    return times
 
 
 def _layer_latency(
@@ -150,7 +137,7 @@ def _layer_latency(
                 layer = _channels_last(layer)
             first, *rest = (value.contiguous(memory_format=layout[side]) for value in inputs[name])
             runs[side] = (_with(layer, rest), first)
-        times = interleaved(runs, 101)
+        times = interleaved(runs, 101, warmup=10)
         rows.append({"name": name, **{f"{side}_ms": 1e3 * median(taken) for side, taken in times.items()}})
     return rows
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from cofire.names import near_matches
 
 
 class Methods(dict[str, "type[Method]"]):
@@ -93,15 +94,6 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Plain containers all the way down, for JSON."""
         return dataclasses.asdict(self)
-
-
-def near_matches(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence about an unknown name: the near ones, or all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return f"; did you mean {' or '.join(map(repr, near))}?"
-    return f"; there are {', '.join(map(repr, known))}" if known else "; there are none"
 
 
 def first_input(batch: Any) -> Any:

@@ -35,9 +35,8 @@ class Macs(Report):
 class FlopsEstimate(Report):
     """Two ways to count.
 
-    ``paper_rule`` is the counter of the authors' code, ``kept_out * (kept_by_the_layer_before // groups) *
-    k^2 * pixels`` over the
-    convolutions: it takes depthwise layers for free as soon as one input channel is off, forgets that a
+    ``paper_rule`` is the counter of the authors' code, ``kept_out * (kept_by_the_layer_before // groups) * k^2 *
+    pixels`` over the convolutions: it takes depthwise layers for free as soon as one input channel is off, forgets that a
     shortcut fills channels again, and leaves the heads out. ``exact`` counts the input channels that are
     really non-zero, pairs outputs with inputs within each group, and adds the heads and the linear layers.
     Compare with the paper by the first, believe the second.
@@ -66,7 +65,11 @@ class LayerReport(Report):
 
 @dataclass(frozen=True)
 class Latency(Report):
-    """Medians on one input shape."""
+    """Medians on one input shape.
+
+    The baseline, ``dense_ms``, is what the method's ``dense`` gives: the same weights without gates, batch norm folded,
+    the library's kernels. Each side counts in the faster of contiguous and channels_last.
+    """
 
     dense_ms: float
     gated_ms: float
@@ -118,10 +121,13 @@ class Count:
     model: nn.Module
     batches: Iterable[Any]
     layers: dict[str, _Layer] = field(default_factory=dict)
+    first: Tensor | None = None  #: the first batch's input
     kept_now: dict[str, Tensor] = field(default_factory=dict)  #: channels kept per sample, this batch
 
     def __post_init__(self) -> None:
         model = self.model
+        if isinstance(self.batches, Tensor):
+            raise TypeError("FTWT: batches must be an iterable of batches, got a single tensor; put it into a list")
         self.sources = tracing.producers(model) if isinstance(model, fx.GraphModule) else None
         inside = {
             part for gate in model.modules() if isinstance(gate, Gated) for part in gate.modules() if part is not gate
@@ -132,13 +138,20 @@ class Count:
         try:
             with evaluation(model), torch.no_grad():
                 for batch in self.batches:
+                    x = first_input(batch)
+                    if not isinstance(x, Tensor):
+                        found = type(x).__name__
+                        raise TypeError(f"FTWT: batches must hold tensors, or tuples that begin with one, got {found}")
+                    self.first = x if self.first is None else self.first
                     self.kept_now.clear()
-                    model(first_input(batch))
+                    model(x)
         finally:
             for hook in hooks:
                 hook.remove()
         if not self.layers:
             raise ValueError("FTWT: batches must hold at least one batch, got none")
+        if not any(layer.samples for layer in self.layers.values()):
+            raise ValueError("FTWT: batches must hold at least one sample, got none")
 
     def _hook(self, name: str) -> Callable[..., None]:
         def count(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -160,7 +173,7 @@ class Count:
         pixels = y[0, 0].numel() if n else 0
         support = (x != 0).flatten(2).any(2) if is_conv else x != 0
         reached = support if gated else torch.ones_like(support)  # an ungated layer reads its zeros
-        pairs = mask.view(n, groups, -1).sum(2) * reached.view(n, groups, -1).sum(2)
+        pairs = mask.view(n, groups, co // groups).sum(2) * reached.view(n, groups, ci // groups).sum(2)
         head = module.head.macs if isinstance(module, Gated) else 0
         kept = mask.sum(1)
 

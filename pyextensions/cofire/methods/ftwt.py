@@ -12,19 +12,22 @@ Self-Supervised Mask Prediction", CVPR 2022.
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from cofire.methods import tracing
-from cofire.methods.base import Method, bare, evaluation, first_input, near_matches
+from cofire.methods.base import Method, bare, evaluation
 from cofire.methods.counting import Count, FlopsEstimate, GatingReport, Latency
+from cofire.methods.timing import interleaved
+from cofire.names import near_matches
 from cofire.nn.gating import DeployedGatedConv2d, DeployedGatedLinear, Gated, GatedConv2d, GatedLinear, check_mass
+from cofire.ops.checks import check_integer, check_number
 
 #: Names of convolution, norm and activation. The norm may be None; the activation may be None, or a function's name.
 Group = tuple[str, "str | None", "str | None"]
@@ -93,6 +96,8 @@ class FTWT(Method, name="ftwt"):
                 raise ValueError(f"FTWT: {argument} must be one of {', '.join(map(str, choices))}, got {value!r}")
         for mass in self.mass.values() if isinstance(self.mass, Mapping) else [self.mass]:
             check_mass("FTWT", mass, self.mode)
+        check_integer("FTWT", min_keep=self.min_keep)
+        check_number("FTWT", cooldown=self.cooldown)
         if self.min_keep < 0:
             raise ValueError(f"FTWT: min_keep must not be negative, got {self.min_keep}")
         if not 0 <= self.cooldown <= 1:
@@ -117,13 +122,16 @@ class FTWT(Method, name="ftwt"):
                 ``model`` on it.
             groups: for a network that cannot be traced: which modules belong together, as triples of the
                 names of convolution, norm (or None) and activation (or ``"relu"`` / ``"relu6"`` if the
-                forward applies it as a function). Each is gated where it stands; a residual sum after it is
-                not part of the group.
+                forward applies it as a function; a module whose own name is ``relu`` or ``relu6`` is taken for
+                the function). Each is gated where it stands; a residual sum after it is not part of the group.
 
         Raises:
+            TypeError: ``model`` is no module.
             ValueError: nothing to gate, a name that the network does not have, a network prepared already or
                 not traceable.
         """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"FTWT.prepare: model must be a torch.nn.Module, got {type(model).__name__}")
         if _gates(model) or _deployed(model):
             raise ValueError("FTWT.prepare: the model is prepared already; prepare the network that it was made from")
         result = copy.deepcopy(bare(model))
@@ -184,12 +192,10 @@ class FTWT(Method, name="ftwt"):
     def parameter_groups(
         self, model: nn.Module, lr: float = 0.01, weight_decay: float = 5e-4, head_lr: float = 0.1
     ) -> list[dict[str, Any]]:
-        """Parameter groups for ``torch.optim.SGD``: the backbone, then the heads (their own rate, no weight
-        decay).
+        """Parameter groups for ``torch.optim.SGD``: the backbone, then the heads (own rate, no weight decay).
 
-        The paper keeps the heads' rate constant while it schedules the backbone's: ``LambdaLR(optimizer,
-        [schedule, lambda
-        epoch: 1.0])``.
+        The paper keeps the heads' rate constant while it schedules the backbone's:
+        ``LambdaLR(optimizer, [schedule, lambda epoch: 1.0])``.
         """
         gates = self._require_gates(model, "parameter_groups")
         heads = [p for gate in gates.values() for p in gate.head.parameters()]
@@ -235,8 +241,8 @@ class FTWT(Method, name="ftwt"):
         """
         model = bare(model)
         self._require_gates(model, "report")
-        batches = list(batches)
         count = Count(model, batches)
+        assert count.first is not None
         paper_rule, exact = count.totals()
         layers = count.layer_reports()
         bits = sum(layer.bits for layer in count.layers.values())
@@ -248,7 +254,7 @@ class FTWT(Method, name="ftwt"):
             mask_accuracy=sum(layer.agreeing for layer in count.layers.values()) / max(bits, 1),
             dense_bytes=sum(layer.dense_bytes for layer in layers),
             gated_bytes=sum(layer.gated_bytes for layer in layers),
-            latency=self._latency(model, first_input(batches[0])[:1]) if latency else None,
+            latency=self._latency(model, count.first[:1]) if latency else None,
             layers=layers,
         )
 
@@ -259,11 +265,8 @@ class FTWT(Method, name="ftwt"):
             for layout in (torch.contiguous_format, torch.channels_last):
                 x = input.contiguous(memory_format=layout)
                 candidates[name, layout] = (copy.deepcopy(network).to(memory_format=layout), x)  # type: ignore[call-overload]
-        times = _interleaved_medians(list(candidates.values()))
-        best = {
-            side: min(t for (s, _), t in zip(candidates, times, strict=True) if s == side)
-            for side in ("dense", "gated")
-        }
+        times = interleaved(candidates)
+        best = {side: min(median(taken) for (s, _), taken in times.items() if s == side) for side in ("dense", "gated")}
         return Latency(best["dense"] * 1e3, best["gated"] * 1e3, tuple(input.shape), torch.get_num_threads())
 
     # ----------------------------------------------------------------------------------------------- surgery
@@ -335,6 +338,10 @@ class FTWT(Method, name="ftwt"):
                 raise ValueError(f"FTWT.prepare: groups expects a {kind.__name__} at {name!r}, got {found}")
             return modules[name]
 
+        for group in groups:
+            if not (isinstance(group, (tuple, list)) and len(group) == 3):
+                expected = "triples of names (convolution, norm or None, activation or None)"
+                raise ValueError(f"FTWT.prepare: groups must hold {expected}, got {group!r}")
         chosen = self._choose([conv for conv, _, _ in groups])
         for conv, norm, activation in groups:
             if conv not in chosen:
@@ -345,7 +352,9 @@ class FTWT(Method, name="ftwt"):
                 if type(module) not in tracing.RELUS:
                     found = type(module).__name__
                     raise ValueError(f"FTWT.prepare: groups expects a ReLU or ReLU6 at {kind!r}, got {found}")
-                model.set_submodule(kind, nn.Identity())
+                # It stays: after the layer's own it changes nothing, and the forward may call it elsewhere, too. In
+                # place it would write to what the layer keeps for its backward.
+                module.inplace = False
                 kind = tracing.RELUS[type(module)]
             batch_norm = None if norm is None else find(norm, nn.BatchNorm2d)
             gated = GatedConv2d.from_modules(find(conv, nn.Conv2d), batch_norm, kind, **self._options(conv))
@@ -486,23 +495,3 @@ def _check_equal(model: nn.Module, prepared: nn.Module, input: Tensor) -> None:
             "FTWT.prepare: on example_input the rewritten network differs from the model: the forward does "
             f"something that the trace does not show; pass groups ({error})"
         ) from error
-
-
-def _interleaved_medians(runs: Sequence[tuple[nn.Module, Tensor]], repeats: int = 31, warmup: int = 5) -> list[float]:
-    """Seconds; one run of each in turn, so that a slow moment of the machine hits all of them."""
-    times: list[list[float]] = [[] for _ in runs]
-    with torch.inference_mode():
-        for repeat in range(warmup + repeats):
-            for (network, input), taken in zip(runs, times, strict=True):
-                _synchronize(input)
-                start = time.perf_counter()
-                network(input)
-                _synchronize(input)
-                if repeat >= warmup:
-                    taken.append(time.perf_counter() - start)
-    return [sorted(taken)[len(taken) // 2] for taken in times]
-
-
-def _synchronize(x: Tensor) -> None:
-    if x.device.type == "cuda":
-        torch.cuda.synchronize(x.device)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cofire import ops
 from cofire.info import kernel_for
+from cofire.ops.checks import check_integer, check_number
 from cofire.registry import OPERATORS
 
 ACTIVATIONS = ("identity", "relu", "relu6")
@@ -76,6 +77,7 @@ class GateHead(nn.Module):
         super().__init__()
         if pool not in ("avg", "max"):
             raise ValueError(f"GateHead: pool must be one of avg, max, got {pool!r}")
+        check_integer("GateHead", min_keep=min_keep)
         if not 0 <= min_keep <= out_channels:
             raise ValueError(f"GateHead: min_keep must be between 0 and the {out_channels} channels, got {min_keep}")
         if rank is not None and rank < 1:
@@ -99,6 +101,7 @@ class GateHead(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Gate:
+        _check_channels("GateHead", "channels", self.in_channels, input)
         if input.dim() == 2:
             pooled = input
             in_index, in_count = ops.compact(input != 0)
@@ -169,7 +172,12 @@ class Gated(nn.Module):
         """The mask to apply; None for no mask, or where it is the target, which is not known yet."""
         if self.force is None:
             return gate.mask
-        return None if isinstance(self.force, str) else self.force
+        if isinstance(self.force, Tensor):
+            return self.force
+        if self.force not in ("open", "target"):
+            where, found = type(self).__name__, repr(self.force)
+            raise ValueError(f"{where}: force must be None, 'open', 'target' or a tensor, got {found}")
+        return None
 
     @torch.no_grad()
     def examine(self, *args: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,11 +208,17 @@ class Gated(nn.Module):
 
 
 def check_mass(where: str, mass: float, mode: str) -> None:
-    """Raise if ``mass`` is outside its range for ``mode``."""
+    """Raise if ``mass`` is no number, or outside its range for ``mode``."""
+    check_number(where, mass=mass)
     if mode == "mass" and not (mass < 0 or 0 < mass <= 1):
         raise ValueError(f"{where}: mass must be in (0, 1] or negative (gating off), got {mass}")
     if mode == "uniform" and not 0 <= mass < 1:
         raise ValueError(f"{where}: mass must be in [0, 1) in mode 'uniform' (the share to prune), got {mass}")
+
+
+def _check_channels(where: str, what: str, expected: int, input: Tensor) -> None:
+    if input.shape[1] != expected:
+        raise ValueError(f"{where}: input must have {expected} {what}, got {list(input.shape)}")
 
 
 class GatedConv2d(Gated):
@@ -286,10 +300,12 @@ class GatedConv2d(Gated):
         """A gated layer around existing modules, which it takes over as they are.
 
         Raises:
-            TypeError: ``norm`` is neither None nor a ``BatchNorm2d``. (A ``SyncBatchNorm`` is not: the fused
-                epilogue takes the statistics of its own process.)
+            TypeError: ``conv`` is no ``Conv2d``, or ``norm`` is neither None nor a ``BatchNorm2d``. (A
+                ``SyncBatchNorm`` is not: the fused epilogue takes the statistics of its own process.)
             ValueError: a padding mode other than zeros, or a norm of another width.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"GatedConv2d: conv must be a Conv2d, got {type(conv).__name__}")
         if norm is not None and type(norm) is not nn.BatchNorm2d:
             raise TypeError(f"GatedConv2d: norm must be a BatchNorm2d or None, got {type(norm).__name__}")
         if norm is not None and norm.num_features != conv.out_channels:
@@ -306,6 +322,7 @@ class GatedConv2d(Gated):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if input.dim() != 4:
             raise ValueError(f"GatedConv2d: input must have shape [N, C, H, W], got {list(input.shape)}")
+        _check_channels("GatedConv2d", "channels", self.conv.in_channels, input)
         gate = self._predict(input)
         output, peak = self._convolve(input, residual, self._mask(gate))
         if self.force == "target":
@@ -464,6 +481,7 @@ class GatedLinear(Gated):
     def forward(self, input: Tensor) -> Tensor:
         if input.dim() != 2:
             raise ValueError(f"GatedLinear: input must have shape [N, in_features], got {list(input.shape)}")
+        _check_channels("GatedLinear", "features", self.linear.in_features, input)
         gate = self._predict(input)
         output, peak = self._activate(input)
         if self.training:

@@ -6,7 +6,8 @@ Each raises a sentence that names the operator, the argument, what was expected 
 
 from __future__ import annotations
 
-from typing import NoReturn
+from numbers import Integral, Real
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,15 +27,43 @@ def check_float(operator: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {x.dtype}")
 
 
+def check_device(operator: str, first: str, a: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.device != a.device:
+            refuse(operator, f"{name} must be on the device of {first} ({a.device}), got {x.device}")
+
+
 def check_same(operator: str, first: str, a: Tensor, **others: Tensor | None) -> None:
     """Same dtype, where both are floats, and same device."""
     for name, x in others.items():
-        if x is None:
-            continue
-        if x.is_floating_point() and a.is_floating_point() and x.dtype != a.dtype:
+        if x is not None and x.is_floating_point() and a.is_floating_point() and x.dtype != a.dtype:
             raise TypeError(f"{operator}: {name} must have the dtype of {first} ({a.dtype}), got {x.dtype}")
-        if x.device != a.device:
-            refuse(operator, f"{name} must be on the device of {first} ({a.device}), got {x.device}")
+    check_device(operator, first, a, **others)
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt, Integral))
+
+
+def check_integer(operator: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not is_integer(value):
+            raise TypeError(f"{operator}: {name} must be an integer, got {value!r}")
+
+
+def check_number(operator: str, **values: Any) -> None:
+    for name, value in values.items():
+        if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
+            raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
+
+
+def check_pair(operator: str, name: str, value: Any) -> list[int]:
+    """An integer for both directions, or a sequence of integers."""
+    if is_integer(value):
+        return [value, value]
+    if not (isinstance(value, (tuple, list)) and all(map(is_integer, value))):
+        raise TypeError(f"{operator}: {name} must be an integer or a sequence of integers, got {value!r}")
+    return list(value)
 
 
 def check_choice(operator: str, name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,7 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cofire.ops.checks import check_choice, check_float, check_map, check_same, check_selection, refuse, shape_of
+from cofire.ops.checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_integer,
+    check_map,
+    check_number,
+    check_pair,
+    check_same,
+    check_selection,
+    refuse,
+    shape_of,
+)
 from cofire.ops.selection import compact
 from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
@@ -42,10 +54,10 @@ def _activate(x: Tensor, activation: str) -> Tensor:
 
 
 def _activation_grad(grad: Tensor, output: Tensor, activation: str) -> Tensor:
-    """Gradient before the activation, from its output alone."""
+    """Gradient before the activation, from its output alone; for NaN and infinity too as ``F.relu`` and ``F.relu6``."""
     if activation == "relu":
-        return grad * (output > 0)
-    return grad * ((output > 0) & (output < 6)) if activation == "relu6" else grad
+        return grad.masked_fill(output <= 0, 0)
+    return grad.masked_fill(~((output > 0) & (output < 6)), 0) if activation == "relu6" else grad
 
 
 def mask_from_index(index: Tensor, count: Tensor, columns: int) -> Tensor:
@@ -85,11 +97,12 @@ def _channel_pool_backward_reference(grad: Tensor, input: Tensor, mode: str) -> 
     if mode == "avg":
         everywhere = (grad / (h * w))[:, :, None, None].expand(n, c, h, w)
         return everywhere.clone(memory_format=memory_format(input))
-    # argmax promises nothing on ties; the first maximum is the lowest position that equals it
+    # argmax promises nothing on ties; the first maximum is the lowest position that equals it, or is NaN
     flat = input.flatten(2)
+    hit = (flat == flat.amax(2, keepdim=True)) | flat.isnan()
     position = torch.arange(h * w, device=input.device)
-    first = torch.where(flat == flat.amax(2, keepdim=True), position, h * w).amin(2, keepdim=True)
-    return _like_input(torch.zeros_like(flat).scatter(2, first, grad[:, :, None]).reshape(n, c, h, w), input)
+    first = torch.where(hit, position, h * w).amin(2, keepdim=True)
+    return like_input(torch.zeros_like(flat).scatter(2, first, grad[:, :, None]).reshape(n, c, h, w), input)
 
 
 def _channel_pool_bytes(input: Tensor, mode: str) -> int:
@@ -168,6 +181,8 @@ def _validate_mass_mask(scores: Tensor, mass: float, mode: str, min_keep: int) -
         refuse("mass_mask", f"scores must have shape [N, C], got {shape_of(scores)}")
     check_float("mass_mask", scores=scores)
     check_choice("mass_mask", "mode", mode, ("mass", "uniform"))
+    check_number("mass_mask", mass=mass)
+    check_integer("mass_mask", min_keep=min_keep)
     if mode == "mass":
         if not (mass < 0 or 0 < mass <= 1):
             refuse("mass_mask", f"mass must be in (0, 1] or negative (gating off), got {mass}")
@@ -270,6 +285,7 @@ def _validate_gate_head(pooled: Tensor, weight: Tensor, bias: Tensor | None, sof
         if list(bias.shape) != [out]:
             refuse(op, f"bias must have shape [{out}], got {shape_of(bias)}")
     check_same(op, "pooled", pooled, weight=weight, bias=bias)
+    check_integer(op, min_keep=min_keep)
     if not (0 <= min_keep <= out):
         refuse(op, f"min_keep must be between 0 and the {out} channels, got {min_keep}")
 
@@ -282,8 +298,8 @@ def _gate_head_reference(
     logits = F.linear(features, weight.to(accumulate), None if bias is None else bias.to(accumulate)).to(pooled.dtype)
     mask = logits > 0
     if min_keep:
-        best = logits.sort(dim=1, descending=True, stable=True).indices[:, :min_keep]
-        mask = mask.scatter(1, best, True)  # where enough are positive, the largest are positive already
+        best = logits.sort(dim=1, descending=True, stable=True).indices[:, :min_keep]  # NaN first
+        mask = torch.where(mask.sum(1, keepdim=True) < min_keep, torch.zeros_like(mask).scatter(1, best, True), mask)
     index, count = compact(mask)
     return logits, mask, index, count
 
@@ -378,7 +394,8 @@ def gate_head(
         weight: ``[out_channels, in_features]``.
         bias: ``[out_channels]`` or None.
         softmax: normalise ``pooled`` over its features first.
-        min_keep: the fewest channels kept per sample; the largest logits fill up, ties to the lower index.
+        min_keep: the fewest channels kept per sample; where fewer logits are positive, the largest are kept, ties to the
+            lower index (NaN counts as largest there, and as not positive elsewhere).
 
     Returns:
         ``logits`` ``[N, out_channels]`` in the dtype of ``pooled``, ``mask`` bool
@@ -417,12 +434,13 @@ def _validate_gated_norm_act(
 ) -> None:
     op = "gated_norm_act"
     check_map(op, "input", input)
-    check_float(op, input=input, weight=weight, bias=bias, residual=residual)
+    statistics = {"running_mean": running_mean, "running_var": running_var}
+    check_float(op, input=input, weight=weight, bias=bias, **statistics, residual=residual)
     n, c, h, w = input.shape
-    for name, x in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if x is not None:
-            if list(x.shape) != [c]:
-                refuse(op, f"{name} must have shape [{c}], got {shape_of(x)}")
+    given = {name: x for name, x in statistics.items() if x is not None}
+    for name, x in {"weight": weight, "bias": bias, **given}.items():
+        if list(x.shape) != [c]:
+            refuse(op, f"{name} must have shape [{c}], got {shape_of(x)}")
     if training:
         if n * h * w <= 1:
             refuse(op, f"training needs more than one value per channel, got input {shape_of(input)}")
@@ -438,9 +456,10 @@ def _validate_gated_norm_act(
             refuse(op, f"mask must have shape [{n}, {c}], got {shape_of(mask)}")
         if mask.requires_grad:
             refuse(op, "mask must not require grad: no gradient passes the gate")
-    check_same(op, "input", input.new_empty(0, dtype=torch.int32), mask=mask, weight=weight, bias=bias)
+    check_device(op, "input", input, weight=weight, bias=bias, **statistics, mask=mask)
     check_choice(op, "activation", activation, ACTIVATIONS)
-    if eps < 0:
+    check_number(op, eps=eps)
+    if not eps >= 0:
         refuse(op, f"eps must not be negative, got {eps}")
 
 
@@ -474,10 +493,10 @@ def _gated_norm_act_reference(
     u = _activate(u, activation)
     peak = u.abs().amax((2, 3)) if u.shape[2] * u.shape[3] else u.new_zeros(u.shape[:2])
     output = u if mask is None else u.masked_fill((mask == 0)[:, :, None, None], 0)
-    return _like_input(output.to(input.dtype), input), peak.detach(), mean, var
+    return like_input(output.to(input.dtype), input), peak.detach(), mean, var
 
 
-def _like_input(output: Tensor, input: Tensor) -> Tensor:
+def like_input(output: Tensor, input: Tensor) -> Tensor:
     """In the memory format of ``input``: channels_last stays channels_last."""
     return output.contiguous(memory_format=memory_format(input))
 
@@ -525,8 +544,8 @@ def _gated_norm_act_backward_reference(
         size = x.numel() // max(x.shape[1], 1)
         inner = before - (grad_bias[:, None, None] + normalised * grad_weight[:, None, None]) / size
     grad_input = weight.to(accumulate)[:, None, None] * rstd * inner
-    grad_residual = _like_input(before.to(input.dtype, copy=True), input) if residual else input.new_empty(0)
-    return _like_input(grad_input.to(input.dtype), input), grad_weight, grad_bias, grad_residual
+    grad_residual = like_input(before.to(input.dtype, copy=True), input) if residual else input.new_empty(0)
+    return like_input(grad_input.to(input.dtype), input), grad_weight, grad_bias, grad_residual
 
 
 def _gated_norm_act_backward_fake(
@@ -680,6 +699,7 @@ def _validate_gated_conv2d(
     if weight.dim() != 4:
         refuse(op, f"weight must have shape [out, in / groups, kh, kw], got {shape_of(weight)}")
     n, co = input.shape[0], weight.shape[0]
+    check_integer(op, groups=groups, compact_output=compact_output)
     if groups < 1:
         refuse(op, f"groups must be at least 1, got {groups}")
     ci = weight.shape[1] * groups
@@ -710,7 +730,8 @@ def _validate_gated_conv2d(
             refuse(op, f"residual must have shape {expected}, got {shape_of(residual)}")
     if not (0 <= compact_output <= co):
         refuse(op, f"compact_output must be between 0 and the {co} channels, got {compact_output}")
-    check_same(op, "input", input, weight=weight, bias=bias, residual=residual, in_index=in_index, out_index=out_index)
+    check_same(op, "input", input, weight=weight, bias=bias, residual=residual)
+    check_device(op, "input", input, in_index=in_index, in_count=in_count, out_index=out_index, out_count=out_count)
 
 
 def _conv_output_size(
@@ -719,7 +740,7 @@ def _conv_output_size(
     return [_output_size(input.shape[2 + i], weight.shape[2 + i], stride[i], padding[i], dilation[i]) for i in (0, 1)]
 
 
-def _to_dense(x: Tensor, index: Tensor, count: Tensor, channels: int) -> Tensor:
+def to_dense(x: Tensor, index: Tensor, count: Tensor, channels: int) -> Tensor:
     """From compact to dense: slot j of sample n becomes channel ``index[n, j]``, every other channel zero."""
     slots = x.shape[1]
     used = torch.arange(slots, device=x.device) < count[:, None]
@@ -728,16 +749,34 @@ def _to_dense(x: Tensor, index: Tensor, count: Tensor, channels: int) -> Tensor:
     return dense.scatter(1, position, x)[:, :channels]
 
 
-def _to_compact(x: Tensor, index: Tensor, count: Tensor, slots: int) -> Tensor:
-    """From dense to compact, the inverse of :func:`_to_dense`."""
+def to_compact(x: Tensor, index: Tensor, count: Tensor, slots: int) -> Tensor:
+    """From dense to compact, the inverse of :func:`to_dense`."""
     used = torch.arange(slots, device=x.device) < count[:, None]
     position = index[:, :slots].clamp(min=0).long()[:, :, None, None].expand(-1, -1, *x.shape[2:])
     return x.gather(1, position).masked_fill(~used[:, :, None, None], 0)
 
 
+def _refuse_bad_selection(operator: str, prefix: str, index: Tensor, count: Tensor) -> None:
+    """What tracing cannot see; on a CPU only, because elsewhere it would synchronise."""
+    if index.device.type != "cpu":
+        return
+    channels = index.shape[1]
+    outside = (count < 0) | (count > channels)
+    if outside.any():
+        n = int(outside.nonzero()[0])
+        refuse(operator, f"{prefix}_count must be between 0 and {channels}, got {int(count[n])} for sample {n}")
+    before = F.pad(index, (1, 0), value=-1)[:, :-1]
+    used = torch.arange(channels) < count[:, None]
+    wrong = used & ((index <= before) | (index >= channels))
+    if wrong.any():
+        n, slot = wrong.nonzero()[0].tolist()
+        place = f"got {int(index[n, slot])} at slot {slot} of sample {n}"
+        refuse(operator, f"{prefix}_index must hold ascending channels below {channels}, {place}")
+
+
 def _masked_input(input: Tensor, index: Tensor, count: Tensor, channels: int, compact_input: bool) -> Tensor:
     if compact_input:
-        return _to_dense(input, index, count, channels)
+        return to_dense(input, index, count, channels)
     return input.masked_fill(~mask_from_index(index, count, channels)[:, :, None, None], 0)
 
 
@@ -759,21 +798,26 @@ def _gated_conv2d_reference(
     compact_input: bool,
     compact_output: int,
 ) -> Tensor:
-    if compact_output and out_count.device.type == "cpu" and out_count.numel() and out_count.max() > compact_output:
+    op = "gated_conv2d"
+    _refuse_bad_selection(op, "in", in_index, in_count)
+    _refuse_bad_selection(op, "out", out_index, out_count)
+    if input.device.type == "cpu" and input.shape[0]:
+        most = int(in_count.max())
+        if compact_input and most > input.shape[1]:
+            refuse(op, f"a compact input must hold every sample's channels ({most}), got {shape_of(input)}")
         most = int(out_count.max())
-        raise ValueError(
-            f"gated_conv2d: compact_output must hold every sample's channels ({most}), got {compact_output}"
-        )
+        if compact_output and most > compact_output:
+            refuse(op, f"compact_output must hold every sample's channels ({most}), got {compact_output}")
     x = _masked_input(input, in_index, in_count, weight.shape[1] * groups, compact_input)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     if residual is not None:
         y = y + residual
     y = _activate(y, activation)
     if compact_output:
-        y = _to_compact(y, out_index, out_count, compact_output)
+        y = to_compact(y, out_index, out_count, compact_output)
     else:
         y = y.masked_fill(~mask_from_index(out_index, out_count, weight.shape[0])[:, :, None, None], 0)
-    return _like_input(y, input)
+    return like_input(y, input)
 
 
 def _gated_conv2d_fake(
@@ -805,7 +849,7 @@ def _gated_conv2d_backward_reference(
     co, ci = weight.shape[0], weight.shape[1] * groups
     before = _activation_grad(grad, output.detach(), activation)
     if compact_output:
-        before = _to_dense(before, out_index, out_count, co)
+        before = to_dense(before, out_index, out_count, co)
     else:
         before = before.masked_fill(~mask_from_index(out_index, out_count, co)[:, :, None, None], 0)
     x = _masked_input(input, in_index, in_count, ci, compact_input)
@@ -813,11 +857,11 @@ def _gated_conv2d_backward_reference(
         before, x, weight, [co], stride, padding, dilation, False, [0, 0], groups, [True, True, True]
     )
     if compact_input:
-        grad_input = _to_compact(grad_input, in_index, in_count, input.shape[1])
+        grad_input = to_compact(grad_input, in_index, in_count, input.shape[1])
     else:
         grad_input = grad_input.masked_fill(~mask_from_index(in_index, in_count, ci)[:, :, None, None], 0)
     # the gradient of the residual, which is dense
-    return _like_input(grad_input, input), grad_weight.contiguous(), grad_bias, before.contiguous()
+    return like_input(grad_input, input), grad_weight.contiguous(), grad_bias, before.contiguous()
 
 
 _gated_conv2d_backward = register(
@@ -897,10 +941,6 @@ _gated_conv2d = register(
 )
 
 
-def _pair(value: int | tuple[int, int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
-
-
 def gated_conv2d(
     input: Tensor,
     weight: Tensor,
@@ -948,7 +988,8 @@ def gated_conv2d(
         expression.
 
     Raises:
-        ValueError: shapes, groups or options that do not fit; more active channels than ``compact_output``.
+        ValueError: shapes, groups or options that do not fit; more active channels than ``compact_output`` or a
+            compact ``input`` holds; on a CPU, indices that are not ascending or a count out of range.
         TypeError: an integer input, mixed dtypes, indices that are not int32.
 
     Example:
@@ -968,9 +1009,9 @@ def gated_conv2d(
         in_count,
         out_index,
         out_count,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        check_pair("gated_conv2d", "stride", stride),
+        check_pair("gated_conv2d", "padding", padding),
+        check_pair("gated_conv2d", "dilation", dilation),
         groups,
         activation,
         masked_input,
@@ -1005,7 +1046,8 @@ def _validate_gated_linear(
     check_selection(op, "in", in_index, in_count, *input.shape)
     check_selection(op, "out", out_index, out_count, input.shape[0], weight.shape[0])
     check_choice(op, "activation", activation, ACTIVATIONS)
-    check_same(op, "input", input, weight=weight, bias=bias, in_index=in_index, out_index=out_index)
+    check_same(op, "input", input, weight=weight, bias=bias)
+    check_device(op, "input", input, in_index=in_index, in_count=in_count, out_index=out_index, out_count=out_count)
 
 
 def _gated_linear_reference(
@@ -1018,6 +1060,8 @@ def _gated_linear_reference(
     out_count: Tensor,
     activation: str,
 ) -> Tensor:
+    _refuse_bad_selection("gated_linear", "in", in_index, in_count)
+    _refuse_bad_selection("gated_linear", "out", out_index, out_count)
     x = input.masked_fill(~mask_from_index(in_index, in_count, input.shape[1]), 0)
     y = _activate(F.linear(x, weight, bias), activation)
     return y.masked_fill(~mask_from_index(out_index, out_count, weight.shape[0]), 0)
@@ -1111,10 +1155,8 @@ def gated_linear(
     """Linear layer that computes, for each sample, only its active outputs from its active inputs.
 
     Equivalent to ``act(F.linear(input * in_mask, weight, bias)) * out_mask``. The storage of ``weight`` decides what
-    skipping
-    saves: row-major, a skipped output saves a row of bytes; column-major (``storage.t()`` of an ``[in, out]`` tensor),
-        a
-    skipped input does.
+    skipping saves: row-major, a skipped output saves a row of bytes; column-major (``storage.t()`` of an ``[in, out]``
+    tensor), a skipped input does.
 
     Args:
         input: ``[N, in_features]``.
@@ -1127,7 +1169,8 @@ def gated_linear(
         ``[N, out_features]``, exactly zero outside ``out_index``.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation.
+        ValueError: shapes that do not fit, an unknown activation; on a CPU, indices that are not ascending or a count
+            out of range.
         TypeError: an integer input, mixed dtypes, indices that are not int32.
 
     Example:
