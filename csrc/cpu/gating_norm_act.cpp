@@ -39,7 +39,10 @@ struct Identity {
 };
 struct Relu {
   static Vec apply(const Vec& v) { return at::vec::clamp_min(v, Vec(0.0f)); }
-  static Vec gate(const Vec& grad, const Vec& out) { return (out > Vec(0.0f)) & grad; }
+  // As in torch, a NaN lets the gradient pass.
+  static Vec gate(const Vec& grad, const Vec& out) {
+    return Vec::blendv(grad, Vec(0.0f), out <= Vec(0.0f));
+  }
 };
 struct Relu6 {
   static Vec apply(const Vec& v) { return at::vec::clamp_max(Relu::apply(v), Vec(6.0f)); }

@@ -34,7 +34,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 def activation_grad(grad, output, ACTIVATION: tl.constexpr):
     """Gradient before the activation, from its output alone."""
     if ACTIVATION == "relu":
-        grad = tl.where(output > 0, grad, 0.0)
+        grad = tl.where(output <= 0, 0.0, grad)  # as in torch, a NaN lets the gradient pass
     elif ACTIVATION == "relu6":
         grad = tl.where((output > 0) & (output < 6), grad, 0.0)
     return grad

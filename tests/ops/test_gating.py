@@ -17,7 +17,7 @@ from torch import Tensor
 from cofire import explain, native, ops
 from cofire.ops import gating
 from cofire.registry import OPERATORS
-from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
+from helpers import Args, Random, Refusal, Sample, check_examples, check_op, providers, refusals
 
 ODD = (1, 7, 17, 63, 65, 129)
 
@@ -1091,25 +1091,35 @@ def test_a_gradient_that_is_not_finite_stops_at_a_clamped_output(activation: str
     torch.testing.assert_close(gating._activation_grad(grad, y, activation), expected, equal_nan=True, rtol=0, atol=0)
 
 
-def test_the_first_nan_gets_the_gradient_of_a_maximum() -> None:
+def on_cpu(name: str) -> list[Any]:
+    """The ways to compute an operator on CPU tensors, Triton's interpreter among them, as parameters of a test."""
+    return [pytest.param(p, id=p.name) for p in providers(OPERATORS[name]) if p.device == "cpu"]
+
+
+@pytest.mark.parametrize("call", on_cpu("gated_norm_act_backward"))
+def test_a_gradient_passes_where_the_output_is_nan(call: Callable[..., Any]) -> None:
+    output = torch.tensor([torch.nan, 0.0, 2.0, 0.0]).reshape(1, 1, 2, 2)
+    grad, input, one = torch.ones_like(output), torch.arange(4.0).reshape(1, 1, 2, 2), torch.ones(1)
+    residual = call(grad, output, input, one, torch.zeros(1), one, None, "relu", False, True, 0.0)[3]
+    assert residual.flatten().tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("call", on_cpu("channel_pool_backward"))
+def test_the_first_nan_gets_the_gradient_of_a_maximum(call: Callable[..., Any]) -> None:
     x = torch.tensor([1.0, torch.nan, 3.0, torch.nan, 0.0, 2.0]).reshape(1, 1, 2, 3)
     for channels in (x, x.repeat(2, 9, 1, 1).contiguous(memory_format=torch.channels_last)):
-        grad = torch.full(channels.shape[:2], 5.0)
         expected = torch.zeros_like(channels)
         expected[:, :, 0, 1] = 5
-        operator = OPERATORS["channel_pool_backward"]
-        assert torch.equal(operator.reference(grad, channels, "max"), expected)
-        assert torch.equal(operator.overload(grad, channels, "max"), expected)
+        assert torch.equal(call(torch.full(channels.shape[:2], 5.0), channels, "max")[0], expected)
 
 
-def test_a_logit_that_is_nan_fills_up_first_and_is_not_positive() -> None:
-    weight = torch.tensor([[torch.nan], [1.0], [-1.0]])
-    kept = {0: [0, 1, 0], 1: [0, 1, 0], 2: [1, 1, 0], 3: [1, 1, 1]}
-    for min_keep, expected in kept.items():
-        for dtype in (torch.float32, torch.float64):
-            args = (torch.ones(1, 1, dtype=dtype), weight.to(dtype))
-            mask = ops.gate_head(*args, softmax=False, min_keep=min_keep)[1]
-            assert mask.int().tolist() == [expected], (min_keep, dtype)
+@pytest.mark.parametrize("call", on_cpu("gate_head"))
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_logit_that_is_nan_fills_up_first_and_is_not_positive(call: Callable[..., Any], sign: float) -> None:
+    nan = torch.copysign(torch.tensor(torch.nan), torch.tensor(sign))
+    weight = torch.tensor([[nan], [1.0], [-1.0]])
+    for min_keep, expected in {0: [0, 1, 0], 1: [0, 1, 0], 2: [1, 1, 0], 3: [1, 1, 1]}.items():
+        assert call(torch.ones(1, 1), weight, None, False, min_keep)[1].int().tolist() == [expected], min_keep
 
 
 def test_a_tap_beyond_the_padding_reads_nothing() -> None:

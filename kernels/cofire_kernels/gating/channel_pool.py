@@ -98,9 +98,12 @@ def channel_pool_backward_kernel(
             inside = alive[:, None] & (pixel < pixels)[None, :]
             offset = pixel.to(tl.int64)[None, :] * stride_xp
             x = tl.load(row_ptr + offset, mask=inside, other=float("-inf")).to(tl.float32)
-            position = tl.where(x > best, pixel[None, :], position)
-            best = tl.maximum(best, x)
-        is_best = best == tl.max(best, 1)[:, None]
+            higher = (x > best) | ((x != x) & (best == best))  # as in torch, a NaN is higher than all
+            position = tl.where(higher, pixel[None, :], position)
+            best = tl.where(higher, x, best)
+        is_nan = best != best
+        is_best = best == tl.max(tl.where(is_nan, float("-inf"), best), 1)[:, None]
+        is_best = tl.where(tl.max(is_nan.to(tl.int32), 1)[:, None] > 0, is_nan, is_best)
         first = tl.min(tl.where(is_best, position, 0x7FFFFFFF), 1)
     else:
         grad = tl.div_rn(grad, size)

@@ -131,7 +131,8 @@ def _select(logits: Tensor, min_keep: int) -> tuple[Tensor, Tensor, Tensor]:
         mask = logits > 0
         if min_keep:
             best = logits.sort(dim=1, descending=True, stable=True).indices[:, :min_keep]
-            mask = mask.scatter(1, best, True)
+            filled = mask.scatter(1, best, True)
+            mask = torch.where((mask.sum(1) < min_keep)[:, None], filled, mask)
         return mask, *compact(mask)
     mask = torch.empty((samples, channels), dtype=torch.bool, device=logits.device)
     index = torch.empty((samples, channels), dtype=torch.int32, device=logits.device)

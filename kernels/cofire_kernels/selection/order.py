@@ -24,6 +24,7 @@ def sort_keys(value, column, inside):
     """
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(value != value, 0x7FFFFFFF, ordered)  # whatever its sign bit
     key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     return tl.where(inside, key, -9223372036854775807)
 
