@@ -1082,6 +1082,30 @@ def test_all_tensors_lie_on_one_device(call: Any, names: tuple[str, ...]) -> Non
             call(**{name: there})()
 
 
+SPREADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "even": lambda u: u,
+    "wide": lambda u: torch.exp(20 * (u - 0.5)),
+    "wider than fp32": lambda u: torch.exp(80 * (u - 0.5)),  # sums of these depend on their order
+    "ties": lambda u: (4 * u).round(),
+    "sparse": lambda u: u * (u > 0.7),
+    "equal": lambda u: torch.full_like(u, 0.3),
+    "huge": lambda u: 1e30 * u,
+    "denormal": lambda u: 1e-38 * u,
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_mass_mask_is_the_reference_to_the_bit(spread: str) -> None:
+    rand = Random(spread)
+    for columns in (1, 7, 64, 300):
+        scores = SPREADS[spread](rand.uniform(5, columns))
+        for mass in (1.0, 0.99999999, 0.95, 0.5, 0.05, -1.0):
+            for min_keep in (0, 1, min(3, columns)):
+                args = (scores, mass, "mass", min_keep)
+                expected = OPERATORS["mass_mask"].reference(*args)
+                assert torch.equal(ops.mass_mask(*args), expected), (columns, mass, min_keep)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_a_gradient_that_is_not_finite_stops_at_a_clamped_output(activation: str) -> None:
     x = torch.tensor([torch.nan, -1.0, 0.0, 1.0, 6.0, 7.0]).repeat(3).requires_grad_()
