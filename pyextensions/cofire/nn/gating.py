@@ -193,11 +193,11 @@ class Gated(nn.Module):
 
     def _peak(self, *args: Tensor) -> Tensor:
         """``[N, Co]``: the largest magnitude of each channel before the gate."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer has its own
 
     def deploy(self) -> nn.Module:
         """The inference form, with copies of the weights; this layer can go on training."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer has its own
 
     def __getstate__(self) -> dict[str, Any]:
         # A non-leaf tensor can neither be copied nor pickled, and belongs to one forward only.
