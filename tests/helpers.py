@@ -53,6 +53,7 @@ from __future__ import annotations
 import doctest
 import functools
 import os
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -514,6 +515,16 @@ def check_gradgradcheck(case: Case, sample: Sample) -> None:
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+def check_second_refused(case: Case, sample: Sample) -> None:
+    """A second derivative raises a sentence with the reason."""
+    function, leaves = _differentiable(case, case.make(sample, torch.float64))
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    (first, *_) = torch.autograd.grad(sum(o.square().sum() for o in function(*leaves)), leaves, create_graph=True)
+    reason = re.escape(f"{case.operator.name}: there are no {case.operator.double_backward}")
+    with pytest.raises(RuntimeError, match=f"^{reason}$"):
+        first.square().sum().backward()
+
+
 def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend: str = "inductor") -> None:
     """One graph, the bits of eager, and no second compilation: for the same sizes, or (dynamic) for any."""
     operator = case.operator
@@ -649,9 +660,11 @@ def _dear(case: Case, tiny: Sequence[Sample]) -> Iterator[Any]:
         yield _param(check_autocast, case, sample, id=("autocast", name, sample.name))
         yield _param(check_counts, case, sample, id=("counts", name, sample.name))
         yield _param(check_opcheck, case, sample, id=("opcheck", name, sample.name))
-        if isinstance(case.operator.backward, Backward):
+        if isinstance(case.operator.backward, Backward) and case.operator.backward.operator != "refused":
             yield _param(check_gradcheck, case, sample, id=("gradcheck", name, sample.name))
-            if case.operator.double_backward:
+            if isinstance(case.operator.double_backward, str):
+                yield _param(check_second_refused, case, sample, id=("second", name, sample.name))
+            elif case.operator.double_backward:
                 yield _param(check_gradgradcheck, case, sample, id=("gradgradcheck", name, sample.name))
     for dynamic in (False, True) if tiny else ():
         id = ("compile", name, "dynamic" if dynamic else "static")

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cofire import native
 from cofire.names import near_matches
-from cofire.registry import HAS_TRITON, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
+from cofire.registry import HAS_TRITON, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator, leading_dtype
 from cofire.version import __version__
 
 __all__ = ["explain", "info", "markdown_table", "print_table"]
 
 
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.bool: "bool"}
+SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.bool: "bool"}
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -115,7 +115,8 @@ def markdown_table() -> str:
         kernels = (isinstance(o.cpu, tuple), isinstance(o.triton, Kernel), isinstance(o.cuda, Kernel))
         gradient = isinstance(o.backward, Backward)
         cells = [f"`{o.name}`", o.family, *map(mark, kernels)]
-        cells += [mark(gradient), mark(o.double_backward)] if gradient else [f"none: {o.backward}", "-"]
+        second = "refused" if isinstance(o.double_backward, str) else mark(o.double_backward)
+        cells += [mark(gradient), second] if gradient else [f"none: {o.backward}", "-"]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -157,9 +158,9 @@ def kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     dtypes = kernel.dtypes if isinstance(kernel, Kernel) else kernel
     if device == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
         return f"reference: {native.STATUS.reason}"
-    foreign = {t.dtype for t in tensors if t.is_floating_point() and t.dtype not in dtypes}
-    if foreign and any(d.is_floating_point for d in dtypes):
-        return f"reference: the kernel covers {_names(dtypes)}, got {_names(tuple(foreign))}"
+    dtype = leading_dtype(args)
+    if dtype not in (None, *dtypes) and any(d.is_floating_point for d in dtypes):
+        return f"reference: the kernel covers {_names(dtypes)}, got {_names((dtype,))}"
     if isinstance(kernel, Kernel):
         plan = _gpu_plan(kernel)
         return "triton" if plan is None else f"triton: {plan(*args)}"

@@ -40,6 +40,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def leading_dtype(args: tuple[Any, ...]) -> torch.dtype | None:
+    """The dtype that decides whether a kernel covers a call: of the first floating-point tensor. Others follow from it."""
+    return next((a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
+
+
 @dataclass(frozen=True)
 class Backward:
     """How gradients flow: what to keep from the forward, and which operator computes them."""
@@ -57,8 +62,7 @@ class Kernel:
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
     def covers(self, args: tuple[Any, ...]) -> bool:
-        tensors = (a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
-        return all(t.dtype in self.dtypes for t in tensors)
+        return leading_dtype(args) in (None, *self.dtypes)
 
     @functools.cached_property
     def launch(self) -> Callable[..., Any]:
@@ -76,7 +80,7 @@ class Operator:
     reference: Callable[..., Any]  #: the maths in plain torch: any device, differentiable, the oracle of the tests
     fake: Callable[..., Any]  #: shapes and dtypes only
     backward: Backward | str  #: or, in one phrase, why there is none
-    double_backward: bool = False
+    double_backward: bool | str = False  #: or, in one sentence, why it is refused
     validate: Callable[..., None] | None = None  #: raises on bad input; the same for eager and while tracing
     cpu: tuple[torch.dtype, ...] | str = FLOATS  #: dtypes of the C++ kernel, or why there is none
     triton: Kernel | str = "no kernel yet"
@@ -172,6 +176,15 @@ def through_reference(reference: Callable[..., Any]) -> Backward:
         return tuple(result)
 
     return Backward(save, formula, "reference")
+
+
+def refuse_second(operator: str, reason: str) -> Backward:
+    """The backward of a backward operator that has none: a sentence instead of a silent zero."""
+
+    def formula(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        raise RuntimeError(f"{operator}: there are no {reason}")
+
+    return Backward(lambda ctx, inputs, output: None, formula, "refused")
 
 
 def _launch_or_reference(operator: Operator, kernel: Kernel) -> Callable[..., Any]:

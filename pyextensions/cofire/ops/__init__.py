@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators, one module per family; importing this package registers them all."""
 
+from cofire.ops.clustering import *  # noqa: F403
 from cofire.ops.gating import *  # noqa: F403
 from cofire.ops.selection import *  # noqa: F403
