@@ -49,7 +49,9 @@ def test_it_has_a_backward_or_says_why_not(operator: Operator) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "Autograd")
     if not operator.name.endswith("_backward"):
         assert operator.double_backward, f"{operator.name}: its backward must be differentiable, or say why it is not"
-        refused = [o for o in OPERATORS.values() if isinstance(o.backward, Backward) and o.backward.operator == "refused"]
+        refused = [
+            o for o in OPERATORS.values() if isinstance(o.backward, Backward) and o.backward.operator == "refused"
+        ]
         assert isinstance(operator.double_backward, str) == (OPERATORS[operator.backward.operator] in refused)
 
 

@@ -20,7 +20,14 @@ from cofire.version import __version__
 __all__ = ["explain", "info", "markdown_table", "print_table"]
 
 
-SHORT = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.uint8: "u8", torch.bool: "bool"}
+SHORT = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+    torch.bool: "bool",
+}
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -159,7 +166,7 @@ def kernel_for(operator: Operator, args: tuple[Any, ...]) -> str:
     if device == "cpu" and not torch._C._dispatch_has_kernel_for_dispatch_key(f"cofire::{operator.name}", "CPU"):
         return f"reference: {native.STATUS.reason}"
     dtype = leading_dtype(args)
-    if dtype not in (None, *dtypes) and any(d.is_floating_point for d in dtypes):
+    if dtype is not None and dtype not in dtypes and any(d.is_floating_point for d in dtypes):
         return f"reference: the kernel covers {_names(dtypes)}, got {_names((dtype,))}"
     if isinstance(kernel, Kernel):
         plan = _gpu_plan(kernel)

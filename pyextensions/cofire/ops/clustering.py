@@ -35,7 +35,7 @@ from cofire.ops.checks import (
     refuse,
     shape_of,
 )
-from cofire.registry import FLOATS, Backward, Kernel, Operator, refuse_second, register
+from cofire.registry import Backward, Kernel, Operator, refuse_second, register
 
 __all__ = [
     "dkm",
@@ -442,7 +442,15 @@ def _pull(x: Tensor, d_attention: Tensor, soft: Tensor, c: Tensor, tau: Tensor, 
 
 
 def _cluster_backward(
-    g: Tensor | None, total: Tensor, x: Tensor, n: Tensor, path: Tensor, tau: Tensor, rules: Rules, grad: str, status: int
+    g: Tensor | None,
+    total: Tensor,
+    x: Tensor,
+    n: Tensor,
+    path: Tensor,
+    tau: Tensor,
+    rules: Rules,
+    grad: str,
+    status: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of :func:`_cluster`, from the centroids on the way alone.
 
@@ -540,7 +548,9 @@ def _check_partitions(operator: str, weight: Tensor, centroids: Tensor, group_si
     if partitions != count:
         refuse(operator, f"centroids must be given for {count} partitions, got {shape_of(centroids)}")
     if group_size < clusters * d:
-        refuse(operator, f"a partition must have at least {clusters * d} weights ({clusters} clusters), got {group_size}")
+        refuse(
+            operator, f"a partition must have at least {clusters * d} weights ({clusters} clusters), got {group_size}"
+        )
 
 
 def _check_temperature(operator: str, tau: Tensor, centroids: Tensor) -> None:
@@ -629,12 +639,22 @@ def _dkm_tables_backward_reference(
     enforce_zero: bool, prune_threshold: float, keep_sparsity: bool, mode: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rules = Rules(eps, enforce_zero, prune_threshold, keep_sparsity)
-    slopes, offsets, first = [], [], []
+    slopes: list[Tensor] = []
+    offsets: list[Tensor] = []
+    first = []
     for p, (total, n) in enumerate(zip(grad, counts, strict=True)):
         there = n.nonzero().flatten()
         x, weight = values[there, None], n[there].to(values.dtype)
         local, shared, start = _cluster_backward(
-            None, total[there, None], x, weight, path[:, p, :, None].to(values.dtype), tau[p], rules, mode, int(status[p])
+            None,
+            total[there, None],
+            x,
+            weight,
+            path[:, p, :, None].to(values.dtype),
+            tau[p],
+            rules,
+            mode,
+            int(status[p]),
         )
         for found, into in ((local, slopes), (shared, offsets)):
             into.append(torch.zeros_like(values).index_add(0, there, found[:, 0]))
@@ -994,7 +1014,12 @@ def dkm(
         heat = heat.expand(centroids.shape[:1]) if heat.dim() == 0 else heat
     rules = (eps, enforce_zero, prune_threshold, keep_sparsity)
     output, path, status = _dkm(weight, centroids, heat, size, iterations, *rules, forward, grad)
-    if grad == "implicit" and type(status) is Tensor and status.device.type == "cpu" and not torch.compiler.is_compiling():
+    if (
+        grad == "implicit"
+        and type(status) is Tensor
+        and status.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    ):
         _warn_once(status)
     return Clustered(output, path[-1].to(centroids.dtype), status)
 
@@ -1041,7 +1066,9 @@ _palettize = register(
         backward="labels have no gradient",
         triton=Kernel("cofire_kernels.clustering:palettize"),
         flops=lambda weight, centroids, *_: 3 * weight.numel() * centroids.shape[1],
-        bytes=lambda weight, centroids, *_: weight.numel() * weight.element_size() + weight.numel() // centroids.shape[2],
+        bytes=lambda weight, centroids, *_: (
+            weight.numel() * weight.element_size() + weight.numel() // centroids.shape[2]
+        ),
     )
 )
 
