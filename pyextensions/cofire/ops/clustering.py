@@ -1120,11 +1120,11 @@ def _validate_kmeans1d(weight: Tensor, clusters: int, group_size: int) -> None:
         refuse("kmeans1d", f"group_size must be at least 1, got {group_size}")
 
 
-def _cells(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sum and sum of squares, fp64, of the weights that stay together, in ascending order."""
-    wide = x.double()
+def _cells(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, sum and sum of squares about ``shift``, fp64, of the weights that stay together, in ascending order."""
+    wide = x.double() - shift
     if x.dtype in HALVES or x.numel() <= EXACT_WEIGHTS:
-        place = wide.unique(return_inverse=True)[1]
+        place = x.double().unique(return_inverse=True)[1]
     else:
         place = (x.float().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
         place = bins_of(place).unique(return_inverse=True)[1]
@@ -1134,10 +1134,12 @@ def _cells(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _optimal_centroids(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """By dynamic programming over the cells: the best k clusters of the first j cells end with the best last cluster."""
-    count, total, square = (torch.cat((m.new_zeros(1), m.cumsum(0))) for m in _cells(x - x.double().mean().to(x.dtype)))
+    shift = x.double().mean()
+    moments = _cells(x, shift)
+    count, total, square = (torch.cat((m.new_zeros(1), m.cumsum(0))) for m in moments)
     cells = len(count) - 1
     if cells <= clusters:
-        values = _cells(x)[1] / _cells(x)[0]
+        values = moments[1] / moments[0] + shift
         return torch.cat((values, values[-1:].expand(clusters - cells))), square.new_zeros(())
     best = square.new_full((cells + 1,), math.inf)
     best[0] = 0
@@ -1154,7 +1156,6 @@ def _optimal_centroids(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     for chosen in reversed(choices):
         edges.append(int(chosen[edges[-1] - 1]))
     edge = torch.tensor(edges[::-1], device=x.device)
-    shift = x.double().mean().to(x.dtype).double()
     return total[edge].diff() / count[edge].diff() + shift, best[-1]
 
 

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hard k-means: the globally optimal centroids of scalars (kmeans1d), and the
+// nearest centroid of each weight (palettize).
+#include <ATen/Functions.h>
+
+#include "clustering.h"
+#include "clustering_histogram.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+
+namespace {
+
+// Weights wider than 16 bits, if more than this many, stay together by their leading 16 bits.
+constexpr int64_t kExactWeights = 4096;
+
+// Neighbouring weights that stay together: running count, sum and sum of squares about `shift`.
+struct Cells {
+  std::vector<double> count{0.0}, sum{0.0}, square{0.0};
+  double shift = 0;
+
+  void add(double n, double s, double q) {
+    count.push_back(count.back() + n);
+    sum.push_back(sum.back() + s - n * shift);
+    square.push_back(square.back() + q - 2 * shift * s + n * shift * shift);
+  }
+  int64_t size() const { return static_cast<int64_t>(count.size()) - 1; }
+  // Squared distances of the cells [first, last) to their mean.
+  double cost(int64_t first, int64_t last) const {
+    const double n = count[last] - count[first], s = sum[last] - sum[first];
+    return std::max(0.0, square[last] - square[first] - s * s / n);
+  }
+  double mean(int64_t first, int64_t last) const {
+    return (sum[last] - sum[first]) / (count[last] - count[first]) + shift;
+  }
+};
+
+Cells cells_of_patterns(const at::Tensor& weight) {
+  std::vector<uint32_t> counts(kPatterns);
+  count_patterns(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.numel(), counts.data());
+  const Present present(counts.data(), weight.scalar_type(), "kmeans1d");
+  Cells cells;
+  for (int64_t u = 0; u < present.size(); ++u) cells.shift += present.n[u] * present.x[u];
+  cells.shift /= static_cast<double>(weight.numel());
+  for (int64_t u = 0; u < present.size(); ++u) {
+    double n = present.n[u];
+    const double x = present.x[u];
+    if (u + 1 < present.size() && present.x[u + 1] == x) n += present.n[++u];  // -0 and 0
+    cells.add(n, n * x, n * x * x);
+  }
+  return cells;
+}
+
+Cells cells_of_floats(const at::Tensor& weight) {
+  const float* w = weight.const_data_ptr<float>();
+  const int64_t n = weight.numel();
+  Cells cells;
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(w[i]);
+  cells.shift = total / static_cast<double>(n);
+  if (n <= kExactWeights) {
+    std::vector<float> sorted(w, w + n);
+    std::sort(sorted.begin(), sorted.end());
+    for (int64_t i = 0; i < n;) {
+      int64_t j = i;
+      while (j < n && sorted[j] == sorted[i]) ++j;
+      const double x = static_cast<double>(sorted[i]), m = static_cast<double>(j - i);
+      cells.add(m, m * x, m * x * x);
+      i = j;
+    }
+    return cells;
+  }
+  struct Moments {
+    double n = 0, s = 0, q = 0;
+  };
+  const int64_t chunks = std::clamp<int64_t>(n >> 18, 1, 4);
+  std::vector<Moments> moments(chunks * kPatterns);
+  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      Moments* mine = moments.data() + chunk * kPatterns;
+      for (int64_t i = n * chunk / chunks; i < n * (chunk + 1) / chunks; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, w + i, 4);
+        Moments& m = mine[bits >> 16];
+        const double x = static_cast<double>(w[i]);
+        m.n += 1;
+        m.s += x;
+        m.q += x * x;
+      }
+    }
+  });
+  for (int64_t bin = 0; bin < kPatterns; ++bin) {
+    Moments all;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const Moments& m = moments[chunk * kPatterns + pattern_of_bin(bin)];
+      all.n += m.n;
+      all.s += m.s;
+      all.q += m.q;
+    }
+    if (all.n > 0) cells.add(all.n, all.s, all.q);
+  }
+  return cells;
+}
+
+// One more cluster: best[j] is the cost of the first j cells, from[j] where its last cluster
+// begins. The best beginning grows with j, so the middle one halves the search of the others.
+void extend(const Cells& cells, const std::vector<double>& previous, std::vector<double>& best,
+            std::vector<int32_t>& from, int64_t first, int64_t last, int64_t low, int64_t high) {
+  if (first > last) return;
+  const int64_t middle = (first + last) / 2;
+  double least = std::numeric_limits<double>::infinity();
+  int64_t begin = low;
+  for (int64_t i = low; i <= std::min(high, middle - 1); ++i) {
+    const double cost = previous[i] + cells.cost(i, middle);
+    if (cost < least) {
+      least = cost;
+      begin = i;
+    }
+  }
+  best[middle] = least;
+  from[middle] = static_cast<int32_t>(begin);
+  extend(cells, previous, best, from, first, middle - 1, low, begin);
+  extend(cells, previous, best, from, middle + 1, last, begin, high);
+}
+
+// Writes the centroids, ascending, and returns the inertia.
+double optimal_centroids(const Cells& cells, int64_t clusters, float* centroids) {
+  const int64_t size = cells.size();
+  if (size <= clusters) {
+    for (int64_t k = 0; k < clusters; ++k) {
+      const int64_t i = std::min(k, size - 1);
+      centroids[k] = static_cast<float>(cells.mean(i, i + 1));
+    }
+    return 0;
+  }
+  const double infinity = std::numeric_limits<double>::infinity();
+  std::vector<double> previous(size + 1, infinity), best(size + 1, infinity);
+  previous[0] = 0;
+  std::vector<std::vector<int32_t>> from(clusters, std::vector<int32_t>(size + 1));
+  for (int64_t k = 0; k < clusters; ++k) {
+    std::fill(best.begin(), best.end(), infinity);
+    if (k == 0) {
+      for (int64_t j = 1; j <= size; ++j) best[j] = cells.cost(0, j);
+    } else {
+      extend(cells, previous, best, from[k], k + 1, size, k, size - 1);
+    }
+    previous.swap(best);
+  }
+  int64_t end = size;
+  for (int64_t k = clusters - 1; k >= 0; --k) {
+    const int64_t begin = from[k][end];
+    centroids[k] = static_cast<float>(cells.mean(begin, end));
+    end = begin;
+  }
+  return previous[size];
+}
+
+at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
+  return flat.slice(0, p * group_size, std::min(flat.numel(), (p + 1) * group_size));
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t clusters,
+                                            int64_t group_size) {
+  if (!covered(weight)) return reference("cofire::kmeans1d", &kmeans1d, weight, clusters, group_size);
+  TORCH_CHECK_VALUE(clusters >= 2 && group_size >= 1 && weight.numel() > 0,
+                    "kmeans1d: there must be weights, and at least two clusters");
+  const at::Tensor flat = weight.contiguous().view(-1);
+  const int64_t partitions = (flat.numel() + group_size - 1) / group_size;
+  at::Tensor centroids = at::empty({partitions, clusters, 1}, flat.options().dtype(at::kFloat));
+  at::Tensor inertia = at::empty({partitions}, centroids.options());
+  at::parallel_for(0, partitions, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      const at::Tensor x = part(flat, p, group_size);
+      if (x.scalar_type() == at::kFloat) {
+        const int64_t nan = at::isnan(x).sum().item<int64_t>(), infinite = at::isinf(x).sum().item<int64_t>();
+        if (nan + infinite > 0) refuse_values("kmeans1d", nan, infinite);
+      }
+      const Cells cells = x.scalar_type() == at::kFloat ? cells_of_floats(x) : cells_of_patterns(x);
+      inertia.data_ptr<float>()[p] = static_cast<float>(
+          optimal_centroids(cells, clusters, centroids.data_ptr<float>() + p * clusters));
+    }
+  });
+  return {centroids, inertia};
+}
+
+std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at::Tensor& centroids,
+                                             int64_t group_size, double prune_threshold,
+                                             bool keep_sparsity) {
+  const int64_t partitions = centroids.size(0), clusters = centroids.size(1), d = centroids.size(2);
+  if (!covered(weight) || (d != 1 && d != 2 && d != 4 && d != 8)) {
+    return reference("cofire::palettize", &palettize, weight, centroids, group_size, prune_threshold,
+                     keep_sparsity);
+  }
+  TORCH_CHECK_VALUE(centroids.scalar_type() == at::kFloat && clusters <= 256 && group_size > 0 &&
+                        weight.numel() % d == 0 && group_size % d == 0 &&
+                        (weight.numel() + group_size - 1) / group_size == partitions,
+                    "palettize: centroids must be fp32, for each partition");
+  const at::Tensor flat = weight.contiguous().view(-1);
+  at::Tensor labels = at::empty(d == 1 ? weight.sizes().vec() : std::vector<int64_t>{flat.numel() / d},
+                                flat.options().dtype(at::kByte));
+  at::Tensor inertia = at::empty({partitions}, centroids.options());
+  const at::Tensor from = centroids.to(at::kDouble).contiguous();
+  const Rules rules{0, true, prune_threshold, keep_sparsity};
+  for (int64_t p = 0; p < partitions; ++p) {
+    const at::Tensor x = part(flat, p, group_size);
+    const double* c = from.const_data_ptr<double>() + p * clusters * d;
+    const std::vector<double> palette(c, c + clusters * d);
+    uint8_t* out = labels.data_ptr<uint8_t>() + p * group_size / d;
+    double sum = 0;
+    if (d == 1 && x.element_size() == 2 && x.numel() >= kPatterns) {
+      const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
+      std::vector<uint32_t> counts(kPatterns);
+      std::vector<uint8_t> table(kPatterns);
+      count_patterns(patterns, x.numel(), counts.data());
+      const Present present(counts.data(), x.scalar_type(), "palettize");
+      const TablePoints points{present.x.data(), present.n.data(), nullptr, present.size()};
+      Passes<TablePoints>{points, clusters, 1, rules}.nearest(
+          palette, &sum, [&](int64_t u, int64_t label) {
+            table[present.patterns[u]] = static_cast<uint8_t>(label);
+          });
+      look_up_patterns(patterns, x.numel(), table.data(), out);
+    } else {
+      const auto run = [&](auto dim) {
+        const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(), x.numel() / d};
+        Passes<StreamPoints<double, dim()>>{points, clusters, 1, rules}.nearest(
+            palette, &sum,
+            [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
+      };
+      if (d == 1) run(std::integral_constant<int, 1>{});
+      if (d == 2) run(std::integral_constant<int, 2>{});
+      if (d == 4) run(std::integral_constant<int, 4>{});
+      if (d == 8) run(std::integral_constant<int, 8>{});
+    }
+    inertia.data_ptr<float>()[p] = static_cast<float>(sum);
+  }
+  return {labels, inertia};
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
+
+TORCH_LIBRARY_IMPL(cofire, CPU, m) {
+  m.impl("kmeans1d", &cofire::kmeans1d);
+  m.impl("palettize", &cofire::palettize);
+}
