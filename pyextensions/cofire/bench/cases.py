@@ -105,6 +105,9 @@ class Case:
         None  #: the part of an answer that callers read
     )
     backward_cost: Callable[..., tuple[int, int]] | None = None  #: default: twice the forward
+    #: the same maths as the operator's reference, for inputs on which that would not fit into memory
+    reference: Callable[..., Any] | None = None
+    bits: tuple[int, ...] = ()  #: positions of what is read bit by bit: the fp64 reference gets it as it is
     family: str = ""
 
     def __str__(self) -> str:

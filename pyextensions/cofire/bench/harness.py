@@ -68,8 +68,11 @@ def _detached(output: Any) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in _tensors(output))
 
 
-def _in_fp64(args: Args) -> Args:
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+def _in_fp64(args: Args, bits: Sequence[int] = ()) -> Args:
+    return tuple(
+        a.double() if isinstance(a, Tensor) and a.is_floating_point() and i not in bits else a
+        for i, a in enumerate(args)
+    )
 
 
 def _layouts(args: Args) -> list[Args]:
@@ -285,6 +288,8 @@ class Input:
         make = case.tiny if tiny else case.make_args
         made = make(Random(str(case)))
         self.case, self.device = case, device
+        operator = OPERATORS[case.op].reference
+        self.reference = operator if tiny or case.reference is None else case.reference
         self.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in made)
         self._known: dict[Any, list[tuple[Tensor, ...]]] = {}
 
@@ -295,13 +300,13 @@ class Input:
             with mode_context(mode):
                 self._known[key] = [
                     _tensors(prepare(plain(reference), self.case, args, mode)())
-                    for args in (_in_fp64(self.args), *_layouts(self.args))
+                    for args in (_in_fp64(self.args, self.case.bits), *_layouts(self.args))
                 ]
         return self._known[key]
 
     def check(self, provider: Provider, mode: str, slack: int = 1) -> str | None:
         """Why the provider's answer on this input is wrong, or None; also what it raises, as a sentence."""
-        answers = self._answers(provider.reference or OPERATORS[self.case.op].reference, mode)
+        answers = self._answers(provider.reference or self.reference, mode)
         gradients = len(self.case.gradients) if mode == "forward+backward" else 0
         if provider.outputs is not None:
             outputs = len(answers[0]) - gradients
