@@ -2,6 +2,7 @@
 """Training methods, one paper each, with one protocol: :mod:`cofire.methods.base`."""
 
 from cofire.methods.base import METHODS, Method, Report
+from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 
-__all__ = ["FTWT", "METHODS", "Method", "Report"]
+__all__ = ["EDKM", "FTWT", "METHODS", "Method", "Report"]

@@ -1,6 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules, constructed like their ``torch.nn`` counterparts, one file per family."""
 
+from cofire.nn.clustering import (
+    Palette,
+    Palettized,
+    PalettizedConv2d,
+    PalettizedEmbedding,
+    PalettizedLinear,
+)
 from cofire.nn.gating import (
     DeployedGatedConv2d,
     DeployedGatedLinear,
@@ -9,6 +16,13 @@ from cofire.nn.gating import (
     GatedConv2d,
     GatedLinear,
     GateHead,
+)
+from cofire.nn.palettes import (
+    PackedPalette,
+    PackedPalettized,
+    PackedPalettizedConv2d,
+    PackedPalettizedEmbedding,
+    PackedPalettizedLinear,
 )
 
 __all__ = [
@@ -19,4 +33,14 @@ __all__ = [
     "Gated",
     "GatedConv2d",
     "GatedLinear",
+    "PackedPalette",
+    "PackedPalettized",
+    "PackedPalettizedConv2d",
+    "PackedPalettizedEmbedding",
+    "PackedPalettizedLinear",
+    "Palette",
+    "Palettized",
+    "PalettizedConv2d",
+    "PalettizedEmbedding",
+    "PalettizedLinear",
 ]

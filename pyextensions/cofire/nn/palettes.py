@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights: labels of one to eight bits, and the palettes that they point into.
+
+Nothing decoded is kept. A linear layer and a convolution decode the weight with each forward, an embedding the rows asked
+for; :func:`palettized_linear` is the place for a product that needs no decoded weight.
+
+Source: Cho, Alizadeh-Vahid, Adya, Rastegari, "DKM: Differentiable K-Means Clustering Layer for Neural Network Compression",
+ICLR 2022, section 3.3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cofire.ops.checks import check_integer, refuse, shape_of
+from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_palette(where: str, bits: int, group_rows: int | None, cluster_dim: int) -> None:
+    """Raise if one of these is no integer, or out of range."""
+    check_integer(where, bits=bits, cluster_dim=cluster_dim)
+    if not 1 <= bits <= 8:
+        refuse(where, f"bits must be between 1 and 8, got {bits}")
+    if cluster_dim < 1:
+        refuse(where, f"cluster_dim must be at least 1, got {cluster_dim}")
+    if group_rows is not None:
+        check_integer(where, group_rows=group_rows)
+        if group_rows < 1:
+            refuse(where, f"group_rows must be at least 1, or None, got {group_rows}")
+
+
+# ------------------------------------------------------------------------------------------------ labels to weights
+
+
+def look_up(labels: Tensor, lut: Tensor, palette: Tensor | None) -> Tensor:
+    """Weights ``[R, n * d]`` of labels ``[R, n]``; ``palette [R]`` says which one each row uses (None: the first)."""
+    index = labels.int()
+    if palette is not None:
+        index = index + (palette.int() * lut.shape[1])[:, None]
+    return lut.flatten(0, 1).index_select(0, index.flatten()).view(labels.shape[0], -1)
+
+
+def decode(
+    labels: Tensor,
+    lut: Tensor,
+    scale: Tensor | None = None,
+    *,
+    columns: int,
+    group_rows: int,
+    rows: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weights behind packed labels.
+
+    Args:
+        labels: uint8 ``[R, ceil(columns / d * bits / 8)]``, rows of :func:`cofire.ops.packing.pack_bits`.
+        lut: ``[P, 2^bits, d]``.
+        scale: optional, ``[R]``: multiplies each row.
+        columns: weights per row.
+        group_rows: rows that share a palette.
+        rows: optional, int64: which rows to decode; all without.
+        dtype: of the weights; that of ``lut`` without.
+
+    Returns:
+        ``[R or len(rows), columns]``.
+    """
+    if rows is not None:
+        labels = labels[rows]
+        scale = None if scale is None else scale[rows]
+    elif lut.shape[0] > 1:
+        rows = torch.arange(labels.shape[0], device=labels.device)
+    bits = (lut.shape[1] - 1).bit_length()
+    palette = rows // group_rows if rows is not None and lut.shape[0] > 1 else None
+    weight = look_up(unpack_bits(labels, bits, columns // lut.shape[2]), lut, palette)
+    weight = weight if dtype is None else weight.to(dtype)
+    return weight if scale is None else weight * scale.to(weight.dtype)[:, None]
+
+
+def palettized_linear(
+    input: Tensor,
+    labels: Tensor,
+    lut: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    group_rows: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``input @ weight.T + bias`` for a packed weight; today by decoding it whole, then the library's product.
+
+    Args:
+        input: ``[..., in_features]``.
+        labels, lut, scale, group_rows, dtype: as in :func:`decode`.
+        bias: optional, ``[R]``.
+
+    Returns:
+        ``[..., R]``.
+    """
+    weight = decode(labels, lut, scale, columns=input.shape[-1], group_rows=group_rows, dtype=dtype)
+    return F.linear(input, weight, bias)
+
+
+# ------------------------------------------------------------------------------------------------ packed layers
+
+
+class PackedPalette(nn.Module):
+    """A weight as labels and palettes.
+
+    Args:
+        shape: of the weight; dimension 0 counts rows.
+        bits, group_rows, cluster_dim: as in :class:`Palette`.
+        scale: whether there is a factor per row.
+        dtype: of the weight that it stands for.
+        lut_dtype: of palettes and factors; None: ``dtype``.
+        device: of the buffers.
+
+    Attributes:
+        labels: uint8 buffer ``[rows, ceil(columns / cluster_dim * bits / 8)]``: :func:`cofire.ops.packing.pack_bits`.
+        lut: buffer ``[P, 2^bits, cluster_dim]``.
+        scale: buffer ``[rows]``, or None.
+
+    Example:
+        >>> labels = torch.tensor([[0, 1, 1], [2, 3, 0]])
+        >>> packed = PackedPalette.from_labels(labels, torch.tensor([[[0.0], [0.5], [1.0], [2.0]]]), (2, 3))
+        >>> packed.weight.tolist(), packed.nbytes
+        ([[0.0, 0.5, 0.5], [1.0, 2.0, 0.0]], 18)
+
+    Source: DKM, section 3.3 (inference).
+    """
+
+    labels: Tensor
+    lut: Tensor
+    scale: Tensor | None
+    like: Tensor
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        bits: int = 4,
+        group_rows: int | None = None,
+        cluster_dim: int = 1,
+        scale: bool = False,
+        dtype: torch.dtype | None = None,
+        lut_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        check_palette("PackedPalette", bits, group_rows, cluster_dim)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        lut_dtype = dtype if lut_dtype is None else lut_dtype
+        if lut_dtype not in FLOATS:
+            raise TypeError(f"PackedPalette: lut_dtype must be a float of 16 to 64 bits, got {lut_dtype}")
+        rows, columns = shape[0], math.prod(shape[1:])
+        if columns % cluster_dim:
+            refuse("PackedPalette", f"rows of {columns} weights do not divide into vectors of {cluster_dim}")
+        self.shape, self.columns = tuple(shape), columns
+        self.bits, self.cluster_dim = bits, cluster_dim
+        self.group_rows = rows if group_rows is None else min(group_rows, rows)
+        palettes = -(-rows // self.group_rows)
+        width = packed_bytes(columns // cluster_dim, bits)
+        where: dict[str, Any] = {"device": device, "dtype": lut_dtype}
+        self.register_buffer("labels", torch.zeros(rows, width, dtype=torch.uint8, device=device))
+        self.register_buffer("lut", torch.zeros(palettes, 1 << bits, cluster_dim, **where))
+        self.register_buffer("scale", torch.ones(rows, **where) if scale else None)
+        # The dtype of the weight, which follows the layer wherever it is cast to.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,
+        lut: Tensor,
+        shape: Sequence[int],
+        *,
+        group_rows: int | None = None,
+        scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        lut_dtype: torch.dtype | None = None,
+    ) -> PackedPalette:
+        """Pack labels, as :func:`cofire.ops.palettize` gives them, and palettes.
+
+        Args:
+            labels: integers of ``shape``, or ``[rows, columns / d]``.
+            lut: ``[P, K, d]``. K is filled up to a power of two with copies of the last entry.
+            shape: of the weight.
+            group_rows: rows that share a palette; None: all.
+            scale: optional ``[rows]``.
+            dtype: of the weight; None: that of ``lut``.
+            lut_dtype: None: ``dtype``.
+
+        Raises:
+            ValueError: a shape that does not fit, or a label without an entry.
+        """
+        if lut.dim() != 3 or not 1 <= lut.shape[1] <= 256:
+            refuse("PackedPalette", f"lut must have shape [palettes, 1 to 256, d], got {shape_of(lut)}")
+        clusters, d = lut.shape[1:]
+        bits = max(1, (clusters - 1).bit_length())
+        packed = cls(
+            shape,
+            bits=bits,
+            group_rows=group_rows,
+            cluster_dim=d,
+            scale=scale is not None,
+            dtype=lut.dtype if dtype is None else dtype,
+            lut_dtype=lut_dtype,
+            device=lut.device,
+        )
+        rows, count = shape[0], packed.columns // d
+        if labels.numel() != rows * count:
+            refuse("PackedPalette", f"labels must be {rows} rows of {count}, got {shape_of(labels)}")
+        if lut.shape[0] != packed.lut.shape[0]:
+            refuse("PackedPalette", f"lut must hold {packed.lut.shape[0]} palettes, got {shape_of(lut)}")
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < clusters:
+            refuse("PackedPalette", f"labels must be between 0 and {clusters - 1}, got {int(labels.max())}")
+        filled = torch.cat((lut, lut[:, -1:].expand(-1, (1 << bits) - clusters, -1)), 1)
+        packed.lut.copy_(filled.detach())
+        packed.labels.copy_(pack_bits(labels.reshape(rows, count).to(torch.uint8), bits))
+        if packed.scale is not None and scale is not None:
+            packed.scale.copy_(scale.detach().reshape(rows))
+        return packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, anew with each call."""
+        return self.rows().view(self.shape)
+
+    def rows(self, index: Tensor | None = None) -> Tensor:
+        """The rows at ``index``, or all, decoded: ``[R, columns]``."""
+        return decode(
+            self.labels,
+            self.lut,
+            self.scale,
+            columns=self.columns,
+            group_rows=self.group_rows,
+            rows=index,
+            dtype=self.like.dtype,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Of labels, palettes and factors."""
+        return sum(x.numel() * x.element_size() for x in (self.labels, self.lut, self.scale) if x is not None)
+
+    def extra_repr(self) -> str:
+        groups = "" if self.lut.shape[0] == 1 else f", group_rows={self.group_rows}"
+        vectors = "" if self.cluster_dim == 1 else f", cluster_dim={self.cluster_dim}"
+        return f"{list(self.shape)}, bits={self.bits}{groups}{vectors}, {self.nbytes} bytes"
+
+
+class PackedPalettized(nn.Module):
+    """What the packed layers share: the packed weight, and nothing decoded.
+
+    Attributes:
+        palette: the :class:`PackedPalette`.
+    """
+
+    palette: PackedPalette
+
+    @property
+    def labels(self) -> Tensor:
+        return self.palette.labels
+
+    @property
+    def lut(self) -> Tensor:
+        return self.palette.lut
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, anew with each call."""
+        return self.palette.weight
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that the layer stores."""
+        own = sum(
+            x.numel() * x.element_size() for x in (*self._parameters.values(), *self._buffers.values()) if x is not None
+        )
+        return own + self.palette.nbytes
+
+
+class PackedPalettizedLinear(PackedPalettized):
+    """A linear layer whose weight is labels and a palette; :meth:`PalettizedLinear.pack` makes it.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        palette: options of :class:`PackedPalette`: ``bits``, ``group_rows``, ``cluster_dim``, ``scale``, ``lut_dtype``. An
+            empty layer made with them loads the state of a packed one.
+
+    Shape: as ``nn.Linear``.
+
+    Example:
+        >>> packed = PalettizedLinear(16, 8, bits=2).pack()
+        >>> empty = PackedPalettizedLinear(16, 8, bits=2)
+        >>> empty.load_state_dict(packed.state_dict())
+        <All keys matched successfully>
+        >>> x = torch.rand(3, 16)
+        >>> torch.equal(empty(x), packed(x))
+        True
+
+    Source: DKM, section 3.3 (inference).
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **palette: Any,
+    ) -> None:
+        super().__init__()
+        self.palette = PackedPalette((out_features, in_features), device=device, dtype=dtype, **palette)
+        self.bias = _empty_bias(out_features, device, dtype) if bias else None
+        self.eval()
+
+    @classmethod
+    def _around(cls, palette: PackedPalette, bias: nn.Parameter | None) -> PackedPalettizedLinear:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.palette, layer.bias = palette, bias
+        return layer.eval()
+
+    @property
+    def in_features(self) -> int:
+        return self.palette.columns
+
+    @property
+    def out_features(self) -> int:
+        return self.palette.shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            refuse("PackedPalettizedLinear", f"input must have {self.in_features} features, got {shape_of(input)}")
+        p = self.palette
+        return palettized_linear(
+            input, p.labels, p.lut, p.scale, self.bias, group_rows=p.group_rows, dtype=p.like.dtype
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class PackedPalettizedConv2d(PackedPalettized):
+    """A convolution whose weight is labels and a palette; :meth:`PalettizedConv2d.pack` makes it.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in
+            ``nn.Conv2d``.
+        palette: options of :class:`PackedPalette`, as in :class:`PackedPalettizedLinear`.
+
+    Shape: as ``nn.Conv2d``.
+
+    Example:
+        >>> packed = PalettizedConv2d(3, 8, 3, bits=2).pack()
+        >>> packed(torch.rand(1, 3, 5, 5)).shape, packed.weight.shape
+        (torch.Size([1, 8, 3, 3]), torch.Size([8, 3, 3, 3]))
+
+    Source: DKM, section 3.3 (inference).
+    """
+
+    bias: nn.Parameter | None
+    GEOMETRY = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+        "_reversed_padding_repeated_twice",
+    )
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **palette: Any,
+    ) -> None:
+        super().__init__()
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta"
+        )
+        self._follow(conv)
+        self.palette = PackedPalette(conv.weight.shape, device=device, dtype=dtype, **palette)
+        self.bias = _empty_bias(out_channels, device, dtype) if bias else None
+        self.eval()
+
+    @classmethod
+    def _around(cls, palette: PackedPalette, bias: nn.Parameter | None, conv: nn.Conv2d) -> PackedPalettizedConv2d:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._follow(conv)
+        layer.palette, layer.bias = palette, bias
+        return layer.eval()
+
+    def _follow(self, conv: nn.Conv2d) -> None:
+        for name in self.GEOMETRY:
+            setattr(self, name, getattr(conv, name))
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, self.weight, self.bias)
+        return output
+
+    def extra_repr(self) -> str:
+        shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{shape}, padding={self.padding}, groups={self.groups}, bias={self.bias is not None}"
+
+
+class PackedPalettizedEmbedding(PackedPalettized):
+    """An embedding whose table is labels and a palette, and which decodes the rows asked for.
+
+    :meth:`PalettizedEmbedding.pack` makes it.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx, device, dtype: as in ``nn.Embedding``.
+        palette: options of :class:`PackedPalette`, as in :class:`PackedPalettizedLinear`.
+
+    Attributes:
+        padding: buffer ``[embedding_dim]``: the row at ``padding_idx``, which is not palettized.
+
+    Shape: as ``nn.Embedding``.
+
+    Example:
+        >>> packed = PalettizedEmbedding(100, 8, bits=8).pack()
+        >>> packed(torch.tensor([3, 99])).shape
+        torch.Size([2, 8])
+
+    Source: eDKM, section 3 (8-bit embeddings).
+    """
+
+    padding: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **palette: Any,
+    ) -> None:
+        super().__init__()
+        self.palette = PackedPalette((num_embeddings, embedding_dim), device=device, dtype=dtype, **palette)
+        index = padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + num_embeddings
+        row = None if index is None else torch.zeros(embedding_dim, device=device, dtype=dtype)
+        self._finish(index, row)
+
+    @classmethod
+    def _around(cls, palette: PackedPalette, padding_idx: int | None, row: Tensor | None) -> PackedPalettizedEmbedding:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.palette = palette
+        layer._finish(padding_idx, row)
+        return layer
+
+    def _finish(self, padding_idx: int | None, row: Tensor | None) -> None:
+        self.num_embeddings, self.embedding_dim = self.palette.shape
+        self.padding_idx = padding_idx
+        self.register_buffer("padding", row)
+        self.eval()
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded table, anew with each call."""
+        table = self.palette.weight
+        if self.padding is not None and self.padding_idx is not None:
+            table[self.padding_idx] = self.padding
+        return table
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = self.palette.rows(input.flatten().long()).view(*input.shape, self.embedding_dim)
+        if self.padding is None or self.padding_idx is None:
+            return rows
+        return torch.where(input.eq(self.padding_idx)[..., None], self.padding, rows)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
+
+
+def _empty_bias(size: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size, device=device, dtype=dtype), requires_grad=False)
