@@ -299,6 +299,7 @@ class PackedPalettizedLinear(PackedPalettized):
     Shape: as ``nn.Linear``.
 
     Example:
+        >>> from cofire.nn import PalettizedLinear
         >>> packed = PalettizedLinear(16, 8, bits=2).pack()
         >>> empty = PackedPalettizedLinear(16, 8, bits=2)
         >>> empty.load_state_dict(packed.state_dict())
@@ -364,6 +365,7 @@ class PackedPalettizedConv2d(PackedPalettized):
     Shape: as ``nn.Conv2d``.
 
     Example:
+        >>> from cofire.nn import PalettizedConv2d
         >>> packed = PalettizedConv2d(3, 8, 3, bits=2).pack()
         >>> packed(torch.rand(1, 3, 5, 5)).shape, packed.weight.shape
         (torch.Size([1, 8, 3, 3]), torch.Size([8, 3, 3, 3]))
@@ -444,6 +446,7 @@ class PackedPalettizedEmbedding(PackedPalettized):
     Shape: as ``nn.Embedding``.
 
     Example:
+        >>> from cofire.nn import PalettizedEmbedding
         >>> packed = PalettizedEmbedding(100, 8, bits=8).pack()
         >>> packed(torch.tensor([3, 99])).shape
         torch.Size([2, 8])
