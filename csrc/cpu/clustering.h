@@ -104,7 +104,21 @@ struct StreamPoints {
   }
 };
 
-// v 2^n, for integral n from -1022 (or -126) to 0.
+// v where a > b, and zero elsewhere. A comparison of at::vec fills a vector first.
+template <typename R>
+inline VecOf<R> where_greater(const VecOf<R>& a, const VecOf<R>& b, const VecOf<R>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<R, float>) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), v);
+  } else {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_GT_OQ), v);
+  }
+#else
+  return (a > b) & v;
+#endif
+}
+
+// v 2^n for integral n from -1022 (or -126) to 0; anything for others.
 template <typename R>
 inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -118,8 +132,8 @@ inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return v * VecOf<R>(_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)));
   } else {
-    const __m256i biased = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)),
-                                            _mm256_set1_epi64x(1023));
+    const __m256i biased =
+        _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
     return v * VecOf<R>(_mm256_castsi256_pd(_mm256_slli_epi64(biased, 52)));
   }
 #else
@@ -127,35 +141,40 @@ inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
   v.store(lanes);
   n.store(powers);
   for (int64_t i = 0; i < VecOf<R>::size(); ++i) {
-    lanes[i] = std::ldexp(lanes[i], static_cast<int>(powers[i]));
+    lanes[i] = powers[i] > R(-200) ? std::ldexp(lanes[i], static_cast<int>(powers[i])) : R(0);
   }
   return VecOf<R>::loadu(lanes);
 #endif
 }
 
-// exp of what is not positive, to a unit or two in the last place. The library's vector routine is
-// a call that spills every register. What would be less than 1e-30 is zero: it changes no sum, and
-// denormal numbers cost a hundred cycles each.
+// 2^s of what is not positive, to a unit or two in the last place. The library's vector routine is
+// a call that spills every register. Less than 2^-100 is zero: it changes no sum, and denormal
+// numbers cost a hundred cycles each.
 template <typename R>
-inline VecOf<R> exp_of_negative(const VecOf<R>& s) {
+inline VecOf<R> power_of_two(const VecOf<R>& s) {
   using V = VecOf<R>;
+  const V n = s.round();
+  const V r = s - n;
+  // Interpolates 2^r in the Chebyshev nodes of [-1/2, 1/2]: error 2.5e-9 and 4e-18.
   constexpr bool wide = std::is_same_v<R, double>;
-  constexpr R least = R(-69);
-  const V x = V::blendv(s, V(least), s < V(least));
-  const V n = (x * V(R(1.4426950408889634))).round();
-  // ln 2 in two parts, the first with few enough bits that its product with n is exact
-  V r = at::vec::fmadd(n, V(wide ? R(-0.693147180369123816490) : R(-0.693359375)), x);
-  r = at::vec::fmadd(n, V(wide ? R(-1.90821492927058770002e-10) : R(2.12194440e-4)), r);
-  constexpr int degree = wide ? 13 : 7;
-  constexpr R inverse_factorials[] = {1,           1,           1. / 2,       1. / 6,
-                                      1. / 24,     1. / 120,    1. / 720,     1. / 5040,
-                                      1. / 40320,  1. / 362880, 1. / 3628800, 1. / 39916800,
-                                      1. / 479001600, 1. / 6227020800};
-  V p(inverse_factorials[degree]);
+  constexpr int degree = wide ? 11 : 6;
+  constexpr R coefficients[] = {R(1),
+                                wide ? R(6.931471805599453096e-01) : R(6.931472067028325956e-01),
+                                wide ? R(2.402265069591015926e-01) : R(2.402265092228875789e-01),
+                                wide ? R(5.550410866482160572e-02) : R(5.550327226670302367e-02),
+                                wide ? R(9.618129107587313749e-03) : R(9.618056678524655722e-03),
+                                wide ? R(1.333355814641078716e-03) : R(1.340042817761574708e-03),
+                                wide ? R(1.540353046367909528e-04) : R(1.546144469856473906e-04),
+                                R(1.525273383798806405e-05),
+                                R(1.32154325519282134e-06),
+                                R(1.017805839042889319e-07),
+                                R(7.074192209639015042e-09),
+                                R(4.455643340398825317e-10)};
+  V p(coefficients[degree]);
   COFIRE_UNROLL for (int i = degree - 1; i >= 0; --i) {
-    p = at::vec::fmadd(p, r, V(inverse_factorials[i]));
+    p = at::vec::fmadd(p, r, V(coefficients[i]));
   }
-  return scale_by_power<R>(p, n) & (s >= V(least));
+  return where_greater<R>(s, V(R(-100)), scale_by_power<R>(p, n));
 }
 
 // The attention of the points of a block to centroids c [K, D].
@@ -164,13 +183,13 @@ struct Attention {
   using V = VecOf<R>;
   int64_t clusters = 0;
   std::vector<R> c;
-  R inverse_tau = 0;
+  R sharpness = 0;  // log2(e) / tau: attention in powers of two
   Rules rules{};
 
   Attention(const double* centroids, int64_t clusters, double tau, const Rules& rules)
       : clusters(clusters),
         c(centroids, centroids + clusters * D),
-        inverse_tau(static_cast<R>(1 / tau)),
+        sharpness(static_cast<R>(1.4426950408889634074 / tau)),
         rules(rules) {}
 
   // The distance to centroid 0, as the rules see it.
@@ -199,16 +218,16 @@ struct Attention {
           distance = at::vec::fmadd(t, t, distance);
         }
         if (k == 0) distance = first(distance, x);
-        const V s = distance * V(-inverse_tau);
+        const V s = distance * V(-sharpness);
         s.store(soft + k * kBlock + w * L);
-        top[w] = V::blendv(top[w], s, s > top[w]);
+        top[w] = at::vec::clamp_min(s, top[w]);
       }
       sum[w] = V(0);
     }
     for (int64_t k = 0; k < clusters; ++k) {
       for (int64_t w = 0; w < W; ++w) {
         R* p = soft + k * kBlock + w * L;
-        const V e = exp_of_negative(V::loadu(p) - top[w]);
+        const V e = power_of_two<R>(V::loadu(p) - top[w]);
         e.store(p);
         sum[w] = sum[w] + e;
       }
@@ -313,11 +332,13 @@ struct Passes {
   }
 
   // One update: the new centroids, and how much attention each got.
-  std::vector<double> update(const std::vector<double>& c, std::vector<double>* totals = nullptr) const {
+  std::vector<double> update(const std::vector<double>& c,
+                             std::vector<double>* totals = nullptr) const {
     const At at = attention(c);
     std::vector<double> sums(clusters * (1 + D));
-    in_tasks(points.size, P::kChunk, 64, clusters * (1 + D), clusters, sums.data(),
-             [&](int64_t first, int64_t last, double* into) { add_moments(at, first, last, into); });
+    in_tasks(
+        points.size, P::kChunk, 64, clusters * (1 + D), clusters, sums.data(),
+        [&](int64_t first, int64_t last, double* into) { add_moments(at, first, last, into); });
     return centroids(c, sums.data(), totals);
   }
 
@@ -373,25 +394,26 @@ struct Passes {
                        F&& write) const {
     const std::vector<R> c(after.begin(), after.end());
     std::vector<double> sums(2 * width());
-    pull(before, 2 * width(), sums.data(), write,
-         [&](const Block<R, D>& block, const V(&)[D], int64_t k, int64_t w) {
-           if constexpr (D == 1) {
-             return V(c[k]);
-           } else {
-             V sum(0);
-             for (int d = 0; d < D; ++d) {
-               sum = at::vec::fmadd(V::loadu(&block.g[d][w * L]), V(c[k * D + d]), sum);
-             }
-             return sum;
-           }
-         },
-         [&](const Block<R, D>& block, const V& a, const V& t, int64_t k, int d, int64_t w, V* acc,
-             V&) {
-           const V g = V::loadu(&block.g[d][w * L]);
-           acc[k * D + d] = at::vec::fmadd(a, g, acc[k * D + d]);
-           V& other = acc[width() + k * D + d];
-           other = D == 1 ? at::vec::fmadd(t, g, other) : other + t;
-         });
+    pull(
+        before, 2 * width(), sums.data(), write,
+        [&](const Block<R, D>& block, const V(&)[D], int64_t k, int64_t w) {
+          if constexpr (D == 1) {
+            return V(c[k]);
+          } else {
+            V sum(0);
+            for (int d = 0; d < D; ++d) {
+              sum = at::vec::fmadd(V::loadu(&block.g[d][w * L]), V(c[k * D + d]), sum);
+            }
+            return sum;
+          }
+        },
+        [&](const Block<R, D>& block, const V& a, const V& t, int64_t k, int d, int64_t w, V* acc,
+            V&) {
+          const V g = V::loadu(&block.g[d][w * L]);
+          acc[k * D + d] = at::vec::fmadd(a, g, acc[k * D + d]);
+          V& other = acc[width() + k * D + d];
+          other = D == 1 ? at::vec::fmadd(t, g, other) : other + t;
+        });
     to_after.assign(sums.begin(), sums.begin() + width());
     to_before.assign(sums.begin() + width(), sums.end());
   }
@@ -404,19 +426,20 @@ struct Passes {
                                       const std::vector<double>& share, F&& write) const {
     const std::vector<R> c(after.begin(), after.end()), s(share.begin(), share.end());
     std::vector<double> sums(width());
-    pull(before, width(), sums.data(), write,
-         [&](const Block<R, D>&, const V(&x)[D], int64_t k, int64_t) {
-           V sum(0);
-           for (int d = 0; d < D; ++d) {
-             sum = at::vec::fmadd(x[d] - V(c[k * D + d]), V(s[k * D + d]), sum);
-           }
-           return sum;
-         },
-         [&](const Block<R, D>& block, const V& a, const V& t, int64_t k, int d, int64_t w, V* acc,
-             V& out) {
-           acc[k * D + d] = at::vec::fmadd(t, V::loadu(&block.n[w * L]), acc[k * D + d]);
-           out = at::vec::fmadd(a, V(s[k * D + d]), out);
-         });
+    pull(
+        before, width(), sums.data(), write,
+        [&](const Block<R, D>&, const V(&x)[D], int64_t k, int64_t) {
+          V sum(0);
+          for (int d = 0; d < D; ++d) {
+            sum = at::vec::fmadd(x[d] - V(c[k * D + d]), V(s[k * D + d]), sum);
+          }
+          return sum;
+        },
+        [&](const Block<R, D>& block, const V& a, const V& t, int64_t k, int d, int64_t w, V* acc,
+            V& out) {
+          acc[k * D + d] = at::vec::fmadd(t, V::loadu(&block.n[w * L]), acc[k * D + d]);
+          out = at::vec::fmadd(a, V(s[k * D + d]), out);
+        });
     return sums;
   }
 
@@ -494,7 +517,7 @@ struct Passes {
   void add_products(const At& at, int64_t first, int64_t last, double* own, double* full) const {
     const int64_t m = width();
     R* soft = scratch<R>(clusters * kBlock, 0);
-    double* left = scratch<double>(m * kBlock, 1);    // n A_k (x - c_k), [K D, kBlock]
+    double* left = scratch<double>(m * kBlock, 1);   // n A_k (x - c_k), [K D, kBlock]
     double* right = scratch<double>(m * kBlock, 2);  // A_l (x - c_l), [kBlock, K D]
     blocks(first, last, [&](int64_t, const Block<R, D>& block) {
       at.softmax(block, soft);
@@ -543,44 +566,43 @@ struct Passes {
             const G& d_attention, const H& sum) const {
     const At at = attention(before);
     const V factor(static_cast<R>(2 / tau)), eps(static_cast<R>(rules.eps));
-    in_tasks(
-        points.size, P::kChunk, 64, size, 2 * clusters, sums,
-        [&](int64_t first, int64_t last, double* into) {
-          R* soft = scratch<R>(clusters * kBlock, 0);
-          R* passed = scratch<R>(clusters * kBlock, 1);
-          std::vector<V> acc(size, V(0));
-          blocks(first, last, [&](int64_t index, const Block<R, D>& block) {
-            at.softmax(block, soft);
-            R out[D][kBlock];
-            for (int64_t w = 0; w < W; ++w) {
-              V x[D], result[D];
-              for (int d = 0; d < D; ++d) {
-                x[d] = V::loadu(&block.x[d][w * L]);
-                result[d] = V(0);
-              }
-              V inner(0);
-              for (int64_t k = 0; k < clusters; ++k) {
-                const V a = V::loadu(soft + k * kBlock + w * L);
-                const V d = (a > eps) & d_attention(block, x, k, w);
-                d.store(passed + k * kBlock + w * L);
-                inner = at::vec::fmadd(a, d, inner);
-              }
-              for (int64_t k = 0; k < clusters; ++k) {
-                const V a = V::loadu(soft + k * kBlock + w * L);
-                const V score = a * (V::loadu(passed + k * kBlock + w * L) - inner) * factor;
-                const V kept = at::vec::clamp_min(a, eps);
-                for (int d = 0; d < D; ++d) {
-                  const V t = score * (x[d] - V(at.c[k * D + d]));
-                  result[d] = result[d] - t;
-                  sum(block, kept, t, k, d, w, acc.data(), result[d]);
-                }
-              }
-              for (int d = 0; d < D; ++d) result[d].store(&out[d][w * L]);
-            }
-            write(index, block.count, out);
-          });
-          for (int64_t j = 0; j < size; ++j) into[j] += reduce<R>(acc[j]);
-        });
+    in_tasks(points.size, P::kChunk, 64, size, 2 * clusters, sums,
+             [&](int64_t first, int64_t last, double* into) {
+               R* soft = scratch<R>(clusters * kBlock, 0);
+               R* passed = scratch<R>(clusters * kBlock, 1);
+               std::vector<V> acc(size, V(0));
+               blocks(first, last, [&](int64_t index, const Block<R, D>& block) {
+                 at.softmax(block, soft);
+                 R out[D][kBlock];
+                 for (int64_t w = 0; w < W; ++w) {
+                   V x[D], result[D];
+                   for (int d = 0; d < D; ++d) {
+                     x[d] = V::loadu(&block.x[d][w * L]);
+                     result[d] = V(0);
+                   }
+                   V inner(0);
+                   for (int64_t k = 0; k < clusters; ++k) {
+                     const V a = V::loadu(soft + k * kBlock + w * L);
+                     const V d = where_greater<R>(a, eps, d_attention(block, x, k, w));
+                     d.store(passed + k * kBlock + w * L);
+                     inner = at::vec::fmadd(a, d, inner);
+                   }
+                   for (int64_t k = 0; k < clusters; ++k) {
+                     const V a = V::loadu(soft + k * kBlock + w * L);
+                     const V score = a * (V::loadu(passed + k * kBlock + w * L) - inner) * factor;
+                     const V kept = at::vec::clamp_min(a, eps);
+                     for (int d = 0; d < D; ++d) {
+                       const V t = score * (x[d] - V(at.c[k * D + d]));
+                       result[d] = result[d] - t;
+                       sum(block, kept, t, k, d, w, acc.data(), result[d]);
+                     }
+                   }
+                   for (int d = 0; d < D; ++d) result[d].store(&out[d][w * L]);
+                 }
+                 write(index, block.count, out);
+               });
+               for (int64_t j = 0; j < size; ++j) into[j] += reduce<R>(acc[j]);
+             });
   }
 };
 

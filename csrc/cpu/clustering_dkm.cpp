@@ -196,8 +196,8 @@ Centroids backward(const Passes<P>& passes, const std::vector<Centroids>& path, 
 void check_temperature(const char* name, const at::Tensor& tau) {
   for (int64_t p = 0; p < tau.numel(); ++p) {
     const double t = tau[p].item<double>();
-    TORCH_CHECK_VALUE(t > 0 && std::isfinite(t), name, ": tau must be positive and finite, got ",
-                      t, " for partition ", p);
+    TORCH_CHECK_VALUE(t > 0 && std::isfinite(t), name, ": tau must be positive and finite, got ", t,
+                      " for partition ", p);
   }
 }
 
@@ -237,7 +237,9 @@ void each_partition(int64_t partitions, F&& body) {
   }
 }
 
-bool half(const at::Tensor& t) { return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf; }
+bool half(const at::Tensor& t) {
+  return t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
+}
 
 // How the weights of a partition are visited.
 enum class Way { kTable, kExact, kStream };
@@ -250,10 +252,14 @@ Way way_of(const at::Tensor& weight, int64_t count, int64_t d, Gradient gradient
 template <typename F>
 void with_dimension(int64_t d, F&& f) {
   switch (d) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    default: return f(std::integral_constant<int, 8>{});
+    case 1:
+      return f(std::integral_constant<int, 1>{});
+    case 2:
+      return f(std::integral_constant<int, 2>{});
+    case 4:
+      return f(std::integral_constant<int, 4>{});
+    default:
+      return f(std::integral_constant<int, 8>{});
   }
 }
 
@@ -271,7 +277,8 @@ void check_finite(const char* name, const at::Tensor& part) {
     return reduce_add(sum) == 0;
   });
   if (!finite) {
-    refuse_values(name, at::isnan(part).sum().item<int64_t>(), at::isinf(part).sum().item<int64_t>());
+    refuse_values(name, at::isnan(part).sum().item<int64_t>(),
+                  at::isinf(part).sum().item<int64_t>());
   }
 }
 
@@ -308,13 +315,14 @@ Status table_forward(const Call& call, const at::Tensor& weight, const Centroids
                        [&](int64_t u, int64_t label) { put(u, path.back()[label]); });
       } else {
         passes.apply(attended(path, call.gradient), path.back(),
-                     [&](int64_t first, int64_t count, const double(&out)[1][kBlock]) {
+                     [&](int64_t first, int64_t count, const double (&out)[1][kBlock]) {
                        for (int64_t i = 0; i < count; ++i) put(first + i, out[0][i]);
                      });
       }
     }
   });
-  look_up_patterns(patterns, weight.numel(), table.data(), static_cast<uint16_t*>(output.data_ptr()));
+  look_up_patterns(patterns, weight.numel(), table.data(),
+                   static_cast<uint16_t*>(output.data_ptr()));
   return status;
 }
 
@@ -334,10 +342,10 @@ Centroids table_backward(const Call& call, const at::Tensor& grad, const at::Ten
   const Passes<TablePoints> passes{points, call.clusters, tau, call.rules};
   const Centroids first = backward(
       passes, path, call.gradient, status,
-      [&](int64_t at, int64_t count, const double(&out)[1][kBlock]) {
+      [&](int64_t at, int64_t count, const double (&out)[1][kBlock]) {
         std::copy_n(out[0], count, slope.data() + at);
       },
-      [&](int64_t at, int64_t count, const double(&out)[1][kBlock]) {
+      [&](int64_t at, int64_t count, const double (&out)[1][kBlock]) {
         for (int64_t i = 0; i < count; ++i) offset[at + i] += out[0][i];
       });
   const std::unique_ptr<float[]> tables(new float[2 * kPatterns]);
@@ -354,14 +362,15 @@ Centroids table_backward(const Call& call, const at::Tensor& grad, const at::Ten
 template <typename T, typename R, int D>
 void put_vectors(T* to, int64_t first, int64_t count, const R (&out)[D][kBlock]) {
   for (int64_t i = 0; i < count; ++i) {
-    for (int d = 0; d < D; ++d) to[(first + i) * D + d] = static_cast<T>(static_cast<float>(out[d][i]));
+    for (int d = 0; d < D; ++d)
+      to[(first + i) * D + d] = static_cast<T>(static_cast<float>(out[d][i]));
   }
 }
 
 // One partition, each vector of weights a point.
 template <typename R, int D>
-Status stream_forward(const Call& call, const at::Tensor& weight, const Centroids& start, double tau,
-                      at::Tensor& output, std::vector<Centroids>& path) {
+Status stream_forward(const Call& call, const at::Tensor& weight, const Centroids& start,
+                      double tau, at::Tensor& output, std::vector<Centroids>& path) {
   using P = StreamPoints<R, D>;
   check_finite("dkm", weight);
   const P points{weight.const_data_ptr(), nullptr, weight.scalar_type(), weight.numel() / D};
@@ -425,7 +434,8 @@ Centroids stream_backward(const Call& call, const at::Tensor& grad, const at::Te
     dispatch(weight.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       T* to = static_cast<T*>(output.data_ptr());
-      for (int64_t i = 0; i < weight.numel(); ++i) to[i] = static_cast<T>(static_cast<float>(sum[i]));
+      for (int64_t i = 0; i < weight.numel(); ++i)
+        to[i] = static_cast<T>(static_cast<float>(sum[i]));
     });
   }
   return first;
@@ -459,14 +469,19 @@ Forward dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Ten
                     "dkm: centroids and tau must be fp32, one for each partition");
   check_temperature("dkm", tau);
   const Call call{{eps, enforce_zero, prune_threshold, keep_sparsity},
-                  gradient_of(grad), clusters, d, iterations, forward == "hard_ste",
+                  gradient_of(grad),
+                  clusters,
+                  d,
+                  iterations,
+                  forward == "hard_ste",
                   resolution_of(weight.scalar_type())};
   const at::Tensor flat = weight.contiguous().view(-1);
   at::Tensor output = at::empty(weight.sizes(), flat.options());
   const int64_t steps = call.gradient == Gradient::kUnroll ? iterations + 1 : 2;
   at::Tensor path = at::empty({steps, partitions, clusters, d}, flat.options().dtype(at::kDouble));
   at::Tensor status = at::empty({partitions}, flat.options().dtype(at::kInt));
-  const at::Tensor start = centroids.to(at::kDouble).contiguous(), heat = tau.to(at::kDouble).contiguous();
+  const at::Tensor start = centroids.to(at::kDouble).contiguous(),
+                   heat = tau.to(at::kDouble).contiguous();
   at::Tensor flat_output = output.view(-1);
   const Path to{path.data_ptr<double>(), partitions, clusters * d};
   each_partition(partitions, [&](int64_t p) {
@@ -482,10 +497,12 @@ Forward dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Ten
         state = table_forward(call, x, c, t, y, found);
         break;
       case Way::kExact:
-        with_dimension(d, [&](auto dim) { state = stream_forward<double, dim()>(call, x, c, t, y, found); });
+        with_dimension(
+            d, [&](auto dim) { state = stream_forward<double, dim()>(call, x, c, t, y, found); });
         break;
       case Way::kStream:
-        with_dimension(d, [&](auto dim) { state = stream_forward<float, dim()>(call, x, c, t, y, found); });
+        with_dimension(
+            d, [&](auto dim) { state = stream_forward<float, dim()>(call, x, c, t, y, found); });
         break;
     }
     to.put(p, found);
@@ -494,10 +511,12 @@ Forward dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Ten
   return {output, path, status};
 }
 
-std::tuple<at::Tensor, at::Tensor> dkm_backward(
-    const at::Tensor& grad, const at::Tensor& weight, const at::Tensor& path,
-    const at::Tensor& status, const at::Tensor& tau, int64_t group_size, double eps,
-    bool enforce_zero, double prune_threshold, bool keep_sparsity, c10::string_view mode) {
+std::tuple<at::Tensor, at::Tensor> dkm_backward(const at::Tensor& grad, const at::Tensor& weight,
+                                                const at::Tensor& path, const at::Tensor& status,
+                                                const at::Tensor& tau, int64_t group_size,
+                                                double eps, bool enforce_zero,
+                                                double prune_threshold, bool keep_sparsity,
+                                                c10::string_view mode) {
   if (!covered(weight) || !dimension_covered(path.size(3))) {
     return reference("cofire::dkm_backward", &dkm_backward, grad, weight, path, status, tau,
                      group_size, eps, enforce_zero, prune_threshold, keep_sparsity, mode);
@@ -510,7 +529,12 @@ std::tuple<at::Tensor, at::Tensor> dkm_backward(
                         (weight.numel() + group_size - 1) / group_size == partitions,
                     "dkm_backward: path, status and tau must be those of dkm");
   const Call call{{eps, enforce_zero, prune_threshold, keep_sparsity},
-                  gradient_of(mode), clusters, d, 0, false, 0};
+                  gradient_of(mode),
+                  clusters,
+                  d,
+                  0,
+                  false,
+                  0};
   const at::Tensor flat = weight.contiguous().view(-1);
   const at::Tensor flat_grad = grad.to(weight.scalar_type()).contiguous().view(-1);
   const at::Tensor steps = path.contiguous(), states = status.contiguous();
@@ -530,14 +554,19 @@ std::tuple<at::Tensor, at::Tensor> dkm_backward(
         start = table_backward(call, g, x, way, state, t, y);
         break;
       case Way::kExact:
-        with_dimension(d, [&](auto dim) { start = stream_backward<double, dim()>(call, g, x, way, state, t, y); });
+        with_dimension(d, [&](auto dim) {
+          start = stream_backward<double, dim()>(call, g, x, way, state, t, y);
+        });
         break;
       case Way::kStream:
-        with_dimension(d, [&](auto dim) { start = stream_backward<float, dim()>(call, g, x, way, state, t, y); });
+        with_dimension(d, [&](auto dim) {
+          start = stream_backward<float, dim()>(call, g, x, way, state, t, y);
+        });
         break;
     }
     float* into = first.data_ptr<float>() + p * clusters * d;
-    std::transform(start.begin(), start.end(), into, [](double v) { return static_cast<float>(v); });
+    std::transform(start.begin(), start.end(), into,
+                   [](double v) { return static_cast<float>(v); });
   });
   return {output, first};
 }
@@ -546,15 +575,21 @@ std::tuple<at::Tensor, at::Tensor> dkm_backward(
 std::string plan_dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Tensor&,
                      int64_t group_size, int64_t, double, bool, double, bool, c10::string_view,
                      c10::string_view grad) {
-  if (!dimension_covered(centroids.size(2))) return "reference: vectors of 1, 2, 4 or 8 have a kernel";
-  switch (way_of(weight, std::min(group_size, weight.numel()), centroids.size(2), gradient_of(grad))) {
-    case Way::kTable: return "histogram of the 16-bit values, tables in fp64";
-    case Way::kExact: return "streams the weights, in fp64";
-    default: return "streams the weights, in fp32";
+  if (!dimension_covered(centroids.size(2)))
+    return "reference: vectors of 1, 2, 4 or 8 have a kernel";
+  switch (
+      way_of(weight, std::min(group_size, weight.numel()), centroids.size(2), gradient_of(grad))) {
+    case Way::kTable:
+      return "histogram of the 16-bit values, tables in fp64";
+    case Way::kExact:
+      return "streams the weights, in fp64";
+    default:
+      return "streams the weights, in fp32";
   }
 }
 
-// ----------------------------------------------------------------------------------------- dkm_tables
+// -----------------------------------------------------------------------------------------
+// dkm_tables
 
 namespace {
 
@@ -613,7 +648,9 @@ Forward dkm_tables(const at::Tensor& values, const at::Tensor& counts, const at:
     const Values there(values, number, p);
     const TablePoints points{there.x.data(), there.n.data(), nullptr,
                              static_cast<int64_t>(there.x.size())};
-    const Passes<TablePoints> passes{points, clusters, heat.const_data_ptr<double>()[p],
+    const Passes<TablePoints> passes{points,
+                                     clusters,
+                                     heat.const_data_ptr<double>()[p],
                                      {eps, enforce_zero, prune_threshold, keep_sparsity}};
     const double* from = start.const_data_ptr<double>() + p * clusters;
     Status state;
@@ -621,7 +658,7 @@ Forward dkm_tables(const at::Tensor& values, const at::Tensor& counts, const at:
                                     resolution, state);
     into_floats(table, p, [&](auto* out) {
       passes.apply(attended(found, gradient), found.back(),
-                   [&](int64_t first, int64_t count, const double(&y)[1][kBlock]) {
+                   [&](int64_t first, int64_t count, const double (&y)[1][kBlock]) {
                      for (int64_t i = 0; i < count; ++i) {
                        out[there.place[first + i]] =
                            static_cast<std::remove_reference_t<decltype(*out)>>(y[0][i]);
@@ -658,15 +695,17 @@ Forward dkm_tables_backward(const at::Tensor& grad, const at::Tensor& values,
     const double* g = upstream.const_data_ptr<double>() + p * values.numel();
     for (int64_t i = 0; i < size; ++i) total[i] = g[there.place[i]];
     const TablePoints points{there.x.data(), there.n.data(), total.data(), size};
-    const Passes<TablePoints> passes{points, clusters, heat.const_data_ptr<double>()[p],
+    const Passes<TablePoints> passes{points,
+                                     clusters,
+                                     heat.const_data_ptr<double>()[p],
                                      {eps, enforce_zero, prune_threshold, keep_sparsity}};
     const Centroids start = backward(
         passes, read_path(steps, p), gradient_of(mode),
         static_cast<Status>(states.const_data_ptr<int32_t>()[p]),
-        [&](int64_t at, int64_t count, const double(&out)[1][kBlock]) {
+        [&](int64_t at, int64_t count, const double (&out)[1][kBlock]) {
           std::copy_n(out[0], count, own.data() + at);
         },
-        [&](int64_t at, int64_t count, const double(&out)[1][kBlock]) {
+        [&](int64_t at, int64_t count, const double (&out)[1][kBlock]) {
           for (int64_t i = 0; i < count; ++i) shared[at + i] += out[0][i];
         });
     const auto put = [&](at::Tensor& into, const std::vector<double>& from) {

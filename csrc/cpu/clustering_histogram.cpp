@@ -174,7 +174,8 @@ Present::Present(const uint32_t* counts, at::ScalarType dtype, const char* name)
   if (nan + infinite > 0) refuse_values(name, nan, infinite);
 }
 
-// ---------------------------------------------------------------------------------------- operators
+// ----------------------------------------------------------------------------------------
+// operators
 
 at::Tensor histogram16(const at::Tensor& input) {
   TORCH_CHECK_TYPE(input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf,
@@ -213,10 +214,10 @@ at::Tensor lut_apply16(const at::Tensor& input, const at::Tensor& table,
   if (table.scalar_type() != at::kFloat || (source && !covered(*source))) {
     return reference("cofire::lut_apply16", &lut_apply16, input, table, source, slope);
   }
-  TORCH_CHECK_VALUE(input.element_size() == 2 && table.numel() == kPatterns &&
-                        (!source || (source->sizes() == input.sizes() && slope &&
-                                     slope->numel() == kPatterns)),
-                    "lut_apply16: tables must have 65536 entries, and source the shape of input");
+  TORCH_CHECK_VALUE(
+      input.element_size() == 2 && table.numel() == kPatterns &&
+          (!source || (source->sizes() == input.sizes() && slope && slope->numel() == kPatterns)),
+      "lut_apply16: tables must have 65536 entries, and source the shape of input");
   const at::Tensor x = input.contiguous(), values = table.contiguous();
   const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
   const float* from = values.const_data_ptr<float>();

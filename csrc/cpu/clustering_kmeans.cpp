@@ -37,7 +37,8 @@ struct Cells {
 
 Cells cells_of_patterns(const at::Tensor& weight) {
   std::vector<uint32_t> counts(kPatterns);
-  count_patterns(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.numel(), counts.data());
+  count_patterns(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.numel(),
+                 counts.data());
   const Present present(counts.data(), weight.scalar_type(), "kmeans1d");
   Cells cells;
   for (int64_t u = 0; u < present.size(); ++u) cells.shift += present.n[u] * present.x[u];
@@ -163,7 +164,8 @@ at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
 
 std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t clusters,
                                             int64_t group_size) {
-  if (!covered(weight)) return reference("cofire::kmeans1d", &kmeans1d, weight, clusters, group_size);
+  if (!covered(weight))
+    return reference("cofire::kmeans1d", &kmeans1d, weight, clusters, group_size);
   TORCH_CHECK_VALUE(clusters >= 2 && group_size >= 1 && weight.numel() > 0,
                     "kmeans1d: there must be weights, and at least two clusters");
   const at::Tensor flat = weight.contiguous().view(-1);
@@ -174,7 +176,8 @@ std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t cl
     for (int64_t p = begin; p < end; ++p) {
       const at::Tensor x = part(flat, p, group_size);
       if (x.scalar_type() == at::kFloat) {
-        const int64_t nan = at::isnan(x).sum().item<int64_t>(), infinite = at::isinf(x).sum().item<int64_t>();
+        const int64_t nan = at::isnan(x).sum().item<int64_t>(),
+                      infinite = at::isinf(x).sum().item<int64_t>();
         if (nan + infinite > 0) refuse_values("kmeans1d", nan, infinite);
       }
       const Cells cells = x.scalar_type() == at::kFloat ? cells_of_floats(x) : cells_of_patterns(x);
@@ -190,16 +193,17 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
                                              bool keep_sparsity) {
   const int64_t partitions = centroids.size(0), clusters = centroids.size(1), d = centroids.size(2);
   if (!covered(weight) || (d != 1 && d != 2 && d != 4 && d != 8)) {
-    return reference("cofire::palettize", &palettize, weight, centroids, group_size, prune_threshold,
-                     keep_sparsity);
+    return reference("cofire::palettize", &palettize, weight, centroids, group_size,
+                     prune_threshold, keep_sparsity);
   }
   TORCH_CHECK_VALUE(centroids.scalar_type() == at::kFloat && clusters <= 256 && group_size > 0 &&
                         weight.numel() % d == 0 && group_size % d == 0 &&
                         (weight.numel() + group_size - 1) / group_size == partitions,
                     "palettize: centroids must be fp32, for each partition");
   const at::Tensor flat = weight.contiguous().view(-1);
-  at::Tensor labels = at::empty(d == 1 ? weight.sizes().vec() : std::vector<int64_t>{flat.numel() / d},
-                                flat.options().dtype(at::kByte));
+  at::Tensor labels =
+      at::empty(d == 1 ? weight.sizes().vec() : std::vector<int64_t>{flat.numel() / d},
+                flat.options().dtype(at::kByte));
   at::Tensor inertia = at::empty({partitions}, centroids.options());
   const at::Tensor from = centroids.to(at::kDouble).contiguous();
   const Rules rules{0, true, prune_threshold, keep_sparsity};
@@ -223,10 +227,10 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
       look_up_patterns(patterns, x.numel(), table.data(), out);
     } else {
       const auto run = [&](auto dim) {
-        const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(), x.numel() / d};
+        const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(),
+                                                 x.numel() / d};
         Passes<StreamPoints<double, dim()>>{points, clusters, 1, rules}.nearest(
-            palette, &sum,
-            [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
+            palette, &sum, [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
       };
       if (d == 1) run(std::integral_constant<int, 1>{});
       if (d == 2) run(std::integral_constant<int, 2>{});
