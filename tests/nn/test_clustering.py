@@ -335,6 +335,9 @@ def test_a_graph_does_not_initialise():
     torch.compiler.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="initialised once, outside of a graph"):
         torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert not layer.palette.initialized
+    torch.compile(layer, backend="aot_eager")(x)  # with a break in the graph, it does
+    assert layer.palette.initialized
 
 
 # ---------------------------------------------------------------------------------------------------- from_module

@@ -358,6 +358,10 @@ class Palette(nn.Module):
         if not self.enabled:
             return weight
         if not self.initialized:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "Palette: it is initialised once, outside of a graph: call initialize() before compiling"
+                )
             self.initialize(weight)
         scaled = self.divide(weight)
         if self.training or self.soft_evaluation:
@@ -424,7 +428,6 @@ class Palette(nn.Module):
 
     # ---------------------------------------------------------------------------------------------- between steps
 
-    @torch.compiler.disable(reason="a palette is initialised once, outside of a graph: call initialize() first")  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def initialize(self, weight: Tensor) -> None:
         """Start from the k-means of ``weight``: the optimal one of scalars, a seeded one of vectors.
