@@ -56,7 +56,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +112,8 @@ class Case:
     operator: Operator
     constants: tuple[str, ...]  #: float arguments without a gradient
     wide: tuple[str, ...]  #: float arguments that stay in fp32 when the others have 16 bits
-    sums: tuple[str, ...]  #: fp32 outputs, or arguments whose gradients are, that sum up many values
+    kept: tuple[str, ...]  #: float arguments whose dtype is the sample's choice: what has to be bf16, or fp64, always
+    sums: Mapping[str, int]  #: outputs, or arguments whose gradients are, that sum up many values: roundings allowed
     decided_by: Callable[..., dict[str, Tensor]] | None
 
     @functools.cached_property
@@ -126,7 +127,7 @@ class Case:
 
     def roundings(self, name: str) -> int:
         """How many roundings of the result its own arithmetic may cost."""
-        return 16 if name in self.sums else 1
+        return self.sums.get(name, 1)
 
     def make(self, sample: Sample, dtype: torch.dtype, layout: str = "contiguous") -> Args:
         """The sample's arguments in a dtype and a memory layout, on the CPU."""
@@ -137,11 +138,17 @@ class Case:
         def prepare(name: str, a: Any) -> Any:
             if not isinstance(a, Tensor):
                 return a
-            if a.is_floating_point():
+            if a.is_floating_point() and name not in self.kept:
                 a = a.to(torch.float32 if narrow and name in self.wide else dtype)
             return LAYOUTS[layout](name, a)
 
         return tuple(map(prepare, self.names, args))
+
+    def in_fp64(self, args: Args) -> Args:
+        def widen(name: str, a: Any) -> Any:
+            return a.double() if isinstance(a, Tensor) and a.is_floating_point() and name not in self.kept else a
+
+        return tuple(map(widen, self.names, args))
 
 
 def _strided(name: str, x: Tensor) -> Tensor:
@@ -240,10 +247,6 @@ def bits(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
-def in_fp64(args: Args) -> Args:
-    return tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-
-
 def check_close(where: str, o: Tensor, r: Tensor, t: Tensor, factor: float, scale: float) -> None:
     """The one rule for floats: ``factor`` times what plain torch loses, and one rounding of ``scale``."""
     assert o.shape == r.shape, f"{where}: shape {list(o.shape)}, expected {list(r.shape)}"
@@ -279,7 +282,7 @@ def check_equal(where: str, o: Tensor, r: Tensor) -> None:
 def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
     """Every output of a call against the references in fp64 and in the call's dtype."""
     case = context.case
-    r = _tuple(case.operator.reference(*in_fp64(args)))
+    r = _tuple(case.operator.reference(*case.in_fp64(args)))
     t = _tuple(case.operator.reference(*args))
     assert len(outputs) == len(r), f"{context}: {len(outputs)} outputs, expected {len(r)}"
     decided = {} if case.decided_by is None else case.decided_by(args, tuple(o.cpu() for o in outputs))
@@ -416,7 +419,7 @@ def _leaves(case: Case, args: Args) -> tuple[Args, list[str]]:
     wanted = [
         n
         for n, a in zip(case.names, args)
-        if isinstance(a, Tensor) and a.is_floating_point() and n not in case.constants
+        if isinstance(a, Tensor) and a.is_floating_point() and n not in (*case.constants, *case.kept)
     ]
     fresh = tuple(
         a.detach().requires_grad_(n in wanted) if isinstance(a, Tensor) else a
@@ -456,7 +459,7 @@ def check_gradient(case: Case, provider: Provider, sample: Sample, dtype: torch.
             for i in pick
         ]
         o = _gradients(case, provider, on_device, pick, cotangents)
-        r = _gradients(case, case.operator.reference, in_fp64(args), pick, cotangents)
+        r = _gradients(case, case.operator.reference, case.in_fp64(args), pick, cotangents)
         t = _gradients(case, case.operator.reference, args, pick, cotangents)
         for name, o_i, r_i, t_i in zip(wanted, o, r, t, strict=True):
             where = f"{context}: gradient of {name} ({kind} cotangent)"
@@ -506,7 +509,7 @@ def _differentiable(case: Case, args: Args) -> tuple[Callable[..., tuple[Tensor,
 def check_gradcheck(case: Case, sample: Sample) -> None:
     """The gradient against finite differences, in fp64."""
     function, leaves = _differentiable(case, case.make(sample, torch.float64))
-    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=any(leaf.numel() > 1000 for leaf in leaves))
 
 
 def check_gradgradcheck(case: Case, sample: Sample) -> None:
@@ -598,7 +601,8 @@ def check_op(
     tiny: Sequence[Sample],
     constants: Sequence[str] = (),
     wide: Sequence[str] = (),
-    sums: Sequence[str] = (),
+    kept: Sequence[str] = (),
+    sums: Sequence[str] | Mapping[str, int] = (),
     dtypes: Sequence[torch.dtype] = FLOATS,
     decided_by: Callable[..., dict[str, Tensor]] | None = None,
 ) -> list[Any]:
@@ -611,12 +615,15 @@ def check_op(
         tiny: two samples, same options and other sizes (2 or more), for the dear checks.
         constants: float arguments that have no gradient.
         wide: float arguments that stay in fp32 when the input has 16 bits.
-        sums: outputs, and arguments with respect to their gradients, that are fp32 sums over many values.
+        kept: float arguments that keep the dtype that the sample gives them, and have no gradient.
+        sums: outputs, and arguments with respect to their gradients, that are fp32 sums over many values. As a mapping:
+            how many roundings of the result they may cost.
         dtypes: of the float arguments. An operator without float arguments is run once.
         decided_by: ``decided_by(args, outputs)`` gives, by name, the outputs that follow from a float output of the
             call.
     """
-    case = Case(OPERATORS[operator], tuple(constants), tuple(wide), tuple(sums), decided_by)
+    roundings = sums if isinstance(sums, Mapping) else dict.fromkeys(sums, 16)
+    case = Case(OPERATORS[operator], tuple(constants), tuple(wide), tuple(kept), roundings, decided_by)
     return [*_cheap(case, samples, dtypes), *_dear(case, tiny)]
 
 
@@ -631,7 +638,7 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
     for provider in providers(case.operator):
         for i, sample in enumerate(samples):
             interpreted = provider.name == "triton"
-            for dtype in _dtypes_of(sample, dtypes, provider):
+            for dtype in _dtypes_of(case, sample, dtypes, provider):
                 later = sample.full or (interpreted and i > 0 and dtype != torch.float32)
                 marks = [*provider.marks, *([pytest.mark.full] if later else [])]
                 id = (name, provider.name, sample.name, str(dtype).removeprefix("torch."))
@@ -648,9 +655,13 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
                 )
 
 
-def _dtypes_of(sample: Sample, dtypes: Sequence[torch.dtype], provider: Provider) -> list[torch.dtype]:
+def _dtypes_of(case: Case, sample: Sample, dtypes: Sequence[torch.dtype], provider: Provider) -> list[torch.dtype]:
     """Those the provider covers; for a sample without floats there is nothing to vary."""
-    typed = any(isinstance(a, Tensor) and a.is_floating_point() for a in sample.make(Random(sample.name)))
+    args = sample.make(Random(sample.name))
+    typed = any(
+        isinstance(a, Tensor) and a.is_floating_point() and name not in case.kept
+        for name, a in zip(case.names, args, strict=True)
+    )
     return [d for d in (*dtypes, torch.float64) if d in provider.dtypes] if typed else [torch.float32]
 
 

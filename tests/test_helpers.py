@@ -48,8 +48,8 @@ def linear_sample(poison: bool = False) -> Sample:
     return Sample("sample", make)
 
 
-LINEAR = Case(OPERATORS["gated_linear"], constants=(), wide=(), sums=(), decided_by=None)
-POOL = Case(OPERATORS["channel_pool"], constants=(), wide=(), sums=(), decided_by=None)
+LINEAR = Case(OPERATORS["gated_linear"], constants=(), wide=(), kept=(), sums={}, decided_by=None)
+POOL = Case(OPERATORS["channel_pool"], constants=(), wide=(), kept=(), sums={}, decided_by=None)
 POOL_SAMPLE = Sample("sample", lambda rand: (rand.normal(2, 3, 4, 5), "max"))
 
 
@@ -128,7 +128,7 @@ def test_16_bit_accumulation_is_found() -> None:
 
 
 def test_an_aliased_output_is_found() -> None:
-    case = Case(OPERATORS["channel_pool_backward"], ("input",), (), (), None)
+    case = Case(OPERATORS["channel_pool_backward"], ("input",), (), (), {}, None)
     sample = Sample("sample", lambda rand: (torch.ones(2, 3), torch.ones(2, 3, 1, 1), "avg"))
     with pytest.raises(AssertionError, match="output 0 shares the memory of grad"):
         check_forward(case, wrong(case, lambda y, args: args[0].view(2, 3, 1, 1)), sample, torch.float32)
@@ -161,7 +161,7 @@ def test_a_decision_against_the_own_floats_is_found() -> None:
         outputs[1][0, 0] ^= True
         return outputs
 
-    case = Case(OPERATORS["gate_head"], (), (), (), decided)
+    case = Case(OPERATORS["gate_head"], (), (), (), {}, decided)
     sample = Sample("sample", lambda rand: (rand.normal(2, 3), rand.normal(4, 3), None, True, 0))
     with pytest.raises(AssertionError, match="mask, as its own floats decide"):
         check_forward(case, wrong(case, change), sample, torch.float32)

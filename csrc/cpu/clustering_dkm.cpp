@@ -265,23 +265,6 @@ void with_dimension(int64_t d, F&& f) {
 
 bool dimension_covered(int64_t d) { return d == 1 || d == 2 || d == 4 || d == 8; }
 
-// Refuses NaN and infinity among the weights of a partition.
-void check_finite(const char* name, const at::Tensor& part) {
-  const bool finite = dispatch(part.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    const T* p = static_cast<const T*>(part.const_data_ptr());
-    Vec sum(0);
-    for (int64_t i = 0; i < part.numel(); i += kLanes) {
-      sum = sum + load_f32(p + i, std::min(kLanes, part.numel() - i)) * Vec(0);
-    }
-    return reduce_add(sum) == 0;
-  });
-  if (!finite) {
-    refuse_values(name, at::isnan(part).sum().item<int64_t>(),
-                  at::isinf(part).sum().item<int64_t>());
-  }
-}
-
 struct Call {
   Rules rules;
   Gradient gradient;
@@ -439,11 +422,6 @@ Centroids stream_backward(const Call& call, const at::Tensor& grad, const at::Te
     });
   }
   return first;
-}
-
-// Consecutive weights of partition p.
-at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
-  return flat.slice(0, p * group_size, std::min(flat.numel(), (p + 1) * group_size));
 }
 
 double resolution_of(at::ScalarType dtype) {

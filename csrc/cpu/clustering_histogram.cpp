@@ -4,6 +4,7 @@
 #include "clustering_histogram.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -32,6 +33,9 @@ int64_t tasks_of(int64_t n) {
   if (at::in_parallel_region()) return 1;
   return std::clamp<int64_t>(n / kGrain, 1, at::get_num_threads());
 }
+
+// The floats of a tensor, fp64 included.
+bool known(const at::Tensor& t) { return covered(t) || t.scalar_type() == at::kDouble; }
 
 // Chunks that are summed by themselves and then in order: their number depends on n alone.
 int64_t chunks_of(int64_t n) { return std::clamp<int64_t>(n >> 18, 1, 16); }
@@ -143,6 +147,25 @@ void refuse_values(const char* name, int64_t nan, int64_t infinite) {
                     " infinite values");
 }
 
+void check_finite(const char* name, const at::Tensor& weight) {
+  int64_t nan = 0, infinite = 0;
+  dispatch(weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* p = static_cast<const T*>(weight.const_data_ptr());
+    const int64_t n = weight.numel();
+    Vec sum(0);  // zero times what is finite is zero
+    for (int64_t i = 0; i < n; i += kLanes) {
+      sum = sum + load_f32(p + i, std::min(kLanes, n - i)) * Vec(0);
+    }
+    if (reduce_add(sum) == 0) return;
+    for (int64_t i = 0; i < n; ++i) {
+      nan += std::isnan(static_cast<float>(p[i]));
+      infinite += std::isinf(static_cast<float>(p[i]));
+    }
+  });
+  if (nan + infinite > 0) refuse_values(name, nan, infinite);
+}
+
 Present::Present(const uint32_t* counts, at::ScalarType dtype, const char* name) {
   const uint16_t infinity = infinity_of(dtype);
   int64_t nan = 0, infinite = 0;
@@ -193,13 +216,22 @@ at::Tensor histogram16(const at::Tensor& input) {
 }
 
 at::Tensor scatter16(const at::Tensor& input, const at::Tensor& source) {
-  if (!covered(source)) return reference("cofire::scatter16", &scatter16, input, source);
+  if (!known(source)) return reference("cofire::scatter16", &scatter16, input, source);
   TORCH_CHECK_VALUE(input.sizes() == source.sizes() && input.element_size() == 2,
                     "scatter16: source must have the shape of input, which has 16 bits");
   const at::Tensor x = input.contiguous(), values = source.contiguous();
+  const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
   std::vector<double> sums(kPatterns);
-  sum_patterns(static_cast<const uint16_t*>(x.const_data_ptr()), values.const_data_ptr(),
-               values.scalar_type(), x.numel(), sums.data(), nullptr);
+  if (values.scalar_type() == at::kDouble) {  // for tests: one after the other
+    at::Tensor result = at::zeros({kPatterns}, values.options());
+    const double* from = values.const_data_ptr<double>();
+    for (int64_t i = 0; i < x.numel(); ++i) {
+      result.data_ptr<double>()[bin_of_pattern(patterns[i])] += from[i];
+    }
+    return result;
+  }
+  sum_patterns(patterns, values.const_data_ptr(), values.scalar_type(), x.numel(), sums.data(),
+               nullptr);
   at::Tensor result = at::empty({kPatterns}, x.options().dtype(at::kFloat));
   float* out = result.data_ptr<float>();
   for (int64_t bin = 0; bin < kPatterns; ++bin) {
@@ -208,10 +240,32 @@ at::Tensor scatter16(const at::Tensor& input, const at::Tensor& source) {
   return result;
 }
 
+namespace {
+
+// For tests: one after the other.
+at::Tensor apply_in_fp64(const at::Tensor& input, const at::Tensor& table,
+                         const std::optional<at::Tensor>& source,
+                         const std::optional<at::Tensor>& slope) {
+  const auto* patterns = static_cast<const uint16_t*>(input.const_data_ptr());
+  const auto widen = [](const at::Tensor& t) { return t.to(at::kDouble).contiguous(); };
+  const at::Tensor offset = widen(table), by = source ? widen(*source) : at::Tensor(),
+                   factor = source ? widen(*slope) : at::Tensor();
+  at::Tensor result = at::empty(input.sizes(), offset.options());
+  double* out = result.data_ptr<double>();
+  for (int64_t i = 0; i < input.numel(); ++i) {
+    const int64_t bin = bin_of_pattern(patterns[i]);
+    out[i] = offset.const_data_ptr<double>()[bin];
+    if (source) out[i] += factor.const_data_ptr<double>()[bin] * by.const_data_ptr<double>()[i];
+  }
+  return result.to(source ? source->scalar_type() : input.scalar_type());
+}
+
+}  // namespace
+
 at::Tensor lut_apply16(const at::Tensor& input, const at::Tensor& table,
                        const std::optional<at::Tensor>& source,
                        const std::optional<at::Tensor>& slope) {
-  if (table.scalar_type() != at::kFloat || (source && !covered(*source))) {
+  if (!known(table) || (source && !known(*source))) {
     return reference("cofire::lut_apply16", &lut_apply16, input, table, source, slope);
   }
   TORCH_CHECK_VALUE(
@@ -220,7 +274,11 @@ at::Tensor lut_apply16(const at::Tensor& input, const at::Tensor& table,
       "lut_apply16: tables must have 65536 entries, and source the shape of input");
   const at::Tensor x = input.contiguous(), values = table.contiguous();
   const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
-  const float* from = values.const_data_ptr<float>();
+  if (table.scalar_type() == at::kDouble || (source && source->scalar_type() == at::kDouble)) {
+    return apply_in_fp64(x, values, source, slope);
+  }
+  const at::Tensor wide = values.to(at::kFloat);
+  const float* from = wide.const_data_ptr<float>();
   if (!source) {
     at::Tensor result = at::empty(x.sizes(), x.options());
     dispatch(x.scalar_type(), [&](auto zero) {

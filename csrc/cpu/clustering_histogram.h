@@ -20,7 +20,10 @@ inline uint16_t pattern_of_bin(int64_t bin) {
   return static_cast<uint16_t>(bin < kSign ? bin ^ 0xFFFF : bin ^ 0x8000);
 }
 
-// The largest magnitude's pattern that is finite.
+inline int64_t bin_of_pattern(uint16_t pattern) {
+  return pattern & 0x8000 ? pattern ^ 0xFFFF : pattern ^ 0x8000;
+}
+
 inline uint16_t infinity_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? 0x7F80 : 0x7C00;
 }
@@ -59,6 +62,12 @@ struct Present {
 
 // Refuses what is not finite, with its number.
 [[noreturn]] void refuse_values(const char* name, int64_t nan, int64_t infinite);
+void check_finite(const char* name, const at::Tensor& weight);
+
+// Consecutive weights of partition p.
+inline at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
+  return flat.slice(0, p * group_size, std::min(flat.numel(), (p + 1) * group_size));
+}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire

@@ -156,10 +156,6 @@ double optimal_centroids(const Cells& cells, int64_t clusters, float* centroids)
   return previous[size];
 }
 
-at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
-  return flat.slice(0, p * group_size, std::min(flat.numel(), (p + 1) * group_size));
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t clusters,
@@ -175,11 +171,7 @@ std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t cl
   at::parallel_for(0, partitions, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       const at::Tensor x = part(flat, p, group_size);
-      if (x.scalar_type() == at::kFloat) {
-        const int64_t nan = at::isnan(x).sum().item<int64_t>(),
-                      infinite = at::isinf(x).sum().item<int64_t>();
-        if (nan + infinite > 0) refuse_values("kmeans1d", nan, infinite);
-      }
+      if (x.scalar_type() == at::kFloat) check_finite("kmeans1d", x);
       const Cells cells = x.scalar_type() == at::kFloat ? cells_of_floats(x) : cells_of_patterns(x);
       inertia.data_ptr<float>()[p] = static_cast<float>(
           optimal_centroids(cells, clusters, centroids.data_ptr<float>() + p * clusters));
@@ -226,6 +218,7 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
           });
       look_up_patterns(patterns, x.numel(), table.data(), out);
     } else {
+      check_finite("palettize", x);
       const auto run = [&](auto dim) {
         const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(),
                                                  x.numel() / d};

@@ -562,13 +562,17 @@ def _check_temperature(operator: str, tau: Tensor, centroids: Tensor) -> None:
         refuse(operator, f"tau must have shape [{centroids.shape[0]}], one per partition, got {shape_of(tau)}")
 
 
-def _check_values(operator: str, weight: Tensor, tau: Tensor) -> None:
-    """What only the values can show. The kernels say the same sentences; on a GPU as an asynchronous assertion."""
+def _check_finite(operator: str, weight: Tensor) -> None:
+    """What only the values can show. The kernels say the same sentence; on a GPU it is an asynchronous assertion."""
     nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
     if nan + infinite:
         refuse(operator, f"weight must be finite, got {nan} NaN and {infinite} infinite values")
-    if not bool(((tau > 0) & tau.isfinite()).all()):
-        refuse(operator, f"tau must be positive and finite, got {tau.tolist()}")
+
+
+def _check_heat(operator: str, tau: Tensor) -> None:
+    for p, heat in enumerate(tau.tolist()):
+        if not (heat > 0 and math.isfinite(heat)):
+            refuse(operator, f"tau must be positive and finite, got {heat:g} for partition {p}")
 
 
 def _partitions(weight: Tensor, group_size: int, d: int) -> Iterator[Tensor]:
@@ -609,12 +613,13 @@ def _dkm_tables_reference(
     values: Tensor, counts: Tensor, centroids: Tensor, tau: Tensor, iterations: int, eps: float, enforce_zero: bool,
     prune_threshold: float, keep_sparsity: bool, grad: str, resolution: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    _check_heat("dkm_tables", tau)
     rules = Rules(eps, enforce_zero, prune_threshold, keep_sparsity)
     tables, paths, states = [], [], []
     for n, c, temperature in zip(counts, centroids, tau, strict=True):
         there = n.nonzero().flatten()
         x, weight = values[there, None], n[there].to(values.dtype)
-        _check_values("dkm_tables", x, temperature)
+        _check_finite("dkm_tables", x)
         out, path, status = _cluster(x, weight, c[:, None], temperature, iterations, rules, grad, resolution)
         tables.append(torch.zeros_like(values).index_add(0, there, out[:, 0]))
         paths.append(path[:, :, 0].double())
@@ -704,7 +709,8 @@ def _save_dkm_tables(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _dkm_tables_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     values, counts, path, status, tau = ctx.saved_tensors
     slope, offset, centroids = _dkm_tables_backward(grad, values, counts, path, status, tau, *ctx.options)
-    return (grad * slope + counts * offset).sum(0), None, centroids, *[None] * 8
+    unrolled = ctx.options[-1] == "unroll"  # a fixed point does not depend on where the search for it began
+    return (grad * slope + counts * offset).sum(0), None, centroids if unrolled else None, *[None] * 8
 
 
 def _dkm_tables_flops(values: Tensor, counts: Tensor, centroids: Tensor, tau: Tensor, iterations: int, *_: Any) -> int:
@@ -805,7 +811,8 @@ def _dkm_reference(
     weight: Tensor, centroids: Tensor, tau: Tensor, group_size: int, iterations: int, eps: float, enforce_zero: bool,
     prune_threshold: float, keep_sparsity: bool, forward: str, grad: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    _check_values("dkm", weight, tau)
+    _check_heat("dkm", tau)
+    _check_finite("dkm", weight)
     rules = Rules(eps, enforce_zero, prune_threshold, keep_sparsity)
     outputs, paths, states = [], [], []
     for x, c, temperature in zip(_partitions(weight, group_size, centroids.shape[2]), centroids, tau, strict=True):
@@ -876,7 +883,7 @@ def _save_dkm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _dkm_grad(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
     weight, path, status, tau = ctx.saved_tensors
     d_weight, d_centroids = _dkm_backward(grad, weight, path, status, tau, *ctx.options)
-    return d_weight, d_centroids, *[None] * 9
+    return d_weight, d_centroids if ctx.options[-1] == "unroll" else None, *[None] * 9
 
 
 def _dkm_flops(weight: Tensor, centroids: Tensor, tau: Tensor, group_size: int, iterations: int, *_: Any) -> int:
@@ -1037,6 +1044,7 @@ def _validate_palettize(
 def _palettize_reference(
     weight: Tensor, centroids: Tensor, group_size: int, prune_threshold: float, keep_sparsity: bool
 ) -> tuple[Tensor, Tensor]:
+    _check_finite("palettize", weight)
     rules = Rules(0.0, True, prune_threshold, keep_sparsity)
     labels, inertia = [], []
     for x, c in zip(_partitions(weight, group_size, centroids.shape[2]), centroids, strict=True):
@@ -1092,7 +1100,7 @@ def palettize(
 
     Raises:
         TypeError: a dtype that does not fit.
-        ValueError: a shape that does not fit.
+        ValueError: a shape that does not fit; NaN or infinity in ``weight``, with their number.
 
     Example:
         >>> labels, inertia = palettize(torch.tensor([0.0, 0.25, 1.0]), torch.tensor([[[0.0], [1.0]]]))
@@ -1160,9 +1168,7 @@ def _optimal_centroids(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def _kmeans1d_reference(weight: Tensor, clusters: int, group_size: int) -> tuple[Tensor, Tensor]:
-    if not bool(weight.isfinite().all()):
-        nan, infinite = int(weight.isnan().sum()), int(weight.isinf().sum())
-        refuse("kmeans1d", f"weight must be finite, got {nan} NaN and {infinite} infinite values")
+    _check_finite("kmeans1d", weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
     found = [_optimal_centroids(x[:, 0], clusters) for x in _partitions(weight, group_size, 1)]
     centroids = torch.stack([c for c, _ in found])[:, :, None]
