@@ -72,6 +72,36 @@ def bench(
     typer.echo(json.dumps(results.to_json(), indent=2) if as_json else results.summary())
 
 
+@app.command("bench-memory")
+def bench_memory(
+    method: Annotated[list[str] | None, typer.Argument(help="Methods to measure (default: all).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Results file (default: benchmarks/results/memory/<device>.json).")
+    ] = None,
+) -> None:
+    """Measure the memory of one step of differentiable k-means, each method in a process of its own."""
+    from cofire.bench import memory
+
+    found = _sentences(memory.run, method or None, out, announce=lambda text: typer.echo(text, err=True))
+    typer.echo(memory.memory_table(found))
+
+
+@app.command("bench-growth")
+def bench_growth(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    out: Annotated[
+        Path | None, typer.Option(help="Results file (default: benchmarks/results/growth/<device>.json).")
+    ] = None,
+) -> None:
+    """Time differentiable k-means on more and more weights, and on more and more clusters."""
+    from cofire.bench import growth
+
+    found = _sentences(growth.run, out, device=device, announce=lambda text: typer.echo(text, err=True))
+    for row in found.rows:
+        time = "no number" if row["median_ms"] is None else f"{row['median_ms']:.3g} ms"
+        typer.echo(f"{row['weights']} weights, K{row['clusters']}, {row['provider']}: {time}")
+
+
 @app.command()
 def report(
     results: Annotated[list[Path] | None, typer.Argument(help="Results files (default: all that are there).")] = None,

@@ -70,17 +70,17 @@ class _Counted(torch.autograd.Function):
         for part, c, t in zip(weight.detach().reshape(-1).split(size), centroids, tau):
             x, place, n = part.unique(return_inverse=True, return_counts=True)
             x, n = x.to(c.dtype)[:, None], n.to(c.dtype)
-            resolution = torch.finfo(HALF).eps / 2
-            table, path, status = ops._cluster(x, n, c, t, iterations, Rules(*rules), grad, resolution)
-            outputs.append(table[place, 0])
-            paths.append(path.double())
-            states.append(status)
-            ctx.parts.append((x, n, place, path.to(c.dtype), t, status))
+            # of bfloat16, also where the weight comes widened
+            found = ops._cluster(x, n, c, t, iterations, Rules(*rules), grad, ops._resolution(HALF))
+            outputs.append(found[0][place, 0])
+            paths.append(found[1].double())
+            states.append(found[2])
+            ctx.parts.append((x, n, place, found[1].to(c.dtype), t, found[2]))
         ctx.size, ctx.rules, ctx.grad = size, Rules(*rules), grad
         output = torch.cat(outputs).view(weight.shape).to(weight.dtype)
-        found = output, torch.stack(paths, 1), torch.tensor(states, dtype=torch.int32, device=weight.device)
-        ctx.mark_non_differentiable(*found[1:])
-        return found
+        path, status = torch.stack(paths, 1), torch.tensor(states, dtype=torch.int32, device=weight.device)
+        ctx.mark_non_differentiable(path, status)
+        return output, path, status
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:

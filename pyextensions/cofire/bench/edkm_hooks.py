@@ -202,9 +202,10 @@ class EDKMHooks:
     def _gather(self, value: Tensor, rows: int) -> Tensor:
         if not self.shard or self.group is None:
             return value
-        parts = [torch.empty_like(value) for _ in range(self.learners)]
-        torch.distributed.all_gather(parts, value, group=self.group)
-        return torch.cat(parts)[:rows]
+        plain = value.contiguous().view(torch.uint8)  # not every backend knows 16-bit integers
+        parts = [torch.empty_like(plain) for _ in range(self.learners)]
+        torch.distributed.all_gather(parts, plain, group=self.group)
+        return torch.cat(parts).view(value.dtype)[:rows]
 
     # -------------------------------------------------------------------------------------------- marshaling
 

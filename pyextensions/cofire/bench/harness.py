@@ -5,9 +5,9 @@ How a number comes about:
 
 * A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number. cofire has to keep to
   the rule of its own tests, the others may be :func:`slack` times less exact.
-* Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run). A row's time is the
-  median over rounds; its speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes
-  nothing about their distribution (:func:`median_interval`).
+* Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
+  more than a minute). A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
+  ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 100 us are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
   that looks at cold weights. Forward runs under ``torch.inference_mode``.
@@ -43,6 +43,7 @@ READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
 ONE_THREAD = "peer:cofire-on-one-thread"
 NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its readings
+LONGEST_SECONDS, LEAST_ROUNDS = 60, 7  #: where the least rounds take longer there are fewer, but this many
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
 
@@ -188,6 +189,7 @@ def read_in_turns(
     expected = {name: _warm_up(run, device) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
     round_ms = sum(expected[name] * repeats[name] for name in runs)
+    least = max(min(least, int(1e3 * LONGEST_SECONDS / max(round_ms, 1e-3))), min(least, LEAST_ROUNDS))
     rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
     readings: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)

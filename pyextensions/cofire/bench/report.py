@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import html
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cofire.bench.results import Results, Row, geometric_mean
+from cofire.bench.growth import growth_plot
+from cofire.bench.memory import memory_table
+from cofire.bench.results import FOLDER, Results, Row, geometric_mean
 from cofire.files import fill, write_atomically
 
 MARKERS = ("<!-- results: cofire report -->", "<!-- end of results -->")
 MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
+#: In ``clustering.md``, if that page is there: what ``cofire bench-memory`` and ``cofire bench-growth`` measured.
+MEMORY = ("<!-- results: cofire bench-memory -->", "<!-- end of memory -->")
+GROWTH = ("<!-- results: cofire bench-growth -->", "<!-- end of growth -->")
 INTRODUCTION = """# Benchmarks
 
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
@@ -401,6 +407,29 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
     )
 
 
+def _clustering(folder: Path) -> list[Path]:
+    """The parts of ``clustering.md`` that it has markers for, and the plots they show."""
+    page, written = folder / "clustering.md", list[Path]()
+    if not page.exists():
+        return written
+    words = page.read_text(encoding="utf-8")
+    if MEMORY[0] in words:
+        files = sorted((FOLDER / "memory").glob("*.json"))
+        tables = [memory_table(json.loads(path.read_text(encoding="utf-8"))) for path in files]
+        fill(page, MEMORY, "\n\n".join(tables) or "Not measured.")
+        written.append(page)
+    if GROWTH[0] in words:
+        lines = []
+        for path in sorted((FOLDER / "growth").glob("*.json")):
+            results = Results.load(path)
+            name = f"benchmarks-{_slug(results)}-clustering-growth.svg"
+            written.append(write_atomically(folder / name, growth_plot(results)))
+            lines += [f"![time by weights and by clusters]({name})", _environment(results) + "."]
+        fill(page, GROWTH, "\n\n".join(lines) or "Not measured.")
+        written.append(page)
+    return list(dict.fromkeys(written))
+
+
 def report(
     results_files: Iterable[str | Path], out_dir: str | Path = "docs", readme: str | Path | None = None
 ) -> list[Path]:
@@ -409,7 +438,7 @@ def report(
     Args:
         results_files: what :func:`cofire.bench.run` wrote, one file per device.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks.html`` (self-contained)
-            and the plots as SVG files.
+            and the plots as SVG files. A ``clustering.md`` in it gets memory and growth where it has their markers.
         readme: a markdown file that gets the overview, between the markers ``<!-- measured -->``.
 
     Returns:
@@ -436,4 +465,5 @@ def report(
     if readme is not None:
         fill(Path(readme), MEASURED, measured(all_results))
         written.append(Path(readme))
+    written += _clustering(folder)
     return written + [write_atomically(folder / names[key], svg) for key, svg in drawn.items()]
