@@ -507,9 +507,10 @@ def _differentiable(case: Case, args: Args) -> tuple[Callable[..., tuple[Tensor,
 
 
 def check_gradcheck(case: Case, sample: Sample) -> None:
-    """The gradient against finite differences, in fp64."""
+    """The gradient against finite differences, in fp64; of tables, along random directions."""
     function, leaves = _differentiable(case, case.make(sample, torch.float64))
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=any(leaf.numel() > 1000 for leaf in leaves))
+    large = any(t.numel() > 1000 for t in (*leaves, *function(*leaves)))
+    assert torch.autograd.gradcheck(function, leaves, fast_mode=large)
 
 
 def check_gradgradcheck(case: Case, sample: Sample) -> None:
