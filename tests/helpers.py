@@ -279,16 +279,21 @@ def check_equal(where: str, o: Tensor, r: Tensor) -> None:
         )
 
 
-def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
-    """Every output of a call against the references in fp64 and in the call's dtype."""
+def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...], varied: Args | None = None) -> None:
+    """Every output of a call against the references in fp64 and in the call's dtype.
+
+    ``varied`` are arguments of the same scale where the results to ``args`` may cancel to nothing.
+    """
     case = context.case
     r = _tuple(case.operator.reference(*case.in_fp64(args)))
     t = _tuple(case.operator.reference(*args))
     assert len(outputs) == len(r), f"{context}: {len(outputs)} outputs, expected {len(r)}"
+    sizes = r if varied is None else _tuple(case.operator.reference(*case.in_fp64(varied)))
     decided = {} if case.decided_by is None else case.decided_by(args, tuple(o.cpu() for o in outputs))
-    for name, o_i, r_i, t_i in zip(case.outputs, outputs, r, t, strict=True):
+    for name, o_i, r_i, t_i, size in zip(case.outputs, outputs, r, t, sizes, strict=True):
         if o_i.is_floating_point():
-            check_close(f"{context}: {name}", o_i, r_i, t_i, factor=2, scale=case.roundings(name) * largest(r_i))
+            scale = case.roundings(name) * max(largest(r_i), largest(size))
+            check_close(f"{context}: {name}", o_i, r_i, t_i, factor=2, scale=scale)
         elif name in decided:
             check_equal(f"{context}: {name}, as its own floats decide", o_i, decided[name])
         else:
@@ -392,7 +397,8 @@ def check_forward(
     on_device = tuple(a.to(provider.device) if isinstance(a, Tensor) else a for a in args)
     outputs = provider(*on_device)
     check_untouched(context, before, args)
-    check_values(context, args, outputs)
+    # the gradient of a constant may cancel to nothing
+    check_values(context, args, outputs, case.make(sample, dtype) if layout == "expanded" else None)
     check_layout(context, on_device, outputs)
     check_separate(context, on_device, outputs)
     if provider.name != "reference":
@@ -482,7 +488,7 @@ def quiet() -> Iterator[None]:
 def check_opcheck(case: Case, sample: Sample) -> None:
     """Schema, autograd registration, fake and AOT dispatch, by PyTorch's own test."""
     args, _ = _leaves(case, case.make(sample, torch.float32))
-    if not isinstance(case.operator.backward, Backward):
+    if not isinstance(case.operator.backward, Backward) or case.operator.backward.operator == "refused":
         args = case.make(sample, torch.float32)
     tests = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
     if case.operator.name == "gated_conv2d_backward" and TORCH < (2, 13):
@@ -567,6 +573,8 @@ def check_autocast(case: Case, sample: Sample) -> None:
     """Under autocast the operator does what it does on arguments cast by its own rule."""
     rule = case.operator.autocast
     for dtype in (torch.float32, torch.bfloat16):
+        if isinstance(case.operator.cpu, tuple) and torch.float64 in case.operator.cpu and dtype == torch.bfloat16:
+            continue  # an operator of wide floats alone
         context = Context(case, "autocast", sample.name, dtype)
         args = case.make(sample, dtype)
         target = {None: dtype, "lower": torch.bfloat16}.get(rule, rule)

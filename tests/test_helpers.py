@@ -283,7 +283,7 @@ def operator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
                 "triton": "none",
             }
             return Case(
-                registry.register(Operator(f"{name}(Tensor input) -> Tensor", **defaults | parts)), (), (), (), None
+                registry.register(Operator(f"{name}(Tensor input) -> Tensor", **defaults | parts)), (), (), (), {}, None
             )
 
         yield make

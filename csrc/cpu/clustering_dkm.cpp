@@ -249,22 +249,6 @@ Way way_of(const at::Tensor& weight, int64_t count, int64_t d, Gradient gradient
   return half(weight) && d == 1 || gradient != Gradient::kUnroll ? Way::kExact : Way::kStream;
 }
 
-template <typename F>
-void with_dimension(int64_t d, F&& f) {
-  switch (d) {
-    case 1:
-      return f(std::integral_constant<int, 1>{});
-    case 2:
-      return f(std::integral_constant<int, 2>{});
-    case 4:
-      return f(std::integral_constant<int, 4>{});
-    default:
-      return f(std::integral_constant<int, 8>{});
-  }
-}
-
-bool dimension_covered(int64_t d) { return d == 1 || d == 2 || d == 4 || d == 8; }
-
 struct Call {
   Rules rules;
   Gradient gradient;
@@ -554,7 +538,7 @@ std::string plan_dkm(const at::Tensor& weight, const at::Tensor& centroids, cons
                      int64_t group_size, int64_t, double, bool, double, bool, c10::string_view,
                      c10::string_view grad) {
   if (!dimension_covered(centroids.size(2)))
-    return "reference: vectors of 1, 2, 4 or 8 have a kernel";
+    return "reference: vectors of 1 to 4 or 8 weights have a kernel";
   switch (
       way_of(weight, std::min(group_size, weight.numel()), centroids.size(2), gradient_of(grad))) {
     case Way::kTable:

@@ -184,7 +184,7 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
                                              int64_t group_size, double prune_threshold,
                                              bool keep_sparsity) {
   const int64_t partitions = centroids.size(0), clusters = centroids.size(1), d = centroids.size(2);
-  if (!covered(weight) || (d != 1 && d != 2 && d != 4 && d != 8)) {
+  if (!covered(weight) || !dimension_covered(d)) {
     return reference("cofire::palettize", &palettize, weight, centroids, group_size,
                      prune_threshold, keep_sparsity);
   }
@@ -219,16 +219,12 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
       look_up_patterns(patterns, x.numel(), table.data(), out);
     } else {
       check_finite("palettize", x);
-      const auto run = [&](auto dim) {
+      with_dimension(d, [&](auto dim) {
         const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(),
                                                  x.numel() / d};
         Passes<StreamPoints<double, dim()>>{points, clusters, 1, rules}.nearest(
             palette, &sum, [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
-      };
-      if (d == 1) run(std::integral_constant<int, 1>{});
-      if (d == 2) run(std::integral_constant<int, 2>{});
-      if (d == 4) run(std::integral_constant<int, 4>{});
-      if (d == 8) run(std::integral_constant<int, 8>{});
+      });
     }
     inertia.data_ptr<float>()[p] = static_cast<float>(sum);
   }

