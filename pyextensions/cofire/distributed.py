@@ -85,7 +85,9 @@ class _ShardedDKM(torch.autograd.Function):
             sums.double()[None], values, counts[None], path, status, heat, *ctx.options
         )
         d_weight = ops.lut_apply16(weight, offset[0].float(), grad.contiguous(), slope[0].float())
-        return d_weight, d_centroids.to(ctx.dtype)[:, :, None], *[None] * 6
+        # A fixed point does not depend on where the search for it began.
+        start = d_centroids.to(ctx.dtype)[:, :, None] if ctx.options[-1] == "unroll" else None
+        return d_weight, start, *[None] * 6
 
 
 def dkm_sharded(
@@ -139,6 +141,8 @@ def dkm_sharded(
     if rho is not None:
         heat = temperature(centroids, rho)
     else:
+        if not isinstance(tau, Tensor):
+            check_number("dkm_sharded", tau=tau)
         heat = torch.as_tensor(tau, dtype=centroids.dtype, device=centroids.device).expand(1)
     sharded = cast(Any, local_weight) if hasattr(local_weight, "to_local") else None
     if sharded is not None:

@@ -641,6 +641,10 @@ def test_nan_in_the_weight_is_named():
     for call in (lambda: layer(x), layer.initialize):
         with pytest.raises(ValueError, match=r"^layers\.0\.weight: (dkm|kmeans1d): weight must be finite, got 1 NaN"):
             call()
+    layer.eval()
+    for call in (lambda: layer(x), layer.pack):
+        with pytest.raises(ValueError, match=r"^layers\.0\.weight: palettize: weight must be finite, got 1 NaN"):
+            call()
 
 
 def test_representations():

@@ -408,6 +408,14 @@ class Palette(nn.Module):
 
     def assign(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
         """Labels ``[rows, columns / cluster_dim]`` of the nearest centroids, and the inertia ``[P]``."""
+        if torch.compiler.is_compiling():
+            return self._palettize(scaled)
+        try:
+            return self._palettize(scaled)
+        except ValueError as error:
+            raise self._named(error) from None
+
+    def _palettize(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
         labels, inertia = ops.palettize(scaled.detach(), self.centroids, group_size=self.group_size, **self.rules)
         return labels.view(self.rows, -1), inertia
 
