@@ -831,7 +831,7 @@ def _dkm_reference(
         out, path, status = _cluster(x, once, c, temperature, iterations, rules, grad, resolution)
         if forward == "hard_ste":
             final = path[-1].to(x.dtype)
-            out = out + (final[_nearest(x, final, rules)] - out).detach()
+            out = final[_nearest(x, final, rules)] + (out - out.detach())  # that is zero, with the gradient
         outputs.append(out.reshape(-1))
         paths.append(path.double())
         states.append(status)
