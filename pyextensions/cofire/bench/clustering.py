@@ -426,6 +426,8 @@ def _dkm(
         providers["dense"] = plain(counted_reference)
     else:
         dense = {"chunks": plain(dense_chunks, outputs=1)}
+        if not counted:  # fewer steps for several threads, more memory
+            dense["large chunks"] = plain(functools.partial(dense_chunks, chunk=1 << 16), outputs=1)
         if counted:
             by_sort = functools.partial(dense_tables, sort=True)
             dense |= {"counts": plain(dense_tables, outputs=1), "sort": plain(by_sort, outputs=1)}
