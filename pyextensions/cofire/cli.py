@@ -125,14 +125,17 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="The training method, e.g. ftwt.")],
-    data: Annotated[str, typer.Option(help="digits, or a folder that holds a data set.")] = "digits",
+    method: Annotated[str, typer.Argument(help="The training method: edkm or ftwt.")],
+    data: Annotated[str, typer.Option(help="digits, text (edkm only), or a folder of images.")] = "digits",
     model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
     seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 3,
     epochs: Annotated[int | None, typer.Option(help="Epochs per run (default: the experiment's).")] = None,
     head_lr: Annotated[
         float | None, typer.Option(help="Learning rate of the heads (default: the experiment's).")
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the second training (default: the experiment's).")
     ] = None,
     validate: Annotated[
         bool, typer.Option("--validate", help="Score on a share of the training images, not on the test images.")
@@ -151,6 +154,7 @@ def train(
         seeds=seeds,
         epochs=epochs,
         head_lr=head_lr,
+        lr=lr,
         validate=validate,
         out=out,
     )

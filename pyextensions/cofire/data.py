@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images for the experiments: the digits that come with scikit-learn, or a local folder. Nothing is downloaded."""
+"""Data for the experiments: the digits that come with scikit-learn, images of a local folder, and the text of Python's own
+library. Nothing is downloaded."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import importlib
 import io
 import itertools
 import pickle
+import platform
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMS", "Images", "load"]
+__all__ = ["FORMS", "Images", "Text", "load", "load_text"]
 
 #: What networks trained on ImageNet expect of RGB images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TEST_SHARE = 0.3
 VALIDATION_SHARE = 0.2
+TEXT_VALIDATION_SHARE = 0.1
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 #: The folders that :func:`load` understands, as its error message lists them.
@@ -337,3 +342,124 @@ def _read_classes(root: Path, classes: tuple[str, ...]) -> Split:
 
 def _numbered(labels: np.ndarray[Any, Any]) -> tuple[str, ...]:
     return tuple(str(i) for i in range(int(labels.max()) + 1))
+
+
+# ---------------------------------------------------------------------------------------------------------- text
+
+#: The printable characters of ASCII, and the line feed; any other counts as the question mark.
+VOCABULARY = "".join(map(chr, range(32, 127))) + "\n"
+#: Modules of one file each, found in every version of Python that the library runs on.
+TRAIN_MODULES = (
+    *(
+        "_pydecimal",
+        "argparse",
+        "ast",
+        "calendar",
+        "codecs",
+        "configparser",
+        "csv",
+        "dataclasses",
+        "datetime",
+        "difflib",
+    ),
+    *(
+        "dis",
+        "doctest",
+        "enum",
+        "fractions",
+        "ftplib",
+        "functools",
+        "gettext",
+        "inspect",
+        "ipaddress",
+        "locale",
+        "mailbox",
+    ),
+    *("optparse", "pdb", "pickle", "pickletools", "platform", "plistlib", "pydoc", "smtplib", "socket", "ssl"),
+    *("subprocess", "tarfile", "threading", "tokenize", "trace", "turtle", "zipapp"),
+)
+TEST_MODULES = ("random", "shutil", "statistics", "tempfile", "textwrap", "traceback", "typing", "uuid", "weakref")
+#: Of the files of Python 3.11.7, from which the published results are.
+TEXT_SHA256 = "1835d923620fe260940d1f9f24594f906cca9c6aecec207c8a2b1732d98140e6"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text in two parts, as numbers of characters in ``vocabulary`` (uint8)."""
+
+    name: str
+    condition: str  #: one sentence on where the text comes from, for the reports
+    train: Tensor
+    test: Tensor
+    vocabulary: str
+    part: str = "test"  #: what ``test`` holds: ``"test"`` or ``"validation"`` text
+
+    def validation(self) -> Text:
+        """The end of the training text in the place of the test, so that a setting can be chosen without a look at it.
+
+        Raises:
+            ValueError: the text is from this method already.
+        """
+        if self.part != "test":
+            raise ValueError("validation: a validation split is set aside already")
+        kept = len(self.train) - round(TEXT_VALIDATION_SHARE * len(self.train))
+        note = (
+            f" Validation run: the last {len(self.train) - kept:,} characters of the training text are set aside, and"
+        )
+        return replace(
+            self,
+            condition=f"{self.condition}{note} results are measured on these; the test text is not used.",
+            train=self.train[:kept],
+            test=self.train[kept:],
+            part="validation",
+        )
+
+    def batch(self, batch: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Windows of the training text at random places ``[batch, context]``, and the characters that follow each place."""
+        starts = torch.randint(len(self.train) - context, (batch,), generator=generator)
+        windows = self.train[starts[:, None] + torch.arange(context + 1)].long()
+        return windows[:, :-1], windows[:, 1:]
+
+    def test_batches(self, batch: int, context: int, windows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """``windows`` windows, at even distances over the test text, in batches."""
+        starts = torch.linspace(0, len(self.test) - context - 1, windows).long()
+        for rows in torch.split(starts, batch):
+            found = self.test[rows[:, None] + torch.arange(context + 1)].long()
+            yield found[:, :-1], found[:, 1:]
+
+
+def load_text(folder: Path | None = None) -> Text:
+    """The source text of modules of Python's standard library: :data:`TRAIN_MODULES`, and others for the test.
+
+    Args:
+        folder: where the modules are; None: the library of the Python that runs.
+
+    Raises:
+        FileNotFoundError: a part of which no module is there.
+    """
+    folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
+    parts = [_modules(folder, names) for names in (TRAIN_MODULES, TEST_MODULES)]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    same = "the text of the published results"
+    if digest != TEXT_SHA256:
+        same = f"not {same}, whose sha256 begins with {TEXT_SHA256[:8]}, so numbers will differ a little"
+    train, test = (torch.from_numpy(_numbers(part)) for part in parts)
+    condition = (
+        f"Source text of Python {platform.python_version()}'s standard library, sha256 {digest[:8]}: {same}; "
+        f"{len(train):,} characters for training, {len(test):,} of other modules for the test."
+    )
+    return Text("text", condition, train, test, VOCABULARY)
+
+
+def _modules(folder: Path, names: Iterable[str]) -> str:
+    paths = [path for name in names if (path := folder / f"{name}.py").is_file()]
+    if not paths:
+        raise FileNotFoundError(f"load_text: none of the modules {', '.join(names)} is in {str(folder)!r}")
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths)
+
+
+def _numbers(text: str) -> np.ndarray[Any, Any]:
+    table = np.full(256, VOCABULARY.index("?"), dtype=np.uint8)
+    for number, character in enumerate(VOCABULARY):
+        table[ord(character)] = number
+    return table[np.frombuffer(text.encode("latin-1", errors="replace"), np.uint8)]

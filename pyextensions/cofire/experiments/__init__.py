@@ -2,12 +2,13 @@
 """Experiments: what ``cofire train METHOD`` runs.
 
 ``<method>.py`` plans and runs a method's experiment and ``<method>_report.py`` judges its results. They share
-``training`` (the loop), ``files`` (results and weights), ``latency``, ``environment`` and ``report`` (tables, plots).
+``training`` and ``language`` (the loops), ``files`` (results and weights), ``latency``, ``environment`` and ``report``
+(tables, plots).
 """
 
-from cofire.experiments import ftwt
+from cofire.experiments import edkm, ftwt
 
 #: The command of each method's experiment, by the method's name.
-EXPERIMENTS = {"ftwt": ftwt.command}
+EXPERIMENTS = {"edkm": edkm.command, "ftwt": ftwt.command}
 
 __all__ = ["EXPERIMENTS"]

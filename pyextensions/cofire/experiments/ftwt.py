@@ -345,6 +345,7 @@ def command(
     seeds: int = 3,
     epochs: int | None = None,
     head_lr: float | None = None,
+    lr: float | None = None,
     validate: bool = False,
     out: Path = Path("runs"),
 ) -> None:
@@ -363,6 +364,8 @@ def command(
         plan = replace(plan, dense_epochs=epochs, gated_epochs=epochs)
     if head_lr is not None:
         plan = replace(plan, head_lr=head_lr)
+    if lr is not None:
+        plan = replace(plan, gated_lr=lr)
     plan = replace(plan, validate=validate)
     folder = out / f"ftwt-{plan.model}-{Path(data).name}"
     with report.progress_bar(console) as progress:

@@ -7,14 +7,18 @@ from collections.abc import Callable
 
 from torch import nn
 
+from cofire.models.mlp import digits_mlp
 from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
 from cofire.models.resnet import resnet, resnet20, resnet56
+from cofire.models.transformer import char_transformer
 from cofire.models.vgg import digits_cnn, vgg, vgg16
 
 __all__ = [
     "MODELS",
     "build",
+    "char_transformer",
     "digits_cnn",
+    "digits_mlp",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet",
@@ -27,6 +31,7 @@ __all__ = [
 #: The networks that ``cofire train --model NAME`` knows; each takes ``in_channels`` and ``num_classes``.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": digits_cnn,
+    "digits_mlp": digits_mlp,
     "vgg16": vgg16,
     "resnet20": resnet20,
     "resnet56": resnet56,
