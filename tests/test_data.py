@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cofire.data import FORMS, load
+from cofire.data import FORMS, TEST_MODULES, TRAIN_MODULES, VOCABULARY, Text, load, load_text
 
 RNG = np.random.default_rng(0)
 
@@ -186,3 +186,55 @@ def test_validation_is_a_fixed_share_of_the_training_images() -> None:
     assert "Validated on 5 of" in once.subset(None, 5).condition
     with pytest.raises(ValueError, match="set aside already"):
         once.validation()
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def _read(numbers: torch.Tensor) -> str:
+    return "".join(VOCABULARY[i] for i in numbers.tolist())
+
+
+def test_text_is_the_library_of_this_python() -> None:
+    text = load_text()
+    assert not set(TRAIN_MODULES) & set(TEST_MODULES)
+    assert len(text.train) > 2_000_000
+    assert len(text.test) > 300_000
+    assert "def shuffle(self, x):" in _read(text.test)
+    assert "characters for training" in text.condition
+
+
+def test_text_of_other_files_says_so(tmp_path: Path) -> None:
+    (tmp_path / "ast.py").write_text("x = 'é'\t# \u4e2d\n", encoding="utf-8")
+    with pytest.raises(FileNotFoundError, match="load_text: none of the modules random, shutil"):
+        load_text(tmp_path)
+    (tmp_path / "random.py").write_text("y\n", encoding="utf-8")
+    text = load_text(tmp_path)
+    assert _read(text.train) == "x = '?'?# ?\n"
+    assert _read(text.test) == "y\n"
+    assert "not the text of the published results" in text.condition
+
+
+def test_text_batches_are_windows_and_what_follows() -> None:
+    numbers = (torch.arange(1000) % 90).to(torch.uint8)
+    text = Text("text", "Counting.", numbers, numbers[:200], VOCABULARY)
+    x, y = text.batch(4, 16, torch.Generator().manual_seed(0))
+    assert x.shape == y.shape == (4, 16)
+    assert torch.equal((x + 1) % 90, y)
+    again, _ = text.batch(4, 16, torch.Generator().manual_seed(0))
+    assert torch.equal(x, again)
+    windows = list(text.test_batches(2, 16, 5))
+    assert [len(a) for a, _ in windows] == [2, 2, 1]
+    assert all(torch.equal((a + 1) % 90, b) for a, b in windows)
+    assert int(windows[-1][1][0, -1]) == int(text.test[-1])
+
+
+def test_text_validation_sets_the_end_aside() -> None:
+    numbers = (torch.arange(1000) % 90).to(torch.uint8)
+    text = Text("text", "Counting.", numbers, object(), VOCABULARY)  # type: ignore[arg-type]
+    found = text.validation()
+    assert torch.equal(torch.cat([found.train, found.test]), numbers)
+    assert len(found.test) == 100
+    assert "the last 100 characters of the training text are set aside" in found.condition
+    with pytest.raises(ValueError, match="set aside already"):
+        found.validation()

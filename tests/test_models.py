@@ -72,7 +72,42 @@ def test_resnet_takes_the_usual_checkpoint_names() -> None:
     assert not any("shortcut" in name for name in names)
 
 
+def test_digits_mlp_has_the_stated_layers() -> None:
+    layers = [m for m in models.digits_mlp().modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in layers] == [(64, 256), (256, 256), (256, 10)]
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(models.digits_mlp().pool(x), x)
+
+
+def test_char_transformer_looks_back_only() -> None:
+    torch.manual_seed(0)
+    model = models.char_transformer(20, width=16, depth=2, heads=2, context=12).eval()
+    x = torch.randint(20, (2, 12))
+    y = x.clone()
+    y[:, 7:] = (y[:, 7:] + 1) % 20
+    a, b = model(x), model(y)
+    assert a.shape == (2, 12, 20)
+    torch.testing.assert_close(a[:, :7], b[:, :7])
+    assert not torch.allclose(a[:, 7], b[:, 7])
+    torch.testing.assert_close(model(x[:, :5]), a[:, :5])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), a)
+
+
+def test_char_transformer_has_the_stated_size() -> None:
+    model = models.char_transformer()
+    assert model.head.weight is model.embed.weight
+    # Embeddings; per block two norms, and attention and the two layers with their biases; the last norm.
+    block = 4 * 128 + (128 * 384 + 384) + (128 * 128 + 128) + (128 * 512 + 512) + (512 * 128 + 128)
+    assert _count(model) == 96 * 128 + 128 * 128 + 4 * block + 256
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"widths must be positive integers, got \[8, 0\]"):
+        models.digits_mlp([8, 0])
+    with pytest.raises(ValueError, match=r"width must be a multiple of heads \(3\), got 128"):
+        models.char_transformer(heads=3)
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        models.char_transformer(depth=0)
     with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2 with n >= 1, got 21"):
         models.resnet(21)
     with pytest.raises(ValueError, match="positive widths or 'pool', got -3"):
