@@ -3,9 +3,9 @@
 
 Weights are normal with standard deviation 0.02; centroids start at quantiles; the temperature is 0.1 of the squared mean
 gap. ``eager`` is DKM as it is written from the paper: a map ``[N, K]`` at every step, kept by autograd. Where its maps
-would need more than :data:`MAP_BYTES` there is no eager row: it would measure the swap. ``dense`` is the strongest plain
-torch: 16-bit weights counted with ``bincount`` or ``unique``, others in chunks that stay in the cache, gradients by hand.
-The implicit gradient has no eager row: nobody writes it with maps.
+would have more than :data:`MAP_ENTRIES` entries there is no eager row. ``dense`` is the strongest plain torch: 16-bit
+weights counted with ``bincount`` or ``unique``, others in chunks that stay in the cache, gradients by hand. The implicit
+gradient has no eager row: nobody writes it with maps.
 
 Peers compute something else where they have to, and are checked against their own maths in plain torch: coremltools
 expands the squared distance (its rounding is that of ``torch.cdist``), and Lloyd's iterations (faiss, scikit-learn,
@@ -32,8 +32,9 @@ from cofire.ops.clustering import BINS, HALVES, Rules, bin_values, temperature
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 SIGMA, RHO, EPS = 0.02, 0.1, 1e-7
-#: Of the maps that eager keeps for backward, two at each iteration.
-MAP_BYTES = 2 << 30
+#: The most entries, of the maps of all iterations, with which eager runs: it keeps four maps for each of them, in fp32
+#: for some, and has others on the way. Four times as many would need tens of GB, and a minute for each call.
+MAP_ENTRIES = 1 << 28
 #: Lloyd's iterations of the peers of kmeans1d.
 LLOYD = 10
 
@@ -420,7 +421,7 @@ def _dkm(
     **options: Any,
 ) -> Case:
     counted = dtype in HALVES and d == 1
-    kept = 2 * shape[0] * shape[1] // d * clusters * dtype.itemsize * iterations
+    entries = shape[0] * shape[1] // d * clusters * iterations
     providers: Providers = {}
     if grad != "unroll":
         providers["dense"] = plain(counted_reference)
@@ -432,14 +433,14 @@ def _dkm(
             by_sort = functools.partial(dense_tables, sort=True)
             dense |= {"counts": plain(dense_tables, outputs=1), "sort": plain(by_sort, outputs=1)}
         providers["dense"] = dense
-        if kept <= MAP_BYTES:
+        if entries <= MAP_ENTRIES:
             eager = {"": plain(eager_dkm, outputs=1)}
             if dtype != FLOAT:
                 eager = {"own dtype": eager[""], "fp32": plain(eager_dkm_fp32, outputs=1)}
             providers["eager"] = eager
         if compile:
             providers["compile"] = compiled(eager_dkm_fp32, outputs=1)
-        small = kept <= MAP_BYTES // 4  # half a minute each otherwise
+        small = entries <= MAP_ENTRIES // 4  # half a minute each otherwise
         if small and d == 1 and rows is None and clusters & (clusters - 1) == 0 and installed("coremltools"):
             cpu: dict[str, Any] = {"reference": cdist_dkm, "outputs": 1, "devices": ("cpu",)}
             peer = {"fp32": Provider(_coremltools_dkm(FLOAT), **cpu)}
@@ -829,7 +830,7 @@ def _palettize(
     if d == 1 and dtype in HALVES:
         dense["table"] = plain(_table_palettize)
     providers: Providers = {"dense": dense}
-    if shape[0] * shape[1] // d * clusters * 4 <= MAP_BYTES // 4:
+    if shape[0] * shape[1] // d * clusters <= MAP_ENTRIES // 2:
         providers["eager"] = plain(_eager_palettize)
     else:
         del dense["map"]
