@@ -37,7 +37,8 @@ def centroid_path(
 
     Returns:
         One row per layer and temperature. ``residual`` is the largest movement of a centroid in another update of the truth,
-        ``apart`` how far the centroids of each way are from the truth's, both over the largest centroid.
+        ``apart`` how far the centroids of each way are from the truth's, both over the largest centroid;
+        ``status`` is 0, or says why the implicit gradient does without its linear system.
     """
     layers = {name: m for name, m in prepared.named_modules() if isinstance(m, Palettized)}
     return [_layer(dense, name, layer, batch, rho) for name, layer in layers.items() for rho in rhos]
@@ -50,15 +51,18 @@ def _layer(dense: nn.Module, name: str, layer: Palettized, batch: tuple[Tensor, 
         soft = _run(weight, start, tau, USED, "unroll").output
     upstream = _loss_gradient(dense, f"{name}.weight", soft, batch)
 
-    truth, fixed = _through_centroids(weight.double(), start.double(), tau.double(), upstream.double(), TRUTH, "unroll")
+    truth, fixed, _ = _through_centroids(
+        weight.double(), start.double(), tau.double(), upstream.double(), TRUTH, "unroll"
+    )
     with torch.no_grad():
         again = _run(weight.double(), fixed, tau.double(), 1, "unroll").centroids
     row: dict[str, Any] = {"layer": name, "clusters": start.shape[1], "weights": weight.numel(), "rho": rho}
     row["residual"] = float((again - fixed).abs().max() / fixed.abs().max())
     for label, grad in (("implicit", "implicit"), ("jfb", "jfb"), (f"unroll {USED}", "unroll")):
-        found, centroids = _through_centroids(weight, start, tau, upstream, USED, grad)
+        found, centroids, status = _through_centroids(weight, start, tau, upstream, USED, grad)
         row[label] = compare(found, truth)
         row[label]["apart"] = float((centroids - fixed).abs().max() / fixed.abs().max())
+        row[label]["status"] = int(status)
     return row
 
 
@@ -68,8 +72,8 @@ def _run(weight: Tensor, start: Tensor, tau: Tensor, iterations: int, grad: str)
 
 def _through_centroids(
     weight: Tensor, start: Tensor, tau: Tensor, upstream: Tensor, iterations: int, grad: str
-) -> tuple[Tensor, Tensor]:
-    """The whole gradient less the part at fixed centroids (fp64), and the centroids."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole gradient less the part at fixed centroids (fp64), the centroids, and what :func:`cofire.ops.dkm` says."""
     leaf = weight.clone().requires_grad_()
     clustered = _run(leaf, start, tau, iterations, grad)
     (whole,) = torch.autograd.grad(clustered.output, leaf, upstream)
@@ -78,7 +82,7 @@ def _through_centroids(
     c = centroids.double().flatten()
     attention = torch.softmax(-(x[:, None] - c).square() / tau.double(), 1)
     (direct,) = torch.autograd.grad(attention @ c, x, upstream.double().flatten())
-    return whole.double().flatten() - direct, centroids
+    return whole.double().flatten() - direct, centroids, clustered.status
 
 
 def _loss_gradient(dense: nn.Module, name: str, value: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from statistics import mean
 from cofire.experiments import report
 from cofire.experiments.files import Results
 from cofire.experiments.report import Criterion, Table
+from cofire.ops.clustering import CONVERGED
 
 #: Units of a score.
 ACCURACY, BITS = "accuracy %", "bits/char"
@@ -164,14 +165,16 @@ def tables(results: Results) -> list[Table]:
 
 
 def _gradient_table(rows: list[Results]) -> Table:
+    """Relative error of each way; of the implicit one also cosine, norm ratio, and whether it found its fixed point."""
     ways = [key for key, value in rows[0].items() if isinstance(value, dict)]
-    header = ("layer", "K", "rho", *(f"{way}: {what}" for way in ways for what in ("cosine", "error")))
+    header = ("layer", "K", "rho", *(f"{way}: error" for way in ways), "cosine", "norm", "fixed point")
     body = []
     for row in rows:
-        cells = [f"{row[way]['cosine']:.6f} {row[way]['error']:.1e}".split() for way in ways]
-        body.append(
-            [row["layer"], str(row["clusters"]), f"{row['rho']:.2g}", *(cell for pair in cells for cell in pair)]
-        )
+        errors = [f"{row[way]['error']:.1e}" for way in ways]
+        found = row["implicit"]
+        exact = [f"{found['cosine']:.6f}", f"{found['norm_ratio']:.6f}"]
+        state = "found" if found["status"] == CONVERGED else "not found"
+        body.append([row["layer"], str(row["clusters"]), f"{row['rho']:.2g}", *errors, *exact, state])
     return header, body
 
 
