@@ -71,7 +71,7 @@ template <typename R, int D>
 struct StreamPoints {
   using Real = R;
   static constexpr int kDim = D;
-  static constexpr int64_t kChunk = 512;  // fp32 sums of 32 vectors lose no more than a rounding or two
+  static constexpr int64_t kChunk = 32 * VecOf<R>::size();  // fp32 sums of few addends
   const void* x;
   const void* g;
   at::ScalarType dtype;
