@@ -76,7 +76,7 @@ class Plan:
     hard_last: float = 0.05
     weight_threshold: int = 256
     weight_decay: float = 5e-4
-    steps: int = 50  #: text only
+    steps: int = 100  #: text only
     context: int = 128  #: text only
     windows: int = 512  #: text only: of the test, each of ``context`` characters
     #: Compare the gradients that flow through the centroids, on the layers of the first seed's dense network.
@@ -105,7 +105,7 @@ CNN = Plan(
     epochs=30,
     batch=64,
     dense_lr=0.05,
-    lr=0.01,
+    lr=0.003,
     gradients=True,
 )
 CHARACTERS = Plan(
@@ -113,9 +113,9 @@ CHARACTERS = Plan(
     settings=(Setting(3),),
     dense_epochs=8,
     epochs=3,
-    batch=16,
+    batch=8,
     dense_lr=3e-3,
-    lr=1e-3,
+    lr=2e-3,
     weight_threshold=2048,
     weight_decay=0.01,
 )
@@ -318,22 +318,20 @@ class _Run:
         # The second training is the same as the clustered networks': rate, order of the data, weight decay.
         task.train(model, plan.epochs, plan.lr, plan.weight_decay, seed + 1, None, each)
         row["continued"] = task.score(model)
+        save_weights(self.out / _continued_file(seed), model)
         row["seconds"] = time.perf_counter() - start
         self.results["dense"].append(row)
         self.save()
 
     def cell(self, setting: Setting, seed: int) -> None:
-        """One cell: k-means without training, training, and the scores with soft, nearest and packed weights."""
+        """One cell: k-means of both dense networks, training, and the scores with soft, nearest and packed weights."""
         plan, task = self.plan, self.task
         if any((c["setting"], c["seed"]) == (setting.name, seed) for c in self.results["cells"]):
             return self._advance(plan.epochs, f"{setting.name}, seed {seed}: found")
-        dense = self.network(seed)
-        load_weights(dense, read_weights(self.out / _dense_file(seed)))
         method = self.method(setting)
-        model = method.prepare(dense)
-        if setting.dtype == "bfloat16":
-            model = Rounded(model)
         row: Results = {"setting": setting.name, **asdict(setting), "palette": setting.palette, "seed": seed}
+        row["kmeans_continued"] = task.score(self.clustered(setting, seed, _continued_file(seed)))
+        model = self.clustered(setting, seed, _dense_file(seed))
         row["kmeans"] = task.score(model)
         start = time.perf_counter()
         each = self._each(f"{setting.name}, seed {seed}")
@@ -350,6 +348,13 @@ class _Run:
         row |= {name: getattr(found, name) for name in (*names, "soft_hard", "below_floor", "stalled")}
         self.results["cells"].append(row)
         self.save()
+
+    def clustered(self, setting: Setting, seed: int, file: str) -> nn.Module:
+        """The network of a weights file with optimal palettes; in evaluation, k-means after training."""
+        dense = self.network(seed)
+        load_weights(dense, read_weights(self.out / file))
+        model = self.method(setting).prepare(dense)
+        return Rounded(model) if setting.dtype == "bfloat16" else model
 
     def gradients(self) -> None:
         """How well each gradient knows what moving the weights does to the fixed point of the centroids."""
@@ -432,6 +437,10 @@ def _soft(model: nn.Module) -> Iterator[None]:
 
 def _dense_file(seed: int) -> str:
     return f"weights/dense-{seed}.pt"
+
+
+def _continued_file(seed: int) -> str:
+    return f"weights/continued-{seed}.pt"
 
 
 def results_file(out: Path, plan: Plan) -> Path:
