@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import gating, selection
+from cofire_kernels import clustering, gating, selection
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -139,6 +139,78 @@ def _gated_linear(make: Make, sizes: Sizes, by_columns: bool) -> list[Call]:
     return [lambda: gating.gated_linear(x, weight, bias, *chosen, *chosen, "relu")]
 
 
+def _bits(make: Make, sizes: Sizes) -> Tensor:
+    """16-bit weights: for fp32, bfloat16 stands in."""
+    dtype = make.dtype if make.dtype.itemsize == 2 else torch.bfloat16
+    return torch.randn(sizes["elements"], device=make.device).to(dtype)
+
+
+def _histogram16(make: Make, sizes: Sizes) -> list[Call]:
+    input = _bits(make, sizes)
+    return [lambda: clustering.histogram16(input)]
+
+
+def _scatter16(make: Make, sizes: Sizes) -> list[Call]:
+    input, source = _bits(make, sizes), make.values(sizes["elements"])
+    return [lambda: clustering.scatter16(input, source), lambda: clustering.scatter16(input, source.double())]
+
+
+def _lut_apply16(make: Make, sizes: Sizes) -> list[Call]:
+    input, source = _bits(make, sizes), make.values(sizes["elements"])
+    table, slope = (torch.randn(65536, device=make.device) for _ in range(2))
+    return [
+        lambda: clustering.lut_apply16(input, table, None, None),
+        lambda: clustering.lut_apply16(input, table, source, slope),
+    ]
+
+
+#: eps, enforce_zero, prune_threshold, keep_sparsity
+_RULES = [(1e-7, False, 0.0, False), (0.0, True, 0.01, True)]
+
+
+def _palette(clusters: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    even = torch.linspace(-2, 2, clusters, device=device)[None, :, None]
+    return even.repeat(1, 1, d), torch.full((1,), 1.2 / clusters**2, device=device)
+
+
+def _dkm_tables(make: Make, sizes: Sizes) -> list[Call]:
+    values = torch.linspace(-3, 3, 4096, dtype=torch.float32, device=make.device)
+    counts = torch.full((1, 4096), 16, dtype=torch.int32, device=make.device)
+    centroids, tau = _palette(sizes["clusters"], 1, make.device)
+
+    def both(rules: tuple[float, bool, float, bool], grad: str) -> Call:
+        def call() -> object:
+            palette = centroids[:, :, 0]
+            table, path, status = clustering.dkm_tables(values, counts, palette, tau, 3, *rules, grad, 2**-9)
+            return clustering.dkm_tables_backward(table, values, counts, path, status, tau, *rules, grad)
+
+        return call
+
+    return [both(_RULES[0], "unroll"), both(_RULES[1], "unroll"), both(_RULES[0], "implicit")]
+
+
+def _dkm(make: Make, sizes: Sizes) -> list[Call]:
+    """The numbers of a palette are those of scalars, and of vectors of four with a quarter of the centroids."""
+
+    def both(d: int, rules: tuple[float, bool, float, bool], forward: str, grad: str) -> Call:
+        weight, grad_output = make.values(4096, 256), make.values(4096, 256)
+        centroids, tau = _palette(max(sizes["clusters"] // d, 2), d, make.device)
+        size = weight.numel()
+
+        def call() -> object:
+            output, path, status = clustering.dkm(weight, centroids, tau, size, 3, *rules, forward, grad)
+            gradients = clustering.dkm_backward(grad_output, weight, path, status, tau, size, *rules, grad)
+            return output, gradients, clustering.palettize(weight, centroids, size, rules[2], rules[3])
+
+        return call
+
+    return [
+        both(1, _RULES[0], "soft", "unroll"),
+        both(4, _RULES[1], "hard_ste", "unroll"),
+        both(4, _RULES[0], "soft", "jfb"),
+    ]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "mass_mask": _mass_mask,
@@ -152,4 +224,9 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "gated_conv2d_depthwise_channels_last": lambda make, sizes: _depthwise(make, sizes, channels_last=True),
     "gated_linear_rows": lambda make, sizes: _gated_linear(make, sizes, by_columns=False),
     "gated_linear_columns": lambda make, sizes: _gated_linear(make, sizes, by_columns=True),
+    "histogram16": _histogram16,
+    "scatter16": _scatter16,
+    "lut_apply16": _lut_apply16,
+    "dkm_tables": _dkm_tables,
+    "dkm": _dkm,
 }

@@ -56,11 +56,12 @@ def dkm_jacobian_kernel(
     entry = tl.program_id(2)
     length = tl.load(length_ptr + partition)
     offset, inside = in_centroids(clusters, d, BLOCK_K, BLOCK_D)
-    chosen = offset == entry
+    of_dimension = (tl.arange(0, BLOCK_D) == entry % d)[None, :]
     of_centroid = (tl.arange(0, BLOCK_K) == entry // d)[None, :]
     found = tl.zeros([BLOCK_N, BLOCK_K, BLOCK_D], tl.float64)
     if slot * BLOCK_N < length:
         c = tl.load(c_ptr + partition * clusters * d + offset, mask=inside, other=0)
+        c_entry = tl.load(c_ptr + partition * clusters * d + entry)
         tau = tl.load(tau_ptr + partition).to(tl.float64)
         lowest, preference = scalar(eps, tl.float64), scalar(prune, tl.float64)
         for start in range(slot * BLOCK_N, length, slots * BLOCK_N):
@@ -70,7 +71,7 @@ def dkm_jacobian_kernel(
             )  # fmt: skip
             soft, away = attend(x, c, tau, preference, clusters, KEEP_SPARSITY, BLOCK_K)
             kept = times[:, None] * tl.where(soft > lowest, soft, 0.0)
-            of_entry = tl.sum(tl.sum(tl.where((chosen & inside)[None, :, :], away, 0.0), 2), 1)
+            of_entry = tl.sum(tl.where(of_dimension, x, 0.0), 1) - c_entry
             own = tl.where(of_centroid, 1.0, 0.0) - tl.sum(tl.where(of_centroid, soft, 0.0), 1)[:, None]
             found += (kept * own * of_entry[:, None])[:, :, None] * away
     place = ((partition * slots + slot) * clusters * d + entry) * clusters * d
@@ -81,6 +82,7 @@ def jacobian(rows: Rows, c: Tensor, totals: Tensor, tau: Tensor, rules: Rules) -
     """Derivative of an update by the centroids where it leaves them in place, fp64 ``[P, K d, K d]``."""
     partitions, clusters, d = c.shape
     tile = rows.tile(clusters)
+    tile["BLOCK_N"] = max(1, tile["BLOCK_N"] // 2)  # with more in registers than other kernels
     size = clusters * d
     slots = min(triton.cdiv(rows.longest, tile["BLOCK_N"]), max(1, JACOBIAN_PROGRAMS // size))
     sums = c.new_empty((partitions, slots, size, clusters, d))

@@ -53,7 +53,7 @@ class Rows:
 
     @property
     def partitions(self) -> int:
-        return self.length.shape[0]
+        return int(self.length.shape[0])
 
     @property
     def counted(self) -> bool:
@@ -80,7 +80,7 @@ class Rows:
 
     def slots(self, block: int) -> int:
         programs = TABLE_PROGRAMS if self.counted else PROGRAMS
-        return min(triton.cdiv(self.longest, block), max(1, programs // self.partitions))
+        return int(min(triton.cdiv(self.longest, block), max(1, programs // self.partitions)))
 
 
 def counted_rows(values: Tensor, counts: Tensor) -> Rows:

@@ -231,7 +231,6 @@ def scatter16(input: Tensor, source: Tensor) -> Tensor:
 def lut_apply16(input: Tensor, table: Tensor, source: Tensor | None, slope: Tensor | None) -> Tensor:
     dtype = input.dtype if source is None else source.dtype
     out = torch.empty(input.shape, dtype=dtype, device=input.device)
-    table, source, slope = (None if x is None else x.contiguous() for x in (table, source, slope))
-    assert table is not None
-    gather(patterns(input), table, source, slope, out, max(input.numel(), 1))
+    source, slope = (None if x is None else x.contiguous() for x in (source, slope))
+    gather(patterns(input), table.contiguous(), source, slope, out, max(input.numel(), 1))
     return out
