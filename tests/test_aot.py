@@ -31,6 +31,10 @@ STREAMING = [
     "gated_norm_act_forward_kernel",
     "gated_norm_act_backward_sums_kernel",
     "gated_norm_act_backward_kernel",
+    "histogram16_kernel",
+    "scatter16_largest_kernel",
+    "scatter16_add_kernel",
+    "lut_apply16_kernel",
 ]
 CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.full) for chip in aot.SHARED_MEMORY if chip != "sm_90")]
 NVIDIA = CHIPS[:-1]  # gfx942 comes last
