@@ -44,7 +44,7 @@ def palettize_kernel(
         )
         distance, plain, _ = distances(x, c, scalar(prune, tl.float64), clusters, KEEP_SPARSITY, BLOCK_K)
         nearest = distance == tl.min(distance, 1)[:, None]
-        label = tl.min(tl.where(nearest, k[None, :], clusters - 1), 1)  # a NaN is near nobody: the last
+        label = tl.min(tl.where(nearest, k[None, :], clusters - 1), 1)
         inertia += times * tl.sum(tl.where(k[None, :] == label[:, None], plain, 0.0), 1)
         tl.store(labels_ptr + partition * longest + row, label.to(tl.uint8), mask=row < length)
     tl.store(inertia_ptr + partition * slots + slot, tl.sum(inertia, 0))
@@ -53,6 +53,7 @@ def palettize_kernel(
 def palettize(
     weight: Tensor, centroids: Tensor, group_size: int, prune_threshold: float, keep_sparsity: bool
 ) -> tuple[Tensor, Tensor]:
+    torch._assert_async(weight.isfinite().all(), "palettize: weight must be finite")
     partitions, clusters, d = centroids.shape
     rows = weight_rows(weight, group_size, d)
     shape = weight.shape if d == 1 else (weight.numel() // d,)
