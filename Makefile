@@ -5,6 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# One process of tests per core, up to eight.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))' 2>/dev/null)
+PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),1) --dist worksteal
 CXX_NAME := $(or $(CXX),c++)
 
 # Caches stay inside the checkout.
@@ -23,10 +26,10 @@ demo: build
 	$(BIN)/cofire demo
 
 test: build
-	$(BIN)/python -m pytest -m "not full and not gpu"
+	$(PYTEST) -m "not full and not gpu"
 
 test-all: build lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # On a machine with an NVIDIA GPU, in the Python that is there: nothing is installed.
 gpu:

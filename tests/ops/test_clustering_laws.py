@@ -19,6 +19,8 @@ from helpers import bits, threads
 
 Maps = tuple[Tensor, Tensor]
 
+compiled = pytest.mark.skipif(native.STATUS.variant is None, reason=f"no compiled kernels: {native.STATUS.reason}")
+
 
 def eager(weight: Tensor, start: Tensor, tau: float, iterations: int, eps: float = 1e-7, zero: bool = False) -> Maps:
     """DKM as the paper writes it, over maps [N, K]; of scalars, one palette. Output and centroids, for autograd."""
@@ -43,7 +45,7 @@ SIZES = [2**14, pytest.param(2**20, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(("clusters", "iterations"), itertools.product((4, 16), (1, 3)))
+@pytest.mark.parametrize(("clusters", "iterations"), [*itertools.product((4, 16), (1, 3))])
 def test_counted_values_are_exact(size: int, clusters: int, iterations: int) -> None:
     """E1: ``dW_i = G_i slope[bin] + offset[bin]`` is the gradient through all iterations over the maps, in fp64 to 1e-11."""
     weight = gaussian(size)
@@ -79,8 +81,9 @@ def test_weights_are_exact_up_to_their_rounding(dtype: torch.dtype, zero: bool, 
     (exact_gradient,) = torch.autograd.grad(exact, exact_leaf, upstream.double())
     out = ops.dkm(leaf, start, tau=tau, enforce_zero=zero).output
     (gradient,) = torch.autograd.grad(out, leaf, upstream)
-    # The attention of fp32 weights is fp32: seen, 2e-6 and 9e-6 (autograd over the maps in fp32: 1e-6 and 4e-6).
-    allowed = max(torch.finfo(dtype).eps, 1e-5)
+    # The attention of fp32 weights is fp32. Seen, output and gradient: AVX-512 2e-6 and 9e-6, no vector instructions
+    # 1e-5 and 3.1e-5, plain torch 1.5e-5 and 3e-5 (autograd over the maps in fp32: 1e-6 and 4e-6).
+    allowed = max(torch.finfo(dtype).eps, 2e-5)
     assert relative(out.detach().double(), exact.detach()) <= allowed
     assert relative(gradient.double(), exact_gradient) <= 3 * allowed
 
@@ -124,6 +127,7 @@ def test_implicit_gradient_is_that_of_an_unroll_from_the_fixed_point(clusters: i
     assert relative(truncated, unrolled) >= 0.1  # and what the paper's three iterations leave out is not small
 
 
+@compiled
 @pytest.mark.parametrize("grad", GRADIENTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype, grad: str) -> None:
@@ -175,7 +179,7 @@ def test_all_weights_alike(dtype: torch.dtype, grad: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         out = ops.dkm(leaf, centroids, rho=0.1, grad=grad).output
-    torch.testing.assert_close(out, weight)
+    torch.testing.assert_close(out, weight, rtol=max(torch.finfo(dtype).eps, 1e-4), atol=0)
     (gradient,) = torch.autograd.grad(out.sum(), leaf)
     assert gradient.isfinite().all()
 
@@ -293,9 +297,8 @@ def test_inductor_and_the_kernel_agree_on_a_whole_layer() -> None:
     torch.testing.assert_close(fused, plain)
 
 
+@compiled
 def test_reference_and_kernel_find_the_same_fixed_point() -> None:
-    if native.STATUS.variant is None:
-        pytest.skip(f"no compiled kernels: {native.STATUS.reason}")
     weight = gaussian(20_000)
     start = ops.kmeans1d(weight, 16)[0]
     args = (weight, start, temperature(start, 0.1), weight.numel(), 3, 1e-7, False, 0.0, False, "soft", "implicit")

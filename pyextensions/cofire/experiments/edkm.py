@@ -110,12 +110,12 @@ CNN = Plan(
 )
 CHARACTERS = Plan(
     model="char_transformer",
-    settings=(Setting(3),),
+    settings=(Setting(3), Setting(2)),
     dense_epochs=8,
     epochs=3,
     batch=8,
     dense_lr=3e-3,
-    lr=2e-3,
+    lr=1e-3,
     weight_threshold=2048,
     weight_decay=0.01,
 )
