@@ -323,6 +323,24 @@ def test_report_counts_bytes():
     assert stored == report.model_packed_bytes
 
 
+def test_a_weight_that_a_plain_layer_shares_stays_in_the_model():
+    model = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 40, bias=False))
+    model[1].weight = model[0].weight
+    method = EDKM(bits=3, weight_threshold=100, skip=["1"])
+    prepared = method.prepare(model)
+    final, report = method.finalize(prepared), method.report(prepared)
+    assert report.model_packed_bytes == sum(v.numel() * v.element_size() for v in final.state_dict().values())
+    assert report.model_packed_bytes == report.packed_bytes + 40 * 16 * 4
+
+
+def test_packed_before_the_milestone_it_is_the_weights_as_they_are_now():
+    method = EDKM(bits=2, weight_threshold=100, milestone=10)
+    model = method.prepare(network())
+    with torch.no_grad():
+        model[6].weight += 5
+    assert (method.finalize(model)[6].weight - model[6].weight).abs().max() < 1
+
+
 def test_report_says_how_soft_training_is():
     method = EDKM(bits=2, weight_threshold=100, rho=0.3)
     model = method.prepare(network())
@@ -377,9 +395,10 @@ def test_nan_names_the_parameter():
     ("call", "error", "sentence"),
     [
         (lambda: EDKM(bits=9), ValueError, "EDKM: bits must be between 1 and 8, got 9"),
-        (lambda: EDKM(bits={"a": 0}), ValueError, "EDKM: bits must be between 1 and 8, got 0"),
+        (lambda: EDKM(bits={"a": 0}), ValueError, r"EDKM: bits\['a'\] must be between 1 and 8, got 0"),
+        (lambda: EDKM(bits={1: 2}), TypeError, "EDKM: bits must have names or patterns as keys, got 1"),
         (lambda: EDKM(bits=2.5), TypeError, "EDKM: bits must be an integer, got 2.5"),
-        (lambda: EDKM(embedding_bits=12), ValueError, "EDKM: bits must be between 1 and 8, got 12"),
+        (lambda: EDKM(embedding_bits=12), ValueError, "EDKM: embedding_bits must be between 1 and 8, got 12"),
         (lambda: EDKM(group_rows=0), ValueError, "EDKM: group_rows must be at least 1, or None, got 0"),
         (lambda: EDKM(rho=0), ValueError, "EDKM: rho must be positive and finite, got 0"),
         (lambda: EDKM(tau=math.nan), ValueError, "EDKM: tau must be positive and finite, got nan"),
@@ -388,6 +407,10 @@ def test_nan_names_the_parameter():
         (lambda: EDKM(milestone=-1), ValueError, "EDKM: milestone must not be negative, got -1"),
         (lambda: EDKM(total_steps=5, milestone=5), ValueError, r"greater than milestone \(5\), got 5"),
         (lambda: EDKM(skip="head"), TypeError, "EDKM: skip must be a sequence of names or patterns, got 'head'"),
+        (lambda: EDKM(skip=None), TypeError, "EDKM: skip must be a sequence of names or patterns, got None"),
+        (lambda: EDKM(skip=[1]), TypeError, r"EDKM: skip must be a sequence of names or patterns, got \[1\]"),
+        (lambda: EDKM(iterations=0), ValueError, "EDKM: iterations must be between 1 and 1000, got 0"),
+        (lambda: EDKM(eps=math.nan), ValueError, "EDKM: eps must be at least 0 and less than 1, got nan"),
         (lambda: EDKM().prepare("m"), TypeError, "EDKM.prepare: model must be a torch.nn.Module, got str"),
         (lambda: EDKM().prepare(network()), ValueError, r"no layer to cluster: .* at least 2048 weights"),
         (

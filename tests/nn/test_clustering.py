@@ -624,6 +624,23 @@ def test_an_embedding_decodes_only_what_is_asked_for(monkeypatch):
             ValueError,
             r"PackedPalettizedLinear: input must have 4 features, got \[2, 3\]",
         ),
+        (
+            lambda: PackedPalettizedLinear(4, 4)(torch.tensor(1.0)),
+            ValueError,
+            r"PackedPalettizedLinear: input must have 4 features, got \[\]",
+        ),
+        (
+            lambda: PackedPalettizedEmbedding(8, 4, padding_idx=8),
+            ValueError,
+            "PackedPalettizedEmbedding: padding_idx must be between -8 and 7, or None, got 8",
+        ),
+        (
+            lambda: PackedPalettizedEmbedding(8, 4)(torch.tensor([1.5])),
+            TypeError,
+            "PackedPalettizedEmbedding: input must be int32 or int64, got torch.float32",
+        ),
+        (lambda: PackedPalettizedEmbedding(8, 4)(torch.tensor([-1])), IndexError, "out of range"),
+        (lambda: PackedPalettizedEmbedding(8, 4)(torch.tensor([8])), IndexError, "out of range"),
     ],
 )
 def test_refusals(call, error, sentence):

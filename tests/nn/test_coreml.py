@@ -114,8 +114,8 @@ def test_palettes_of_other_sizes():
             r"vectors must lie along the input channels, which needs a kernel of 1x1, got a weight of \[8, 4, 3, 3\]",
         ),
         (
-            lambda: export_coreml(PalettizedEmbedding(20, 8, 3, bits=2).pack()),
-            r"padding_idx must be None \(its row is not of the palette\), got 3",
+            lambda: export_coreml(nn.Sequential(PalettizedEmbedding(20, 8, 3, bits=2).pack())),
+            r"layer '0': padding_idx must be None \(its row is not of the palette\), got 3",
         ),
         (lambda: import_coreml(nn.Linear(2, 2)), "import_coreml: the model has no palettized linear layer"),
         (

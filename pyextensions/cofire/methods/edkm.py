@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -127,9 +127,13 @@ class EDKM(Method, name="edkm"):
     per_channel_scale: bool = False
 
     def __post_init__(self) -> None:
-        given = self.bits.values() if isinstance(self.bits, Mapping) else [self.bits]
-        for bits in (*given, *(b for b in (self.embedding_bits, self.conv_bits) if b is not None)):
-            check_palette("EDKM", bits, self.group_rows, self.cluster_dim)
+        given = {"bits": self.bits} if not isinstance(self.bits, Mapping) else _named_bits(self.bits)
+        others = {"embedding_bits": self.embedding_bits, "conv_bits": self.conv_bits}
+        for argument, bits in (given | {name: bits for name, bits in others.items() if bits is not None}).items():
+            check_integer("EDKM", **{argument: bits})
+            if not 1 <= bits <= 8:
+                raise ValueError(f"EDKM: {argument} must be between 1 and 8, got {bits}")
+        check_palette("EDKM", 1, self.group_rows, self.cluster_dim)
         for argument in ("rho", "rho_end", *(["tau"] if self.tau is not None else [])):
             check_temperature("EDKM", argument, getattr(self, argument))
         check_choice("EDKM", "grad", self.grad, GRADIENTS)
@@ -137,9 +141,17 @@ class EDKM(Method, name="edkm"):
             "EDKM", weight_threshold=self.weight_threshold, milestone=self.milestone, iterations=self.iterations
         )
         check_number("EDKM", hard_last=self.hard_last, eps=self.eps)
+        if not 1 <= self.iterations <= 1000:
+            raise ValueError(f"EDKM: iterations must be between 1 and 1000, got {self.iterations}")
+        if not 0 <= self.eps < 1:
+            raise ValueError(f"EDKM: eps must be at least 0 and less than 1, got {self.eps}")
         if not 0 <= self.hard_last <= 1:
             raise ValueError(f"EDKM: hard_last must be between 0 and 1, got {self.hard_last}")
-        if isinstance(self.skip, str):
+        if (
+            isinstance(self.skip, str)
+            or not isinstance(self.skip, Collection)
+            or not all(isinstance(p, str) for p in self.skip)
+        ):
             raise TypeError(f"EDKM: skip must be a sequence of names or patterns, got {self.skip!r}")
         if self.milestone < 0:
             raise ValueError(f"EDKM: milestone must not be negative, got {self.milestone}")
@@ -266,11 +278,13 @@ class EDKM(Method, name="edkm"):
         state = {id(p) for p in _palette_buffers(model)}
         model_bytes += sum(b.numel() * b.element_size() for b in model.buffers() if id(b) not in state)
         dense, packed = sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
+        shared = _read_elsewhere(model)
+        kept = sum(everything[i].numel() * everything[i].element_size() for i in shared)
         return PaletteReport(
             dense_bytes=dense,
             packed_bytes=packed,
             model_dense_bytes=model_bytes,
-            model_packed_bytes=model_bytes - dense + packed,
+            model_packed_bytes=model_bytes - dense + packed + kept,
             bits_per_weight=8 * packed / sum(math.prod(layer.shape) for layer in layers),
             soft_hard=max(layer.soft_hard for layer in layers),
             output_gap=_output_gap(model, batches),
@@ -371,6 +385,13 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatchcase(name, pattern)
 
 
+def _named_bits(bits: Mapping[str, int]) -> dict[str, Any]:
+    for name in bits:
+        if not isinstance(name, str):
+            raise TypeError(f"EDKM: bits must have names or patterns as keys, got {name!r}")
+    return {f"bits[{name!r}]": value for name, value in bits.items()}
+
+
 def _palettized(model: nn.Module) -> dict[str, Palettized]:
     return {name: module for name, module in bare(model).named_modules() if isinstance(module, Palettized)}
 
@@ -400,6 +421,13 @@ def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
             if child is not None and id(child) in new:
                 module._modules[name] = new[id(child)]
     return model
+
+
+def _read_elsewhere(model: nn.Module) -> set[int]:
+    """The clustered weights that a layer without palette reads too, so that they stay in the packed model."""
+    clustered = {id(layer.weight) for layer in _palettized(model).values()}
+    plain = [module for module in model.modules() if not isinstance(module, Palettized)]
+    return {id(p) for module in plain for p in module._parameters.values() if id(p) in clustered}
 
 
 @torch.no_grad()

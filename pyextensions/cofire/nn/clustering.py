@@ -609,7 +609,7 @@ class Palettized(nn.Module):
     def packed_palette(self, lut_dtype: torch.dtype | None = None) -> PackedPalette:
         """The weight alone, packed."""
         palette, weight = self.palette, whole(self.weight)
-        if not palette.initialized:
+        if not palette.initialized or not palette.enabled:  # the weights may have moved since the palette was made
             palette = copy.deepcopy(palette)
             palette.initialize(weight)
         with torch.no_grad():

@@ -94,7 +94,7 @@ def _plain(name: str, layer: PackedPalettized) -> nn.Module:
             f"layer {name!r}: vectors must lie along the input channels, which needs a kernel of 1x1, got a weight of "
             f"{list(palette.shape)}",
         )
-    plain = _empty(layer, weight)
+    plain = _empty(name, layer, weight)
     plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if getattr(layer, "bias", None) is not None:
         plain.bias = copy.deepcopy(layer.bias)
@@ -113,14 +113,15 @@ def _plain(name: str, layer: PackedPalettized) -> nn.Module:
     return plain
 
 
-def _empty(layer: PackedPalettized, weight: Tensor) -> nn.Module:
+def _empty(name: str, layer: PackedPalettized, weight: Tensor) -> nn.Module:
     """The layer of ``torch.nn`` without its weights."""
     if isinstance(layer, PackedPalettizedLinear):
         return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, "meta", weight.dtype)
     if isinstance(layer, PackedPalettizedEmbedding):
         if layer.padding_idx is not None:
             refuse(
-                "export_coreml", f"padding_idx must be None (its row is not of the palette), got {layer.padding_idx}"
+                "export_coreml",
+                f"layer {name!r}: padding_idx must be None (its row is not of the palette), got {layer.padding_idx}",
             )
         return nn.Embedding(layer.num_embeddings, layer.embedding_dim, device="meta", dtype=weight.dtype)
     conv = cast(Any, layer)

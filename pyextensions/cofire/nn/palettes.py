@@ -76,8 +76,9 @@ def decode(
         ``[R or len(rows), columns]``.
     """
     if rows is not None:
-        labels = labels[rows]
-        scale = None if scale is None else scale[rows]
+        # Unlike indexing, this refuses negative rows.
+        labels = labels.index_select(0, rows)
+        scale = None if scale is None else scale.index_select(0, rows)
     elif lut.shape[0] > 1:
         rows = torch.arange(labels.shape[0], device=labels.device)
     bits = (lut.shape[1] - 1).bit_length()
@@ -345,7 +346,7 @@ class PackedPalettizedLinear(PackedPalettized):
         return self.palette.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.in_features:
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
             refuse("PackedPalettizedLinear", f"input must have {self.in_features} features, got {shape_of(input)}")
         p = self.palette
         return palettized_linear(
@@ -469,6 +470,9 @@ class PackedPalettizedEmbedding(PackedPalettized):
     ) -> None:
         super().__init__()
         self.palette = PackedPalette((num_embeddings, embedding_dim), device=device, dtype=dtype, **palette)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            expected = f"between {-num_embeddings} and {num_embeddings - 1}"
+            refuse("PackedPalettizedEmbedding", f"padding_idx must be {expected}, or None, got {padding_idx}")
         index = padding_idx if padding_idx is None or padding_idx >= 0 else padding_idx + num_embeddings
         row = None if index is None else torch.zeros(embedding_dim, device=device, dtype=dtype)
         self._finish(index, row)
@@ -496,6 +500,8 @@ class PackedPalettizedEmbedding(PackedPalettized):
         return table
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"PackedPalettizedEmbedding: input must be int32 or int64, got {input.dtype}")
         rows = self.palette.rows(input.flatten().long()).view(*input.shape, self.embedding_dim)
         if self.padding is None or self.padding_idx is None:
             return rows
