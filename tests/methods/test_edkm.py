@@ -341,6 +341,16 @@ def test_packed_before_the_milestone_it_is_the_weights_as_they_are_now():
     assert (method.finalize(model)[6].weight - model[6].weight).abs().max() < 1
 
 
+def test_hooks_of_the_layers_stay():
+    model = nn.Sequential(nn.Linear(32, 24), nn.Linear(24, 4))
+    model[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model[1].register_forward_hook(lambda module, args, kwargs, output: output * 3, with_kwargs=True)
+    clustering = method()
+    prepared = clustering.prepare(model).eval()
+    x = torch.randn(2, 32)
+    torch.testing.assert_close(clustering.finalize(prepared)(x), prepared(x))
+
+
 def test_report_says_how_soft_training_is():
     method = EDKM(bits=2, weight_threshold=100, rho=0.3)
     model = method.prepare(network())

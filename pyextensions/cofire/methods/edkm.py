@@ -259,6 +259,7 @@ class EDKM(Method, name="edkm"):
             form = layer.pack()
             assert isinstance(form, PackedPalettized)
             form.palette = palettes.setdefault(id(layer.palette), form.palette)
+            layer.lend_hooks(form)
             packed[id(layer)] = form
         return _replace(result, packed)
 

@@ -591,6 +591,18 @@ class Palettized(nn.Module):
         layer._attach(palette)
         return layer.train(module.training)
 
+    def lend_hooks(self, other: nn.Module) -> None:
+        """Register this layer's forward hooks with ``other`` too, but for its own."""
+        for key, before in self._forward_pre_hooks.items():
+            if before is not _runs_as_module:
+                other.register_forward_pre_hook(before, with_kwargs=key in self._forward_pre_hooks_with_kwargs)
+        for key, after in self._forward_hooks.items():
+            how = {
+                "with_kwargs": key in self._forward_hooks_with_kwargs,
+                "always_call": key in self._forward_hooks_always_called,
+            }
+            other.register_forward_hook(after, **how)
+
     def _check(self) -> None:
         """Raise for what the layer of ``torch.nn`` can do and this one cannot."""
 
@@ -752,6 +764,7 @@ class PalettizedEmbedding(Palettized, nn.Embedding):
         num_embeddings: int,
         embedding_dim: int,
         padding_idx: int | None = None,
+        *,
         scale_grad_by_freq: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
