@@ -730,3 +730,9 @@ def check_examples(module: Any) -> None:
         report: list[str] = []
         runner.run(tests[0], out=report.append)
         assert not report, "".join(report)
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Of the model's state, but for the few numbers that say how packed weights are divided."""
+    state = model.state_dict().items()
+    return sum(x.numel() * x.element_size() for name, x in state if not name.endswith("geometry"))

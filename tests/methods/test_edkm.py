@@ -26,6 +26,7 @@ from cofire.nn import (
     PalettizedLinear,
 )
 from cofire.nn.clustering import soft_evaluation
+from helpers import stored_bytes
 from methods.protocol import check_protocol
 
 torch.manual_seed(0)
@@ -153,6 +154,16 @@ def test_the_same_module_in_two_places():
     final = EDKM().finalize(model)
     assert final[0] is final[2]
     assert len(EDKM().report(model).layers) == 1
+
+
+def test_any_name_of_a_module_chooses_it():
+    shared = nn.Linear(16, 16)
+    model = nn.ModuleDict({"first": shared, "second": shared, "other": nn.Linear(16, 16)})
+    by_bits = EDKM(weight_threshold=1, bits={"second": 2}).prepare(model)
+    assert by_bits["first"] is by_bits["second"] and by_bits["first"].palette.bits == 2
+    assert type(by_bits["other"]) is nn.Linear
+    skipped = EDKM(weight_threshold=1, bits=2, skip=["sec*"]).prepare(model)
+    assert type(skipped["first"]) is nn.Linear and type(skipped["other"]) is PalettizedLinear
 
 
 def test_classes_derived_from_linear_are_left_alone():
@@ -319,7 +330,7 @@ def test_report_counts_bytes():
     assert report.bits_per_weight == pytest.approx(8 * report.packed_bytes / (300 * 16 + 320))
     assert report.output_gap is None and report.below_floor == report.stalled == 0
     final = method.finalize(model)
-    stored = sum(v.numel() * v.element_size() for v in final.state_dict().values())
+    stored = stored_bytes(final)
     assert stored == report.model_packed_bytes
 
 
@@ -329,7 +340,7 @@ def test_a_weight_that_a_plain_layer_shares_stays_in_the_model():
     method = EDKM(bits=3, weight_threshold=100, skip=["1"])
     prepared = method.prepare(model)
     final, report = method.finalize(prepared), method.report(prepared)
-    assert report.model_packed_bytes == sum(v.numel() * v.element_size() for v in final.state_dict().values())
+    assert report.model_packed_bytes == stored_bytes(final)
     assert report.model_packed_bytes == report.packed_bytes + 40 * 16 * 4
 
 
@@ -422,6 +433,10 @@ def test_nan_names_the_parameter():
         (lambda: EDKM(iterations=0), ValueError, "EDKM: iterations must be between 1 and 1000, got 0"),
         (lambda: EDKM(eps=math.nan), ValueError, "EDKM: eps must be at least 0 and less than 1, got nan"),
         (lambda: EDKM().prepare("m"), TypeError, "EDKM.prepare: model must be a torch.nn.Module, got str"),
+        (lambda: EDKM().finalize(3), TypeError, "EDKM.finalize: model must be a torch.nn.Module, got int"),
+        (lambda: EDKM().report(None), TypeError, "EDKM.report: model must be a torch.nn.Module, got NoneType"),
+        (lambda: EDKM(weight_threshold=-3), ValueError, "EDKM: weight_threshold must not be negative, got -3"),
+        (lambda: EDKM(bits=True), TypeError, "EDKM: bits must be an integer, got True"),
         (lambda: EDKM().prepare(network()), ValueError, r"no layer to cluster: .* at least 2048 weights"),
         (
             lambda: EDKM(bits={"7": 2, "6": 2}).prepare(network()),

@@ -30,6 +30,7 @@ from cofire.nn import (
 )
 from cofire.nn.clustering import kmeans, separate, soft_evaluation
 from cofire.nn.palettes import decode, palettized_linear
+from helpers import stored_bytes
 
 #: Layer, and an input.
 LAYERS = {
@@ -481,7 +482,7 @@ def test_bytes(bits):
     assert packed.labels.shape == (8, width) and packed.lut.shape == (1, 2**bits, 1)
     assert packed.palette.nbytes == 8 * width + 2 * 2**bits
     assert packed.nbytes == packed.palette.nbytes + 2 * 8
-    assert packed.nbytes == sum(v.numel() * v.element_size() for v in packed.state_dict().values())
+    assert packed.nbytes == stored_bytes(packed)
 
 
 @every_option
@@ -505,6 +506,35 @@ def test_packed_state_survives(kind, options):
     empty.load_state_dict(safetensors.torch.load(safetensors.torch.save(packed.state_dict())))
     for twin in (empty, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(twin(x), packed(x)) and repr(twin) == repr(packed)
+
+
+@pytest.mark.parametrize(
+    ("make", "stored", "own"),
+    [
+        (lambda **o: PackedPalettizedLinear(8, 8, bits=2, **o), {"group_rows": 3}, {"group_rows": 4}),
+        (lambda shape: PackedPalettizedConv2d(2, 8, shape, bits=2), {"shape": (3, 1)}, {"shape": (1, 3)}),
+        (lambda columns: PackedPalettizedLinear(columns, 8, bits=2), {"columns": 7}, {"columns": 8}),
+        (lambda **o: PalettizedLinear(16, 8, bits=2, **o), {"group_rows": 4}, {"group_rows": 5}),
+    ],
+)
+def test_a_state_of_another_geometry_is_refused(make, stored, own):
+    """Labels and palettes may have the same shapes all the same."""
+    stored, layer = make(**stored), make(**own)
+    assert stored.palette.state_dict().keys() == layer.palette.state_dict().keys()
+    before = {name: x.clone() for name, x in layer.palette.state_dict().items()}
+    with pytest.raises(
+        RuntimeError, match=r"palette: the state must be of a weight \[8, .* with palettes of \d rows, got"
+    ):
+        layer.load_state_dict(stored.state_dict())
+    assert all(torch.equal(x, before[name]) for name, x in layer.palette.state_dict().items())
+
+
+def test_an_assigned_state_brings_its_dtype():
+    packed = PalettizedLinear(16, 8, bits=2, dtype=torch.bfloat16).pack()
+    empty = PackedPalettizedLinear(16, 8, bits=2, device="meta")
+    empty.load_state_dict(packed.state_dict(), assign=True)
+    x = torch.randn(3, 16, dtype=torch.bfloat16)
+    assert empty.weight.dtype == torch.bfloat16 and torch.equal(empty(x), packed(x))
 
 
 def test_the_palette_in_another_dtype():
@@ -561,6 +591,22 @@ def test_an_embedding_decodes_only_what_is_asked_for(monkeypatch):
     [
         (lambda: PalettizedLinear(8, 8, bits=0), ValueError, "Palette: bits must be between 1 and 8, got 0"),
         (lambda: PalettizedLinear(8, 8, bits=2.0), TypeError, "Palette: bits must be an integer, got 2.0"),
+        (lambda: PalettizedLinear(8, 8, bits=True), TypeError, "Palette: bits must be an integer, got True"),
+        (
+            lambda: PalettizedLinear(8, 8, bit=2),
+            TypeError,
+            "PalettizedLinear: there is no option 'bit'; did you mean 'bits'",
+        ),
+        (
+            lambda: PalettizedConv2d.from_module(nn.Conv2d(4, 4, 1), grup_rows=2),
+            TypeError,
+            "PalettizedConv2d: there is no option 'grup_rows'; did you mean 'group_rows'",
+        ),
+        (
+            lambda: PackedPalettizedEmbedding(8, 8, cluster_dims=2),
+            TypeError,
+            "PackedPalettizedEmbedding: there is no option 'cluster_dims'; did you mean 'cluster_dim'",
+        ),
         (lambda: PalettizedLinear(8, 8, group_rows=0), ValueError, "group_rows must be at least 1, or None, got 0"),
         (
             lambda: PalettizedLinear(8, 8, cluster_dim=3),

@@ -92,6 +92,29 @@ def foreign(**changes):
     }
 
 
+def test_shared_weights_stay_shared():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(32, 16)
+            self.head = nn.Linear(16, 32)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    packed = EDKM(weight_threshold=1, embedding_bits=3).finalize(
+        EDKM(weight_threshold=1, embedding_bits=3).prepare(Tied())
+    )
+    assert packed.head.palette is packed.embedding.palette
+    plain = export_coreml(packed)
+    assert plain.head.weight is plain.embedding.weight
+    again = import_coreml(plain)
+    assert again.head.palette is again.embedding.palette
+    x = torch.randint(32, (2, 5))
+    assert torch.equal(plain(x), packed(x)) and torch.equal(again(x), packed(x))
+
+
 def test_palettes_of_other_sizes():
     state = foreign()
     packed = read_coreml(state)["fc.weight"]

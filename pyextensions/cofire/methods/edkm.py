@@ -25,7 +25,7 @@ from cofire.methods.base import Method, Report, bare, evaluation, first_input
 from cofire.names import near_matches
 from cofire.nn.clustering import PALETTIZED, Palette, Palettized, check_temperature, soft_evaluation, whole
 from cofire.nn.palettes import PackedPalette, PackedPalettized, check_palette
-from cofire.ops.checks import check_choice, check_integer, check_number
+from cofire.ops.checks import check_choice, check_integer, check_module, check_number
 from cofire.ops.clustering import BELOW_FLOOR, GRADIENTS, STALLED
 
 #: Equal centroids are looked for once in so many steps, since it waits for the device.
@@ -153,6 +153,8 @@ class EDKM(Method, name="edkm"):
             or not all(isinstance(p, str) for p in self.skip)
         ):
             raise TypeError(f"EDKM: skip must be a sequence of names or patterns, got {self.skip!r}")
+        if self.weight_threshold < 0:
+            raise ValueError(f"EDKM: weight_threshold must not be negative, got {self.weight_threshold}")
         if self.milestone < 0:
             raise ValueError(f"EDKM: milestone must not be negative, got {self.milestone}")
         if self.total_steps is not None:
@@ -178,8 +180,7 @@ class EDKM(Method, name="edkm"):
             ValueError: nothing to cluster, a name or pattern that fits no layer, a weight that does not divide into
                 groups or vectors, NaN or infinity in a weight, a network prepared already.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"EDKM.prepare: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("EDKM.prepare", model)
         if _palettized(model) or _packed(model):
             raise ValueError("EDKM.prepare: the model is prepared already; prepare the network that it was made from")
         result = copy.deepcopy(bare(model))
@@ -324,6 +325,7 @@ class EDKM(Method, name="edkm"):
     # ----------------------------------------------------------------------------------------------- surgery
 
     def _require(self, model: nn.Module, where: str) -> dict[str, Palettized]:
+        check_module(f"EDKM.{where}", model)
         layers = _palettized(model)
         if not layers:
             state = "is finalized already" if _packed(model) else "has no palettized layer; call prepare(model) first"
@@ -349,23 +351,31 @@ class EDKM(Method, name="edkm"):
 
     def _choose(self, model: nn.Module) -> list[tuple[str, nn.Module, int]]:
         """Name, layer and bits of what to cluster; of layers that share a weight an embedding comes first."""
-        candidates = {name: module for name, module in model.named_modules() if type(module) in PALETTIZED}
+        # A module may stand in several places: any of its names chooses it.
+        places: dict[int, list[str]] = {}
+        candidates: dict[int, nn.Module] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if type(module) in PALETTIZED:
+                candidates[id(module)] = module
+                places.setdefault(id(module), []).append(name)
+        known = [name for names in places.values() for name in names]
         named = list(self.bits) if isinstance(self.bits, Mapping) else []
         for argument, patterns in (("bits", named), ("skip", self.skip)):
             for pattern in patterns:
-                if not any(_matches(name, pattern) for name in candidates):
-                    known = near_matches(pattern, candidates)
+                if not _matches(known, pattern):
                     raise ValueError(
-                        f"EDKM.prepare: {argument} names {pattern!r}, which fits no linear layer, convolution or embedding{known}"
+                        f"EDKM.prepare: {argument} names {pattern!r}, which fits no linear layer, convolution or "
+                        f"embedding{near_matches(pattern, known)}"
                     )
         chosen = []
-        for name, module in candidates.items():
-            bits = self._bits_of(name, module)
+        for key, names in places.items():
+            module = candidates[key]
+            bits = self._bits_of(names, module)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            skipped = any(_matches(name, pattern) for pattern in self.skip)
+            skipped = any(_matches(names, pattern) for pattern in self.skip)
             if bits is not None and not skipped and weight.numel() >= self.weight_threshold:
-                chosen.append((name, module, bits))
+                chosen.append((names[0], module, bits))
         if not chosen:
             raise ValueError(
                 "EDKM.prepare: there is no layer to cluster: no linear layer, convolution or embedding of at least "
@@ -373,17 +383,18 @@ class EDKM(Method, name="edkm"):
             )
         return sorted(chosen, key=lambda entry: not isinstance(entry[1], nn.Embedding))
 
-    def _bits_of(self, name: str, module: nn.Module) -> int | None:
+    def _bits_of(self, names: Sequence[str], module: nn.Module) -> int | None:
         if isinstance(self.bits, Mapping):
-            if name in self.bits:
-                return self.bits[name]
-            return next((bits for pattern, bits in self.bits.items() if _matches(name, pattern)), None)
+            exact = next((self.bits[name] for name in names if name in self.bits), None)
+            if exact is not None:
+                return exact
+            return next((bits for pattern, bits in self.bits.items() if _matches(names, pattern)), None)
         own = {nn.Embedding: self.embedding_bits, nn.Conv2d: self.conv_bits}.get(type(module))
         return self.bits if own is None else own
 
 
-def _matches(name: str, pattern: str) -> bool:
-    return name == pattern or fnmatchcase(name, pattern)
+def _matches(names: Iterable[str], pattern: str) -> bool:
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
 
 
 def _named_bits(bits: Mapping[str, int]) -> dict[str, Any]:

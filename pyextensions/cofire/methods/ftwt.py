@@ -27,7 +27,7 @@ from cofire.methods.counting import Count, FlopsEstimate, GatingReport, Latency
 from cofire.methods.timing import interleaved
 from cofire.names import near_matches
 from cofire.nn.gating import DeployedGatedConv2d, DeployedGatedLinear, Gated, GatedConv2d, GatedLinear, check_mass
-from cofire.ops.checks import check_integer, check_number
+from cofire.ops.checks import check_integer, check_module, check_number
 
 #: Names of convolution, norm and activation. The norm may be None; the activation may be None, or a function's name.
 Group = tuple[str, "str | None", "str | None"]
@@ -102,6 +102,8 @@ class FTWT(Method, name="ftwt"):
             raise ValueError(f"FTWT: min_keep must not be negative, got {self.min_keep}")
         if not 0 <= self.cooldown <= 1:
             raise ValueError(f"FTWT: cooldown must be between 0 and 1, got {self.cooldown}")
+        if self.total_steps is not None:
+            check_integer("FTWT", total_steps=self.total_steps)
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"FTWT: total_steps must be at least 1, or None, got {self.total_steps}")
         if self.compat == "official":
@@ -130,8 +132,7 @@ class FTWT(Method, name="ftwt"):
             ValueError: nothing to gate, a name that the network does not have, a network prepared already or
                 not traceable.
         """
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"FTWT.prepare: model must be a torch.nn.Module, got {type(model).__name__}")
+        check_module("FTWT.prepare", model)
         if _gates(model) or _deployed(model):
             raise ValueError("FTWT.prepare: the model is prepared already; prepare the network that it was made from")
         result = copy.deepcopy(bare(model))
@@ -239,8 +240,8 @@ class FTWT(Method, name="ftwt"):
             batches: batches of inputs, or of tuples that begin with them.
             latency: also time the deployed network against the dense one, on the first sample.
         """
-        model = bare(model)
         self._require_gates(model, "report")
+        model = bare(model)
         count = Count(model, batches)
         assert count.first is not None
         paper_rule, exact = count.totals()
@@ -272,6 +273,7 @@ class FTWT(Method, name="ftwt"):
     # ----------------------------------------------------------------------------------------------- surgery
 
     def _require_gates(self, model: nn.Module, where: str) -> dict[str, Gated]:
+        check_module(f"FTWT.{where}", model)
         gates = _gates(model)
         if not gates:
             state = "is finalized already" if _deployed(model) else "has no gated layer; call prepare(model) first"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -31,6 +31,8 @@ from cofire.nn.palettes import (
     PackedPalettizedEmbedding,
     PackedPalettizedLinear,
     PaddingMode,
+    Shaped,
+    check_options,
     check_palette,
     look_up,
 )
@@ -164,7 +166,7 @@ def separate(vectors: Tensor, centroids: Tensor, keep_first: bool = False) -> tu
 # ------------------------------------------------------------------------------------------------------- palette
 
 
-class Palette(nn.Module):
+class Palette(Shaped):
     """The state of one clustered weight, and how it is clustered.
 
     Palettized layers that share a weight share this module too. All floating-point state is fp32 (fp64 for an fp64
@@ -248,9 +250,9 @@ class Palette(nn.Module):
         if tau is not None and rho is not None:
             refuse("Palette", f"one of tau and rho may be given, got {tau} and {rho}")
         rows, columns = shape[0], math.prod(shape[1:])
-        self.shape, self.rows, self.columns = tuple(shape), rows, columns
+        self._divide_into(shape, group_rows, device)
+        self.rows, self.columns = rows, columns
         self.bits, self.cluster_dim, self.update = bits, cluster_dim, update
-        self.group_rows = rows if group_rows is None else min(group_rows, rows)
         if columns % cluster_dim or columns == 0:
             refuse("Palette", f"rows of {columns} weights do not divide into vectors of {cluster_dim}")
         least = cluster_dim << bits
@@ -561,6 +563,11 @@ class Palettized(nn.Module):
     bias: Any
     plain: type[nn.Module]  #: the class of ``torch.nn`` that it replaces
 
+    @classmethod
+    def _palette_of(cls, weight: Tensor, options: Mapping[str, Any]) -> Palette:
+        check_options(cls.__name__, Palette, options)
+        return Palette(weight.shape, device=weight.device, dtype=weight.dtype, **options)
+
     def _attach(self, palette: Palette) -> None:
         self.palette = palette
         self.register_forward_pre_hook(_runs_as_module)
@@ -585,7 +592,7 @@ class Palettized(nn.Module):
         layer._check()
         weight = layer.weight
         if palette is None:
-            palette = Palette(weight.shape, device=weight.device, dtype=weight.dtype, **options)
+            palette = cls._palette_of(weight, options)
         elif palette.shape != tuple(weight.shape):
             raise ValueError(f"{cls.__name__}: palette must be of {shape_of(weight)}, got {list(palette.shape)}")
         layer._attach(palette)
@@ -675,7 +682,7 @@ class PalettizedLinear(Palettized, nn.Linear):
         **palette: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._attach(Palette(self.weight.shape, device=self.weight.device, dtype=self.weight.dtype, **palette))
+        self._attach(self._palette_of(self.weight, palette))
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.palette(self.weight), self.bias)
@@ -725,7 +732,7 @@ class PalettizedConv2d(Palettized, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self._attach(Palette(self.weight.shape, device=self.weight.device, dtype=self.weight.dtype, **palette))
+        self._attach(self._palette_of(self.weight, palette))
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self._conv_forward(input, self.palette(self.weight), self.bias)
@@ -778,7 +785,7 @@ class PalettizedEmbedding(Palettized, nn.Embedding):
             device=device,
             dtype=dtype,
         )
-        self._attach(Palette(self.weight.shape, device=self.weight.device, dtype=self.weight.dtype, **palette))
+        self._attach(self._palette_of(self.weight, palette))
 
     def _check(self) -> None:
         if self.max_norm is not None:

@@ -34,7 +34,7 @@ from cofire.nn.palettes import (
     PackedPalettizedEmbedding,
     PackedPalettizedLinear,
 )
-from cofire.ops.checks import refuse, shape_of
+from cofire.ops.checks import check_module, refuse, shape_of
 
 __all__ = ["export_coreml", "import_coreml", "read_coreml"]
 
@@ -62,11 +62,14 @@ def export_coreml(model: nn.Module) -> nn.Module:
 
     Source: coremltools 9.0, ``CompressionMetadata``.
     """
+    check_module("export_coreml", model)
     result = copy.deepcopy(model)
     if not any(isinstance(module, PackedPalettized) for module in result.modules()):
         refuse("export_coreml", "the model has no packed layer; call finalize or pack first")
+    # Layers that share a packed weight share the decoded one.
+    weights: dict[int, nn.Parameter] = {}
     if isinstance(result, PackedPalettized):
-        result = _plain("", result)
+        result = _plain("", result, weights)
     else:
         new: dict[int, nn.Module] = {}
         for name, module in list(result.named_modules()):
@@ -74,14 +77,14 @@ def export_coreml(model: nn.Module) -> nn.Module:
                 if isinstance(child, PackedPalettized):
                     full = f"{name}.{child_name}" if name else child_name
                     if id(child) not in new:
-                        new[id(child)] = _plain(full, child)
+                        new[id(child)] = _plain(full, child, weights)
                     module._modules[child_name] = new[id(child)]
     result.register_buffer(f"{PREFIX}/metadata_version", torch.tensor(VERSION))
     return result.eval()
 
 
-def _plain(name: str, layer: PackedPalettized) -> nn.Module:
-    palette, weight = layer.palette, layer.weight
+def _plain(name: str, layer: PackedPalettized, weights: dict[int, nn.Parameter]) -> nn.Module:
+    palette = layer.palette
     rows = palette.shape[0]
     if rows % palette.group_rows:
         refuse(
@@ -94,8 +97,11 @@ def _plain(name: str, layer: PackedPalettized) -> nn.Module:
             f"layer {name!r}: vectors must lie along the input channels, which needs a kernel of 1x1, got a weight of "
             f"{list(palette.shape)}",
         )
+    if id(palette) not in weights:
+        weights[id(palette)] = nn.Parameter(palette.weight, requires_grad=False)
+    weight = weights[id(palette)]
     plain = _empty(name, layer, weight)
-    plain.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    plain.weight = weight
     if getattr(layer, "bias", None) is not None:
         plain.bias = copy.deepcopy(layer.bias)
     ones = [1] * (weight.dim() - 1)
@@ -228,11 +234,15 @@ def import_coreml(model: nn.Module) -> nn.Module:
         >>> torch.equal(again.weight, packed.weight)
         True
     """
+    check_module("import_coreml", model)
     result = copy.deepcopy(model)
     weights = read_coreml(result.state_dict())
     new: dict[int, nn.Module] = {}
+    shared: dict[int, PackedPalette] = {}
     for name, module in list(result.named_modules()):
         weight = weights.get(f"{name}.weight" if name else "weight")
+        if weight is not None:
+            weight = shared.setdefault(id(module.weight), weight)
         packed = None if weight is None else _pack(module, weight)
         if packed is not None:
             new[id(module)] = packed

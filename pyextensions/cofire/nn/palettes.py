@@ -10,14 +10,16 @@ ICLR 2022, section 3.3.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofire.names import near_matches
 from cofire.ops.checks import check_integer, refuse, shape_of
 from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
 
@@ -36,6 +38,57 @@ def check_palette(where: str, bits: int, group_rows: int | None, cluster_dim: in
         check_integer(where, group_rows=group_rows)
         if group_rows < 1:
             refuse(where, f"group_rows must be at least 1, or None, got {group_rows}")
+
+
+def check_options(where: str, kind: type[nn.Module], options: Mapping[str, Any]) -> None:
+    """Raise if one of ``options`` is none of the keyword arguments of ``kind``."""
+    signature = inspect.signature(kind).parameters.values()
+    known = [p.name for p in signature if p.kind is p.KEYWORD_ONLY and p.name not in ("device", "dtype")]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{where}: there is no option {name!r}{near_matches(name, known)}")
+
+
+class Shaped(nn.Module):
+    """What has the state of one weight: says in that state how the weight is divided, and loads no other.
+
+    The shapes of labels and palettes do not tell: rows may be shared out among palettes in several ways.
+
+    Attributes:
+        geometry: int64 buffer: the weight's shape, then ``group_rows``.
+    """
+
+    geometry: Tensor
+    shape: tuple[int, ...]
+    group_rows: int
+
+    def _divide_into(self, shape: Sequence[int], group_rows: int | None, device: torch.device | str | None) -> None:
+        self.shape = tuple(shape)
+        self.group_rows = shape[0] if group_rows is None else min(group_rows, shape[0])
+        self.register_buffer("geometry", torch.tensor([*shape, self.group_rows], device=device))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = state_dict.get(f"{prefix}geometry")
+        if isinstance(stored, Tensor) and not stored.is_meta:
+            *shape, group_rows = stored.tolist() if stored.dim() == 1 and len(stored) else [0]
+            if (tuple(shape), group_rows) != (self.shape, self.group_rows):
+                error_msgs.append(
+                    f"{prefix.removesuffix('.') or type(self).__name__}: the state must be of a weight {list(self.shape)} with "
+                    f"palettes of {self.group_rows} rows, got one of {shape} with palettes of {group_rows}"
+                )
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
 
 # ------------------------------------------------------------------------------------------------ labels to weights
@@ -115,7 +168,7 @@ def palettized_linear(
 # ------------------------------------------------------------------------------------------------ packed layers
 
 
-class PackedPalette(nn.Module):
+class PackedPalette(Shaped):
     """A weight as labels and palettes.
 
     Args:
@@ -166,9 +219,8 @@ class PackedPalette(nn.Module):
         rows, columns = shape[0], math.prod(shape[1:])
         if columns % cluster_dim:
             refuse("PackedPalette", f"rows of {columns} weights do not divide into vectors of {cluster_dim}")
-        self.shape, self.columns = tuple(shape), columns
-        self.bits, self.cluster_dim = bits, cluster_dim
-        self.group_rows = rows if group_rows is None else min(group_rows, rows)
+        self._divide_into(shape, group_rows, device)
+        self.columns, self.bits, self.cluster_dim = columns, bits, cluster_dim
         palettes = -(-rows // self.group_rows)
         width = packed_bytes(columns // cluster_dim, bits)
         where: dict[str, Any] = {"device": device, "dtype": lut_dtype}
@@ -177,6 +229,12 @@ class PackedPalette(nn.Module):
         self.register_buffer("scale", torch.ones(rows, **where) if scale else None)
         # The dtype of the weight, which follows the layer wherever it is cast to.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        one = self.like.dtype == self.lut.dtype
+        super()._load_from_state_dict(*args, **kwargs)
+        if one and self.like.dtype != self.lut.dtype:  # the palette was assigned, not copied
+            self.like = torch.empty(0, dtype=self.lut.dtype, device=self.lut.device)
 
     @classmethod
     def from_labels(
@@ -284,7 +342,7 @@ class PackedPalettized(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of all that the layer stores."""
+        """Of labels, palettes, factors and whatever is not packed, as the bias."""
         own = sum(
             x.numel() * x.element_size() for x in (*self._parameters.values(), *self._buffers.values()) if x is not None
         )
@@ -326,6 +384,7 @@ class PackedPalettizedLinear(PackedPalettized):
         **palette: Any,
     ) -> None:
         super().__init__()
+        check_options("PackedPalettizedLinear", PackedPalette, palette)
         self.palette = PackedPalette((out_features, in_features), device=device, dtype=dtype, **palette)
         self.bias = _empty_bias(out_features, device, dtype) if bias else None
         self.eval()
@@ -409,6 +468,7 @@ class PackedPalettizedConv2d(PackedPalettized):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta"
         )
         self._follow(conv)
+        check_options("PackedPalettizedConv2d", PackedPalette, palette)
         self.palette = PackedPalette(conv.weight.shape, device=device, dtype=dtype, **palette)
         self.bias = _empty_bias(out_channels, device, dtype) if bias else None
         self.eval()
@@ -469,6 +529,7 @@ class PackedPalettizedEmbedding(PackedPalettized):
         **palette: Any,
     ) -> None:
         super().__init__()
+        check_options("PackedPalettizedEmbedding", PackedPalette, palette)
         self.palette = PackedPalette((num_embeddings, embedding_dim), device=device, dtype=dtype, **palette)
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             expected = f"between {-num_embeddings} and {num_embeddings - 1}"

@@ -42,7 +42,7 @@ def check_same(operator: str, first: str, a: Tensor, **others: Tensor | None) ->
 
 
 def is_integer(value: Any) -> bool:
-    return isinstance(value, (int, torch.SymInt, Integral))
+    return isinstance(value, (int, torch.SymInt, Integral)) and not isinstance(value, bool)
 
 
 def check_integer(operator: str, **values: Any) -> None:
@@ -55,6 +55,11 @@ def check_number(operator: str, **values: Any) -> None:
     for name, value in values.items():
         if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
             raise TypeError(f"{operator}: {name} must be a number, got {value!r}")
+
+
+def check_module(operator: str, model: Any) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"{operator}: model must be a torch.nn.Module, got {type(model).__name__}")
 
 
 def check_pair(operator: str, name: str, value: Any) -> list[int]:
