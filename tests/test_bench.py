@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +135,10 @@ def test_rows_of_the_same_environment_stay(suite_of_one: Case, tmp_path: Path) -
     first.rows[0]["case"] = "another"
     first.save(path)
     assert len(bench.run(quick=True, out=path, progress=False).rows) == 5
+    first.rows[0]["commit"] = "earlier"
+    bench.Results({**first.environment, "commit": "earlier"}, CEILINGS, first.rows).save(path)
+    later = bench.run(quick=True, out=path, progress=False)
+    assert len(later.rows) == 5 and sum(row["commit"] == "earlier" for row in later.rows) == 1
     elsewhere = bench.Results({**first.environment, "torch": "0.1"}, CEILINGS, first.rows)
     elsewhere.save(path)
     assert len(bench.run(quick=True, out=path, progress=False).rows) == 4
@@ -370,3 +375,10 @@ def test_flops_of_a_gated_convolution_are_counted_from_the_masks() -> None:
     x, weight, *_, in_count, _, out_count = given.args[:8]
     expected = sum(2 * int(i) * int(o) for i, o in zip(in_count, out_count)) * x[0, 0].numel() * weight[0, 0].numel()
     assert case.cost(given.args, "forward")[1] == expected
+
+
+def test_a_slow_provider_takes_part_in_the_first_rounds_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "SLOW_MS", 1.0)
+    runs = {"fast": lambda: None, "slow": lambda: time.sleep(0.003)}
+    readings = harness.read_in_turns(runs, "cpu", 0.001, 30, 100)
+    assert len(readings["slow"]) == harness.LEAST_ROUNDS and len(readings["fast"]) >= 30

@@ -6,7 +6,8 @@ How a number comes about:
 * A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number. cofire has to keep to
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
-  more than a minute). A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
+  more than a minute). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the first
+  7 alone. A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
   ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 100 us are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
@@ -43,7 +44,9 @@ READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
 ONE_THREAD = "peer:cofire-on-one-thread"
 NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its readings
-LONGEST_SECONDS, LEAST_ROUNDS = 60, 7  #: where the least rounds take longer there are fewer, but this many
+#: A reading of so many ms that is so many times the shortest is slow: it takes part in the first few rounds alone.
+SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
+LONGEST_SECONDS = 60  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
 
@@ -185,10 +188,12 @@ def _warm_up(run: Run, device: str) -> float:
 def read_in_turns(
     runs: Mapping[str, Run], device: str, seconds: float, least: int, most: int
 ) -> dict[str, list[float]]:
-    """Readings in ms of each run, one per round, in as many rounds as fit."""
+    """Readings in ms of each run, one per round, in as many rounds as fit; of slow runs in the first few."""
     expected = {name: _warm_up(run, device) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
-    round_ms = sum(expected[name] * repeats[name] for name in runs)
+    longest = max(SLOW_MS, SLOW_TIMES * min(expected.values(), default=0.0))
+    slow = {name for name, ms in expected.items() if ms > longest}
+    round_ms = sum(expected[name] * repeats[name] for name in runs if name not in slow)
     least = max(min(least, int(1e3 * LONGEST_SECONDS / max(round_ms, 1e-3))), min(least, LEAST_ROUNDS))
     rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
     readings: dict[str, list[float]] = {name: [] for name in runs}
@@ -199,6 +204,8 @@ def read_in_turns(
         for i in range(rounds):
             shift = i % len(names)
             for name in names[shift:] + names[:shift]:
+                if name in slow and i >= LEAST_ROUNDS:
+                    continue
                 if expected[name] < SHORT_MS:
                     runs[name]()
                 readings[name].append(read_ms(runs[name], repeats[name], device))
@@ -472,8 +479,9 @@ def run(
 ) -> Results:
     """Run the benchmark suite and write a results file.
 
-    The file is written after every case, so that an interrupted run leaves what it has. Rows that are already there and
-    were measured in the same environment (device, versions, commit, threads) stay; otherwise the file is begun anew.
+    The file is written after every case, so that an interrupted run leaves what it has. Rows of other cases that are
+    already there and were measured in the same environment (device, versions of torch and Python, threads) stay, each with
+    its commit; otherwise the file is begun anew.
 
     Args:
         families: names of families; default all.
@@ -510,6 +518,8 @@ def run(
         for case, mode in ((c, m) for c in chosen for m in c.modes):
             advance(f"{case}, {mode}")
             rows = _measure_quietly(probe, effort, functools.partial(measure, case, mode, device, effort, providers))
+            for row in rows:
+                row["commit"], row["date"] = results.environment["commit"], results.environment["date"]
             fresh += rows
             mark_noise(fresh, probe.best)
             results.add(rows)

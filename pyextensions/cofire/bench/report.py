@@ -136,6 +136,14 @@ def _environment(results: Results) -> str:
     )
 
 
+def _commits(results: Results, op: str) -> list[str]:
+    """A line for rows that were not measured with the last run."""
+    last = results.environment.get("commit")
+    rows = [r for r in results.rows if r["op"] == op and r.get("commit", last) != last]
+    found = dict.fromkeys(f"commit {r['commit']}, {r['date']}" for r in rows)
+    return [f"Measured at {'; '.join(found)}."] if found else []
+
+
 def _ceilings(results: Results) -> str:
     c = results.ceilings
     bands = ", ".join(f"{size} MiB {_digits(max(c['copy_gbs'][size], c['read_gbs'][size]))}" for size in c["copy_gbs"])
@@ -200,7 +208,7 @@ def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
                 parts.append(f"### {family}")
                 parts += [f"![{text}]({plots[key]})" for key, text in _plot_keys(results, family) if key in plots]
             before = family
-            parts += [f"#### {op}", _markdown_table(HEADINGS, lines)]
+            parts += [f"#### {op}", *_commits(results, op), _markdown_table(HEADINGS, lines)]
     return "\n\n".join(parts) if parts else "Not measured."
 
 

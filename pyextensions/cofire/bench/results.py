@@ -70,10 +70,15 @@ class Results:
         return cls(**data)
 
     def same_environment(self, other: dict[str, Any]) -> bool:
-        """Whether rows measured there may stand beside rows measured here."""
-        return {k: v for k, v in self.environment.items() if k != "date"} == {
-            k: v for k, v in other.items() if k != "date"
-        }
+        """Whether rows measured there may stand beside rows measured here: all but cofire itself is the same.
+
+        Each row says which commit it measured, and when.
+        """
+
+        def apart_from_cofire(environment: dict[str, Any]) -> dict[str, Any]:
+            return {k: v for k, v in environment.items() if k not in ("date", "commit", "cofire", "cofire_kernels")}
+
+        return apart_from_cofire(self.environment) == apart_from_cofire(other)
 
     def summary(self) -> str:
         """For people: how each operator compares with the strongest plain torch, losses included."""
