@@ -407,7 +407,7 @@ def _pick(
         return next(iter(right), None), {}, wrong
     with mode_context(mode):
         hot = "forward" if mode == "forward, cold" else mode  # a layout's rank does not depend on where the weights are
-        readings = read_in_turns({v: input.runs(p, hot) for v, p in right.items()}, input.device, 0.1, 5, 15)
+        readings = read_in_turns({v: input.runs(p, hot) for v, p in right.items()}, input.device, 0.1, 2, 15)
     times = {v: statistics.median(r) for v, r in readings.items()}
     return min(times, key=lambda v: times[v]), times, wrong
 
