@@ -3,6 +3,8 @@
 // nearest centroid of each weight (palettize).
 #include <ATen/Functions.h>
 
+#include <numeric>
+
 #include "clustering.h"
 #include "clustering_histogram.h"
 
@@ -156,6 +158,108 @@ double optimal_centroids(const Cells& cells, int64_t clusters, float* centroids)
   return previous[size];
 }
 
+// The nearest of scalar centroids by binary search, with the distances, and the choice between
+// equal ones, of a search through all: distances in fp64 grow with the true ones, so that the
+// nearest stand beside the point.
+class Sorted {
+ public:
+  Sorted(const double* c, int64_t clusters, const Rules& rules) : rules_(rules), first_(c[0]) {
+    label_.resize(clusters - 1);
+    std::iota(label_.begin(), label_.end(), 1);
+    std::stable_sort(label_.begin(), label_.end(), [&](int i, int j) { return c[i] < c[j]; });
+    while (size_ < clusters) size_ *= 2;
+    value_.assign(size_, std::numeric_limits<float>::infinity());
+    for (size_t i = 0; i < label_.size(); ++i) value_[i] = static_cast<float>(c[label_[i]]);
+  }
+
+  // Labels of `count` points, and the sum of their squared distances.
+  template <typename T>
+  double operator()(const T* points, int64_t count, uint8_t* labels) const {
+    constexpr int64_t kPoints = 64;
+    alignas(64) float x[kPoints] = {};
+    alignas(64) int32_t below[kPoints];
+    double sum = 0;
+    for (int64_t begin = 0; begin < count; begin += kPoints) {
+      const int64_t n = std::min(kPoints, count - begin);
+      for (int64_t i = 0; i < n; i += kLanes) {
+        load_f32(points + begin + i, std::min(kLanes, n - i)).store(x + i);
+      }
+      const float* value = value_.data();
+      for (int64_t i = 0; i < kPoints; ++i) below[i] = 0;
+      for (int32_t half = size_ / 2; half > 0; half /= 2) {
+        for (int64_t i = 0; i < kPoints; ++i) {
+          below[i] += value[below[i] + half - 1] <= x[i] ? half : 0;
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) {
+        const auto [label, away] = choose(x[i], below[i]);
+        labels[begin + i] = static_cast<uint8_t>(label);
+        sum += away;
+      }
+    }
+    return sum;
+  }
+
+ private:
+  static double distance(double x, double c) { return (x - c) * (x - c); }
+
+  // Centroids 1 and up are sorted; the first has rules of its own.
+  std::pair<int32_t, double> choose(double x, int32_t below) const {
+    const int32_t count = static_cast<int32_t>(label_.size());
+    const double infinity = std::numeric_limits<double>::infinity();
+    const double left = below > 0 ? distance(x, value_[below - 1]) : infinity;
+    const double right = below < count ? distance(x, value_[below]) : infinity;
+    const int32_t nearest = left <= right ? below - 1 : below;
+    const double least = std::min(left, right);
+    const int32_t next = left <= right ? below - 2 : below + 1;
+    int32_t label = count > 0 ? label_[nearest] : 0;
+    if (left == right || (next >= 0 && next < count && distance(x, value_[next]) == least)) {
+      for (int32_t i = below - 1; i >= 0 && distance(x, value_[i]) == least; --i) {
+        label = std::min(label, label_[i]);
+      }
+      for (int32_t i = below; i < count && distance(x, value_[i]) == least; ++i) {
+        label = std::min(label, label_[i]);
+      }
+    }
+    const double away = distance(x, first_);
+    const bool barred = rules_.keep_sparsity && x != 0;
+    if (!barred && away - rules_.prune_threshold <= least) return {0, away};
+    return {label, least};
+  }
+
+  Rules rules_;
+  double first_;
+  int32_t size_ = 1;
+  std::vector<float> value_;
+  std::vector<int32_t> label_;
+};
+
+constexpr int64_t kSearched = 16384;  // points of a task
+
+// Labels of scalars, partition by partition; the sums of squared distances.
+template <typename T>
+void search(const T* points, int64_t count, int64_t group_size, const double* c, int64_t partitions,
+            int64_t clusters, const Rules& rules, uint8_t* labels, float* inertia) {
+  const int64_t tasks = (std::min(group_size, count) + kSearched - 1) / kSearched;  // per partition
+  std::vector<double> sums(partitions * tasks);
+  at::parallel_for(0, partitions * tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end;) {
+      const int64_t p = t / tasks;
+      const Sorted sorted(c + p * clusters, clusters, rules);
+      for (; t < end && t / tasks == p; ++t) {
+        const int64_t from = p * group_size + t % tasks * kSearched;
+        const int64_t to = std::min({from + kSearched, (p + 1) * group_size, count});
+        if (from < to) sums[t] = sorted(points + from, to - from, labels + from);
+      }
+    }
+  });
+  for (int64_t p = 0; p < partitions; ++p) {
+    double sum = 0;
+    for (int64_t t = 0; t < tasks; ++t) sum += sums[p * tasks + t];
+    inertia[p] = static_cast<float>(sum);
+  }
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t clusters,
@@ -199,6 +303,17 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
   at::Tensor inertia = at::empty({partitions}, centroids.options());
   const at::Tensor from = centroids.to(at::kDouble).contiguous();
   const Rules rules{0, true, prune_threshold, keep_sparsity};
+  const bool counted = flat.element_size() == 2 && std::min(flat.numel(), group_size) >= kPatterns;
+  if (d == 1 && !counted && clusters >= 2 && at::isfinite(centroids).all().item<bool>()) {
+    check_finite("palettize", flat);
+    dispatch(flat.scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      search(static_cast<const T*>(flat.const_data_ptr()), flat.numel(), group_size,
+             from.const_data_ptr<double>(), partitions, clusters, rules, labels.data_ptr<uint8_t>(),
+             inertia.data_ptr<float>());
+    });
+    return {labels, inertia};
+  }
   for (int64_t p = 0; p < partitions; ++p) {
     const at::Tensor x = part(flat, p, group_size);
     const double* c = from.const_data_ptr<double>() + p * clusters * d;

@@ -637,3 +637,32 @@ def test_nan_is_refused_with_its_number(dtype: torch.dtype, size: int) -> None:
 
 def test_examples() -> None:
     check_examples(clustering)
+
+
+@pytest.mark.parametrize("clusters", [2, 3, 16, 17, 256])
+@pytest.mark.parametrize("kind", ["lattice", "equal centroids", "magnitudes", "denormal"])
+def test_labels_of_scalars_where_distances_are_equal(clusters: int, kind: str) -> None:
+    """Ties, also those that rounding makes of different distances, go to the first, as a search through all has it."""
+    rand = Random(f"{kind} {clusters}")
+    weight, centroids = rand.normal(3, 217), rand.normal(2, clusters, 1)
+    if kind == "lattice":
+        weight, centroids = (weight * 8).round() / 8, (centroids * 4).round() / 4
+    elif kind == "equal centroids":
+        centroids = centroids[:, torch.arange(clusters) // 3 * 3]
+    elif kind == "magnitudes":
+        weight, centroids = (
+            weight * 10 ** (12 * rand.normal(3, 217)),
+            centroids * 10 ** (12 * rand.normal(2, clusters, 1)),
+        )
+    else:
+        weight, centroids = weight * 1e-40, centroids * 1e-40
+    reference = OPERATORS["palettize"].reference
+    for threshold, keep in ((0.0, False), (0.01, False), (0.01, True)):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = weight.to(dtype).nan_to_num()
+            expected = reference(given, centroids, 400, threshold, keep)
+            labels, inertia = ops.palettize(
+                given, centroids, group_size=400, prune_threshold=threshold, keep_sparsity=keep
+            )
+            assert torch.equal(labels, expected[0])
+            torch.testing.assert_close(inertia, expected[1])
