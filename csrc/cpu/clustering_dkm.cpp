@@ -427,7 +427,7 @@ Forward dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Ten
   const int64_t partitions = centroids.size(0), clusters = centroids.size(1), d = centroids.size(2);
   TORCH_CHECK_VALUE(centroids.scalar_type() == at::kFloat && tau.scalar_type() == at::kFloat &&
                         tau.numel() == partitions && group_size > 0 && weight.numel() % d == 0 &&
-                        (weight.numel() + group_size - 1) / group_size == partitions,
+                        partitions_of(weight, group_size) == partitions,
                     "dkm: centroids and tau must be fp32, one for each partition");
   check_temperature("dkm", tau);
   const Call call{{eps, enforce_zero, prune_threshold, keep_sparsity},
@@ -488,7 +488,7 @@ std::tuple<at::Tensor, at::Tensor> dkm_backward(const at::Tensor& grad, const at
                         tau.scalar_type() == at::kFloat && grad.sizes() == weight.sizes() &&
                         status.numel() == partitions && tau.numel() == partitions &&
                         group_size > 0 && weight.numel() % d == 0 &&
-                        (weight.numel() + group_size - 1) / group_size == partitions,
+                        partitions_of(weight, group_size) == partitions,
                     "dkm_backward: path, status and tau must be those of dkm");
   const Call call{{eps, enforce_zero, prune_threshold, keep_sparsity},
                   gradient_of(mode),

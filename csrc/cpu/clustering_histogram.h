@@ -64,6 +64,11 @@ struct Present {
 [[noreturn]] void refuse_values(const char* name, int64_t nan, int64_t infinite);
 void check_finite(const char* name, const at::Tensor& weight);
 
+// How many partitions there are. group_size may be as large as an integer can be.
+inline int64_t partitions_of(const at::Tensor& weight, int64_t group_size) {
+  return weight.numel() / group_size + (weight.numel() % group_size != 0);
+}
+
 // Consecutive weights of partition p.
 inline at::Tensor part(const at::Tensor& flat, int64_t p, int64_t group_size) {
   return flat.slice(0, p * group_size, std::min(flat.numel(), (p + 1) * group_size));

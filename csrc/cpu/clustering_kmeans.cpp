@@ -269,7 +269,7 @@ std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t cl
   TORCH_CHECK_VALUE(clusters >= 2 && group_size >= 1 && weight.numel() > 0,
                     "kmeans1d: there must be weights, and at least two clusters");
   const at::Tensor flat = weight.contiguous().view(-1);
-  const int64_t partitions = (flat.numel() + group_size - 1) / group_size;
+  const int64_t partitions = partitions_of(flat, group_size);
   at::Tensor centroids = at::empty({partitions, clusters, 1}, flat.options().dtype(at::kFloat));
   at::Tensor inertia = at::empty({partitions}, centroids.options());
   at::parallel_for(0, partitions, 1, [&](int64_t begin, int64_t end) {
@@ -294,7 +294,7 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
   }
   TORCH_CHECK_VALUE(centroids.scalar_type() == at::kFloat && clusters <= 256 && group_size > 0 &&
                         weight.numel() % d == 0 && group_size % d == 0 &&
-                        (weight.numel() + group_size - 1) / group_size == partitions,
+                        partitions_of(weight, group_size) == partitions,
                     "palettize: centroids must be fp32, for each partition");
   const at::Tensor flat = weight.contiguous().view(-1);
   at::Tensor labels =

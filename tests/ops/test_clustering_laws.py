@@ -306,3 +306,12 @@ def test_reference_and_kernel_find_the_same_fixed_point() -> None:
     _, expected, expected_status = clustering._dkm_reference(*args)
     assert status.tolist() == expected_status.tolist() == [0]
     assert relative(path[-1], expected[-1]) <= 1e-11 and math.isfinite(path.sum().item())
+
+
+def test_a_group_may_be_larger_than_any_tensor() -> None:
+    weight, size = gaussian(300, torch.float32), 2**63 - 1
+    centroids, inertia = ops.kmeans1d(weight, 4, group_size=size)
+    assert torch.equal(centroids, ops.kmeans1d(weight, 4)[0]) and inertia.shape == (1,)
+    assert torch.equal(ops.palettize(weight, centroids, group_size=size)[0], ops.palettize(weight, centroids)[0])
+    one, other = (ops.dkm(weight, centroids, rho=0.1, group_size=g).output for g in (size, None))
+    assert torch.equal(one, other)
