@@ -446,29 +446,31 @@ Forward dkm(const at::Tensor& weight, const at::Tensor& centroids, const at::Ten
                    heat = tau.to(at::kDouble).contiguous();
   at::Tensor flat_output = output.view(-1);
   const Path to{path.data_ptr<double>(), partitions, clusters * d};
-  each_partition(partitions, [&](int64_t p) {
-    const at::Tensor x = part(flat, p, group_size);
-    at::Tensor y = part(flat_output, p, group_size);
-    const double* from = start.const_data_ptr<double>() + p * to.width;
-    const Centroids c(from, from + to.width);
-    const double t = heat.const_data_ptr<double>()[p];
-    std::vector<Centroids> found;
-    Status state;
-    switch (way_of(flat, x.numel(), d, call.gradient)) {
-      case Way::kTable:
-        state = table_forward(call, x, c, t, y, found);
-        break;
-      case Way::kExact:
-        with_dimension(
-            d, [&](auto dim) { state = stream_forward<double, dim()>(call, x, c, t, y, found); });
-        break;
-      case Way::kStream:
-        with_dimension(
-            d, [&](auto dim) { state = stream_forward<float, dim()>(call, x, c, t, y, found); });
-        break;
-    }
-    to.put(p, found);
-    status.data_ptr<int32_t>()[p] = state;
+  counting_all("dkm", flat, [&] {
+    each_partition(partitions, [&](int64_t p) {
+      const at::Tensor x = part(flat, p, group_size);
+      at::Tensor y = part(flat_output, p, group_size);
+      const double* from = start.const_data_ptr<double>() + p * to.width;
+      const Centroids c(from, from + to.width);
+      const double t = heat.const_data_ptr<double>()[p];
+      std::vector<Centroids> found;
+      Status state;
+      switch (way_of(flat, x.numel(), d, call.gradient)) {
+        case Way::kTable:
+          state = table_forward(call, x, c, t, y, found);
+          break;
+        case Way::kExact:
+          with_dimension(
+              d, [&](auto dim) { state = stream_forward<double, dim()>(call, x, c, t, y, found); });
+          break;
+        case Way::kStream:
+          with_dimension(
+              d, [&](auto dim) { state = stream_forward<float, dim()>(call, x, c, t, y, found); });
+          break;
+      }
+      to.put(p, found);
+      status.data_ptr<int32_t>()[p] = state;
+    });
   });
   return {output, path, status};
 }

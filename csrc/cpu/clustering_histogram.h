@@ -64,6 +64,17 @@ struct Present {
 [[noreturn]] void refuse_values(const char* name, int64_t nan, int64_t infinite);
 void check_finite(const char* name, const at::Tensor& weight);
 
+// What visits partitions one by one. If it refuses the values of one, the sentence counts all.
+template <typename F>
+void counting_all(const char* name, const at::Tensor& weight, F&& visit) {
+  try {
+    visit();
+  } catch (const c10::ValueError&) {
+    check_finite(name, weight);
+    throw;
+  }
+}
+
 // How many partitions there are. group_size may be as large as an integer can be.
 inline int64_t partitions_of(const at::Tensor& weight, int64_t group_size) {
   return weight.numel() / group_size + (weight.numel() % group_size != 0);

@@ -272,14 +272,17 @@ std::tuple<at::Tensor, at::Tensor> kmeans1d(const at::Tensor& weight, int64_t cl
   const int64_t partitions = partitions_of(flat, group_size);
   at::Tensor centroids = at::empty({partitions, clusters, 1}, flat.options().dtype(at::kFloat));
   at::Tensor inertia = at::empty({partitions}, centroids.options());
-  at::parallel_for(0, partitions, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      const at::Tensor x = part(flat, p, group_size);
-      if (x.scalar_type() == at::kFloat) check_finite("kmeans1d", x);
-      const Cells cells = x.scalar_type() == at::kFloat ? cells_of_floats(x) : cells_of_patterns(x);
-      inertia.data_ptr<float>()[p] = static_cast<float>(
-          optimal_centroids(cells, clusters, centroids.data_ptr<float>() + p * clusters));
-    }
+  counting_all("kmeans1d", flat, [&] {
+    at::parallel_for(0, partitions, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const at::Tensor x = part(flat, p, group_size);
+        if (x.scalar_type() == at::kFloat) check_finite("kmeans1d", x);
+        const Cells cells =
+            x.scalar_type() == at::kFloat ? cells_of_floats(x) : cells_of_patterns(x);
+        inertia.data_ptr<float>()[p] = static_cast<float>(
+            optimal_centroids(cells, clusters, centroids.data_ptr<float>() + p * clusters));
+      }
+    });
   });
   return {centroids, inertia};
 }
@@ -314,35 +317,38 @@ std::tuple<at::Tensor, at::Tensor> palettize(const at::Tensor& weight, const at:
     });
     return {labels, inertia};
   }
-  for (int64_t p = 0; p < partitions; ++p) {
-    const at::Tensor x = part(flat, p, group_size);
-    const double* c = from.const_data_ptr<double>() + p * clusters * d;
-    const std::vector<double> palette(c, c + clusters * d);
-    uint8_t* out = labels.data_ptr<uint8_t>() + p * group_size / d;
-    double sum = 0;
-    if (d == 1 && x.element_size() == 2 && x.numel() >= kPatterns) {
-      const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
-      std::vector<uint32_t> counts(kPatterns);
-      std::vector<uint8_t> table(kPatterns);
-      count_patterns(patterns, x.numel(), counts.data());
-      const Present present(counts.data(), x.scalar_type(), "palettize");
-      const TablePoints points{present.x.data(), present.n.data(), nullptr, present.size()};
-      Passes<TablePoints>{points, clusters, 1, rules}.nearest(
-          palette, &sum, [&](int64_t u, int64_t label) {
-            table[present.patterns[u]] = static_cast<uint8_t>(label);
-          });
-      look_up_patterns(patterns, x.numel(), table.data(), out);
-    } else {
-      check_finite("palettize", x);
-      with_dimension(d, [&](auto dim) {
-        const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(),
-                                                 x.numel() / d};
-        Passes<StreamPoints<double, dim()>>{points, clusters, 1, rules}.nearest(
-            palette, &sum, [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
-      });
+  counting_all("palettize", flat, [&] {
+    for (int64_t p = 0; p < partitions; ++p) {
+      const at::Tensor x = part(flat, p, group_size);
+      const double* c = from.const_data_ptr<double>() + p * clusters * d;
+      const std::vector<double> palette(c, c + clusters * d);
+      uint8_t* out = labels.data_ptr<uint8_t>() + p * group_size / d;
+      double sum = 0;
+      if (d == 1 && x.element_size() == 2 && x.numel() >= kPatterns) {
+        const auto* patterns = static_cast<const uint16_t*>(x.const_data_ptr());
+        std::vector<uint32_t> counts(kPatterns);
+        std::vector<uint8_t> table(kPatterns);
+        count_patterns(patterns, x.numel(), counts.data());
+        const Present present(counts.data(), x.scalar_type(), "palettize");
+        const TablePoints points{present.x.data(), present.n.data(), nullptr, present.size()};
+        Passes<TablePoints>{points, clusters, 1, rules}.nearest(
+            palette, &sum, [&](int64_t u, int64_t label) {
+              table[present.patterns[u]] = static_cast<uint8_t>(label);
+            });
+        look_up_patterns(patterns, x.numel(), table.data(), out);
+      } else {
+        check_finite("palettize", x);
+        with_dimension(d, [&](auto dim) {
+          const StreamPoints<double, dim()> points{x.const_data_ptr(), nullptr, x.scalar_type(),
+                                                   x.numel() / d};
+          Passes<StreamPoints<double, dim()>>{points, clusters, 1, rules}.nearest(
+              palette, &sum,
+              [&](int64_t i, int64_t label) { out[i] = static_cast<uint8_t>(label); });
+        });
+      }
+      inertia.data_ptr<float>()[p] = static_cast<float>(sum);
     }
-    inertia.data_ptr<float>()[p] = static_cast<float>(sum);
-  }
+  });
   return {labels, inertia};
 }
 

@@ -315,3 +315,21 @@ def test_a_group_may_be_larger_than_any_tensor() -> None:
     assert torch.equal(ops.palettize(weight, centroids, group_size=size)[0], ops.palettize(weight, centroids)[0])
     one, other = (ops.dkm(weight, centroids, rho=0.1, group_size=g).output for g in (size, None))
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [64, 20_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_number_of_refused_values_is_that_of_all_partitions(dtype: torch.dtype, size: int) -> None:
+    weight = gaussian(4 * size, dtype)
+    weight[[3, size + 1, size + 2]] = torch.nan
+    weight[-1] = torch.inf
+    start = torch.linspace(-0.04, 0.04, 4).expand(4, 4)[:, :, None]
+    calls = {
+        "dkm": lambda: ops.dkm(weight, start, rho=0.1, group_size=size),
+        "kmeans1d": lambda: ops.kmeans1d(weight, 4, group_size=size),
+        "palettize": lambda: ops.palettize(weight, start, group_size=size),
+    }
+    for name, call in calls.items():
+        for count in (1, 2):
+            with threads(count), pytest.raises(ValueError, match=f"^{name}: .* got 3 NaN and 1 infinite values$"):
+                call()
