@@ -125,6 +125,13 @@ Centroids fixed_point(const Passes<P>& passes, Centroids c, int64_t iterations, 
   return status == kConverged ? c : advance(kFallbackIterations);
 }
 
+// As the centroids are returned and stored, in fp32: what is nearest must not depend on more.
+Centroids stored(const Centroids& c) {
+  Centroids result(c);
+  for (double& x : result) x = static_cast<double>(static_cast<float>(x));
+  return result;
+}
+
 // The centroids from start to end; `path` is written with a stride of one partition.
 template <typename P>
 std::vector<Centroids> forward_path(const Passes<P>& passes, const Centroids& start,
@@ -278,8 +285,8 @@ Status table_forward(const Call& call, const at::Tensor& weight, const Centroids
       };
       if (call.hard) {
         double inertia;
-        passes.nearest(path.back(), &inertia,
-                       [&](int64_t u, int64_t label) { put(u, path.back()[label]); });
+        const Centroids final = stored(path.back());
+        passes.nearest(final, &inertia, [&](int64_t u, int64_t label) { put(u, final[label]); });
       } else {
         passes.apply(attended(path, call.gradient), path.back(),
                      [&](int64_t first, int64_t count, const double (&out)[1][kBlock]) {
@@ -349,9 +356,10 @@ Status stream_forward(const Call& call, const at::Tensor& weight, const Centroid
     T* to = static_cast<T*>(output.data_ptr());
     if (call.hard) {
       double inertia;
-      passes.nearest(path.back(), &inertia, [&](int64_t i, int64_t label) {
+      const Centroids final = stored(path.back());
+      passes.nearest(final, &inertia, [&](int64_t i, int64_t label) {
         for (int d = 0; d < D; ++d) {
-          to[i * D + d] = static_cast<T>(static_cast<float>(path.back()[label * D + d]));
+          to[i * D + d] = static_cast<T>(static_cast<float>(final[label * D + d]));
         }
       });
     } else {

@@ -333,3 +333,16 @@ def test_the_number_of_refused_values_is_that_of_all_partitions(dtype: torch.dty
         for count in (1, 2):
             with threads(count), pytest.raises(ValueError, match=f"^{name}: .* got 3 NaN and 1 infinite values$"):
                 call()
+
+
+@pytest.mark.parametrize("repeats", [1, 600])  # by weight and by value
+@pytest.mark.parametrize("grad", ["unroll", "jfb"])
+def test_hard_output_is_what_will_be_stored_where_centroids_are_almost_equally_near(grad: str, repeats: int) -> None:
+    """The palette that is stored is fp32: the nearest of its centroids is chosen, not of those before the rounding."""
+    rand = torch.Generator().manual_seed(0)
+    for tau in (1e-4, 1e-3, 0.1) * (400 if repeats == 1 else 40):
+        weight = torch.randint(-8, 9, (20,), generator=rand).div(8).bfloat16().repeat(repeats)
+        start = torch.randint(-8, 9, (1, 3, 1), generator=rand) / 8
+        out, centroids, _ = ops.dkm(weight, start, tau=tau, eps=0.0, iterations=1, grad=grad, forward="hard_ste")
+        labels, _ = ops.palettize(weight, centroids)
+        assert torch.equal(out, centroids[0, labels.int(), 0].bfloat16())
