@@ -30,9 +30,13 @@ Gradient gradient_of(c10::string_view name) {
   return name == "implicit" ? Gradient::kImplicit : Gradient::kJfb;
 }
 
+// NaN if there is one: it is less than nothing, and no residual that ends a search.
 double largest(const std::vector<double>& v) {
   double result = 0;
-  for (double x : v) result = std::max(result, std::abs(x));
+  for (double x : v) {
+    if (std::isnan(x)) return x;
+    result = std::max(result, std::abs(x));
+  }
   return result;
 }
 

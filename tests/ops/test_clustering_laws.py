@@ -346,3 +346,12 @@ def test_hard_output_is_what_will_be_stored_where_centroids_are_almost_equally_n
         out, centroids, _ = ops.dkm(weight, start, tau=tau, eps=0.0, iterations=1, grad=grad, forward="hard_ste")
         labels, _ = ops.palettize(weight, centroids)
         assert torch.equal(out, centroids[0, labels.int(), 0].bfloat16())
+
+
+@pytest.mark.usefixtures("forgetful")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_centroids_that_are_no_numbers_are_no_fixed_point(dtype: torch.dtype) -> None:
+    start = torch.full((1, 4, 1), torch.nan)
+    with pytest.warns(UserWarning, match="^dkm: Newton's method found no fixed point"):
+        found = ops.dkm(gaussian(9000, dtype), start, tau=0.1, grad="implicit")
+    assert found.status.tolist() == [2] and found.output.isnan().all()
