@@ -355,3 +355,18 @@ def test_centroids_that_are_no_numbers_are_no_fixed_point(dtype: torch.dtype) ->
     with pytest.warns(UserWarning, match="^dkm: Newton's method found no fixed point"):
         found = ops.dkm(gaussian(9000, dtype), start, tau=0.1, grad="implicit")
     assert found.status.tolist() == [2] and found.output.isnan().all()
+
+
+def test_values_of_bins_do_not_remember_who_asked_first() -> None:
+    expected = bits(bin_values(torch.float16))
+    with torch.inference_mode():
+        bin_values(torch.float16).zero_()
+    with torch.device("meta"):
+        assert bin_values(torch.float16).device.type == "cpu"
+    bin_values(torch.float16).zero_()
+    values = bin_values(torch.float16)
+    assert torch.equal(bits(values), expected)
+    counts = torch.zeros(1, 65536, dtype=torch.int32)
+    counts[0, 40_000:40_009] = 1
+    start = values[[40_001, 40_006]][None].requires_grad_()
+    ops.dkm_tables(values, counts, start, 0.1)[0].sum().backward()  # saves the values: no inference tensor

@@ -17,7 +17,6 @@ Differentiable k-Means", 2023 (implicit and Jacobian-free gradients).
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from collections.abc import Iterator
@@ -65,16 +64,11 @@ FALLBACK_ITERATIONS = 50
 # ------------------------------------------------------------------------------------------- 16-bit values
 
 
-@functools.cache
-def _bin_values(dtype: torch.dtype) -> Tensor:
-    bits = torch.arange(BINS, dtype=torch.int32)
-    bits = torch.where(bits < BINS // 2, bits ^ 0xFFFF, bits ^ 0x8000)
-    return bits.to(torch.uint16).view(dtype).float()
-
-
 def bin_values(dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """The value of each bin of :func:`histogram16`: fp32 ``[65536]``, ascending; NaN at both ends."""
-    return _bin_values(dtype).to(device)
+    place = torch.arange(BINS, dtype=torch.int32, device=device)
+    bits = torch.where(place < BINS // 2, place ^ 0xFFFF, place ^ 0x8000)
+    return bits.to(torch.int16).view(dtype).float()
 
 
 def bins_of(input: Tensor) -> Tensor:
