@@ -17,14 +17,20 @@ namespace {
 constexpr int64_t kExactWeights = 4096;
 
 // Neighbouring weights that stay together: running count, sum and sum of squares about `shift`.
+// What is near the others must be subtracted from them before it is squared: a sum of squares about
+// zero holds no digits of a small variance.
 struct Cells {
   std::vector<double> count{0.0}, sum{0.0}, square{0.0};
   double shift = 0;
+  double within = 0;  // squared distances of the weights to the means of their cells
 
-  void add(double n, double s, double q) {
+  // n weights about `base` with sum s and sum of squares q.
+  void add(double base, double n, double s = 0, double q = 0) {
+    const double away = base - shift;
     count.push_back(count.back() + n);
-    sum.push_back(sum.back() + s - n * shift);
-    square.push_back(square.back() + q - 2 * shift * s + n * shift * shift);
+    sum.push_back(sum.back() + s + n * away);
+    square.push_back(square.back() + q + 2 * away * s + n * away * away);
+    within += std::max(0.0, q - s * s / n);
   }
   int64_t size() const { return static_cast<int64_t>(count.size()) - 1; }
   // Squared distances of the cells [first, last) to their mean.
@@ -49,7 +55,7 @@ Cells cells_of_patterns(const at::Tensor& weight) {
     double n = present.n[u];
     const double x = present.x[u];
     if (u + 1 < present.size() && present.x[u + 1] == x) n += present.n[++u];  // -0 and 0
-    cells.add(n, n * x, n * x * x);
+    cells.add(x, n);
   }
   return cells;
 }
@@ -58,23 +64,28 @@ Cells cells_of_floats(const at::Tensor& weight) {
   const float* w = weight.const_data_ptr<float>();
   const int64_t n = weight.numel();
   Cells cells;
-  double total = 0;
-  for (int64_t i = 0; i < n; ++i) total += static_cast<double>(w[i]);
-  cells.shift = total / static_cast<double>(n);
   if (n <= kExactWeights) {
+    double total = 0;
+    for (int64_t i = 0; i < n; ++i) total += static_cast<double>(w[i]);
+    cells.shift = total / static_cast<double>(n);
     std::vector<float> sorted(w, w + n);
     std::sort(sorted.begin(), sorted.end());
     for (int64_t i = 0; i < n;) {
       int64_t j = i;
       while (j < n && sorted[j] == sorted[i]) ++j;
-      const double x = static_cast<double>(sorted[i]), m = static_cast<double>(j - i);
-      cells.add(m, m * x, m * x * x);
+      cells.add(static_cast<double>(sorted[i]), static_cast<double>(j - i));
       i = j;
     }
     return cells;
   }
   struct Moments {
-    double n = 0, s = 0, q = 0;
+    double n = 0, s = 0, q = 0;  // about the weight of no more than the leading bits
+  };
+  const auto leading = [](uint32_t bits) {
+    bits &= 0xFFFF0000u;
+    float base;
+    std::memcpy(&base, &bits, 4);
+    return static_cast<double>(base);
   };
   const int64_t chunks = std::clamp<int64_t>(n >> 18, 1, 4);
   std::vector<Moments> moments(chunks * kPatterns);
@@ -85,22 +96,32 @@ Cells cells_of_floats(const at::Tensor& weight) {
         uint32_t bits;
         std::memcpy(&bits, w + i, 4);
         Moments& m = mine[bits >> 16];
-        const double x = static_cast<double>(w[i]);
+        const double x = static_cast<double>(w[i]) - leading(bits);
         m.n += 1;
         m.s += x;
         m.q += x * x;
       }
     }
   });
-  for (int64_t bin = 0; bin < kPatterns; ++bin) {
-    Moments all;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const Moments& m = moments[chunk * kPatterns + pattern_of_bin(bin)];
+  const auto base_of = [&](int64_t pattern) {
+    return leading(static_cast<uint32_t>(pattern) << 16);
+  };
+  double total = 0;
+  for (int64_t pattern = 0; pattern < kPatterns; ++pattern) {
+    Moments& all = moments[pattern];
+    for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+      const Moments& m = moments[chunk * kPatterns + pattern];
       all.n += m.n;
       all.s += m.s;
       all.q += m.q;
     }
-    if (all.n > 0) cells.add(all.n, all.s, all.q);
+    if (all.n > 0) total += all.n * base_of(pattern) + all.s;
+  }
+  cells.shift = total / static_cast<double>(n);
+  for (int64_t bin = 0; bin < kPatterns; ++bin) {
+    const int64_t pattern = pattern_of_bin(bin);
+    const Moments& all = moments[pattern];
+    if (all.n > 0) cells.add(base_of(pattern), all.n, all.s, all.q);
   }
   return cells;
 }
@@ -134,7 +155,7 @@ double optimal_centroids(const Cells& cells, int64_t clusters, float* centroids)
       const int64_t i = std::min(k, size - 1);
       centroids[k] = static_cast<float>(cells.mean(i, i + 1));
     }
-    return 0;
+    return cells.within;
   }
   const double infinity = std::numeric_limits<double>::infinity();
   std::vector<double> previous(size + 1, infinity), best(size + 1, infinity);

@@ -370,3 +370,17 @@ def test_values_of_bins_do_not_remember_who_asked_first() -> None:
     counts[0, 40_000:40_009] = 1
     start = values[[40_001, 40_006]][None].requires_grad_()
     ops.dkm_tables(values, counts, start, 0.1)[0].sum().backward()  # saves the values: no inference tensor
+
+
+def test_optimal_inertia_is_that_of_the_weights() -> None:
+    """Also where weights that stay together are not one number, and where they are far from zero for their spread."""
+    rand = torch.Generator().manual_seed(0)
+    together = 1 + torch.rand(9000, generator=rand) / 256  # one leading pattern, fewer than clusters
+    far = 1 + torch.randint(0, 40, (500,), generator=rand) * 2.0**-23
+    apart = far.double() - 1
+    for clusters in (2, 4, 8):
+        centroids, inertia = ops.kmeans1d(together, clusters)
+        distance = (together.double()[:, None] - centroids[0, :, 0].double()).square().amin(1).sum()
+        torch.testing.assert_close(inertia[0].double(), distance, rtol=1e-5, atol=0)
+        _, expected = ops.kmeans1d(apart.float(), clusters)
+        torch.testing.assert_close(ops.kmeans1d(far, clusters)[1], expected, rtol=1e-5, atol=0)

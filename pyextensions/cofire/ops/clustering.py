@@ -1130,27 +1130,33 @@ def _validate_kmeans1d(weight: Tensor, clusters: int, group_size: int) -> None:
         refuse("kmeans1d", f"group_size must be at least 1, got {group_size}")
 
 
-def _cells(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, sum and sum of squares about ``shift``, fp64, of the weights that stay together, in ascending order."""
+def _cells(x: Tensor, shift: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Of the weights that stay together, in ascending order: count, sum and sum of squares about ``shift``, fp64.
+
+    And the squared distances of all weights to the means of their cells.
+    """
     wide = x.double() - shift
-    if x.dtype in HALVES or x.numel() <= EXACT_WEIGHTS:
+    exact = x.dtype in HALVES or x.numel() <= EXACT_WEIGHTS
+    if exact:
         place = x.double().unique(return_inverse=True)[1]
     else:
         place = (x.float().view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
         place = bins_of(place).unique(return_inverse=True)[1]
     zeros = wide.new_zeros(int(place.max()) + 1)
-    return tuple(zeros.index_add(0, place, moment) for moment in (torch.ones_like(wide), wide, wide.square()))  # type: ignore[return-value]
+    moments = tuple(zeros.index_add(0, place, moment) for moment in (torch.ones_like(wide), wide, wide.square()))
+    within = wide.new_zeros(()) if exact else (wide - (moments[1] / moments[0])[place]).square().sum()
+    return moments, within
 
 
 def _optimal_centroids(x: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """By dynamic programming over the cells: the best k clusters of the first j cells end with the best last cluster."""
     shift = x.double().mean()
-    moments = _cells(x, shift)
+    moments, within = _cells(x, shift)
     count, total, square = (torch.cat((m.new_zeros(1), m.cumsum(0))) for m in moments)
     cells = len(count) - 1
     if cells <= clusters:
         values = moments[1] / moments[0] + shift
-        return torch.cat((values, values[-1:].expand(clusters - cells))), square.new_zeros(())
+        return torch.cat((values, values[-1:].expand(clusters - cells))), within
     best = square.new_full((cells + 1,), math.inf)
     best[0] = 0
     choices = []
