@@ -148,8 +148,8 @@ inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
 }
 
 // 2^s of what is not positive, to a unit or two in the last place. The library's vector routine is
-// a call that spills every register. Less than 2^-100 is zero: it changes no sum, and denormal
-// numbers cost a hundred cycles each.
+// a call that spills every register. Less than 2^-100 (in fp64 2^-500, whose square is a normal
+// number too) is zero: denormal numbers cost a hundred cycles each.
 template <typename R>
 inline VecOf<R> power_of_two(const VecOf<R>& s) {
   using V = VecOf<R>;
@@ -174,7 +174,7 @@ inline VecOf<R> power_of_two(const VecOf<R>& s) {
   COFIRE_UNROLL for (int i = degree - 1; i >= 0; --i) {
     p = at::vec::fmadd(p, r, V(coefficients[i]));
   }
-  return where_greater<R>(s, V(R(-100)), scale_by_power<R>(p, n));
+  return where_greater<R>(s, V(R(wide ? -500 : -100)), scale_by_power<R>(p, n));
 }
 
 // The attention of the points of a block to centroids c [K, D].

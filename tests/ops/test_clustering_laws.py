@@ -384,3 +384,11 @@ def test_optimal_inertia_is_that_of_the_weights() -> None:
         torch.testing.assert_close(inertia[0].double(), distance, rtol=1e-5, atol=0)
         _, expected = ops.kmeans1d(apart.float(), clusters)
         torch.testing.assert_close(ops.kmeans1d(far, clusters)[1], expected, rtol=1e-5, atol=0)
+
+
+def test_little_attention_is_not_none() -> None:
+    """A cluster is empty where its attention is zero in fp32 too: with 2^-117 it is not, as by the reference."""
+    weight, start = torch.tensor([0.0, 0.1, 0.2, 0.3], dtype=torch.bfloat16), torch.tensor([[[0.0], [9.0]]])
+    found = ops.dkm(weight, start, tau=1.0, eps=0.0, iterations=1).centroids
+    args = (weight, start, torch.ones(1), 4, 1, 0.0, False, 0.0, False, "soft", "unroll")
+    torch.testing.assert_close(found.double(), clustering._dkm_reference(*args)[1][-1], rtol=1e-5, atol=0)
