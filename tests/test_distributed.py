@@ -194,6 +194,11 @@ def test_sharded_tensors_and_groups(tmp_path):
         ),
         (lambda w, c: dkm_sharded(w, c), ValueError, "dkm_sharded: one of tau and rho must be given"),
         (lambda w, c: dkm_sharded(w, c, rho=1.0, tau=1.0), ValueError, "dkm_sharded: one of tau and rho must be given"),
+        (
+            lambda w, c: dkm_sharded(w, c, tau=torch.ones(2)),
+            ValueError,
+            r"dkm_sharded: tau must be a number or have shape \[1\], got \[2\]",
+        ),
         (lambda w, c: dkm_sharded(w, c, rho=0.0), ValueError, "dkm_sharded: rho must be positive and finite, got 0.0"),
         (
             lambda w, c: dkm_sharded(w, c, rho=1.0, forward="x"),

@@ -123,8 +123,7 @@ def dkm_sharded(
     Raises:
         TypeError: weights that are not 16-bit; centroids that are not fp32.
         ValueError: more than one palette, vectors, a number that does not fit, NaN or infinity in any part, a ``DTensor``
-            with another placement.
-        RuntimeError: no process group.
+            with another placement; no process group.
 
     Example:
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -143,7 +142,10 @@ def dkm_sharded(
     else:
         if not isinstance(tau, Tensor):
             check_number("dkm_sharded", tau=tau)
-        heat = torch.as_tensor(tau, dtype=centroids.dtype, device=centroids.device).expand(1)
+        heat = torch.as_tensor(tau, dtype=centroids.dtype, device=centroids.device)
+        if heat.numel() != 1 or heat.dim() > 1:
+            refuse("dkm_sharded", f"tau must be a number or have shape [1], got {shape_of(heat)}")
+        heat = heat.expand(1)
     sharded = cast(Any, local_weight) if hasattr(local_weight, "to_local") else None
     if sharded is not None:
         process_group = _group_of(sharded) if process_group is None else process_group
