@@ -154,6 +154,15 @@ def test_histogram16_is_bincount(patterns: list[int], dtype: torch.dtype) -> Non
     )
 
 
+@pytest.mark.parametrize("size", [*range(18), 1000, 40_000, 300_001, 2**20 + 3])
+@pytest.mark.parametrize("kind", ["alike", "half_zeros", "spread"])
+def test_histogram16_of_patterns_that_repeat_and_that_do_not(kind: str, size: int) -> None:
+    weight = torch.randn(size, generator=torch.Generator().manual_seed(0)).half()
+    weight = {"alike": torch.full_like(weight, 0.5), "half_zeros": weight.clamp(min=0), "spread": weight}[kind]
+    expected = torch.bincount(bins_of(weight), minlength=BINS)
+    assert torch.equal(ops.histogram16(weight).long(), expected)
+
+
 def test_what_is_not_finite_stays_in_its_bin() -> None:
     x = torch.tensor([1.0, 2.0, 1.0], dtype=torch.bfloat16)
     sums = ops.scatter16(x, torch.tensor([torch.nan, 1.0, 2.0]))
