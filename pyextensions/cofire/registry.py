@@ -142,6 +142,7 @@ def register(operator: Operator) -> Operator:
         LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
     _register_flops(operator)
     OPERATORS[name] = operator
+    assert operator.overload is not None  # found now: the compiler cannot trace a property that takes a lock
     return operator
 
 
