@@ -1,0 +1,215 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of the family share: a weight as it is stored, the layout that
+// products read, and the one loop that all products of floats end in.
+//
+// A packed weight goes by blocks of 16 rows and, within one, by steps of 32
+// columns. A step holds `bits` vectors of 64 bytes: its codes are cut into planes
+// of 8, 4, 2 or 1 bits (7 = 4 + 2 + 1, low bits first), and in a plane of w bits
+// byte 4 n + i of vector v holds, from its low bits up, the codes of row n at the
+// columns 4 q + i of the quads q = 8/w v, 8/w v + 1, ... A shift and a mask thus
+// turn a vector into 16 rows of four neighbouring columns: what vpdpbusd eats.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "lowbit_simd.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace lowbit {
+
+using MaybeTensor = std::optional<at::Tensor>;
+
+constexpr int64_t kBlock = 16;  // rows of a block
+constexpr int64_t kStep = 32;   // columns of a step
+constexpr int64_t kWidth = kTileBlocks * kBlock;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A weight as it is stored, everything but the codes in fp32.
+struct Stored {
+  Stored(const at::Tensor& codes, const MaybeTensor& scale, const MaybeTensor& zero,
+         const MaybeTensor& offset, const MaybeTensor& lut, int64_t bits, int64_t group_size,
+         int64_t columns);
+
+  // Codes of columns [start, start + count), start a multiple of 8.
+  void codes_of(int64_t row, int64_t start, int64_t count, uint8_t* out) const;
+  // The weight itself, each operation rounded by itself; `bytes`: scratch for `count` codes and 16.
+  void values_of(int64_t row, int64_t start, int64_t count, uint8_t* bytes, float* out) const;
+
+  const float* table_of(int64_t row) const {
+    return lut.defined() ? lut.const_data_ptr<float>() + row / partition_rows * (1 << bits)
+                         : nullptr;
+  }
+  float scale_of(int64_t row, int64_t group) const {
+    return scale.defined() ? scale.const_data_ptr<float>()[row * groups + group] : 1.0f;
+  }
+  float zero_of(int64_t row, int64_t group) const {
+    if (!zero.defined()) return 0.0f;
+    return zero.const_data_ptr<float>()[one_zero ? 0 : row * groups + group];
+  }
+  float offset_of(int64_t row, int64_t group) const {
+    return offset.defined() ? offset.const_data_ptr<float>()[row * groups + group] : 0.0f;
+  }
+
+  at::Tensor codes, scale, zero, offset, lut;
+  int64_t rows, columns, bits, group, groups, row_bytes, partition_rows;
+  bool one_zero, int8_lut;
+};
+
+// The layout of the products. Padding is zero: codes, scales and shifts.
+struct Packed {
+  explicit Packed(const Stored& stored);
+  void set_scales(const Stored& stored);
+
+  const uint8_t* step(int64_t block, int64_t s) const {
+    return codes.const_data_ptr<uint8_t>() + (block * steps + s) * bits * 64;
+  }
+
+  int64_t rows, columns, bits, group, groups, blocks, steps;
+  at::Tensor codes;          // uint8
+  at::Tensor scale, shift;   // fp32 [groups, 16 blocks]: y += scale sum(V x) + shift sum(x)
+  at::Tensor table;          // fp32 [P, max(16, 2^bits)]: V
+  at::Tensor bytes;          // uint8, of the same shape: V + 128 where V are bytes, else undefined
+  at::Tensor byte_shift;     // `shift` with bytes: V + 128 moves it by -128 scale
+  int64_t partition_blocks;  // blocks that share a row of the tables
+};
+
+// Whether products read the packed layout: groups of whole steps and, where there are several
+// tables, one for each block.
+inline bool can_pack(const Stored& w) {
+  const bool steps = w.groups == 1 || w.group % kStep == 0;
+  const bool tables = !w.lut.defined() || w.lut.size(0) == 1 || w.partition_rows % kBlock == 0;
+  return steps && tables;
+}
+
+// The packed layout, kept for as long as the tensors live and do not change.
+std::shared_ptr<const Packed> packed(const at::Tensor& codes, const MaybeTensor& scale,
+                                     const MaybeTensor& zero, const MaybeTensor& offset,
+                                     const MaybeTensor& lut, const Stored& stored);
+
+// The planes of one step of a block, decoded to quads.
+template <int Bits>
+struct Planes {
+  W16 v[Bits];
+
+  explicit COFIRE_INLINE Planes(const uint8_t* p) {
+    unrolled<Bits>([&](auto i) __attribute__((always_inline)) { v[i] = W16::load(p + 64 * i); });
+  }
+
+  // The plane of width W whose codes start at bit Low and whose vectors start at First.
+  template <int W, int Low, int First, int Q>
+  COFIRE_INLINE W16 field() const {
+    constexpr int fields = 8 / W, shift = W * (Q % fields);
+    constexpr uint32_t mask = 0x01010101u * ((1u << W) - 1) << Low;
+    const W16 from = v[First + Q / fields];
+    if constexpr (W == 8) return from;
+    if constexpr (shift >= Low)
+      return shift_right<shift - Low>(from) & W16::all(mask);
+    else
+      return shift_left<Low - shift>(from) & W16::all(mask);
+  }
+
+  // Row n, columns 4 Q to 4 Q + 3: the bytes of lane n.
+  template <int Q>
+  COFIRE_INLINE W16 quad() const {
+    if constexpr (Bits == 8) return field<8, 0, 0, Q>();
+    if constexpr (Bits == 4) return field<4, 0, 0, Q>();
+    if constexpr (Bits == 2) return field<2, 0, 0, Q>();
+    if constexpr (Bits == 1) return field<1, 0, 0, Q>();
+    if constexpr (Bits == 3) return field<2, 0, 0, Q>() | field<1, 2, 2, Q>();
+    if constexpr (Bits == 5) return field<4, 0, 0, Q>() | field<1, 4, 4, Q>();
+    if constexpr (Bits == 6) return field<4, 0, 0, Q>() | field<2, 4, 4, Q>();
+    if constexpr (Bits == 7) return field<4, 0, 0, Q>() | field<2, 4, 4, Q>() | field<1, 6, 6, Q>();
+  }
+};
+
+// Calls f with the number of bits as a constant.
+template <typename F>
+inline void with_bits(int64_t bits, F&& f) {
+  switch (bits) {
+#define COFIRE_CASE(B)                   \
+  case B:                                \
+    f(std::integral_constant<int, B>{}); \
+    break;
+    COFIRE_CASE(1)
+    COFIRE_CASE(2)
+    COFIRE_CASE(3)
+    COFIRE_CASE(4)
+    COFIRE_CASE(5)
+    COFIRE_CASE(6)
+    COFIRE_CASE(7)
+    COFIRE_CASE(8)
+#undef COFIRE_CASE
+  }
+}
+
+// c[r][j] += sum_k a[r * row + k * column] * b[k][j] for R rows and kWidth columns.
+template <int R>
+inline void product_rows(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
+                         float* c, int64_t ldc, int64_t depth) {
+  F16 acc[R][kTileBlocks];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = F16::load(c + r * ldc + 16 * j);
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    F16 w[kTileBlocks];
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) w[j] = F16::load(b + k * ldb + 16 * j);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F16 x = F16::all(a[r * row + k * column]);
+      COFIRE_UNROLL
+      for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = fma(x, w[j], acc[r][j]);
+    }
+  }
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) acc[r][j].store(c + r * ldc + 16 * j);
+  }
+}
+
+// The same for any number of rows; each row's sums are the same whatever rows stand beside it.
+inline void product(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
+                    float* c, int64_t ldc, int64_t rows, int64_t depth) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows) {
+    product_rows<kTileRows>(a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
+  }
+  const auto rest = [&]<int R>(auto&& self, std::integral_constant<int, R>) -> void {
+    if constexpr (R > 0) {
+      if (rows - r == R) {
+        product_rows<R>(a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
+      } else {
+        self(self, std::integral_constant<int, R - 1>{});
+      }
+    }
+  };
+  rest(rest, std::integral_constant<int, kTileRows - 1>{});
+}
+
+// A low-rank term of the product, or nothing: y += low transposed_b.
+struct LowRank {
+  at::Tensor low;  // fp32 [M, R]
+  at::Tensor b;    // fp32 [R, round_up(N, kWidth)], zero where padded
+};
+
+// fp32 [M, round_up(K, to)], zero where padded.
+at::Tensor float_rows(const at::Tensor& x, int64_t to);
+
+// y = x W^T + low b + bias, x of shape [M, K], in y's dtype; lowbit_product.cpp.
+void multiply(const at::Tensor& x, const Stored& stored, const Packed* packed,
+              const MaybeTensor& bias, const LowRank& low_rank, bool int8, const at::Tensor& y);
+
+}  // namespace lowbit
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire

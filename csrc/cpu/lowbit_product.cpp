@@ -1,0 +1,614 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with a packed weight: y = x W^T.
+//
+// Two inner loops each for floats and for bytes. With a few rows of x the codes
+// are decoded in registers and used there (decoding is most of the work, reading
+// the weight the limit). With more, a tile of the weight is decoded into the
+// first-level cache and multiplied by blocks of rows. The work is cut by rows of
+// the weight alone, so results do not depend on the number of threads.
+#include <ATen/ops/cat.h>
+
+#include <cmath>
+
+#include "lowbit.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace lowbit {
+
+namespace {
+
+[[maybe_unused]] bool has_vnni() {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  static const bool found = __builtin_cpu_supports("avx512vnni");
+  return found;
+#else
+  return false;
+#endif
+}
+
+// The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
+struct Rows {
+  int64_t count, columns, stride;
+  at::Tensor values;  // fp32 [count, stride]; with bytes only where they go through floats
+  at::Tensor bytes;   // int8 [count, stride]
+  at::Tensor sums;    // fp32 [count, groups]: of values, or of bytes
+  at::Tensor scales;  // fp32 [count], of bytes
+
+  const float* row(int64_t m) const { return values.const_data_ptr<float>() + m * stride; }
+  const int8_t* row8(int64_t m) const { return bytes.const_data_ptr<int8_t>() + m * stride; }
+};
+
+float largest(const float* x, int64_t n) {
+  Vec most(0.0f);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) most = at::vec::maximum(most, Vec::loadu(x + i).abs());
+  if (i < n) {  // the other lanes are zero
+    float rest[kLanes] = {};
+    std::copy(x + i, x + n, rest);
+    most = at::vec::maximum(most, Vec::loadu(rest).abs());
+  }
+  return reduce_max(most);
+}
+
+// Rounds a row to symmetric bytes, halves to even, and returns the scale.
+float quantize_row(const float* x, int64_t n, int8_t* out) {
+  const float scale = largest(x, n) / 127;
+  if (!(scale > 0) || !std::isfinite(scale)) {
+    std::fill(out, out + n, 0);
+    return scale;
+  }
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  for (int64_t i = 0; i < n; ++i) {
+    const float shifted = x[i] / scale + kMagic;
+    int32_t word;
+    std::memcpy(&word, &shifted, sizeof(word));
+    out[i] = static_cast<int8_t>(word);
+  }
+  return scale;
+}
+
+Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums,
+             bool bytes_as_floats) {
+  Rows rows;
+  rows.count = x.size(0);
+  rows.columns = x.size(1);
+  rows.stride = round_up(rows.columns, kStep);
+  rows.values = float_rows(x, kStep);
+  if (int8) {
+    rows.bytes = at::empty({rows.count, rows.stride}, x.options().dtype(at::kChar));
+    rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
+  }
+  if (sums) rows.sums = at::empty({rows.count, groups}, x.options().dtype(at::kFloat));
+  auto* values = rows.values.mutable_data_ptr<float>();
+  at::parallel_for(0, rows.count, grain_of(8 * rows.stride), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      float* v = values + m * rows.stride;
+      int8_t* p = nullptr;
+      if (int8) {
+        p = rows.bytes.mutable_data_ptr<int8_t>() + m * rows.stride;
+        rows.scales.mutable_data_ptr<float>()[m] = quantize_row(v, rows.columns, p);
+        std::fill(p + rows.columns, p + rows.stride, 0);
+        if (bytes_as_floats) std::copy(p, p + rows.columns, v);
+      }
+      for (int64_t g = 0; sums && g < groups; ++g) {
+        const int64_t from = g * group, to = from + group;
+        float total = 0;
+        if (int8) {
+          int32_t whole = 0;
+          for (int64_t k = from; k < to; ++k) whole += p[k];
+          total = static_cast<float>(whole);
+        } else {
+          F16 part = F16::zero();
+          int64_t k = from;
+          for (; k + 16 <= to; k += 16) part = part + F16::load(v + k);
+          float lanes[16];
+          part.store(lanes);
+          for (const float lane : lanes) total += lane;
+          for (; k < to; ++k) total += v[k];
+        }
+        rows.sums.mutable_data_ptr<float>()[m * groups + g] = total;
+      }
+    }
+  });
+  return rows;
+}
+
+// Where a block of results goes: the low-rank term, the scale of the row and the bias are added on
+// the way.
+struct Sink {
+  const Rows& rows;
+  const LowRank& low_rank;
+  bool scaled;
+  at::Tensor bias;  // fp32 [N], or undefined
+  const at::Tensor& y;
+
+  // c: [count][kWidth] for the rows from m on and the columns from n on; changed.
+  void operator()(float* c, int64_t m, int64_t count, int64_t n, int64_t width) const {
+    if (low_rank.low.defined()) {
+      const int64_t rank = low_rank.low.size(1);
+      product(low_rank.low.const_data_ptr<float>() + m * rank, rank, 1,
+              low_rank.b.const_data_ptr<float>() + n, low_rank.b.size(1), c, kWidth, count, rank);
+    }
+    dispatch(y.scalar_type(), [&](auto example) {
+      using T = decltype(example);
+      const int64_t all = y.size(1);
+      T* to = y.mutable_data_ptr<T>() + m * all + n;
+      const float* added = bias.defined() ? bias.const_data_ptr<float>() + n : nullptr;
+      const int64_t used = std::min(width, all - n);
+      for (int64_t r = 0; r < count; ++r) {
+        const float a = scaled ? rows.scales.const_data_ptr<float>()[m + r] : 1.0f;
+        for (int64_t j = 0; j < used; ++j) {
+          float value = c[r * kWidth + j];
+          if (scaled) value = rounded(value * a);
+          if (added != nullptr) value += added[j];
+          to[r * all + j] = static_cast<T>(value);
+        }
+      }
+    });
+  }
+};
+
+COFIRE_INLINE uint32_t four(const int8_t* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return word;
+}
+
+constexpr int64_t kAhead = 2048;  // bytes of the weight that are asked for in advance
+
+// ------------------------------------------------------------------------------------ few rows
+
+// R rows times one block, bytes. A table has at most 16 entries here.
+template <int Bits, int R, Bytes Kind, bool Lookup>
+void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
+  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  alignas(64) uint8_t entries[16] = {};
+  if constexpr (Lookup) {
+    const int64_t size = w.bytes.size(1);
+    std::memcpy(entries, w.bytes.const_data_ptr<uint8_t>() + block / w.partition_blocks * size, 16);
+  }
+  const Bytes16 table(entries);
+  const int8_t* p[R];
+  for (int r = 0; r < R; ++r) p[r] = x.row8(r);
+  F16 y[R];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) y[r] = F16::zero();
+  const uint8_t* codes = w.step(block, 0);
+  const int64_t padded = kBlock * w.blocks;
+  const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
+  const float* shift =
+      w.byte_shift.defined() ? w.byte_shift.const_data_ptr<float>() + block * kBlock : nullptr;
+  int64_t column = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    W16 total[R], acc[R][2];
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) total[r] = acc[r][0] = acc[r][1] = W16::zero();
+    for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
+      COFIRE_UNROLL
+      for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
+      const Planes<Bits> planes(codes);
+      if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
+        COFIRE_UNROLL
+        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = W16::zero();
+      }
+      unrolled<8>([&](auto q) __attribute__((always_inline)) {
+        W16 quad = planes.template quad<q>();
+        if constexpr (Lookup) quad = table[quad];
+        COFIRE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          acc[r][q % 2] = dot<Kind>(acc[r][q % 2], quad, W16::all(four(p[r] + column + 4 * q)));
+        }
+      });
+      if constexpr (Kind == Bytes::kNarrow) {
+        COFIRE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          total[r] = widened<Kind>(widened<Kind>(total[r], acc[r][0]), acc[r][1]);
+        }
+      }
+    }
+    const F16 factor = F16::load(scale + g * padded);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      if constexpr (Kind != Bytes::kNarrow) {
+        total[r] = widened<Kind>(acc[r][0], acc[r][1]);
+      }
+      y[r] = fma(factor, to_float(total[r]), y[r]);
+      if (shift != nullptr) {
+        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
+        y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
+      }
+    }
+  }
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
+}
+
+// How a code becomes a float.
+enum class Value { kTable, kConvert, kGather };
+
+template <int Bits, Value How, int Q, int I>
+COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Table16& table,
+                           const float* entries) {
+  if constexpr (How == Value::kTable && (Bits == 4 || Bits == 2 || Bits == 1)) {
+    // Straight from the plane: bits of the next codes choose among equal entries.
+    constexpr int fields = 8 / Bits;
+    return table[shift_right<8 * I + Bits*(Q % fields)>(planes.v[Q / fields])];
+  } else if constexpr (How == Value::kTable) {
+    return table[shift_right<8 * I>(quad)];
+  } else {
+    const W16 code = shift_right<8 * I>(quad) & W16::all(255);
+    return How == Value::kConvert ? to_float(code) : gather(entries, code);
+  }
+}
+
+template <int Bits, int R, Value How>
+void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
+  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  const float* entries =
+      w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1);
+  const Table16 table(entries);
+  F16 y[R];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) y[r] = F16::zero();
+  const uint8_t* codes = w.step(block, 0);
+  const int64_t padded = kBlock * w.blocks;
+  const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
+  const float* shift =
+      w.shift.defined() ? w.shift.const_data_ptr<float>() + block * kBlock : nullptr;
+  const float* p[R];
+  for (int r = 0; r < R; ++r) p[r] = x.row(r);
+  int64_t column = 0;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    F16 acc[R][4];
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F16::zero();
+    for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
+      COFIRE_UNROLL
+      for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
+      const Planes<Bits> planes(codes);
+      unrolled<8>([&](auto q) __attribute__((always_inline)) {
+        const W16 quad = planes.template quad<q>();
+        unrolled<4>([&](auto i) __attribute__((always_inline)) {
+          const F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
+          COFIRE_UNROLL
+          for (int r = 0; r < R; ++r) {
+            acc[r][i] = fma(value, F16::all(p[r][column + 4 * q + i]), acc[r][i]);
+          }
+        });
+      });
+    }
+    const F16 factor = F16::load(scale + g * padded);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      y[r] = fma(factor, (acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]), y[r]);
+      if (shift != nullptr) {
+        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
+        y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
+      }
+    }
+  }
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
+}
+
+template <typename F>
+void with_rows(int64_t rows, F&& f) {
+  if (rows == 1)
+    f(std::integral_constant<int, 1>{});
+  else if (rows == 2)
+    f(std::integral_constant<int, std::min(2, kFewRows)>{});
+  else
+    f(std::integral_constant<int, kFewRows>{});
+}
+
+// Calls f with the way in which bytes are multiplied by this weight on this machine.
+template <typename F>
+void with_kind(const Packed& w, F&& f) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (has_vnni()) return f(std::integral_constant<Bytes, Bytes::kVnni>{});
+#elif defined(CPU_CAPABILITY_AVX2)
+  if (!w.bytes.defined() && w.bits <= 4) {
+    return f(std::integral_constant<Bytes, Bytes::kNarrow>{});
+  }
+  if (!w.bytes.defined() && w.bits <= 7) return f(std::integral_constant<Bytes, Bytes::kPairs>{});
+#endif
+  f(std::integral_constant<Bytes, Bytes::kWide>{});
+}
+
+using Few = void (*)(const Rows&, const Packed&, int64_t, float*);
+
+Few few_kernel(const Packed& w, int64_t rows, bool int8) {
+  Few found = nullptr;
+  with_bits(w.bits, [&](auto bits) {
+    with_rows(rows, [&](auto r) {
+      constexpr int B = bits, R = r;
+      if (int8) {
+        with_kind(w, [&](auto kind) {
+          constexpr Bytes K = kind;
+          if constexpr (K == Bytes::kNarrow && B > 4)
+            return;
+          else if (!w.bytes.defined())
+            found = few_bytes<B, R, K, false>;
+          else if constexpr (B <= 4 && K != Bytes::kNarrow && K != Bytes::kPairs) {
+            found = few_bytes<B, R, K, true>;
+          }
+        });
+      } else if constexpr (B <= 4) {
+        found = few_floats<B, R, Value::kTable>;
+      } else if (w.table.size(0) == 1 && w.table.const_data_ptr<float>()[w.table.size(1) - 1] ==
+                                             static_cast<float>(w.table.size(1) - 1)) {
+        found = few_floats<B, R, Value::kConvert>;
+      } else {
+        found = few_floats<B, R, Value::kGather>;
+      }
+    });
+  });
+  return found;
+}
+
+void multiply_few(const Rows& x, const Packed& w, Few kernel, const Sink& sink) {
+  const int64_t cost = w.steps * kStep * kBlock / 8 * x.count;
+  at::parallel_for(0, w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
+    alignas(64) float c[4 * kWidth];
+    for (int64_t block = begin; block < end; ++block) {
+      kernel(x, w, block, c);
+      sink(c, 0, x.count, block * kBlock, kBlock);
+    }
+  });
+}
+
+// ----------------------------------------------------------------------------------- more rows
+
+constexpr int64_t kRowsAtOnce = 128;
+
+// R rows times kTileBlocks blocks over one group of decoded bytes [quad][kWidth][4].
+template <int R, Bytes Kind>
+void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t quads,
+                const float* scale, const float* shift, const float* sums, int64_t groups,
+                float* c) {
+  W16 acc[R][kTileBlocks];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = W16::zero();
+  }
+  W16 narrow[R][kTileBlocks];
+  for (int64_t q = 0; q < quads; ++q) {
+    if (Kind == Bytes::kNarrow && q % 8 == 0) {
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        COFIRE_UNROLL
+        for (int j = 0; j < kTileBlocks; ++j) narrow[r][j] = W16::zero();
+      }
+    }
+    W16 w[kTileBlocks];
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const W16 x = W16::all(four(p + r * stride + 4 * q));
+      COFIRE_UNROLL
+      for (int j = 0; j < kTileBlocks; ++j) {
+        W16& sum = Kind == Bytes::kNarrow ? narrow[r][j] : acc[r][j];
+        sum = dot<Kind>(sum, w[j], x);
+      }
+    }
+    if (Kind == Bytes::kNarrow && q % 8 == 7) {
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        COFIRE_UNROLL
+        for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
+      }
+    }
+  }
+  COFIRE_UNROLL
+  for (int j = 0; j < kTileBlocks; ++j) {
+    const F16 factor = F16::load(scale + 16 * j);
+    const F16 moved = shift != nullptr ? F16::load(shift + 16 * j) : F16::zero();
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      float* to = c + r * kWidth + 16 * j;
+      F16 y = fma(factor, to_float(acc[r][j]), F16::load(to));
+      if (shift != nullptr) y = fma(moved, F16::all(sums[r * groups]), y);
+      y.store(to);
+    }
+  }
+}
+
+using Tile = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const float*, const float*,
+                      const float*, int64_t, float*);
+
+template <Bytes Kind, int... R>
+Tile tile_kernel(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr Tile kernels[] = {tile_bytes<R + 1, Kind>...};
+  return kernels[rows - 1];
+}
+
+// Decodes quads of one step of a block into a tile of bytes.
+template <int Bits>
+void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
+  const Planes<Bits> planes(codes);
+  unrolled<8>([&](auto q) __attribute__((always_inline)) {
+    W16 quad = planes.template quad<q>();
+    if (table != nullptr) {
+      if constexpr (Bits <= 4) {
+        quad = Bytes16(table)[quad];
+      } else {
+        alignas(64) uint8_t lanes[64];
+        quad.store(lanes);
+        for (uint8_t& lane : lanes) lane = table[lane];
+        quad = W16::load(lanes);
+      }
+    }
+    quad.store(tile + q * 4 * kWidth);
+  });
+}
+
+void multiply_bytes(const Rows& x, const Packed& w, const Sink& sink) {
+  const int64_t tiles = (w.blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * w.blocks;
+  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  const auto kernel = [&](int64_t rows) {
+    Tile found = nullptr;
+    with_kind(w, [&](auto kind) {
+      found = tile_kernel<kind>(rows, std::make_integer_sequence<int, kTileRows>{});
+    });
+    return found;
+  };
+  const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
+  at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
+    const int64_t at_once = std::min(kRowsAtOnce, x.count);
+    constexpr int64_t kPiece = 8;  // steps that are decoded at a time: 24 KB of bytes at most
+    std::vector<uint8_t> tile(64 + std::min(steps, kPiece) * kStep * kWidth);
+    std::vector<float> c(at_once * kWidth), factor(kWidth), moved(kWidth);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * kTileBlocks,
+                    used = std::min<int64_t>(kTileBlocks, w.blocks - first);
+      for (int64_t m = 0; m < x.count; m += at_once) {
+        const int64_t rows = std::min(at_once, x.count - m);
+        std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+        for (int64_t g = 0; g < w.groups; ++g) {
+          std::copy_n(w.scale.const_data_ptr<float>() + g * padded + first * kBlock, used * kBlock,
+                      factor.begin());
+          if (w.byte_shift.defined()) {
+            std::copy_n(w.byte_shift.const_data_ptr<float>() + g * padded + first * kBlock,
+                        used * kBlock, moved.begin());
+          }
+          for (int64_t s = 0; s < steps; s += kPiece) {
+            const int64_t piece = std::min(kPiece, steps - s), at = g * steps + s;
+            with_bits(w.bits, [&](auto bits) {
+              for (int64_t b = 0; b < used; ++b) {
+                const uint8_t* table = w.bytes.defined()
+                                           ? w.bytes.const_data_ptr<uint8_t>() +
+                                                 (first + b) / w.partition_blocks * w.bytes.size(1)
+                                           : nullptr;
+                for (int64_t i = 0; i < piece; ++i) {
+                  step_to_bytes<bits>(w.step(first + b, at + i), table,
+                                      tile.data() + i * kStep * kWidth + 64 * b);
+                }
+              }
+            });
+            // The shift of a group is added with its first piece.
+            const float* shift = w.byte_shift.defined() && s == 0 ? moved.data() : nullptr;
+            for (int64_t r = 0; r < rows; r += kTileRows) {
+              const int64_t now = std::min<int64_t>(kTileRows, rows - r);
+              const float* sums = shift != nullptr
+                                      ? x.sums.const_data_ptr<float>() + (m + r) * w.groups + g
+                                      : nullptr;
+              kernel(now)(x.row8(m + r) + at * kStep, x.stride, tile.data(), piece * kStep / 4,
+                          factor.data(), shift, sums, w.groups, c.data() + r * kWidth);
+            }
+          }
+        }
+        sink(c.data(), m, rows, first * kBlock, kWidth);
+      }
+    }
+  });
+}
+
+// Decodes one step of a block to the weight itself: [32][kWidth] floats.
+template <int Bits>
+void step_to_floats(const uint8_t* codes, const float* entries, bool convert, F16 factor, F16 moved,
+                    float* tile) {
+  const Planes<Bits> planes(codes);
+  const Table16 table(entries);
+  unrolled<8>([&](auto q) __attribute__((always_inline)) {
+    const W16 quad = planes.template quad<q>();
+    unrolled<4>([&](auto i) __attribute__((always_inline)) {
+      F16 value;
+      if constexpr (Bits <= 4) {
+        value = value_of<Bits, Value::kTable, q, i>(planes, quad, table, entries);
+      } else {
+        value = convert ? value_of<Bits, Value::kConvert, q, i>(planes, quad, table, entries)
+                        : value_of<Bits, Value::kGather, q, i>(planes, quad, table, entries);
+      }
+      fma(value, factor, moved).store(tile + (4 * q + i) * kWidth);
+    });
+  });
+}
+
+void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
+  const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
+  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * blocks;
+  constexpr int64_t kDepth = 128;  // columns that are decoded at a time: 24 KB at most
+  const int64_t cost = x.stride * kWidth / 2 * x.count;
+  const bool convert = w != nullptr && w->bits > 4 && !stored.lut.defined();
+  at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
+    const int64_t at_once = std::min(kRowsAtOnce, x.count);
+    std::vector<float> tile(kDepth * kWidth), c(at_once * kWidth), values(kDepth);
+    std::vector<uint8_t> bytes(kDepth + 16);
+    for (int64_t t = begin; t < end; ++t) {
+      const int64_t first = t * kTileBlocks, used = std::min<int64_t>(kTileBlocks, blocks - first);
+      for (int64_t m = 0; m < x.count; m += at_once) {
+        const int64_t rows = std::min(at_once, x.count - m);
+        std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+        for (int64_t k = 0; k < x.columns; k += kDepth) {
+          const int64_t depth = std::min(kDepth, x.columns - k);
+          if (w == nullptr) {
+            const int64_t last = std::min(stored.rows, (first + used) * kBlock);
+            for (int64_t n = first * kBlock; n < last; ++n) {
+              stored.values_of(n, k, depth, bytes.data(), values.data());
+              float* to = tile.data() + (n - first * kBlock);
+              for (int64_t i = 0; i < depth; ++i) to[i * kWidth] = values[i];
+            }
+          } else {
+            with_bits(w->bits, [&](auto bits) {
+              for (int64_t b = 0; b < used; ++b) {
+                const float* entries = w->table.const_data_ptr<float>() +
+                                       (first + b) / w->partition_blocks * w->table.size(1);
+                for (int64_t i = 0; i < depth; i += kStep) {
+                  const int64_t g = w->groups == 1 ? 0 : (k + i) / w->group;
+                  const int64_t at = g * padded + (first + b) * kBlock;
+                  const F16 factor = F16::load(w->scale.const_data_ptr<float>() + at);
+                  const F16 moved = w->shift.defined()
+                                        ? F16::load(w->shift.const_data_ptr<float>() + at)
+                                        : F16::zero();
+                  step_to_floats<bits>(w->step(first + b, (k + i) / kStep), entries, convert,
+                                       factor, moved, tile.data() + i * kWidth + 16 * b);
+                }
+              }
+            });
+          }
+          product(x.row(m) + k, x.stride, 1, tile.data(), kWidth, c.data(), kWidth, rows, depth);
+        }
+        sink(c.data(), m, rows, first * kBlock, kWidth);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const MaybeTensor& bias,
+              const LowRank& low_rank, bool int8, const at::Tensor& y) {
+  if (y.numel() == 0) return;
+  const int64_t count = x.size(0);
+  const Few few = w != nullptr && count <= kFewRows ? few_kernel(*w, count, int8) : nullptr;
+  const bool through_floats = w == nullptr;
+  // A kernel of a few rows reads as many as it has; those that are missing are zero.
+  const int64_t taken = few == nullptr ? count
+                        : count <= 2   ? std::min<int64_t>(count, kFewRows)
+                                       : kFewRows;
+  const at::Tensor input =
+      taken == count ? x : at::cat({x, at::zeros({taken - count, x.size(1)}, x.options())});
+  const bool sums =
+      w != nullptr && (int8 ? w->byte_shift.defined() : few != nullptr && w->shift.defined());
+  const Rows rows = prepare(input, w != nullptr ? w->group : stored.columns,
+                            w != nullptr ? w->groups : 1, int8, sums, int8 && through_floats);
+  const MaybeTensor& b = bias;
+  const Sink sink{rows, low_rank, int8,
+                  b.has_value() ? b->to(at::kFloat).contiguous() : at::Tensor(), y};
+  if (few != nullptr) {
+    Rows seen = rows;
+    seen.count = count;
+    multiply_few(seen, *w, few, sink);
+  } else if (int8 && !through_floats) {
+    multiply_bytes(rows, *w, sink);
+  } else {
+    multiply_floats(rows, stored, w, sink);
+  }
+}
+
+}  // namespace lowbit
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire

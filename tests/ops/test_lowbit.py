@@ -1,0 +1,543 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with weights of few bits: decoding to the last bit, integers as integers, and the contract of every operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cofire import native, ops
+from cofire.ops import QTensor, pack_bits, packed_bytes
+from cofire.registry import OPERATORS
+from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
+
+
+def weight(
+    rand: Random, rows: int, columns: int, bits: int, group: int, *, zero: str = "", offset: bool = False,
+    lut: int = 0, int8: bool = False, scale: bool = True,
+) -> tuple[Any, ...]:  # fmt: skip
+    """codes, scale, zero, offset, lut: what the operators take."""
+    codes = (rand.uniform(rows, columns) * (1 << bits)).floor().clamp(max=(1 << bits) - 1).to(torch.uint8)
+    groups = columns // group
+    z: Tensor | None = None
+    if zero == "bytes":
+        z = (rand.uniform(rows, groups) * (1 << bits)).floor().to(torch.uint8)
+    elif zero == "floats":
+        z = rand.uniform(rows, groups) * (1 << bits)
+    elif zero == "one":
+        z = torch.full((1, 1), float(1 << (bits - 1)))
+    table: Tensor | None = None
+    if lut:
+        table = rand.normal(lut, 1 << bits).sort(1).values
+        table = (table * 40).clamp(-128, 127).round().to(torch.int8) if int8 else table
+    return (
+        pack_bits(codes, bits),
+        (rand.uniform(rows, groups) + 0.5) / (1 << bits) if scale else None,
+        z,
+        rand.normal(rows, groups) if offset else None,
+        table,
+    )
+
+
+#: rows, columns, bits, group and the rest of a weight. Together: every number of bits, groups of every kind, every part.
+WEIGHTS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
+    "4bits_g32": ((33, 64, 4, 32), {"zero": "bytes"}),
+    "4bits_rows": ((7, 37, 4, 37), {"zero": "one"}),
+    "1bit": ((17, 64, 1, 64), {"zero": "floats"}),
+    "2bits_g7": ((5, 21, 2, 7), {"zero": "bytes"}),
+    "3bits_g32": ((49, 96, 3, 32), {"offset": True}),
+    "5bits": ((16, 64, 5, 32), {"zero": "floats", "offset": True}),
+    "6bits_g16": ((20, 48, 6, 16), {"zero": "one"}),
+    "7bits": ((18, 32, 7, 32), {}),
+    "8bits": ((35, 128, 8, 64), {"zero": "one"}),
+    "palette": ((19, 40, 4, 40), {"lut": 1, "scale": False}),
+    "palettes_of_blocks": ((48, 64, 2, 32), {"lut": 3}),
+    "palettes_of_rows": ((9, 33, 3, 33), {"lut": 4, "zero": "floats"}),
+    "palette_256": ((17, 64, 8, 32), {"lut": 1}),
+    "palette_of_bytes": ((34, 64, 4, 64), {"lut": 1, "int8": True}),
+    "palette_of_bytes_6": ((16, 32, 6, 32), {"lut": 1, "int8": True, "zero": "floats"}),
+    "no_rows": ((0, 32, 4, 32), {}),
+}
+INT8 = ("4bits_g32", "4bits_rows", "2bits_g7", "3bits_g32", "5bits", "7bits", "8bits", "palette_of_bytes", "palette_of_bytes_6", "6bits_g16")  # fmt: skip
+LATER = ("5bits", "6bits_g16", "7bits", "palettes_of_rows", "palette_256", "2bits_g7", "palette_of_bytes_6")
+TINY = (((3, 6, 2, 3), {"zero": "floats", "offset": True, "lut": 1}), ((2, 8, 3, 4), {"zero": "floats"}))
+
+
+def parts(rand: Random, name: str) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
+    sizes, rest = WEIGHTS[name]
+    return sizes, weight(rand, *sizes, **rest)
+
+
+def dequantize_args(rand: Random, name: str) -> Args:
+    (_, columns, bits, group), w = parts(rand, name)
+    return *w, bits, group, columns
+
+
+def tiny(make: Callable[[Random, tuple[int, int, int, int], tuple[Any, ...]], Args]) -> list[Sample]:
+    return [
+        Sample(f"tiny_{i}", lambda rand, s=sizes, r=rest: make(rand, s, weight(rand, *s, **r)))
+        for i, (sizes, rest) in enumerate(TINY)
+    ]
+
+
+SUMS = {"output 0": 16, "scale_grad": 32, "zero_grad": 64, "offset_grad": 32, "lut_grad": 64, "input_grad": 16}
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "dequantize",
+        [Sample(n, lambda rand, n=n: dequantize_args(rand, n), full=n in LATER) for n in WEIGHTS],
+        tiny=tiny(lambda rand, s, w: (*w, s[2], s[3], s[1])),
+        sums={"scale": 32, "zero": 64, "offset": 32, "lut": 64},
+    ),
+)
+def test_dequantize(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "dequantize_backward",
+        [
+            Sample(
+                n,
+                lambda rand, n=n: (
+                    lambda s, w: (rand.normal(s[0], s[1]), *w, s[2], s[3])
+                )(*parts(rand, n)),
+                full=n in LATER,
+            )
+            for n in WEIGHTS
+        ],
+        tiny=tiny(lambda rand, s, w: (rand.normal(s[0], s[1]), *w, s[2], s[3])),
+        sums=SUMS,
+    ),
+)
+def test_dequantize_backward(check: Callable[[], None]) -> None:
+    check()
+
+
+def product_args(rand: Random, name: str, rows: tuple[int, ...], bias: bool, activations: str) -> Args:
+    (n, columns, bits, group), w = parts(rand, name)
+    return rand.normal(*rows, columns), *w, rand.normal(n) if bias else None, bits, group, activations
+
+
+#: rows of the input: a few of them go another way than many.
+ROWS: dict[str, tuple[int, ...]] = {"1": (1,), "2": (2,), "3": (3,), "9": (3, 3), "vector": (), "none": (0,), "131": (131,)}
+
+
+def products(make: Callable[[Random, str, tuple[int, ...], bool], Args], names: tuple[str, ...] = tuple(WEIGHTS)) -> list[Sample]:
+    chosen = [(n, r) for i, n in enumerate(names) for j, r in enumerate(("1", "2", "9")) if j == i % 3]
+    chosen += [("4bits_g32", r) for r in ROWS] + [("palette", "3"), ("8bits", "131"), ("3bits_g32", "131")]
+    chosen = [c for c in dict.fromkeys(chosen) if c[0] in names]
+    return [
+        Sample(f"{n}_{r}", lambda rand, n=n, r=r: make(rand, n, ROWS[r], len(n) % 2 == 0), full=n in LATER or r == "131")
+        for n, r in chosen
+    ]
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "qlinear",
+        products(lambda rand, n, rows, bias: product_args(rand, n, rows, bias, "exact")),
+        tiny=tiny(lambda rand, s, w: (rand.normal(2, s[1]), *w, rand.normal(s[0]), s[2], s[3], "exact")),
+        sums={"output 0": 16, "scale": 64, "zero": 128, "offset": 64, "lut": 128, "input": 16},
+    ),
+)
+def test_qlinear(check: Callable[[], None]) -> None:
+    check()
+
+
+def backward_args(rand: Random, name: str, rows: tuple[int, ...], whole: bool, activations: str) -> Args:
+    (n, columns, bits, group), w = parts(rand, name)
+    x = rand.normal(*rows, columns) if whole else None
+    return rand.normal(*rows, n), x, *w, bits, group, columns, activations, True
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "qlinear_backward",
+        products(lambda rand, n, rows, whole: backward_args(rand, n, rows, whole, "exact")),
+        tiny=tiny(lambda rand, s, w: (rand.normal(2, s[0]), rand.normal(2, s[1]), *w, s[2], s[3], s[1], "exact", True)),
+        sums=SUMS,
+    ),
+)
+def test_qlinear_backward(check: Callable[[], None]) -> None:
+    check()
+
+
+def lora_args(rand: Random, name: str, rows: tuple[int, ...], bias: bool) -> Args:
+    (n, columns, bits, group), w = parts(rand, name)
+    low = (rand.normal(4, columns), rand.normal(n, 4))
+    return rand.normal(*rows, columns), *w, rand.normal(n) if bias else None, *low, 0.5, bits, group
+
+
+FROZEN = ("scale", "zero", "offset", "lut")
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "qlora_linear",
+        products(lora_args, ("4bits_g32", "palette", "3bits_g32", "8bits")),
+        tiny=[
+            Sample(
+                f"tiny_{i}",
+                lambda rand, s=s, r=r: (
+                    rand.normal(2, s[1]), *weight(rand, *s, **r), rand.normal(s[0]), rand.normal(2, s[1]),
+                    rand.normal(s[0], 2), 0.5, s[2], s[3],
+                ),
+            )
+            for i, (s, r) in enumerate(TINY)
+        ],  # fmt: skip
+        constants=FROZEN,
+        sums={"output": 16, "low": 16, "input": 32, "lora_a": 64, "lora_b": 64},
+    ),
+)  # fmt: skip
+def test_qlora_linear(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize(
+    "check",
+    check_op(
+        "qlora_linear_backward",
+        products(
+            lambda rand, n, rows, whole: (
+                lambda a: (
+                    rand.normal(*rows, WEIGHTS[n][0][0]), rand.normal(*rows, 4), a[0] if whole else None,
+                    rand.normal(*rows, 4) if whole else None, *a[1:6], *a[7:10], *a[10:], True,
+                )
+            )(lora_args(rand, n, rows, False)),
+            ("4bits_g32", "palette", "3bits_g32"),
+        ),
+        tiny=[
+            Sample(
+                f"tiny_{i}",
+                lambda rand, s=s, r=r: (
+                    rand.normal(2, s[0]), rand.normal(2, 2), rand.normal(2, s[1]), rand.normal(2, 2),
+                    *weight(rand, *s, **r), rand.normal(2, s[1]), rand.normal(s[0], 2), 0.5, s[2], s[3], True,
+                ),
+            )
+            for i, (s, r) in enumerate(TINY)
+        ],
+        constants=FROZEN,
+        sums={"input_grad": 32, "lora_a_grad": 64, "lora_b_grad": 64},
+    ),
+)  # fmt: skip
+def test_qlora_linear_backward(check: Callable[[], None]) -> None:
+    check()
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def slowly(w: tuple[Any, ...], bits: int, group: int, columns: int) -> Tensor:
+    """The weight, bit by bit and number by number, each operation rounded to fp32."""
+    codes, scale, zero, offset, lut = w
+    rows = codes.shape[0]
+    out = torch.empty(rows, columns)
+    for n in range(rows):
+        for k in range(columns):
+            q = sum(int(codes[n, i // 8] >> (i % 8) & 1) << (i - k * bits) for i in range(k * bits, (k + 1) * bits))
+            size = -(-rows // lut.shape[0]) if lut is not None else 1
+            v = torch.tensor(float(q)) if lut is None else lut[n // size, q].float()
+            if zero is not None:
+                v = v - (zero[0, 0] if zero.numel() == 1 else zero[n, k // group]).float()
+            if scale is not None:
+                v = v * scale[n, k // group].float()
+            if offset is not None:
+                v = v + offset[n, k // group].float()
+            out[n, k] = v
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHTS if n != "no_rows"])
+def test_decoding_is_exact_to_the_bit(name: str) -> None:
+    (_, columns, bits, group), w = parts(Random(name), name)
+    expected = slowly(w, bits, group, columns)
+    operator = OPERATORS["dequantize"]
+    for how in (operator.reference, operator.overload):
+        assert torch.equal(how(*w, bits, group, columns), expected)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group", [16, 32, 96])
+def test_every_code_of_every_width_decodes(bits: int, group: int) -> None:
+    rand = Random(f"{bits} {group}")
+    columns = 96 * max(1, (1 << bits) // 96 + 1)
+    every = torch.arange(columns * 3).view(3, columns) % (1 << bits)
+    groups = columns // group
+    q = QTensor.from_codes(every, rand.normal(3, groups), bits=bits, zero=(rand.uniform(3, groups) * 9).to(torch.uint8))
+    expected = (every.float().view(3, groups, group) - q.zero.float()[..., None]) * q.scale[..., None]
+    assert torch.equal(q.dequantize(), expected.view(3, columns))
+    assert torch.equal(q.unpack().long(), every)
+
+
+# ----------------------------------------------------------------------------------------------------- integers
+
+
+@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 130])
+def test_bytes_are_multiplied_as_integers(name: str, rows: int) -> None:
+    """With scales that are powers of two everything is an integer times a power of two: equal to int64, to the last bit."""
+    sizes, rest = WEIGHTS[name]
+    rand = Random(name)
+    codes, scale, zero, _, lut = weight(rand, *sizes, **rest)
+    _, columns, bits, group = sizes
+    scale = torch.exp2((rand.uniform(*scale.shape) * 3).floor() - 1)
+    zero = None if zero is None else zero.float().round()
+    x = (rand.uniform(rows, columns) * 255).floor() - 127
+    x[:, 0] = 127  # the scale of each row is 1
+    y = ops.qlinear(x, QTensor(codes, scale, (sizes[0], columns), bits, group, zero, lut=lut), activations="int8")
+    q = ops.unpack_bits(codes, bits, columns).long()
+    v = q if lut is None else lut[0].long()[q]
+    v = v.view(sizes[0], -1, group) - (0 if zero is None else zero.long()[..., None])
+    sums = torch.einsum("mgk,ngk->mng", x.long().view(rows, -1, group), v)
+    expected = (sums * (2 * scale).long()).sum(-1)
+    assert torch.equal((2 * y).long(), expected) and torch.equal(y * 2, (2 * y).long().float())
+
+
+@pytest.mark.parametrize("name", INT8)
+@pytest.mark.parametrize("rows", ["1", "2", "3", "9", "131", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_agrees_with_its_reference(name: str, rows: str, dtype: torch.dtype) -> None:
+    args = list(product_args(Random(name), name, ROWS[rows], True, "int8"))
+    args[0], args[6] = args[0].to(dtype), args[6].to(dtype)
+    y, r = OPERATORS["qlinear"].overload(*args), OPERATORS["qlinear"].reference(args[0].double(), *args[1:])
+    assert y.dtype == dtype
+    assert ((y.double() - r).abs() <= 4 * torch.finfo(dtype).eps * r.abs().amax() + 1e-5).all() if r.numel() else True
+
+
+def test_a_row_that_is_not_finite_spoils_itself_alone() -> None:
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    x = torch.randn(3, columns)
+    x[0, 3], x[1, 2] = torch.nan, torch.inf
+    q = QTensor(w[0], w[1], (n, columns), bits, group, w[2])
+    y = ops.qlinear(x, q, activations="int8")
+    assert y[:2].isnan().all() and y[2].isfinite().all()
+
+
+def test_the_gradient_passes_through_the_rounding() -> None:
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    x = torch.randn(5, columns, requires_grad=True)
+    q = QTensor(w[0], w[1].requires_grad_(), (n, columns), bits, group, w[2])
+    ops.qlinear(x, q, activations="int8").sum().backward()
+    assert torch.allclose(x.grad, q.dequantize().detach().sum(0).expand_as(x), atol=1e-4)
+    scale = w[1].detach().clone().requires_grad_()
+    args = (x.detach(), w[0], scale, w[2], None, None, None, bits, group, "int8")
+    OPERATORS["qlinear"].reference(*args).sum().backward()
+    assert torch.allclose(w[1].grad, scale.grad, rtol=1e-4, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- packed layouts
+
+
+def test_what_changed_is_packed_again() -> None:
+    """Layouts are kept by the identity of the tensors; in-place changes, new tensors in old memory, views all count."""
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    x = torch.randn(3, columns)
+
+    def agree(q: QTensor) -> None:
+        assert torch.allclose(ops.qlinear(x, q), x @ q.dequantize().t(), atol=1e-4)
+
+    q = QTensor(w[0].clone(), w[1].clone(), (n, columns), bits, group, w[2].clone())
+    agree(q)
+    q.scale.mul_(2)
+    agree(q)
+    q.codes.bitwise_not_()
+    agree(q)
+    q.zero.add_(1)
+    agree(q)
+    agree(q.replace(scale=q.scale + 1))
+    agree(q.replace(lut=torch.randn(1, 16)))
+    agree(QTensor(q.codes[16:], q.scale[16:], (n - 16, columns), bits, group))
+    agree(QTensor(q.codes, torch.ones(n, 1), (n, columns), bits, columns))
+    for _ in range(20):  # memory is used again
+        agree(QTensor(torch.randint(0, 256, (n, 32), dtype=torch.uint8), torch.rand(n, 2), (n, columns), 4, 32))
+    with torch.inference_mode():
+        agree(QTensor(q.codes.clone(), q.scale.clone(), (n, columns), bits, group))
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    rand = Random("threads")
+    w = weight(rand, 200, 256, 4, 64, zero="bytes")
+    for rows in (1, 4, 40):
+        x, dy = rand.normal(rows, 256), rand.normal(rows, 200)
+        calls = [
+            lambda x=x: OPERATORS["qlinear"].overload(x, *w, None, 4, 64, "exact"),
+            lambda x=x: OPERATORS["qlinear"].overload(x, *w, None, 4, 64, "int8"),
+            lambda x=x, dy=dy: OPERATORS["qlinear_backward"].overload(dy, x, *w, 4, 64, 256, "exact", True)[:2],
+        ]
+        for call in calls:
+            results = []
+            for count in (1, 2, 3):
+                with threads(count):
+                    results.append(call())
+            flat = [torch.cat([t.flatten() for t in r]) if isinstance(r, tuple) else r for r in results]
+            assert all(torch.equal(flat[0], other) for other in flat[1:])
+
+
+# ---------------------------------------------------------------------------------------------------- the tensor
+
+
+def test_a_permuted_weight() -> None:
+    perm = torch.randperm(32)
+    q = QTensor.from_codes(torch.randint(0, 16, (6, 32)), torch.rand(6, 2), bits=4, perm=perm)
+    plain = q.replace(perm=None).dequantize()
+    assert torch.equal(q.dequantize()[:, perm], plain)
+    x = torch.randn(4, 32)
+    assert torch.allclose(ops.qlinear(x, q), x @ q.dequantize().t(), atol=1e-5)
+    a, b = torch.randn(2, 32), torch.randn(6, 2)
+    expected = x @ (q.dequantize() + 0.5 * b @ a).t()
+    assert torch.allclose(ops.qlora_linear(x, q, a, b, 0.5), expected, atol=1e-4)
+
+
+def test_tensors_there_and_back() -> None:
+    q = QTensor.from_codes(
+        torch.randint(0, 8, (6, 32)), torch.rand(6, 2), bits=3, lut=torch.randn(2, 8), dtype=torch.bfloat16, format="x"
+    )
+    again = q.map(lambda t: t.clone())
+    assert torch.equal(again.dequantize(), q.dequantize())
+    assert (again.shape, again.bits, again.group_size, again.dtype, again.format) == ((6, 32), 3, 16, torch.bfloat16, "x")
+    nested = ops.NestedScale(
+        torch.randint(0, 256, (6, 2), dtype=torch.uint8), torch.rand(256), torch.rand(3), torch.tensor(0.5), 4
+    )
+    q = q.replace(scale=nested)
+    assert torch.equal(q.map(lambda t: t.clone()).scales(), nested.dequantize())
+    assert q.nbytes == sum(t.nbytes for t in q.tensors().values())
+    assert "groups of 16" in repr(q)
+
+
+def test_saved_for_backward_is_what_is_needed() -> None:
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    saved: list[Tensor] = []
+    q = QTensor(w[0], w[1], (n, columns), bits, group, w[2])
+    x = torch.randn(50, columns, requires_grad=True)
+    a, b = torch.randn(4, columns), torch.randn(n, 4, requires_grad=True)
+
+    def elements() -> int:
+        return sum(t.numel() for t in saved if t.dtype == torch.float32)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        ops.qlinear(x, q)
+        assert elements() == w[1].numel()
+        saved.clear()
+        ops.qlora_linear(x, q, a, b)
+        assert elements() == w[1].numel() + a.numel() + b.numel() + 50 * 4
+
+
+def test_compiled() -> None:
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    q = QTensor(w[0], w[1], (n, columns), bits, group, w[2])
+    x = torch.randn(3, columns)
+    compiled = torch.compile(lambda x: ops.qlinear(x, q) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), ops.qlinear(x, q) * 2)
+
+
+def refused(**changes: Any) -> Callable[[], object]:
+    def call() -> object:
+        (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+        args: dict[str, Any] = dict(zip(("codes", "scale", "zero", "offset", "lut"), w, strict=True))
+        args |= {"shape": (n, columns), "bits": bits, "group_size": group} | changes
+        return QTensor(**args)
+
+    return call
+
+
+def multiplied(**changes: Any) -> Callable[[], object]:
+    def call() -> object:
+        (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+        q = QTensor(w[0], w[1], (n, columns), bits, group, w[2], lut=changes.pop("lut", None))
+        return ops.qlinear(**({"input": torch.randn(2, columns), "weight": q} | changes))
+
+    return call
+
+
+REFUSALS = [
+    Refusal("bits", refused(bits=9), ValueError, "QTensor: bits must be between 1 and 8, got 9"),
+    Refusal("codes", refused(codes=torch.ones(33, 32)), TypeError, "QTensor: codes must be uint8, got torch.float32"),
+    Refusal(
+        "codes_shape", refused(bits=3), ValueError,
+        "QTensor: codes must have shape [N, 24] (64 columns of 3 bits), got [33, 32]",
+    ),
+    Refusal("rows", refused(shape=(32, 64)), ValueError, "QTensor: codes must have a row for each of 32 rows, got shape [33, 32]"),
+    Refusal(
+        "group", refused(group_size=24), ValueError,
+        "QTensor: group_size must be positive and divide the 64 columns, got 24",
+    ),
+    Refusal("scale", refused(scale=torch.ones(33, 3)), ValueError, "QTensor: scale must have shape [33, 2], got [33, 3]"),
+    Refusal(
+        "scale_dtype", refused(scale=torch.ones(33, 2).int()), TypeError,
+        "QTensor: scale must be a floating-point tensor, got torch.int32",
+    ),
+    Refusal("zero", refused(zero=torch.ones(33, 3)), ValueError, "QTensor: zero must have shape [33, 2] or [1, 1], got [33, 3]"),
+    Refusal(
+        "zero_dtype", refused(zero=torch.ones(33, 2).int()), TypeError,
+        "QTensor: zero must be uint8 or a floating-point tensor, got torch.int32",
+    ),
+    Refusal("lut", refused(lut=torch.ones(1, 15)), ValueError, "QTensor: lut must have shape [P, 16] with P from 1 to 33, got [1, 15]"),
+    Refusal("perm", refused(perm=torch.arange(3)), ValueError, "QTensor: perm must be int64 of shape [64], got torch.int64 [3]"),
+    Refusal("dtype", refused(dtype=torch.int8), TypeError, "QTensor: dtype must be a floating-point type, got torch.int8"),
+    Refusal(
+        "codes_range", lambda: QTensor.from_codes(torch.tensor([[4]]), None, bits=2), ValueError,
+        "QTensor.from_codes: codes must be in 0 to 3, got 4 to 4",
+    ),
+    Refusal(
+        "codes_float", lambda: QTensor.from_codes(torch.ones(2, 2), None, bits=2), ValueError,
+        "QTensor.from_codes: codes must be integers of shape [N, K], got torch.float32 [2, 2]",
+    ),
+    Refusal("weight", lambda: ops.qlinear(torch.ones(2, 2), torch.ones(2, 2)), TypeError, "qlinear: weight must be a QTensor, got Tensor"),
+    Refusal("weight_2", lambda: ops.dequantize(torch.ones(2, 2)), TypeError, "dequantize: weight must be a QTensor, got Tensor"),
+    Refusal("input", multiplied(input=torch.ones(2, 63)), ValueError, "qlinear: input must have shape [..., 64], got [2, 63]"),
+    Refusal("input_none", multiplied(input=None), TypeError, "qlinear: input must be a tensor, got NoneType"),
+    Refusal(
+        "input_dtype", multiplied(input=torch.ones(2, 64).int()), TypeError,
+        "qlinear: input must be a floating-point tensor, got torch.int32",
+    ),
+    Refusal("bias", multiplied(bias=torch.ones(3)), ValueError, "qlinear: bias must have shape [33], got [3]"),
+    Refusal(
+        "activations", multiplied(activations="int4"), ValueError,
+        "qlinear: activations must be one of exact, int8, got 'int4'",
+    ),
+    Refusal(
+        "int8_lut", multiplied(activations="int8", lut=torch.ones(1, 16)), ValueError,
+        "qlinear: int8 activations need uniform codes or an int8 lut, got a lut of torch.float32",
+    ),
+    Refusal(
+        "lora_a",
+        lambda: ops.qlora_linear(torch.ones(2, 64), refused()(), torch.ones(2, 63), torch.ones(33, 2)), ValueError,
+        "qlora_linear: lora_a must have shape [R, 64], got [2, 63]",
+    ),
+    Refusal(
+        "lora_b",
+        lambda: ops.qlora_linear(torch.ones(2, 64), refused()(), torch.ones(2, 64), torch.ones(33, 3)), ValueError,
+        "qlora_linear: lora_b must have shape [33, 2], got [33, 3]",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("check", refusals(REFUSALS))
+def test_refusal(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_a_trained_weight_is_refused_by_lora() -> None:
+    (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
+    q = QTensor(w[0], w[1].requires_grad_(), (n, columns), bits, group)
+    with pytest.raises(RuntimeError, match="qlora_linear: the weight is frozen"):
+        ops.qlora_linear(torch.ones(2, columns), q, torch.ones(2, columns), torch.ones(n, 2))
+
+
+def test_examples() -> None:
+    from cofire.ops import lowbit, qtensor
+
+    check_examples(lowbit)
+    check_examples(qtensor)
