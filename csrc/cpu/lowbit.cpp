@@ -23,6 +23,13 @@ namespace lowbit {
 
 namespace {
 
+// [..., K] as [M, K], also where K is 0.
+at::Tensor rows_of(const at::Tensor& x) {
+  int64_t count = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) count *= x.size(d);
+  return x.reshape({count, x.size(-1)});
+}
+
 at::Tensor in_fp32(const MaybeTensor& t) {
   return t.has_value() ? t->to(at::kFloat).contiguous() : at::Tensor();
 }
@@ -427,14 +434,14 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
   if (y.numel() == 0) return y;
   const auto layout = can_pack(w) ? packed(codes, scale, zero, offset, lut, w) : nullptr;
   const bool int8 = activations == "int8";
-  multiply(input.reshape({-1, columns}), w, layout.get(), bias, {}, int8, y.view({-1, w.rows}));
+  multiply(rows_of(input), w, layout.get(), bias, {}, int8, y.view({y.numel() / w.rows, w.rows}));
   return y;
 }
 
 // dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored.
 at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Tensor& low,
                           const at::Tensor& lora_a) {
-  const at::Tensor dy = float_rows(grad.reshape({-1, w.rows}), 1);
+  const at::Tensor dy = float_rows(rows_of(grad), 1);
   const int64_t count = dy.size(0), columns = w.columns;
   auto shape = grad.sizes().vec();
   shape.back() = columns;
@@ -507,8 +514,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> qlinear_b
   if (!input.has_value()) {
     return {dx, nothing, nothing.clone(), nothing.clone(), nothing.clone()};
   }
-  const at::Tensor x = seen(input->reshape({-1, columns}), activations == "int8");
-  const at::Tensor dy = float_rows(grad.reshape({-1, w.rows}), 1);
+  const at::Tensor x = seen(rows_of(*input), activations == "int8");
+  const at::Tensor dy = float_rows(rows_of(grad), 1);
   const int64_t count = dy.size(0);
   // Of the gradient of the dense weight there are never more than some rows per thread.
   constexpr int64_t kRows = 32, kColumns = 4 * kWidth;
@@ -557,13 +564,13 @@ std::tuple<at::Tensor, at::Tensor> qlora_linear(const at::Tensor& input, const a
   shape.back() = w.rows;
   at::Tensor y = at::empty(shape, input.options());
   shape.back() = rank;
-  const at::Tensor x = input.reshape({-1, columns});
+  const at::Tensor x = rows_of(input);
   const at::Tensor low = at::linear(x, lora_a.to(input.scalar_type())).reshape(shape).contiguous();
   if (y.numel() == 0) return {y, low};
   const auto layout = can_pack(w) ? packed(codes, scale, zero, offset, lut, w) : nullptr;
   LowRank term;
-  if (rank > 0) term = {low.reshape({-1, rank}).to(at::kFloat), across(lora_b, alpha)};
-  multiply(x, w, layout.get(), bias, term, false, y.view({-1, w.rows}));
+  if (rank > 0) term = {rows_of(low).to(at::kFloat), across(lora_b, alpha)};
+  multiply(x, w, layout.get(), bias, term, false, y.view({y.numel() / w.rows, w.rows}));
   return {y, low};
 }
 
@@ -581,9 +588,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qlora_linear_backward(
   }
   const int64_t columns = lora_a.size(1), rank = lora_a.size(0);
   const Stored w(codes, scale, zero, offset, lut, bits, group_size, columns);
-  const at::Tensor dy = float_rows(grad.reshape({-1, w.rows}), 1);
+  const at::Tensor dy = float_rows(rows_of(grad), 1);
   at::Tensor to_low = at::mm(dy, lora_b.to(at::kFloat)).mul(alpha);
-  if (low_grad.has_value()) to_low = to_low + low_grad->reshape({-1, rank}).to(at::kFloat);
+  if (low_grad.has_value()) to_low = to_low + rows_of(*low_grad).to(at::kFloat);
   const at::Tensor nothing = at::empty({0}, grad.options());
   at::Tensor dx = nothing, da = nothing.clone(), db = nothing.clone();
   if (to_input) {
@@ -592,11 +599,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qlora_linear_backward(
                         used ? float_rows(lora_a, 4 * kWidth) : at::Tensor());
   }
   if (input.has_value()) {
-    da = at::mm(to_low.t(), input->reshape({-1, columns}).to(at::kFloat)).to(lora_a.scalar_type());
+    da = at::mm(to_low.t(), rows_of(*input).to(at::kFloat)).to(lora_a.scalar_type());
   }
   if (low.has_value()) {
-    db =
-        at::mm(dy.t(), low->reshape({-1, rank}).to(at::kFloat)).mul(alpha).to(lora_b.scalar_type());
+    db = at::mm(dy.t(), rows_of(*low).to(at::kFloat)).mul(alpha).to(lora_b.scalar_type());
   }
   return {dx, da, db};
 }

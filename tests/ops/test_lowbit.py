@@ -64,7 +64,7 @@ WEIGHTS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
 }
 INT8 = ("4bits_g32", "4bits_rows", "2bits_g7", "3bits_g32", "5bits", "7bits", "8bits", "palette_of_bytes", "palette_of_bytes_6", "6bits_g16")  # fmt: skip
 LATER = ("5bits", "6bits_g16", "7bits", "palettes_of_rows", "palette_256", "2bits_g7", "palette_of_bytes_6")
-TINY = (((3, 6, 2, 3), {"zero": "floats", "offset": True, "lut": 1}), ((2, 8, 3, 4), {"zero": "floats"}))
+TINY = tuple((sizes, {"zero": "floats", "offset": True, "lut": 1}) for sizes in ((3, 6, 2, 3), (4, 8, 2, 4)))
 
 
 def parts(rand: Random, name: str) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:
@@ -107,9 +107,7 @@ def test_dequantize(check: Callable[[], None]) -> None:
         [
             Sample(
                 n,
-                lambda rand, n=n: (
-                    lambda s, w: (rand.normal(s[0], s[1]), *w, s[2], s[3])
-                )(*parts(rand, n)),
+                lambda rand, n=n: (lambda s, w: (rand.normal(s[0], s[1]), *w, s[2], s[3]))(*parts(rand, n)),
                 full=n in LATER,
             )
             for n in WEIGHTS
@@ -128,15 +126,27 @@ def product_args(rand: Random, name: str, rows: tuple[int, ...], bias: bool, act
 
 
 #: rows of the input: a few of them go another way than many.
-ROWS: dict[str, tuple[int, ...]] = {"1": (1,), "2": (2,), "3": (3,), "9": (3, 3), "vector": (), "none": (0,), "131": (131,)}
+ROWS: dict[str, tuple[int, ...]] = {
+    "1": (1,),
+    "2": (2,),
+    "3": (3,),
+    "9": (3, 3),
+    "vector": (),
+    "none": (0,),
+    "131": (131,),
+}
 
 
-def products(make: Callable[[Random, str, tuple[int, ...], bool], Args], names: tuple[str, ...] = tuple(WEIGHTS)) -> list[Sample]:
+def products(
+    make: Callable[[Random, str, tuple[int, ...], bool], Args], names: tuple[str, ...] = tuple(WEIGHTS)
+) -> list[Sample]:
     chosen = [(n, r) for i, n in enumerate(names) for j, r in enumerate(("1", "2", "9")) if j == i % 3]
     chosen += [("4bits_g32", r) for r in ROWS] + [("palette", "3"), ("8bits", "131"), ("3bits_g32", "131")]
     chosen = [c for c in dict.fromkeys(chosen) if c[0] in names]
     return [
-        Sample(f"{n}_{r}", lambda rand, n=n, r=r: make(rand, n, ROWS[r], len(n) % 2 == 0), full=n in LATER or r == "131")
+        Sample(
+            f"{n}_{r}", lambda rand, n=n, r=r: make(rand, n, ROWS[r], len(n) % 2 == 0), full=n in LATER or r == "131"
+        )
         for n, r in chosen
     ]
 
@@ -406,7 +416,13 @@ def test_tensors_there_and_back() -> None:
     )
     again = q.map(lambda t: t.clone())
     assert torch.equal(again.dequantize(), q.dequantize())
-    assert (again.shape, again.bits, again.group_size, again.dtype, again.format) == ((6, 32), 3, 16, torch.bfloat16, "x")
+    assert (again.shape, again.bits, again.group_size, again.dtype, again.format) == (
+        (6, 32),
+        3,
+        16,
+        torch.bfloat16,
+        "x",
+    )
     nested = ops.NestedScale(
         torch.randint(0, 256, (6, 2), dtype=torch.uint8), torch.rand(256), torch.rand(3), torch.tensor(0.5), 4
     )
@@ -442,28 +458,31 @@ def test_compiled() -> None:
     assert torch.equal(compiled(x), ops.qlinear(x, q) * 2)
 
 
+def plain_weight(**changes: Any) -> QTensor:
+    parts = {"codes": torch.zeros(33, 32, dtype=torch.uint8), "scale": torch.ones(33, 2), "shape": (33, 64)}
+    return QTensor(**{**parts, "bits": 4, "group_size": 32, **changes})
+
+
 def refused(**changes: Any) -> Callable[[], object]:
     def call() -> object:
-        (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
-        args: dict[str, Any] = dict(zip(("codes", "scale", "zero", "offset", "lut"), w, strict=True))
-        args |= {"shape": (n, columns), "bits": bits, "group_size": group} | changes
-        return QTensor(**args)
+        made = {k: v() if callable(v) else v for k, v in changes.items()}
+        return plain_weight(**made)
 
     return call
 
 
 def multiplied(**changes: Any) -> Callable[[], object]:
     def call() -> object:
-        (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
-        q = QTensor(w[0], w[1], (n, columns), bits, group, w[2], lut=changes.pop("lut", None))
-        return ops.qlinear(**({"input": torch.randn(2, columns), "weight": q} | changes))
+        made = {k: v() if callable(v) else v for k, v in changes.items()}
+        q = plain_weight(lut=made.pop("lut", None))
+        return ops.qlinear(**{"input": torch.zeros(2, 64), "weight": q, **made})
 
     return call
 
 
 REFUSALS = [
     Refusal("bits", refused(bits=9), ValueError, "QTensor: bits must be between 1 and 8, got 9"),
-    Refusal("codes", refused(codes=torch.ones(33, 32)), TypeError, "QTensor: codes must be uint8, got torch.float32"),
+    Refusal("codes", refused(codes=lambda: torch.ones(33, 32)), TypeError, "QTensor: codes must be uint8, got torch.float32"),
     Refusal(
         "codes_shape", refused(bits=3), ValueError,
         "QTensor: codes must have shape [N, 24] (64 columns of 3 bits), got [33, 32]",
@@ -473,52 +492,52 @@ REFUSALS = [
         "group", refused(group_size=24), ValueError,
         "QTensor: group_size must be positive and divide the 64 columns, got 24",
     ),
-    Refusal("scale", refused(scale=torch.ones(33, 3)), ValueError, "QTensor: scale must have shape [33, 2], got [33, 3]"),
+    Refusal("scale", refused(scale=lambda: torch.ones(33, 3)), ValueError, "QTensor: scale must have shape [33, 2], got [33, 3]"),
     Refusal(
-        "scale_dtype", refused(scale=torch.ones(33, 2).int()), TypeError,
+        "scale_dtype", refused(scale=lambda: torch.ones(33, 2).int()), TypeError,
         "QTensor: scale must be a floating-point tensor, got torch.int32",
     ),
-    Refusal("zero", refused(zero=torch.ones(33, 3)), ValueError, "QTensor: zero must have shape [33, 2] or [1, 1], got [33, 3]"),
+    Refusal("zero", refused(zero=lambda: torch.ones(33, 3)), ValueError, "QTensor: zero must have shape [33, 2] or [1, 1], got [33, 3]"),
     Refusal(
-        "zero_dtype", refused(zero=torch.ones(33, 2).int()), TypeError,
+        "zero_dtype", refused(zero=lambda: torch.ones(33, 2).int()), TypeError,
         "QTensor: zero must be uint8 or a floating-point tensor, got torch.int32",
     ),
-    Refusal("lut", refused(lut=torch.ones(1, 15)), ValueError, "QTensor: lut must have shape [P, 16] with P from 1 to 33, got [1, 15]"),
-    Refusal("perm", refused(perm=torch.arange(3)), ValueError, "QTensor: perm must be int64 of shape [64], got torch.int64 [3]"),
+    Refusal("lut", refused(lut=lambda: torch.ones(1, 15)), ValueError, "QTensor: lut must have shape [P, 16] with P from 1 to 33, got [1, 15]"),
+    Refusal("perm", refused(perm=lambda: torch.arange(3)), ValueError, "QTensor: perm must be int64 of shape [64], got torch.int64 [3]"),
     Refusal("dtype", refused(dtype=torch.int8), TypeError, "QTensor: dtype must be a floating-point type, got torch.int8"),
     Refusal(
         "codes_range", lambda: QTensor.from_codes(torch.tensor([[4]]), None, bits=2), ValueError,
-        "QTensor.from_codes: codes must be in 0 to 3, got 4 to 4",
+        "QTensor.from_codes: codes must be in 0 to 3, got 4 to 4", data=True,
     ),
     Refusal(
         "codes_float", lambda: QTensor.from_codes(torch.ones(2, 2), None, bits=2), ValueError,
         "QTensor.from_codes: codes must be integers of shape [N, K], got torch.float32 [2, 2]",
     ),
-    Refusal("weight", lambda: ops.qlinear(torch.ones(2, 2), torch.ones(2, 2)), TypeError, "qlinear: weight must be a QTensor, got Tensor"),
-    Refusal("weight_2", lambda: ops.dequantize(torch.ones(2, 2)), TypeError, "dequantize: weight must be a QTensor, got Tensor"),
-    Refusal("input", multiplied(input=torch.ones(2, 63)), ValueError, "qlinear: input must have shape [..., 64], got [2, 63]"),
+    Refusal("weight", lambda: ops.qlinear(torch.ones(2, 2), "w"), TypeError, "qlinear: weight must be a QTensor, got str"),
+    Refusal("weight_2", lambda: ops.dequantize(2), TypeError, "dequantize: weight must be a QTensor, got int"),
+    Refusal("input", multiplied(input=lambda: torch.ones(2, 63)), ValueError, "qlinear: input must have shape [..., 64], got [2, 63]"),
     Refusal("input_none", multiplied(input=None), TypeError, "qlinear: input must be a tensor, got NoneType"),
     Refusal(
-        "input_dtype", multiplied(input=torch.ones(2, 64).int()), TypeError,
+        "input_dtype", multiplied(input=lambda: torch.ones(2, 64).int()), TypeError,
         "qlinear: input must be a floating-point tensor, got torch.int32",
     ),
-    Refusal("bias", multiplied(bias=torch.ones(3)), ValueError, "qlinear: bias must have shape [33], got [3]"),
+    Refusal("bias", multiplied(bias=lambda: torch.ones(3)), ValueError, "qlinear: bias must have shape [33], got [3]"),
     Refusal(
         "activations", multiplied(activations="int4"), ValueError,
         "qlinear: activations must be one of exact, int8, got 'int4'",
     ),
     Refusal(
-        "int8_lut", multiplied(activations="int8", lut=torch.ones(1, 16)), ValueError,
+        "int8_lut", multiplied(activations="int8", lut=lambda: torch.ones(1, 16)), ValueError,
         "qlinear: int8 activations need uniform codes or an int8 lut, got a lut of torch.float32",
     ),
     Refusal(
         "lora_a",
-        lambda: ops.qlora_linear(torch.ones(2, 64), refused()(), torch.ones(2, 63), torch.ones(33, 2)), ValueError,
+        lambda: ops.qlora_linear(torch.ones(2, 64), plain_weight(), torch.ones(2, 63), torch.ones(33, 2)), ValueError,
         "qlora_linear: lora_a must have shape [R, 64], got [2, 63]",
     ),
     Refusal(
         "lora_b",
-        lambda: ops.qlora_linear(torch.ones(2, 64), refused()(), torch.ones(2, 64), torch.ones(33, 3)), ValueError,
+        lambda: ops.qlora_linear(torch.ones(2, 64), plain_weight(), torch.ones(2, 64), torch.ones(33, 3)), ValueError,
         "qlora_linear: lora_b must have shape [33, 2], got [33, 3]",
     ),
 ]  # fmt: skip

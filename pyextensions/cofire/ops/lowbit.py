@@ -7,6 +7,7 @@ fp32 (fp64 where an argument is): ``W = (V(q) - zero) * scale + offset``, each o
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,11 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[..., K]`` as ``[M, K]``, also where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------ dequantize
@@ -97,9 +103,12 @@ def _trainable(x: Tensor | None) -> bool:
 
 
 def _parts_like(x: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(
-        torch.empty_like(p, memory_format=torch.contiguous_format) if _trainable(p) else _nothing(x) for p in parts
-    )  # type: ignore[arg-type]
+    def like(p: Tensor | None) -> Tensor:
+        if p is None or not p.is_floating_point():
+            return _nothing(x)
+        return torch.empty_like(p, memory_format=torch.contiguous_format)
+
+    return tuple(map(like, parts))
 
 
 _dequantize_backward = register(
@@ -244,8 +253,7 @@ def _qlinear_backward_reference(
     lut: Tensor | None, bits: int, group_size: int, columns: int, activations: str, to_input: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(grad, input, scale, zero, offset, lut)
-    rows = codes.shape[0]
-    g = grad.to(dtype).reshape(-1, rows)
+    g = rows_of(grad.to(dtype))
     nothing = _nothing(grad)
     to_x = nothing
     if to_input:
@@ -253,9 +261,9 @@ def _qlinear_backward_reference(
         to_x = (g @ w).view(*grad.shape[:-1], columns).to(grad.dtype)
     if input is None:
         return to_x, nothing, nothing, nothing, nothing
-    dense = g.t() @ _seen(input, activations).to(dtype).reshape(-1, columns)
-    parts = _dequantize_backward_reference(dense, codes, scale, zero, offset, lut, bits, group_size)
-    return to_x, *(p if p.numel() else nothing for p in parts)
+    dense = g.t() @ rows_of(_seen(input, activations).to(dtype))
+    a, b, c, d = _dequantize_backward_reference(dense, codes, scale, zero, offset, lut, bits, group_size)
+    return to_x, a, b, c, d
 
 
 def _qlinear_backward_fake(
@@ -293,14 +301,15 @@ def _save_qlinear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _qlinear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, codes, *parts = ctx.saved_tensors
     to_input = ctx.needs_input_grad[0]
-    to_x, to_parts = None, [None] * 4
+    to_x: Tensor | None = None
+    to_parts: list[Tensor | None] = [None] * 4
     if to_input or input is not None:
         found = _qlinear_backward.overload(
             grad, input, codes, *parts, ctx.bits, ctx.group_size, ctx.columns, ctx.activations, to_input
         )
         to_x = found[0] if to_input else None
         to_parts = _only(tuple(parts), found[1:]) if input is not None else to_parts
-    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias) if ctx.needs_input_grad[6] else None
+    to_bias = rows_of(grad).sum(0).to(ctx.bias) if ctx.needs_input_grad[6] else None
     return to_x, None, *to_parts, to_bias, None, None, None
 
 
@@ -422,7 +431,7 @@ def _qlora_linear_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(grad, scale, zero, offset, lut)
     columns, nothing = lora_a.shape[1], _nothing(grad)
-    g = grad.to(dtype).reshape(-1, grad.shape[-1])
+    g = rows_of(grad.to(dtype))
     to_low = alpha * (g @ lora_b.to(dtype))
     if low_grad is not None:
         to_low = to_low + low_grad.to(dtype).reshape(to_low.shape)
@@ -430,7 +439,7 @@ def _qlora_linear_backward_reference(
     if to_input:
         w = _dequantize_reference(codes, scale, zero, offset, lut, bits, group_size, columns).to(dtype)
         to_x = (g @ w + to_low @ lora_a.to(dtype)).view(*grad.shape[:-1], columns).to(grad.dtype)
-    to_a = nothing if input is None else (to_low.t() @ input.to(dtype).reshape(-1, columns)).to(lora_a.dtype)
+    to_a = nothing if input is None else (to_low.t() @ rows_of(input.to(dtype))).to(lora_a.dtype)
     to_b = nothing
     if low is not None:
         to_b = (alpha * (g.t() @ low.to(dtype).reshape(to_low.shape))).to(lora_b.dtype)
@@ -477,7 +486,7 @@ def _qlora_linear_grad(ctx: Any, grad: Tensor | None, low_grad: Tensor | None) -
     to_x, to_a, to_b = _qlora_linear_backward.overload(
         grad, low_grad, input, low, codes, *parts, lora_a, lora_b, ctx.alpha, ctx.bits, ctx.group_size, to_input
     )
-    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias) if ctx.needs_input_grad[6] else None
+    to_bias = rows_of(grad).sum(0).to(ctx.bias) if ctx.needs_input_grad[6] else None
     return (
         to_x if to_input else None, None, None, None, None, None, to_bias,
         to_a if input is not None else None, to_b if low is not None else None, None, None, None,

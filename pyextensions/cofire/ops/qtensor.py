@@ -26,6 +26,12 @@ class NestedScale:
     """Scales that are themselves quantised to 8 bits in blocks, as double quantisation stores them (QLoRA, section 3).
 
     Scale i is ``table[codes[i]] * absmax[i // block] + mean``.
+
+    Example:
+        >>> table = torch.linspace(-1, 1, 256)
+        >>> nested = NestedScale(torch.tensor([[0, 255]], dtype=torch.uint8), table, torch.tensor([0.5]), torch.tensor(2.0), 256)
+        >>> nested.dequantize().tolist()
+        [[1.5, 2.5]]
     """
 
     codes: Tensor  #: uint8 ``[N, G]``
