@@ -172,6 +172,7 @@ Packed::Packed(const Stored& w)
 void Packed::set_scales(const Stored& w) {
   const int64_t width = blocks * kBlock, entries = 1 << bits;
   const auto floats = w.codes.options().dtype(at::kFloat);
+  uniform = !w.lut.defined();
   scale = at::zeros({groups, width}, floats);
   const bool moved = w.zero.defined() || w.offset.defined();
   shift = moved ? at::zeros({groups, width}, floats) : at::Tensor();

@@ -77,6 +77,7 @@ struct Packed {
   at::Tensor scale, shift;   // fp32 [groups, 16 blocks]: y += scale sum(V x) + shift sum(x)
   at::Tensor table;          // fp32 [P, max(16, 2^bits)]: V
   at::Tensor bytes;          // uint8, of the same shape: V + 128 where V are bytes, else undefined
+  bool uniform;              // V is the code itself
   at::Tensor byte_shift;     // `shift` with bytes: V + 128 moves it by -128 scale
   int64_t partition_blocks;  // blocks that share a row of the tables
 };

@@ -162,6 +162,7 @@ constexpr int64_t kAhead = 2048;  // bytes of the weight that are asked for in a
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
 void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
+  constexpr int kChains = std::clamp(kSums / R, 1, 2);
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   alignas(64) uint8_t entries[16] = {};
   if constexpr (Lookup) {
@@ -181,29 +182,35 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
       w.byte_shift.defined() ? w.byte_shift.const_data_ptr<float>() + block * kBlock : nullptr;
   int64_t column = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
-    W16 total[R], acc[R][2];
+    W16 total[R], acc[R][kChains];
     COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) total[r] = acc[r][0] = acc[r][1] = W16::zero();
+    for (int r = 0; r < R; ++r) {
+      total[r] = W16::zero();
+      unrolled<kChains>([&](auto i) { acc[r][i] = W16::zero(); });
+    }
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
       COFIRE_UNROLL
       for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
       const Planes<Bits> planes(codes);
       if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
         COFIRE_UNROLL
-        for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = W16::zero();
+        for (int r = 0; r < R; ++r) {
+          unrolled<kChains>([&](auto i) { acc[r][i] = W16::zero(); });
+        }
       }
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         W16 quad = planes.template quad<q>();
         if constexpr (Lookup) quad = table[quad];
         COFIRE_UNROLL
         for (int r = 0; r < R; ++r) {
-          acc[r][q % 2] = dot<Kind>(acc[r][q % 2], quad, W16::all(four(p[r] + column + 4 * q)));
+          acc[r][q % kChains] =
+              dot<Kind>(acc[r][q % kChains], quad, W16::all(four(p[r] + column + 4 * q)));
         }
       });
       if constexpr (Kind == Bytes::kNarrow) {
         COFIRE_UNROLL
         for (int r = 0; r < R; ++r) {
-          total[r] = widened<Kind>(widened<Kind>(total[r], acc[r][0]), acc[r][1]);
+          unrolled<kChains>([&](auto i) { total[r] = widened<Kind>(total[r], acc[r][i]); });
         }
       }
     }
@@ -211,7 +218,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
       if constexpr (Kind != Bytes::kNarrow) {
-        total[r] = widened<Kind>(acc[r][0], acc[r][1]);
+        unrolled<kChains>([&](auto i) { total[r] = widened<Kind>(total[r], acc[r][i]); });
       }
       y[r] = fma(factor, to_float(total[r]), y[r]);
       if (shift != nullptr) {
@@ -244,6 +251,7 @@ COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Ta
 
 template <int Bits, int R, Value How>
 void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
+  constexpr int kChains = std::clamp(kSums / R, 1, 4);
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const float* entries =
       w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1);
@@ -260,9 +268,11 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
   for (int r = 0; r < R; ++r) p[r] = x.row(r);
   int64_t column = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
-    F16 acc[R][4];
+    F16 acc[R][kChains];
     COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = acc[r][2] = acc[r][3] = F16::zero();
+    for (int r = 0; r < R; ++r) {
+      unrolled<kChains>([&](auto i) { acc[r][i] = F16::zero(); });
+    }
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
       COFIRE_UNROLL
       for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
@@ -273,7 +283,8 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
           const F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
           COFIRE_UNROLL
           for (int r = 0; r < R; ++r) {
-            acc[r][i] = fma(value, F16::all(p[r][column + 4 * q + i]), acc[r][i]);
+            F16& sum = acc[r][i % kChains];
+            sum = fma(value, F16::all(p[r][column + 4 * q + i]), sum);
           }
         });
       });
@@ -281,10 +292,12 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
     const F16 factor = F16::load(scale + g * padded);
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
-      y[r] = fma(factor, (acc[r][0] + acc[r][1]) + (acc[r][2] + acc[r][3]), y[r]);
+      F16 sum = acc[r][0];
+      unrolled<kChains - 1>([&](auto i) { sum = sum + acc[r][i + 1]; });
+      y[r] = fma(factor, sum, y[r]);
       if (shift != nullptr) {
-        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
-        y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
+        const F16 total = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
+        y[r] = fma(F16::load(shift + g * padded), total, y[r]);
       }
     }
   }
@@ -294,12 +307,11 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
 
 template <typename F>
 void with_rows(int64_t rows, F&& f) {
-  if (rows == 1)
-    f(std::integral_constant<int, 1>{});
-  else if (rows == 2)
-    f(std::integral_constant<int, std::min(2, kFewRows)>{});
-  else
+  if (rows == 1) return f(std::integral_constant<int, 1>{});
+  if constexpr (kFewRows > 1) {
+    if (rows == 2) return f(std::integral_constant<int, 2>{});
     f(std::integral_constant<int, kFewRows>{});
+  }
 }
 
 // Calls f with the way in which bytes are multiplied by this weight on this machine.
@@ -334,11 +346,10 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8) {
             found = few_bytes<B, R, K, true>;
           }
         });
+      } else if (w.uniform && !(kLookup && B <= 4)) {
+        found = few_floats<B, R, Value::kConvert>;
       } else if constexpr (B <= 4) {
         found = few_floats<B, R, Value::kTable>;
-      } else if (w.table.size(0) == 1 && w.table.const_data_ptr<float>()[w.table.size(1) - 1] ==
-                                             static_cast<float>(w.table.size(1) - 1)) {
-        found = few_floats<B, R, Value::kConvert>;
       } else {
         found = few_floats<B, R, Value::kGather>;
       }
@@ -373,15 +384,7 @@ void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t qu
     COFIRE_UNROLL
     for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = W16::zero();
   }
-  W16 narrow[R][kTileBlocks];
-  for (int64_t q = 0; q < quads; ++q) {
-    if (Kind == Bytes::kNarrow && q % 8 == 0) {
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        COFIRE_UNROLL
-        for (int j = 0; j < kTileBlocks; ++j) narrow[r][j] = W16::zero();
-      }
-    }
+  const auto add = [&](int64_t q, W16(&sums_of)[R][kTileBlocks]) __attribute__((always_inline)) {
     W16 w[kTileBlocks];
     COFIRE_UNROLL
     for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
@@ -389,18 +392,26 @@ void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t qu
     for (int r = 0; r < R; ++r) {
       const W16 x = W16::all(four(p + r * stride + 4 * q));
       COFIRE_UNROLL
-      for (int j = 0; j < kTileBlocks; ++j) {
-        W16& sum = Kind == Bytes::kNarrow ? narrow[r][j] : acc[r][j];
-        sum = dot<Kind>(sum, w[j], x);
-      }
+      for (int j = 0; j < kTileBlocks; ++j) sums_of[r][j] = dot<Kind>(sums_of[r][j], w[j], x);
     }
-    if (Kind == Bytes::kNarrow && q % 8 == 7) {
+  };
+  if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
+    for (int64_t q = 0; q < quads; q += 8) {
+      W16 narrow[R][kTileBlocks];
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        COFIRE_UNROLL
+        for (int j = 0; j < kTileBlocks; ++j) narrow[r][j] = W16::zero();
+      }
+      unrolled<8>([&](auto i) __attribute__((always_inline)) { add(q + i, narrow); });
       COFIRE_UNROLL
       for (int r = 0; r < R; ++r) {
         COFIRE_UNROLL
         for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
       }
     }
+  } else {
+    for (int64_t q = 0; q < quads; ++q) add(q, acc);
   }
   COFIRE_UNROLL
   for (int j = 0; j < kTileBlocks; ++j) {
@@ -516,8 +527,11 @@ void step_to_floats(const uint8_t* codes, const float* entries, bool convert, F1
     const W16 quad = planes.template quad<q>();
     unrolled<4>([&](auto i) __attribute__((always_inline)) {
       F16 value;
-      if constexpr (Bits <= 4) {
+      if constexpr (Bits <= 4 && kLookup) {
         value = value_of<Bits, Value::kTable, q, i>(planes, quad, table, entries);
+      } else if constexpr (Bits <= 4) {
+        value = convert ? value_of<Bits, Value::kConvert, q, i>(planes, quad, table, entries)
+                        : value_of<Bits, Value::kTable, q, i>(planes, quad, table, entries);
       } else {
         value = convert ? value_of<Bits, Value::kConvert, q, i>(planes, quad, table, entries)
                         : value_of<Bits, Value::kGather, q, i>(planes, quad, table, entries);
@@ -532,7 +546,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
   const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * blocks;
   constexpr int64_t kDepth = 128;  // columns that are decoded at a time: 24 KB at most
   const int64_t cost = x.stride * kWidth / 2 * x.count;
-  const bool convert = w != nullptr && w->bits > 4 && !stored.lut.defined();
+  const bool convert = w != nullptr && w->uniform;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     const int64_t at_once = std::min(kRowsAtOnce, x.count);
     std::vector<float> tile(kDepth * kWidth), c(at_once * kWidth), values(kDepth);

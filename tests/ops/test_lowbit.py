@@ -64,7 +64,7 @@ WEIGHTS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
 }
 INT8 = ("4bits_g32", "4bits_rows", "2bits_g7", "3bits_g32", "5bits", "7bits", "8bits", "palette_of_bytes", "palette_of_bytes_6", "6bits_g16")  # fmt: skip
 LATER = ("5bits", "6bits_g16", "7bits", "palettes_of_rows", "palette_256", "2bits_g7", "palette_of_bytes_6")
-TINY = tuple((sizes, {"zero": "floats", "offset": True, "lut": 1}) for sizes in ((3, 6, 2, 3), (4, 8, 2, 4)))
+TINY = tuple((sizes, {"zero": "floats", "offset": True, "lut": 1}) for sizes in ((3, 6, 2, 3), (4, 9, 2, 3)))
 
 
 def parts(rand: Random, name: str) -> tuple[tuple[int, int, int, int], tuple[Any, ...]]:

@@ -192,7 +192,7 @@ def dequantize(weight: QTensor) -> Tensor:
         Jacob et al. 2018 (1712.05877), equation 1; tables as in Dettmers et al. 2023 (QLoRA, 2305.14314).
     """
     _check_weight("dequantize", weight)
-    w = _dequantize(
+    w: Tensor = _dequantize(
         weight.codes, weight.scales(), weight.zero, weight.offset, weight.lut,
         weight.bits, weight.group_size, weight.shape[1],
     )  # fmt: skip
@@ -261,8 +261,10 @@ def _qlinear_backward_reference(
         to_x = (g @ w).view(*grad.shape[:-1], columns).to(grad.dtype)
     if input is None:
         return to_x, nothing, nothing, nothing, nothing
+    parts = (scale, zero, offset, lut)
     dense = g.t() @ rows_of(_seen(input, activations).to(dtype))
     a, b, c, d = _dequantize_backward_reference(dense, codes, scale, zero, offset, lut, bits, group_size)
+    a, b, c, d = (part if trained else nothing for part, trained in zip((a, b, c, d), map(_trainable, parts)))
     return to_x, a, b, c, d
 
 

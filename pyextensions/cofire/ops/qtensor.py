@@ -137,7 +137,7 @@ class QTensor:
         parts: dict[str, Any] = {name: tensors[name] for name in TENSORS if name in tensors}
         block = rest.pop("block", None)
         if "scale.codes" in tensors:
-            parts["scale"] = NestedScale(*(tensors[f"scale.{name}"] for name in NESTED), block=block)
+            parts["scale"] = NestedScale(**{n: tensors[f"scale.{n}"] for n in NESTED}, block=block)
         parts.setdefault("scale", None)
         return cls(**parts, **rest)
 
