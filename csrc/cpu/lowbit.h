@@ -14,6 +14,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -179,23 +180,24 @@ inline void product_rows(const float* a, int64_t row, int64_t column, const floa
   }
 }
 
+// Cuts rows into nearly equal parts of at most `most`: the size of the next part.
+inline int64_t next_part(int64_t rows, int64_t most) {
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
 // The same for any number of rows; each row's sums are the same whatever rows stand beside it.
 inline void product(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                     float* c, int64_t ldc, int64_t rows, int64_t depth) {
-  int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) {
-    product_rows<kTileRows>(a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
+  using Kernel =
+      void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t);
+  static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Kernel, sizeof...(R)>{product_rows<R + 1>...};
+  }(std::make_integer_sequence<int, kTileRows>{});
+  for (int64_t r = 0, now; r < rows; r += now) {
+    now = next_part(rows - r, kTileRows);
+    kernels[now - 1](a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
   }
-  const auto rest = [&]<int R>(auto&& self, std::integral_constant<int, R>) -> void {
-    if constexpr (R > 0) {
-      if (rows - r == R) {
-        product_rows<R>(a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
-      } else {
-        self(self, std::integral_constant<int, R - 1>{});
-      }
-    }
-  };
-  rest(rest, std::integral_constant<int, kTileRows - 1>{});
 }
 
 // A low-rank term of the product, or nothing: y += low transposed_b.

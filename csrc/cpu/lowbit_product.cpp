@@ -6,8 +6,6 @@
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight alone, so results do not depend on the number of threads.
-#include <ATen/ops/cat.h>
-
 #include <cmath>
 
 #include "lowbit.h"
@@ -161,7 +159,7 @@ constexpr int64_t kAhead = 2048;  // bytes of the weight that are asked for in a
 
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
-void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
+void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
   constexpr int kChains = std::clamp(kSums / R, 1, 2);
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   alignas(64) uint8_t entries[16] = {};
@@ -171,7 +169,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
   }
   const Bytes16 table(entries);
   const int8_t* p[R];
-  for (int r = 0; r < R; ++r) p[r] = x.row8(r);
+  for (int r = 0; r < R; ++r) p[r] = x.row8(m + r);
   F16 y[R];
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) y[r] = F16::zero();
@@ -222,7 +220,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, float* c) {
       }
       y[r] = fma(factor, to_float(total[r]), y[r]);
       if (shift != nullptr) {
-        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
+        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
         y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
       }
     }
@@ -250,7 +248,7 @@ COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Ta
 }
 
 template <int Bits, int R, Value How>
-void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
+void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
   constexpr int kChains = std::clamp(kSums / R, 1, 4);
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const float* entries =
@@ -265,7 +263,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
   const float* shift =
       w.shift.defined() ? w.shift.const_data_ptr<float>() + block * kBlock : nullptr;
   const float* p[R];
-  for (int r = 0; r < R; ++r) p[r] = x.row(r);
+  for (int r = 0; r < R; ++r) p[r] = x.row(m + r);
   int64_t column = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     F16 acc[R][kChains];
@@ -296,13 +294,19 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, float* c) {
       unrolled<kChains - 1>([&](auto i) { sum = sum + acc[r][i + 1]; });
       y[r] = fma(factor, sum, y[r]);
       if (shift != nullptr) {
-        const F16 total = F16::all(x.sums.const_data_ptr<float>()[r * w.groups + g]);
+        const F16 total = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
         y[r] = fma(F16::load(shift + g * padded), total, y[r]);
       }
     }
   }
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
+}
+
+// Rows that are taken together: one, two or kFewRows.
+int64_t part_of_few(int64_t rows) {
+  if (rows >= kFewRows) return kFewRows;
+  return rows >= 2 ? 2 : 1;
 }
 
 template <typename F>
@@ -328,7 +332,7 @@ void with_kind(const Packed& w, F&& f) {
   f(std::integral_constant<Bytes, Bytes::kWide>{});
 }
 
-using Few = void (*)(const Rows&, const Packed&, int64_t, float*);
+using Few = void (*)(const Rows&, const Packed&, int64_t, int64_t, float*);
 
 Few few_kernel(const Packed& w, int64_t rows, bool int8) {
   Few found = nullptr;
@@ -358,20 +362,23 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8) {
   return found;
 }
 
-void multiply_few(const Rows& x, const Packed& w, Few kernel, const Sink& sink) {
+void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
   const int64_t cost = w.steps * kStep * kBlock / 8 * x.count;
   at::parallel_for(0, w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
-    alignas(64) float c[4 * kWidth];
+    alignas(64) float c[kFewRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
-      kernel(x, w, block, c);
-      sink(c, 0, x.count, block * kBlock, kBlock);
+      for (int64_t m = 0, now; m < x.count; m += now) {
+        now = part_of_few(x.count - m);
+        few_kernel(w, now, int8)(x, w, block, m, c);
+        sink(c, m, now, block * kBlock, kBlock);
+      }
     }
   });
 }
 
 // ----------------------------------------------------------------------------------- more rows
 
-constexpr int64_t kRowsAtOnce = 128;
+constexpr int64_t kRowsAtOnce = 64;
 
 // R rows times kTileBlocks blocks over one group of decoded bytes [quad][kWidth][4].
 template <int R, Bytes Kind>
@@ -501,8 +508,8 @@ void multiply_bytes(const Rows& x, const Packed& w, const Sink& sink) {
             });
             // The shift of a group is added with its first piece.
             const float* shift = w.byte_shift.defined() && s == 0 ? moved.data() : nullptr;
-            for (int64_t r = 0; r < rows; r += kTileRows) {
-              const int64_t now = std::min<int64_t>(kTileRows, rows - r);
+            for (int64_t r = 0, now; r < rows; r += now) {
+              now = next_part(rows - r, kTileRows);
               const float* sums = shift != nullptr
                                       ? x.sums.const_data_ptr<float>() + (m + r) * w.groups + g
                                       : nullptr;
@@ -597,25 +604,15 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
   const int64_t count = x.size(0);
-  const Few few = w != nullptr && count <= kFewRows ? few_kernel(*w, count, int8) : nullptr;
+  const bool few = w != nullptr && count <= kFewLimit && few_kernel(*w, 1, int8) != nullptr;
   const bool through_floats = w == nullptr;
-  // A kernel of a few rows reads as many as it has; those that are missing are zero.
-  const int64_t taken = few == nullptr ? count
-                        : count <= 2   ? std::min<int64_t>(count, kFewRows)
-                                       : kFewRows;
-  const at::Tensor input =
-      taken == count ? x : at::cat({x, at::zeros({taken - count, x.size(1)}, x.options())});
-  const bool sums =
-      w != nullptr && (int8 ? w->byte_shift.defined() : few != nullptr && w->shift.defined());
-  const Rows rows = prepare(input, w != nullptr ? w->group : stored.columns,
+  const bool sums = w != nullptr && (int8 ? w->byte_shift.defined() : few && w->shift.defined());
+  const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
                             w != nullptr ? w->groups : 1, int8, sums, int8 && through_floats);
-  const MaybeTensor& b = bias;
   const Sink sink{rows, low_rank, int8,
-                  b.has_value() ? b->to(at::kFloat).contiguous() : at::Tensor(), y};
-  if (few != nullptr) {
-    Rows seen = rows;
-    seen.count = count;
-    multiply_few(seen, *w, few, sink);
+                  bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
+  if (few) {
+    multiply_few(rows, *w, int8, sink);
   } else if (int8 && !through_floats) {
     multiply_bytes(rows, *w, sink);
   } else {

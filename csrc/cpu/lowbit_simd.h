@@ -112,8 +112,9 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
   return {_mm512_add_epi32(acc.v, sums.v)};
 }
 
-// kSums: sums in registers while decoding; kLookup: whether a table beats a conversion.
-constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kSums = 16;
+// The rows and blocks of a tile; the rows that are multiplied while decoding, and up to how many
+// they are taken in such parts; their sums in registers; whether a table beats a conversion.
+constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kFewLimit = 4, kSums = 16;
 constexpr bool kLookup = true;
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -233,7 +234,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
   return {_mm256_add_epi32(acc.a, sums.a), _mm256_add_epi32(acc.b, sums.b)};
 }
 
-constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
+constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kFewLimit = 12, kSums = 4;
 constexpr bool kLookup = false;
 
 #else
@@ -328,7 +329,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 }
 #undef COFIRE_LANES
 
-constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kSums = 1;
+constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kFewLimit = 2, kSums = 1;
 constexpr bool kLookup = false;
 
 #endif
