@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import clustering, gating, selection
+from cofire_kernels import clustering, gating, lowbit, selection
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -211,6 +211,42 @@ def _dkm(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
+def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> tuple[Tensor | None, ...]:
+    """Codes, scale, zero, offset and table of 4,096 rows."""
+    codes = torch.empty((4096, (columns * bits + 7) // 8), dtype=torch.uint8, device=make.device)
+    scale = torch.ones((4096, columns // group), dtype=torch.float32, device=make.device)
+    zero = torch.full((1, 1), float(1 << bits >> 1), device=make.device)
+    if not lut:
+        return codes, scale, zero, None, None
+    table = torch.ones((1, 1 << bits), device=make.device)
+    return codes, scale, None, None, table.to(torch.int8) if lut == "int8" else table
+
+
+def _dequantize(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    weights = [(4, _weight(make, 4, k, 128)), (3, _weight(make, 3, k, 128)), (4, _weight(make, 4, k, 128, "float"))]
+    return [lambda b=b, w=w: lowbit.dequantize(*w, b, 128, k) for b, w in weights]  # type: ignore[misc]
+
+
+def _qlinear(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    x, grad = make.values(sizes["samples"], k), make.values(sizes["samples"], 4096)
+    a, b = make.values(16, k), make.values(4096, 16)
+    four, three, eight = (_weight(make, bits, k, 128) for bits in (4, 3, 8))
+    palette, palette8 = (_weight(make, 4, k, k, lut) for lut in ("float", "int8"))
+    return [
+        lambda: lowbit.qlinear(x, *four, None, 4, 128, "exact"),
+        lambda: lowbit.qlinear(x, *three, b[:, 0], 3, 128, "exact"),
+        lambda: lowbit.qlinear(x, *palette, None, 4, k, "exact"),
+        lambda: lowbit.qlinear(x, *four, None, 4, 128, "int8"),
+        lambda: lowbit.qlinear(x, *eight, None, 8, 128, "int8"),
+        lambda: lowbit.qlinear(x, *palette8, None, 4, k, "int8"),
+        lambda: lowbit.qlora_linear(x, *four, None, a, b, 0.5, 4, 128),
+        lambda: lowbit.qlinear_backward(grad, None, *four, 4, 128, k, "exact", True),
+        lambda: lowbit.qlora_linear_backward(grad, None, None, None, *four, a, b, 0.5, 4, 128, True),
+    ]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "mass_mask": _mass_mask,
@@ -229,4 +265,8 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "lut_apply16": _lut_apply16,
     "dkm_tables": _dkm_tables,
     "dkm": _dkm,
+    "dequantize": _dequantize,
+    "qlinear": _qlinear,
+    "qlinear_bytes": _qlinear,
+    "qlinear_backward": _qlinear,
 }

@@ -35,7 +35,7 @@ def weight(
         table = rand.normal(lut, 1 << bits).sort(1).values
         table = (table * 40).clamp(-128, 127).round().to(torch.int8) if int8 else table
     return (
-        pack_bits(codes, bits),
+        pack_bits(codes, bits).clone(),
         (rand.uniform(rows, groups) + 0.5) / (1 << bits) if scale else None,
         z,
         rand.normal(rows, groups) if offset else None,

@@ -17,6 +17,7 @@ from cofire.nn.gating import (
     GatedLinear,
     GateHead,
 )
+from cofire.nn.lowbit import QLoRALinear, QuantLinear, hessians, quantize_
 from cofire.nn.palettes import (
     PackedPalette,
     PackedPalettized,
@@ -43,4 +44,8 @@ __all__ = [
     "PalettizedConv2d",
     "PalettizedEmbedding",
     "PalettizedLinear",
+    "QLoRALinear",
+    "QuantLinear",
+    "hessians",
+    "quantize_",
 ]

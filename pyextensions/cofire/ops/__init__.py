@@ -5,4 +5,5 @@ from cofire.ops.clustering import *  # noqa: F403
 from cofire.ops.gating import *  # noqa: F403
 from cofire.ops.lowbit import *  # noqa: F403
 from cofire.ops.packing import *  # noqa: F403
+from cofire.ops.quantizers import *  # noqa: F403
 from cofire.ops.selection import *  # noqa: F403

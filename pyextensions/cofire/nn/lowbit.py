@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers with quantised weights, and the one call that puts them into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cofire.ops import QTensor, dequantize, qlinear, qlora_linear, quantize_weight
+from cofire.ops.checks import check_choice, check_integer, check_module, refuse, shape_of
+from cofire.ops.lowbit import ACTIVATIONS
+from cofire.ops.qtensor import NESTED, TENSORS
+
+__all__ = ["QLoRALinear", "QuantLinear", "hessians", "quantize_"]
+
+#: The buffers of a quantised weight; a dot cannot be part of a name.
+BUFFERS = (*TENSORS, *(f"scale_{part}" for part in NESTED))
+
+
+class QuantLinear(nn.Module):
+    """A linear layer whose weight has 1 to 8 bits; frozen.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        bits, group_size: of the weight (None: one scale per row).
+        activations: "exact" or "int8", as in :func:`cofire.ops.qlinear`.
+
+    A new layer is all zeros: :meth:`from_linear` makes one from a dense layer, and ``load_state_dict`` accepts the state of
+    any other of the same size, whatever its bits, groups, tables or order of columns; the state says them itself.
+
+    Attributes:
+        codes, scale, zero, offset, lut, perm: the tensors of the :class:`~cofire.ops.QTensor`, as buffers; those that the
+            weight has not are None. Nested scales are ``scale_codes`` and so on. They keep their dtypes when the layer is
+            cast.
+        geometry: int64 buffer: rows, columns, bits, group size, and the block of nested scales or 0.
+
+    Shape: as ``nn.Linear``.
+
+    Example:
+        >>> layer = QuantLinear.from_linear(nn.Linear(64, 8), bits=4, group_size=32)
+        >>> layer(torch.rand(3, 64)).shape
+        torch.Size([3, 8])
+
+    Source: Dettmers et al. 2023 (QLoRA, 2305.14314), section 3.
+    """
+
+    geometry: Tensor
+    like: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bits: int = 4,
+        group_size: int | None = 128,
+        activations: str = "exact",
+    ) -> None:
+        super().__init__()
+        check_integer("QuantLinear", in_features=in_features, out_features=out_features, bits=bits)
+        check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
+        size = in_features if group_size in (None, -1) else group_size
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.activations = activations
+        weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
+        self._take(quantize_weight(weight, "absmax", bits=bits, group_size=size))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), False) if bias else None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, method: str = "absmax", *, activations: str = "exact", **options: Any
+    ) -> QuantLinear:
+        """From a dense layer; the options are those of :func:`cofire.ops.quantize_weight`."""
+        weight, bias = dense_weight(linear)
+        return cls.from_qtensor(quantize_weight(weight, method, **options), bias, activations=activations)
+
+    @classmethod
+    def from_qtensor(cls, weight: QTensor, bias: Tensor | None = None, *, activations: str = "exact") -> QuantLinear:
+        """Around a weight, which is not copied, and a bias."""
+        check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
+        if not isinstance(weight, QTensor):
+            raise TypeError(f"QuantLinear.from_qtensor: weight must be a QTensor, got {type(weight).__name__}")
+        if bias is not None and list(bias.shape) != [weight.shape[0]]:
+            refuse("QuantLinear.from_qtensor", f"bias must have shape [{weight.shape[0]}], got {shape_of(bias)}")
+        if activations == "int8" and weight.lut is not None and weight.lut.is_floating_point():
+            refuse(
+                "QuantLinear", f"int8 activations need uniform codes or an int8 lut, got a lut of {weight.lut.dtype}"
+            )
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.activations = activations
+        layer._take(weight)
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), False)
+        return layer
+
+    # ---------------------------------------------------------------------------------------------- its weight
+
+    def _take(self, weight: QTensor) -> None:
+        tensors = {name.replace(".", "_"): t.detach() for name, t in weight.tensors().items()}
+        for name in BUFFERS:
+            self.register_buffer(name, tensors.get(name))
+        block = getattr(weight.scale, "block", 0)
+        self.out_features, self.in_features = weight.shape
+        self.bits, self.group_size, self._block, self.format = weight.bits, weight.group_size, block, weight.format
+        numbers = [*weight.shape, weight.bits, weight.group_size, block]
+        self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
+        # The dtype of the weight that this one stands for follows the layer wherever it is cast to.
+        self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+
+    @property
+    def qweight(self) -> QTensor:
+        """The weight as a :class:`~cofire.ops.QTensor` around the layer's buffers."""
+        found = {n: self._buffers[n] for n in BUFFERS if self._buffers[n] is not None}
+        tensors = {n.replace("_", ".", 1) if n.startswith("scale_") else n: t for n, t in found.items()}
+        block = {"block": self._block} if self._block else {}
+        return QTensor.from_tensors(
+            tensors,  # type: ignore[arg-type]
+            shape=(self.out_features, self.in_features),
+            bits=self.bits,
+            group_size=self.group_size,
+            dtype=self.like.dtype,
+            format=self.format,
+            **block,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, anew with each call."""
+        return dequantize(self.qweight)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and of the bias."""
+        return self.qweight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return qlinear(input, self.qweight, self.bias, activations=self.activations)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={self.group_size}, activations={self.activations}"
+        )
+
+    # ------------------------------------------------------------------------------------- casting and loading
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        before = {name: self._buffers[name] for name in BUFFERS}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, was in before.items():
+            now = self._buffers[name]
+            if was is not None and now is not None and now.dtype != was.dtype:
+                self._buffers[name] = was.to(now.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        stored = state_dict.get(f"{prefix}geometry")
+        if isinstance(stored, Tensor) and not stored.is_meta:
+            rows, columns, bits, group, block = stored.tolist()
+            if (rows, columns) != (self.out_features, self.in_features):
+                error_msgs.append(
+                    f"{prefix.removesuffix('.') or 'QuantLinear'}: the state must be of a weight "
+                    f"{[self.out_features, self.in_features]}, got one of {[rows, columns]}"
+                )
+                return
+            self.bits, self.group_size, self._block = bits, group, block
+            for name in BUFFERS:  # of the shapes and dtypes of what comes
+                there = state_dict.get(prefix + name)
+                device = self.geometry.device
+                self._buffers[name] = None if there is None else torch.empty_like(there, device=device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class QLoRALinear(nn.Module):
+    """A frozen quantised layer and a trained low-rank term: ``base(x) + alpha / rank * (x A^T) B^T``.
+
+    Args:
+        base: a :class:`QuantLinear` with exact activations.
+        rank: of the term.
+        alpha: its factor, before division by the rank.
+
+    Attributes:
+        lora_a: parameter ``[rank, in_features]``, uniform as ``nn.Linear`` starts.
+        lora_b: parameter ``[out_features, rank]``, zero, so that the layer starts as its base.
+
+    Shape: as ``nn.Linear``.
+
+    Example:
+        >>> base = QuantLinear.from_linear(nn.Linear(64, 8), "nf4", group_size=64)
+        >>> layer = QLoRALinear(base, rank=4)
+        >>> x = torch.rand(3, 64)
+        >>> torch.equal(layer(x), base(x)), [name for name, p in layer.named_parameters() if p.requires_grad]
+        (True, ['lora_a', 'lora_b'])
+
+    Source: Dettmers et al. 2023 (QLoRA, 2305.14314), equation 5.
+    """
+
+    def __init__(self, base: QuantLinear, rank: int = 8, alpha: float = 16.0, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        if not isinstance(base, QuantLinear):
+            raise TypeError(f"QLoRALinear: base must be a QuantLinear, got {type(base).__name__}")
+        if base.activations != "exact":
+            refuse("QLoRALinear", f"base must have exact activations, got {base.activations!r}")
+        check_integer("QLoRALinear", rank=rank)
+        if rank < 1:
+            refuse("QLoRALinear", f"rank must be at least 1, got {rank}")
+        self.base, self.rank, self.alpha = base, rank, alpha
+        like: dict[str, Any] = {"device": base.geometry.device, "dtype": dtype or base.like.dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.base.qweight
+        return qlora_linear(input, weight, self.lora_a, self.lora_b, self.alpha / self.rank, self.base.bias)
+
+    def merged(self) -> Tensor:
+        """The dense weight that the layer applies; to quantise it again loses some of what was trained."""
+        return self.base.weight + (self.alpha / self.rank) * (self.lora_b @ self.lora_a).to(self.base.like.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}"
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's ``Conv1D``: a linear layer with the weight ``[in, out]``. Known by name: nothing is imported."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
+
+
+def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight ``[out, in]`` and bias of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.weight.detach(), None if module.bias is None else module.bias.detach()
+    if is_transposed(module):
+        weight, bias = module.weight, module.bias
+        assert isinstance(weight, Tensor) and isinstance(bias, Tensor)
+        return weight.detach().t().contiguous(), bias.detach()
+    raise TypeError(f"QuantLinear.from_linear: linear must be a linear layer, got {type(module).__name__}")
+
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+def linear_layers(model: nn.Module, filter: Filter | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of a model that own their weight: one that is tied to another module's stays as it is."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    for name, module in model.named_modules():
+        plain = type(module) is nn.Linear or is_transposed(module)
+        if plain and owners[id(module.weight)] == 1 and (filter is None or filter(module, name)):
+            yield name, module
+
+
+def quantize_(
+    model: nn.Module,
+    method: str = "absmax",
+    *,
+    bits: int = 4,
+    group_size: int | None = 128,
+    activations: str = "exact",
+    filter: Filter | None = None,
+    hessians: Mapping[str, Tensor] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Put quantised layers into a model, in place: every ``nn.Linear``, and GPT-2's ``Conv1D``.
+
+    Layers whose weight is tied to another module's (an output layer to the embedding) stay dense, as do subclasses of
+    ``nn.Linear``, which may do more than a linear layer does. Nothing is changed if a layer cannot be quantised.
+
+    Args:
+        model: changed in place.
+        method, bits, group_size, options: as in :func:`cofire.ops.quantize_weight`.
+        activations: "exact" or "int8", as in :func:`cofire.ops.qlinear`.
+        filter: ``filter(module, name)`` says whether to quantise a layer; default: all.
+        hessians: for "gptq": ``[K, K]`` by name of the layer; see :func:`hessians`.
+
+    Returns:
+        The model; or a new layer, if the model itself is a linear layer.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: no layer is left to quantise, or one cannot be: the sentence names it.
+
+    Example:
+        >>> model = quantize_(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), bits=4, group_size=32)
+        >>> type(model[0]).__name__, model(torch.rand(2, 64)).shape
+        ('QuantLinear', torch.Size([2, 8]))
+    """
+    check_module("quantize_", model)
+    check_choice("quantize_", "activations", activations, ACTIVATIONS)
+    made: dict[str, QuantLinear] = {}
+    for name, module in list(linear_layers(model, filter)):
+        own = dict(options)
+        if method == "gptq":
+            if hessians is None or name not in hessians:
+                refuse("quantize_", f"hessians must have one for the layer {name!r} (method gptq)")
+            own["hessian"] = hessians[name]
+        try:
+            layer = QuantLinear.from_linear(
+                module, method, bits=bits, group_size=group_size, activations=activations, **own
+            )
+        except ValueError as error:
+            refuse("quantize_", f"the layer {name!r} cannot be quantised ({error}); a filter can leave it out")
+        made[name] = layer.train(module.training)
+    if not made:
+        refuse("quantize_", "model must have a linear layer to quantise (tied ones stay dense), got none")
+    for name, layer in made.items():
+        if not name:
+            return layer
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    return model
+
+
+def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = None) -> dict[str, Tensor]:
+    """The sums of ``x x^T`` over the inputs of each linear layer, for GPTQ.
+
+    Args:
+        model: called as ``model(batch)``, or ``model(**batch)`` for a mapping, without gradients.
+        batches: calibration inputs.
+        filter: as in :func:`quantize_`.
+
+    Returns:
+        fp32 ``[K, K]`` by name of the layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> {name: h.shape for name, h in hessians(model, [torch.rand(5, 4)]).items()}
+        {'0': torch.Size([4, 4])}
+
+    Source: Frantar et al. 2023 (GPTQ, 2210.17323), section 3.
+    """
+    check_module("hessians", model)
+    found: dict[str, Tensor] = {}
+    handles = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().float().flatten(0, -2)
+            found[name] = found.get(name, 0) + x.t() @ x
+
+        return add
+
+    for name, module in linear_layers(model, filter):
+        handles.append(module.register_forward_pre_hook(hook(name)))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
