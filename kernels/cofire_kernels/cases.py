@@ -211,7 +211,10 @@ def _dkm(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
-def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> tuple[Tensor | None, ...]:
+Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> Parts:
     """Codes, scale, zero, offset and table of 4,096 rows."""
     codes = torch.empty((4096, (columns * bits + 7) // 8), dtype=torch.uint8, device=make.device)
     scale = torch.ones((4096, columns // group), dtype=torch.float32, device=make.device)

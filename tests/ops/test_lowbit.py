@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cofire import native, ops
-from cofire.ops import QTensor, pack_bits, packed_bytes
+from cofire import ops
+from cofire.ops import QTensor, pack_bits
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
 
@@ -62,7 +62,10 @@ WEIGHTS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "palette_of_bytes_6": ((16, 32, 6, 32), {"lut": 1, "int8": True, "zero": "floats"}),
     "no_rows": ((0, 32, 4, 32), {}),
 }
-INT8 = ("4bits_g32", "4bits_rows", "2bits_g7", "3bits_g32", "5bits", "7bits", "8bits", "palette_of_bytes", "palette_of_bytes_6", "6bits_g16")  # fmt: skip
+INT8 = (
+    "4bits_g32", "4bits_rows", "2bits_g7", "3bits_g32", "5bits", "7bits", "8bits", "palette_of_bytes",
+    "palette_of_bytes_6", "6bits_g16",
+)  # fmt: skip
 LATER = ("5bits", "6bits_g16", "7bits", "palettes_of_rows", "palette_256", "2bits_g7", "palette_of_bytes_6")
 TINY = tuple((sizes, {"zero": "floats", "offset": True, "lut": 1}) for sizes in ((3, 6, 2, 3), (4, 9, 2, 3)))
 
@@ -201,16 +204,22 @@ FROZEN = ("scale", "zero", "offset", "lut")
             Sample(
                 f"tiny_{i}",
                 lambda rand, s=s, r=r: (
-                    rand.normal(2, s[1]), *weight(rand, *s, **r), rand.normal(s[0]), rand.normal(2, s[1]),
-                    rand.normal(s[0], 2), 0.5, s[2], s[3],
+                    rand.normal(2, s[1]),
+                    *weight(rand, *s, **r),
+                    rand.normal(s[0]),
+                    rand.normal(2, s[1]),
+                    rand.normal(s[0], 2),
+                    0.5,
+                    s[2],
+                    s[3],
                 ),
             )
             for i, (s, r) in enumerate(TINY)
-        ],  # fmt: skip
+        ],
         constants=FROZEN,
         sums={"output": 16, "low": 16, "input": 32, "lora_a": 64, "lora_b": 64},
     ),
-)  # fmt: skip
+)
 def test_qlora_linear(check: Callable[[], None]) -> None:
     check()
 
@@ -497,13 +506,22 @@ REFUSALS = [
         "scale_dtype", refused(scale=lambda: torch.ones(33, 2).int()), TypeError,
         "QTensor: scale must be a floating-point tensor, got torch.int32",
     ),
-    Refusal("zero", refused(zero=lambda: torch.ones(33, 3)), ValueError, "QTensor: zero must have shape [33, 2] or [1, 1], got [33, 3]"),
+    Refusal(
+        "zero", refused(zero=lambda: torch.ones(33, 3)), ValueError,
+        "QTensor: zero must have shape [33, 2] or [1, 1], got [33, 3]",
+    ),
     Refusal(
         "zero_dtype", refused(zero=lambda: torch.ones(33, 2).int()), TypeError,
         "QTensor: zero must be uint8 or a floating-point tensor, got torch.int32",
     ),
-    Refusal("lut", refused(lut=lambda: torch.ones(1, 15)), ValueError, "QTensor: lut must have shape [P, 16] with P from 1 to 33, got [1, 15]"),
-    Refusal("perm", refused(perm=lambda: torch.arange(3)), ValueError, "QTensor: perm must be int64 of shape [64], got torch.int64 [3]"),
+    Refusal(
+        "lut", refused(lut=lambda: torch.ones(1, 15)), ValueError,
+        "QTensor: lut must have shape [P, 16] with P from 1 to 33, got [1, 15]",
+    ),
+    Refusal(
+        "perm", refused(perm=lambda: torch.arange(3)), ValueError,
+        "QTensor: perm must be int64 of shape [64], got torch.int64 [3]",
+    ),
     Refusal("dtype", refused(dtype=torch.int8), TypeError, "QTensor: dtype must be a floating-point type, got torch.int8"),
     Refusal(
         "codes_range", lambda: QTensor.from_codes(torch.tensor([[4]]), None, bits=2), ValueError,
@@ -515,7 +533,10 @@ REFUSALS = [
     ),
     Refusal("weight", lambda: ops.qlinear(torch.ones(2, 2), "w"), TypeError, "qlinear: weight must be a QTensor, got str"),
     Refusal("weight_2", lambda: ops.dequantize(2), TypeError, "dequantize: weight must be a QTensor, got int"),
-    Refusal("input", multiplied(input=lambda: torch.ones(2, 63)), ValueError, "qlinear: input must have shape [..., 64], got [2, 63]"),
+    Refusal(
+        "input", multiplied(input=lambda: torch.ones(2, 63)), ValueError,
+        "qlinear: input must have shape [..., 64], got [2, 63]",
+    ),
     Refusal("input_none", multiplied(input=None), TypeError, "qlinear: input must be a tensor, got NoneType"),
     Refusal(
         "input_dtype", multiplied(input=lambda: torch.ones(2, 64).int()), TypeError,

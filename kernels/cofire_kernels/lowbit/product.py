@@ -255,7 +255,8 @@ def qlinear_backward(
     w = weight_of(codes, scale, zero, offset, lut, bits, group_size, columns)
     dx = _input_gradient(grad, w) if to_input else grad.new_empty((0,))
     if input is None:
-        return dx, *(grad.new_empty((0,)) for _ in range(4))
+        nothing = grad.new_empty((0,))
+        return dx, nothing, nothing.clone(), nothing.clone(), nothing.clone()
     x = _rows(input).float()
     if activations == "int8":
         p, a = _bytes(_rows(input))

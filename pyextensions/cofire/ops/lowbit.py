@@ -448,6 +448,18 @@ def _qlora_linear_backward_reference(
     return to_x, to_a, to_b
 
 
+def _qlora_linear_backward_fake(
+    grad: Tensor, low_grad: Tensor | None, input: Tensor | None, low: Tensor | None, codes: Tensor, scale: Tensor | None,
+    zero: Tensor | None, offset: Tensor | None, lut: Tensor | None, lora_a: Tensor, lora_b: Tensor, alpha: float,
+    bits: int, group_size: int, to_input: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        grad.new_empty((*grad.shape[:-1], lora_a.shape[1])) if to_input else _nothing(grad),
+        _nothing(grad) if input is None else torch.empty_like(lora_a, memory_format=torch.contiguous_format),
+        _nothing(grad) if low is None else torch.empty_like(lora_b, memory_format=torch.contiguous_format),
+    )
+
+
 _qlora_linear_backward = register(
     Operator(
         f"qlora_linear_backward(Tensor grad, Tensor? low_grad, Tensor? input, Tensor? low, {PARTS}, Tensor lora_a, "
@@ -455,11 +467,7 @@ _qlora_linear_backward = register(
         "-> (Tensor input_grad, Tensor lora_a_grad, Tensor lora_b_grad)",
         family="lowbit",
         reference=_qlora_linear_backward_reference,
-        fake=lambda grad, low_grad, input, low, codes, scale, zero, offset, lut, lora_a, lora_b, alpha, bits, group_size, to_input: (
-            grad.new_empty((*grad.shape[:-1], lora_a.shape[1])) if to_input else _nothing(grad),
-            _nothing(grad) if input is None else torch.empty_like(lora_a, memory_format=torch.contiguous_format),
-            _nothing(grad) if low is None else torch.empty_like(lora_b, memory_format=torch.contiguous_format),
-        ),
+        fake=_qlora_linear_backward_fake,
         backward=through_reference(_qlora_linear_backward_reference),
         triton=Kernel("cofire_kernels.lowbit:qlora_linear_backward"),
     )
