@@ -227,8 +227,12 @@ def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> P
 
 def _dequantize(make: Make, sizes: Sizes) -> list[Call]:
     k = sizes["columns"]
-    weights = [(4, _weight(make, 4, k, 128)), (3, _weight(make, 3, k, 128)), (4, _weight(make, 4, k, 128, "float"))]
-    return [lambda b=b, w=w: lowbit.dequantize(*w, b, 128, k) for b, w in weights]  # type: ignore[misc]
+    four, three, palette = _weight(make, 4, k, 128), _weight(make, 3, k, 128), _weight(make, 4, k, 128, "float")
+    return [
+        lambda: lowbit.dequantize(*four, 4, 128, k),
+        lambda: lowbit.dequantize(*three, 3, 128, k),
+        lambda: lowbit.dequantize(*palette, 4, 128, k),
+    ]
 
 
 def _qlinear(make: Make, sizes: Sizes) -> list[Call]:
