@@ -17,7 +17,7 @@ from cofire.ops.qtensor import NESTED, TENSORS
 __all__ = ["QLoRALinear", "QuantLinear", "hessians", "quantize_"]
 
 #: The buffers of a quantised weight; a dot cannot be part of a name.
-BUFFERS = (*TENSORS, *(f"scale_{part}" for part in NESTED))
+BUFFERS = (*TENSORS, *(f"{name}_{part}" for name in ("scale", "offset") for part in NESTED))
 
 
 class QuantLinear(nn.Module):
@@ -33,8 +33,8 @@ class QuantLinear(nn.Module):
 
     Attributes:
         codes, scale, zero, offset, lut, perm: the tensors of the :class:`~cofire.ops.QTensor`, as buffers; those that the
-            weight has not are None. Nested scales are ``scale_codes`` and so on. They keep their dtypes when the layer is
-            cast.
+            weight has not are None. Nested scales are ``scale_codes`` and so on, nested offsets ``offset_codes``. They keep
+            their dtypes when the layer is cast.
         geometry: int64 buffer: rows, columns, bits, group size, and the block of nested scales or 0.
 
     Shape: as ``nn.Linear``.
@@ -118,7 +118,7 @@ class QuantLinear(nn.Module):
     def qweight(self) -> QTensor:
         """The weight as a :class:`~cofire.ops.QTensor` around the layer's buffers."""
         found = {n: self._buffers[n] for n in BUFFERS if self._buffers[n] is not None}
-        tensors = {n.replace("_", ".", 1) if n.startswith("scale_") else n: t for n, t in found.items()}
+        tensors = {n.replace("_", ".", 1): t for n, t in found.items()}
         block = {"block": self._block} if self._block else {}
         return QTensor.from_tensors(
             tensors,  # type: ignore[arg-type]

@@ -193,7 +193,7 @@ def dequantize(weight: QTensor) -> Tensor:
     """
     _check_weight("dequantize", weight)
     w: Tensor = _dequantize(
-        weight.codes, weight.scales(), weight.zero, weight.offset, weight.lut,
+        weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut,
         weight.bits, weight.group_size, weight.shape[1],
     )  # fmt: skip
     if weight.perm is not None:
@@ -404,7 +404,7 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
     """
     input = _in_stored_order("qlinear", input, weight)
     y: Tensor = _qlinear(
-        input, weight.codes, weight.scales(), weight.zero, weight.offset, weight.lut, bias,
+        input, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias,
         weight.bits, weight.group_size, activations,
     )  # fmt: skip
     return y
@@ -576,7 +576,7 @@ def qlora_linear(
     if weight.perm is not None:
         lora_a = lora_a.index_select(-1, weight.perm)
     y: Tensor = _qlora_linear(
-        stored, weight.codes, weight.scales(), weight.zero, weight.offset, weight.lut, bias, lora_a, lora_b,
+        stored, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias, lora_a, lora_b,
         float(alpha), weight.bits, weight.group_size,
     )[0]  # fmt: skip
     return y

@@ -25,7 +25,7 @@ __all__ = ["NestedScale", "QTensor"]
 class NestedScale:
     """Scales that are themselves quantised to 8 bits in blocks, as double quantisation stores them (QLoRA, section 3).
 
-    Scale i is ``table[codes[i]] * absmax[i // block] + mean``.
+    Scale i is ``table[codes[i]] * absmax[i // block] + mean``. Offsets may be nested as well.
 
     Example:
         >>> table = torch.linspace(-1, 1, 256)
@@ -36,7 +36,7 @@ class NestedScale:
 
     codes: Tensor  #: uint8 ``[N, G]``
     table: Tensor  #: fp32 ``[256]``
-    absmax: Tensor  #: fp32 ``[ceil(N G / block)]``
+    absmax: Tensor  #: any float ``[ceil(N G / block)]``
     mean: Tensor  #: fp32 ``[]``
     block: int  #: scales, in row-major order, that share an entry of ``absmax``
 
@@ -64,7 +64,7 @@ class QTensor:
         bits: per weight, 1 to 8.
         group_size: columns that share a scale; divides K. K itself: one scale per row.
         zero: uint8 or float ``[N, G]``, or ``[1, 1]`` where all are equal; None is 0.
-        offset: any float ``[N, G]``; None is 0.
+        offset: any float ``[N, G]``, or a :class:`NestedScale` with the ``block`` of the scale's; None is 0.
         lut: float or int8 ``[P, 2^bits]``.
         perm: int64 ``[K]``: column j of the codes is column ``perm[j]`` of the weight (GPTQ's activation order).
         dtype: of the weight that it stands for: what :meth:`dequantize` returns.
@@ -86,7 +86,7 @@ class QTensor:
     bits: int
     group_size: int
     zero: Tensor | None = None
-    offset: Tensor | None = None
+    offset: Tensor | NestedScale | None = None
     lut: Tensor | None = None
     perm: Tensor | None = None
     dtype: torch.dtype = torch.float32
@@ -95,8 +95,13 @@ class QTensor:
     def __post_init__(self) -> None:
         check_integer("QTensor", bits=self.bits, group_size=self.group_size)
         scale = self.scale.codes if isinstance(self.scale, NestedScale) else self.scale
+        offset = self.offset
+        if isinstance(offset, NestedScale):
+            if not isinstance(self.scale, NestedScale) or self.scale.block != offset.block:
+                refuse("QTensor", f"a nested offset needs a nested scale of the same block, {offset.block}")
+            offset = offset.table.new_empty(offset.codes.shape)
         rows, columns = self.shape
-        check_parts("QTensor", self.codes, None, self.zero, self.offset, self.lut, self.bits, self.group_size, columns)
+        check_parts("QTensor", self.codes, None, self.zero, offset, self.lut, self.bits, self.group_size, columns)
         if self.codes.shape[0] != rows:
             refuse("QTensor", f"codes must have a row for each of {rows} rows, got shape {shape_of(self.codes)}")
         if scale is not None and list(scale.shape) != [rows, columns // self.group_size]:
@@ -136,8 +141,9 @@ class QTensor:
         """The way back from :meth:`tensors`; ``rest``: shape, bits, group_size, dtype, format, and ``block`` where nested."""
         parts: dict[str, Any] = {name: tensors[name] for name in TENSORS if name in tensors}
         block = rest.pop("block", None)
-        if "scale.codes" in tensors:
-            parts["scale"] = NestedScale(**{n: tensors[f"scale.{n}"] for n in NESTED}, block=block)
+        for part in ("scale", "offset"):
+            if f"{part}.codes" in tensors:
+                parts[part] = NestedScale(**{n: tensors[f"{part}.{n}"] for n in NESTED}, block=block)
         parts.setdefault("scale", None)
         return cls(**parts, **rest)
 
@@ -179,6 +185,10 @@ class QTensor:
     def scales(self) -> Tensor | None:
         """The scales as one float tensor, or None."""
         return self.scale.dequantize() if isinstance(self.scale, NestedScale) else self.scale
+
+    def offsets(self) -> Tensor | None:
+        """The offsets as one float tensor, or None."""
+        return self.offset.dequantize() if isinstance(self.offset, NestedScale) else self.offset
 
     def unpack(self) -> Tensor:
         """The codes, uint8 ``[N, K]``."""
