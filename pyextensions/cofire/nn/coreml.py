@@ -85,18 +85,6 @@ def export_coreml(model: nn.Module) -> nn.Module:
 
 def _plain(name: str, layer: PackedPalettized, weights: dict[int, nn.Parameter]) -> nn.Module:
     palette = layer.palette
-    rows = palette.shape[0]
-    if rows % palette.group_rows:
-        refuse(
-            "export_coreml",
-            f"layer {name!r}: groups must have equally many rows, got {rows} rows in groups of {palette.group_rows}",
-        )
-    if palette.cluster_dim > 1 and math.prod(palette.shape[2:]) > 1:
-        refuse(
-            "export_coreml",
-            f"layer {name!r}: vectors must lie along the input channels, which needs a kernel of 1x1, got a weight of "
-            f"{list(palette.shape)}",
-        )
     if id(palette) not in weights:
         weights[id(palette)] = nn.Parameter(palette.weight, requires_grad=False)
     weight = weights[id(palette)]
@@ -104,19 +92,37 @@ def _plain(name: str, layer: PackedPalettized, weights: dict[int, nn.Parameter])
     plain.weight = weight
     if getattr(layer, "bias", None) is not None:
         plain.bias = copy.deepcopy(layer.bias)
-    ones = [1] * (weight.dim() - 1)
-    lut = palette.lut.to(weight.dtype)
+    buffers = palette_buffers("export_coreml", f"layer {name!r}", palette, weight.dtype)
+    for key, value in buffers.items():
+        plain.register_buffer(f"{PREFIX}/weight/{key}", value.clone())
+    return plain
+
+
+def palette_buffers(operator: str, name: str, palette: PackedPalette, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The buffers beside a weight, by their words in the module's table; refused where the format cannot describe it."""
+    rows = palette.shape[0]
+    if rows % palette.group_rows:
+        refuse(
+            operator,
+            f"{name}: groups must have equally many rows, got {rows} rows in groups of {palette.group_rows}",
+        )
+    if palette.cluster_dim > 1 and math.prod(palette.shape[2:]) > 1:
+        refuse(
+            operator,
+            f"{name}: vectors must lie along the input channels, which needs a kernel of 1x1, got a weight of "
+            f"{list(palette.shape)}",
+        )
+    ones = [1] * (len(palette.shape) - 1)
+    lut = palette.lut.to(dtype)
     buffers = {
         "compression_type": torch.tensor([PALETTIZATION]),
         "lut": lut.reshape(lut.shape[0], *ones, *lut.shape[1:]),
     }
     if palette.scale is not None:
-        buffers["palettization_scale"] = palette.scale.to(weight.dtype).view(-1, *ones)
+        buffers["palettization_scale"] = palette.scale.to(dtype).view(-1, *ones)
     if palette.cluster_dim > 1:
         buffers["vector_axis"] = torch.tensor(1)
-    for key, value in buffers.items():
-        plain.register_buffer(f"{PREFIX}/weight/{key}", value.clone())
-    return plain
+    return buffers
 
 
 def _empty(name: str, layer: PackedPalettized, weight: Tensor) -> nn.Module:
