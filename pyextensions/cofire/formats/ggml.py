@@ -171,7 +171,8 @@ def _powers(e: Tensor) -> Tensor:
     """fp32 ``2^(e - 128)`` of bytes; the two smallest are subnormal."""
     e = e.int()
     bits: Tensor = torch.where(e < 2, 0x200000 << e.clamp(max=1), (e - 1) << 23)
-    return bits.view(torch.float32)
+    powers: Tensor = bits.view(torch.float32)
+    return powers
 
 
 def _exponents(operator: str, scale: Tensor) -> Tensor:
