@@ -92,8 +92,12 @@ def test_the_padding_of_llm_awq(columns, group, rows):
 
 
 @given(
-    rows=st.integers(1, 4), size=st.sampled_from([32, 64, 128]), groups=st.integers(1, 5), new=st.booleans(), seed=st.integers(0, 2**31)
-)  # fmt: skip
+    rows=st.integers(1, 4),
+    size=st.sampled_from([32, 64, 128]),
+    groups=st.integers(1, 5),
+    new=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
 @settings(deadline=None, max_examples=60)
 def test_there_and_back(rows, size, groups, new, seed):
     torch.manual_seed(seed)

@@ -39,8 +39,7 @@ def stream(values, i, bits):
 
 def decode(t, bits, version):
     """The weight, by Python's integers; the product of a 16-bit number and a code is exact in fp64."""
-    groups, rows = t["scales"].shape
-    columns = len(t["g_idx"])
+    rows, columns = t["scales"].shape[1], len(t["g_idx"])
     w = torch.empty(rows, columns, dtype=torch.float64)
     for n in range(rows):
         column = t["qweight"][:, n].tolist()

@@ -10,7 +10,9 @@ filled up to a multiple of 8 rows and 1024 columns. Word j of lane t of a tile h
 "cpu" (``Int4OpaqueTensor``, ``_weight_int4pack_mm_for_cpu``): uint8 ``[N, K/2]`` in blocks of rows; which, depends on the
 instruction set of the machine that packed it: ``capability`` "AVX512", "AVX2", or "DEFAULT".
 
-Scales and zero points are ``scale_and_zero [G, N, 2]``; in "plain" two tensors ``[G, N]``.
+Scales and zero points are ``scale_and_zero [G, N, 2]``; in "plain" two tensors ``[G, N]``. With scales of 16 bits the decoded
+weight is what torch's CPU kernel multiplies with, to the last bit; with fp32 ones that kernel rounds once where two operations
+round twice.
 
 Source: torchao 0.18, ``torchao.quantization.quantize_.workflows.int4``; torch 2.13, ``int4mm.cu`` and ``int4mm_kernel.cpp``.
 """
@@ -160,7 +162,7 @@ def to_torchao(
         more = [full - n for full, n in zip(_filled(rows, columns), (rows, columns))]
         if more[1] % q.group_size:
             refuse(name, f"groups of {q.group_size} columns must divide {columns + more[1]}, to which it is filled up")
-        least = torch.finfo(dtype).eps
+        least = torch.finfo(dtype).tiny
         sides = (0, more[1] // q.group_size, 0, more[0])
         scale = torch.nn.functional.pad(scale, sides, value=least)
         offset = torch.nn.functional.pad(offset, sides, value=8 * least)

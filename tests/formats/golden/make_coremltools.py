@@ -25,7 +25,7 @@ def main() -> None:
         model = nn.Sequential(nn.Linear(24, 12))
         config = PostTrainingPalettizerConfig.from_dict({"global_config": settings})
         final = PostTrainingPalettizer(model, config).compress(num_kmeans_workers=1)
-        tensors |= {f"{name}/{key}": value.contiguous() for key, value in final.state_dict().items()}
+        tensors |= {f"{name}/{key}": value.detach().clone() for key, value in final.state_dict().items()}
     save_file(tensors, Path(__file__).with_name("coremltools.safetensors"))
 
 
