@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cofire.formats import from_awq, to_awq
 from cofire.formats.awq import padded_groups
 from cofire.ops import QTensor, quantize_weight
 
+GOLDEN = load_file(Path(__file__).with_name("golden") / "awq.safetensors")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
@@ -45,6 +48,24 @@ def same(a, b):
 def field(word, n):
     """Output n of the word that holds outputs 8 c to 8 c + 7."""
     return (int(word) >> 4 * ORDER.index(n % 8)) & 15
+
+
+def golden(name):
+    return {k.split("/")[1]: v for k, v in GOLDEN.items() if k.startswith(f"{name}/")}
+
+
+@pytest.mark.parametrize("group", [64, 128])
+def test_autoawq_own_layers_decode_to_what_it_decodes_and_come_back(group):
+    first, second = golden(f"gemm_{group}"), golden(f"fast_{group}")
+    decoded, codes = first.pop("decoded"), second.pop("codes")
+    q, other = from_awq(**first), from_awq(**second, group_size=group)
+    assert torch.equal(q.dequantize()[: len(decoded)], decoded)
+    assert torch.equal(q.unpack(), codes) and torch.equal(other.unpack(), codes)
+    assert torch.equal(q.scale, other.scale) and torch.equal(other.offset, -(q.scale.float() * q.zero.float()).half())
+    same(to_awq(q), first)
+    renamed = {"scaled_zeros": second.pop("qzeros"), **second}
+    same(to_awq(other), renamed)
+    same(to_awq(q, "llm-awq"), renamed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -60,6 +60,12 @@ def test_what_is_missing_is_named(format):
         from_checkpoint(rest, "fc", format)
 
 
+def test_autoawq_calls_scaled_zeros_otherwise():
+    q, tensors = parts("llm-awq")
+    tensors["qzeros"] = tensors.pop("scaled_zeros")
+    assert torch.equal(from_checkpoint(tensors, "", "llm-awq", group_size=64).unpack(), q.unpack())
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="format must be one of gptq, gptq_v2, awq, llm-awq, bitsandbytes, coreml"):
         from_checkpoint({}, "fc", "marlin")

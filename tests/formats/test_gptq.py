@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import doctest
 import importlib
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from cofire.formats import from_gptq, to_gptq
 from cofire.nn import QuantLinear
 from cofire.ops import QTensor, quantize_weight
+
+GOLDEN = load_file(Path(__file__).with_name("golden") / "gptq.safetensors")
 
 
 def words(*shape):
@@ -66,6 +70,15 @@ def test_every_bit_is_read_and_comes_back(bits, version, order):
     assert q.shape == (32, 96) and q.group_size == 32 and q.dtype == torch.float16
     assert (q.perm is not None) == order
     assert torch.equal(q.dequantize(), decode(t, bits, version))
+    same(to_gptq(q), t)
+
+
+@pytest.mark.parametrize("name", [f"{bits}{order}" for bits in (2, 3, 4, 8) for order in ("", "_ordered")])
+def test_autogptq_own_layers_decode_to_what_it_decodes_and_come_back(name):
+    t = {k.split("/")[1]: v for k, v in GOLDEN.items() if k.startswith(f"{name}/")}
+    decoded = t.pop("decoded")
+    q = from_gptq(**t, bits=int(name[0]))
+    assert torch.equal(q.dequantize()[: len(decoded)], decoded) and (q.perm is not None) == ("ordered" in name)
     same(to_gptq(q), t)
 
 

@@ -9,7 +9,7 @@
 ``scales``   fp16 ``[G, N]``
 ===========  ===================  ======================================================================================
 
-"llm-awq": the newer one of the authors' own library (AutoAWQ: "gemv_fast").
+"llm-awq": the newer one of the authors' own library; AutoAWQ's "gemv_fast", which calls ``scaled_zeros`` ``qzeros``.
 
 =================  ==================  =====================================================================================
 ``qweight``        int16 ``[N/4, K]``   four outputs, 64 inputs at a time; 32 inputs in the order ``8 a + 2 b + c``, by b, c, a
@@ -71,7 +71,7 @@ def from_awq(
     Args:
         qweight: int32 ``[K, N / 8]``, or int16 ``[N / 4, K]``.
         scales: fp16 or bf16 ``[G, N]``; filled up in "llm-awq".
-        qzeros: int32 ``[G, N / 8]``.
+        qzeros: int32 ``[G, N / 8]``; or, in floats, ``scaled_zeros`` by AutoAWQ's name.
         scaled_zeros: like ``scales``.
         group_size: needed for "llm-awq", whose shapes do not tell; elsewhere ``K / G``.
 
@@ -91,6 +91,8 @@ def from_awq(
         True
     """
     name = "from_awq"
+    if isinstance(qzeros, Tensor) and qzeros.is_floating_point() and scaled_zeros is None:
+        qzeros, scaled_zeros = None, qzeros
     if (qzeros is None) == (scaled_zeros is None):
         raise TypeError(f"{name}: one of qzeros (gemm) and scaled_zeros (llm-awq) must be given")
     check_tensor(name, "scales", scales, FLOATS, [None, None])

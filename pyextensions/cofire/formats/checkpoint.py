@@ -48,6 +48,8 @@ def from_checkpoint(
     check_choice(name, "format", format, FORMATS)
     start = f"{prefix}." if prefix else ""
     own = {k.removeprefix(start): t for k, t in tensors.items() if k.startswith(start)}
+    if format == "llm-awq" and "qzeros" in own:
+        own["scaled_zeros"] = own.pop("qzeros")  # AutoAWQ's name
     need = {
         "awq": ("qweight", "scales", "qzeros"),
         "llm-awq": ("qweight", "scales", "scaled_zeros"),
