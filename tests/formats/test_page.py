@@ -76,7 +76,9 @@ def table():
     for layout in ("tile_packed_to_4d", "plain", "cpu"):
         t = to_torchao(q, layout, capability="AVX2")
         x = cofire.formats.from_torchao(t, SHAPE, layout, capability="AVX2")
-        equal = "torch's CPU kernel's, with 16-bit scales" if layout == "cpu" else "not compared: its kernels need a GPU"
+        equal = (
+            "torch's CPU kernel's, with 16-bit scales" if layout == "cpu" else "not compared: its kernels need a GPU"
+        )
         row(f"torchao, int4, {layout}, groups of 128", x, t.values(), equal)
     for kind, t in TYPES.items():
         data = torch.zeros(SHAPE[0] * SHAPE[1] // t.block * t.bytes, dtype=torch.uint8)
