@@ -246,6 +246,14 @@ def b(n):
     return torch.zeros(n, dtype=torch.uint8)
 
 
+def test_a_nested_offset_needs_a_nested_scale():
+    q = from_ggml(random_blocks("Q4_K", 2, 256), "Q4_K", (2, 256))
+    with pytest.raises(ValueError, match="a nested offset needs a nested scale of the same block, 8"):
+        q.replace(scale=q.scales())
+    flat = q.replace(scale=q.scales(), offset=q.offsets())
+    assert same_bits(flat.dequantize(), q.dequantize())
+
+
 def test_scales_out_of_range_do_not_go_back():
     q = from_ggml(random_blocks("Q4_K", 2, 256), "Q4_K", (2, 256))
     codes = q.scale.codes.clone()
