@@ -225,7 +225,7 @@ def from_ggml(data: Any, type: Any, shape: Sequence[int], *, dtype: torch.dtype 
     codes = _read(fields, t.codes).reshape(rows, columns)
 
     def half(field: str) -> Tensor:
-        found = fields[field].contiguous().view(torch.float16)
+        found: Tensor = fields[field].contiguous().view(torch.float16)
         check_finite(name, **{field: found})
         return found
 
