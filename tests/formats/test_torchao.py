@@ -6,6 +6,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -122,12 +123,13 @@ for rows in (16, 32, 48, 64, 80, 144):
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 def test_torch_packs_the_same(capability):
-    """torch's own packer, under each instruction set that this machine can run."""
+    """torch's own packer, under each instruction set that this machine can run, or pretend to."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
-    command = [sys.executable, "-c", PACK]
-    here, *lines = subprocess.run(
-        command, env=environment, check=True, capture_output=True, text=True
-    ).stdout.splitlines()
+    found = subprocess.run([sys.executable, "-c", PACK], env=environment, capture_output=True, text=True)
+    if found.returncode == -signal.SIGILL:
+        pytest.skip(f"needs a machine with {capability}")
+    assert found.returncode == 0, found.stderr
+    here, *lines = found.stdout.splitlines()
     if here != capability:
         pytest.skip(f"needs a machine with {capability}, this one has {here}")
     for rows, line in zip(SIZES, lines, strict=True):
