@@ -38,6 +38,8 @@ REFERENCE_ONLY = _reference_only()
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+#: The backward "operator" of a function whose gradient is the one that comes: there is nothing to compute.
+IDENTITY = "identity"
 
 
 def leading_dtype(args: tuple[Any, ...]) -> torch.dtype | None:
@@ -51,7 +53,7 @@ class Backward:
 
     save: Callable[..., None]  #: ``save(ctx, inputs, output)``
     formula: Callable[..., Any]  #: ``formula(ctx, *grads)``: one gradient, or None, per input
-    operator: str  #: the operator that does the work, for the support table
+    operator: str  #: the operator that does the work, for the support table; or IDENTITY
 
 
 @dataclass(frozen=True)

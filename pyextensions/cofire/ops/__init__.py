@@ -2,6 +2,7 @@
 """The operators, one module per family; importing this package registers them all."""
 
 from cofire.ops.clustering import *  # noqa: F403
+from cofire.ops.fake_quantize import *  # noqa: F403
 from cofire.ops.gating import *  # noqa: F403
 from cofire.ops.lowbit import *  # noqa: F403
 from cofire.ops.packing import *  # noqa: F403

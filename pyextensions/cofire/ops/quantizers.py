@@ -15,6 +15,7 @@ from torch import Tensor
 from cofire.names import near_matches
 from cofire.ops.checks import check_number, refuse, shape_of
 from cofire.ops.clustering import kmeans1d
+from cofire.ops.fake_quantize import statsq_levels
 from cofire.ops.lowbit import check_bits
 from cofire.ops.qtensor import QTensor
 
@@ -141,10 +142,8 @@ def statsq(weight: Tensor, bits: int, group_size: int) -> QTensor:
     """StatsQ of OFQ: mid-rise levels on twice the mean magnitude."""
     w = _groups(weight, group_size)
     half = 1 << (bits - 1)
-    scale = 2 * w.abs().mean(2)
-    u = (w / _positive(scale)[..., None]).clamp(-1, 1 - 1e-6)
-    codes = (u * half - 0.5).round() + half
-    return _pack(codes, scale / half, weight, bits, group_size, zero=_middle(weight, half - 0.5))
+    levels, scale = statsq_levels(w, bits)
+    return _pack(levels + half, scale[..., 0] / half, weight, bits, group_size, zero=_middle(weight, half - 0.5))
 
 
 def gptq(
