@@ -116,6 +116,7 @@ class Case:
     sums: Mapping[str, int]  #: outputs, or arguments whose gradients are, that sum up many values: roundings allowed
     decided_by: Callable[..., dict[str, Tensor]] | None
     condition: int = 1  #: what fp64 may lose more, there being no wider reference to show what plain torch loses
+    straight_through: bool = False  #: the gradient is defined, not the derivative
 
     @functools.cached_property
     def names(self) -> list[str]:
@@ -616,6 +617,7 @@ def check_op(
     dtypes: Sequence[torch.dtype] = FLOATS,
     decided_by: Callable[..., dict[str, Tensor]] | None = None,
     condition: int = 1,
+    straight_through: bool = False,
 ) -> list[Any]:
     """All checks of one operator, as pytest parameters: each is a function without arguments.
 
@@ -634,9 +636,12 @@ def check_op(
             call.
         condition: by how much the samples amplify a rounding on the way. In fp64 that is multiplied to the bound:
             elsewhere the difference between the references shows it.
+        straight_through: the gradient passes through a rounding, so that finite differences of the operator say nothing
+            about it: the test file has its own, of the function with its rounding frozen.
     """
     roundings = sums if isinstance(sums, Mapping) else dict.fromkeys(sums, 16)
-    case = Case(OPERATORS[operator], tuple(constants), tuple(wide), tuple(kept), roundings, decided_by, condition)
+    kinds = (tuple(constants), tuple(wide), tuple(kept))
+    case = Case(OPERATORS[operator], *kinds, roundings, decided_by, condition, straight_through)
     return [*_cheap(case, samples, dtypes), *_dear(case, tiny)]
 
 
@@ -685,7 +690,8 @@ def _dear(case: Case, tiny: Sequence[Sample]) -> Iterator[Any]:
         yield _param(check_counts, case, sample, id=("counts", name, sample.name))
         yield _param(check_opcheck, case, sample, id=("opcheck", name, sample.name))
         if isinstance(case.operator.backward, Backward) and case.operator.backward.operator != "refused":
-            yield _param(check_gradcheck, case, sample, id=("gradcheck", name, sample.name))
+            if not case.straight_through:
+                yield _param(check_gradcheck, case, sample, id=("gradcheck", name, sample.name))
             if isinstance(case.operator.double_backward, str):
                 yield _param(check_second_refused, case, sample, id=("second", name, sample.name))
             elif case.operator.double_backward:

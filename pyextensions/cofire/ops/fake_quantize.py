@@ -67,6 +67,11 @@ def _per_scale(x: Tensor, scales: int, inner: int, dtype: torch.dtype) -> Tensor
     return x.to(dtype).reshape(0 if size == 0 else x.numel() // size, scales, inner)
 
 
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    """In the dtype and shape of x, contiguous."""
+    return value.to(x.dtype).reshape(x.shape).contiguous()
+
+
 def _column(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(dtype).reshape(-1, 1)
 
@@ -102,7 +107,7 @@ def _lsq_reference(
     else:
         s = s.clamp(min=SCALE_FLOOR)
     q = _round((x / s).clamp(low, high))
-    return (q * s).to(input.dtype).reshape(input.shape)
+    return _like(q * s, input)
 
 
 def _lsq_backward_reference(
@@ -115,7 +120,7 @@ def _lsq_backward_reference(
     factor = _default_gradient_scale(input, scale, high) if gradient_scale is None else gradient_scale
     to_scale = factor * (g * (v.clamp(low, high).round() - torch.where(inside, v, 0))).sum((0, 2))
     to_input = torch.where(inside, g, 0)
-    return to_input.to(input.dtype).reshape(input.shape), to_scale.to(scale.dtype).reshape(scale.shape)
+    return _like(to_input, input), _like(to_scale, scale)
 
 
 def _check_layout(operator: str, input: Tensor, name: str, parameter: Tensor, inner: int) -> None:
@@ -308,7 +313,7 @@ def _affine_reference(input: Tensor, range: Tensor, minimum: Tensor, inner: int,
     delta = straight_through(r.clamp(RANGE_FLOOR, RANGE_CEILING), r) / top
     zero = _round(-m / delta).clamp(0, top)
     q = _round((x / delta + zero).clamp(0, top))
-    return ((q - zero) * delta).to(input.dtype).reshape(input.shape)
+    return _like((q - zero) * delta, input)
 
 
 def _affine_backward_reference(
@@ -329,9 +334,9 @@ def _affine_backward_reference(
     to_range = (g * torch.where(inside, v.round() - v, v.clamp(0, top) + shift)).sum((0, 2)) / top
     to_minimum = torch.where(movable[:, 0], torch.where(outside, g, 0).sum((0, 2)), 0)
     return (
-        torch.where(inside, g, 0).to(input.dtype).reshape(input.shape),
-        to_range.to(range.dtype).reshape(range.shape),
-        to_minimum.to(minimum.dtype).reshape(minimum.shape),
+        _like(torch.where(inside, g, 0), input),
+        _like(to_range, range),
+        _like(to_minimum, minimum),
     )
 
 
@@ -466,17 +471,17 @@ def _step(low: Tensor, high: Tensor, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _minmax_reference(input: Tensor, bits: int, group_size: int) -> Tensor:
     if input.numel() == 0:
-        return input.new_empty(input.shape)
+        return input.clone(memory_format=torch.contiguous_format)
     top = (1 << bits) - 1
     x = _groups(input, group_size, compute_dtype(input))
     step, zero, constant = _step(x.amin(1, keepdim=True), x.amax(1, keepdim=True), top)
     q = (_round(x / step) + zero).clamp(0, top)
-    return torch.where(constant, x, (q - zero) * step).to(input.dtype).reshape(input.shape)
+    return _like(torch.where(constant, x, (q - zero) * step), input)
 
 
 def _minmax_backward_reference(grad: Tensor, input: Tensor, bits: int, group_size: int) -> Tensor:
     if input.numel() == 0:
-        return input.new_empty(input.shape)
+        return input.clone(memory_format=torch.contiguous_format)
     top = (1 << bits) - 1
     dtype = compute_dtype(grad, input)
     g, x = _groups(grad, group_size, dtype), _groups(input, group_size, dtype)
@@ -489,7 +494,7 @@ def _minmax_backward_reference(grad: Tensor, input: Tensor, bits: int, group_siz
     at_low, at_high = (x == low).to(dtype), (x == high).to(dtype)
     share = at_high / at_high.sum(1, keepdim=True) - at_low / at_low.sum(1, keepdim=True)
     to_input = torch.where(constant, g, torch.where(inside, g, 0) + to_step * share)
-    return to_input.to(input.dtype).reshape(input.shape)
+    return _like(to_input, input)
 
 
 def _check_minmax(operator: str, input: Tensor, bits: int, group_size: int) -> None:
@@ -603,10 +608,10 @@ def statsq_levels(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _statsq_reference(input: Tensor, bits: int) -> Tensor:
     if input.numel() == 0:
-        return input.new_empty(input.shape)
+        return input.clone(memory_format=torch.contiguous_format)
     levels, scale = statsq_levels(input.detach().to(compute_dtype(input)), bits)
     value = (levels + 0.5) * (scale / (1 << (bits - 1)))
-    return straight_through(value.to(input.dtype).contiguous(), input)
+    return straight_through(_like(value, input), input)
 
 
 def _validate_statsq(input: Tensor, bits: int) -> None:
@@ -648,7 +653,8 @@ def fake_quantize_statsq(input: Tensor, bits: int) -> Tensor:
 
     Returns:
         The shape and dtype of ``input``, contiguous; computed in fp32 (fp64 for fp64), ties to even. A row of zeros gives
-        zeros. A row with a NaN or an infinity becomes NaN. Equal to ``quantize_weight(w, "statsq", ...)`` decoded.
+        zeros. A row with a NaN becomes NaN, and of one with an infinity nothing stays finite. Equal to
+        ``quantize_weight(w, "statsq", ...)`` decoded.
 
     Raises:
         TypeError: ``input`` is no float tensor, or ``bits`` no integer.
@@ -716,7 +722,7 @@ def _to_grid(a: Tensor, levels: tuple[float, ...], chance: Tensor | None) -> Ten
 
 def _group_reference(input: Tensor, format: str, group_size: int, outliers: int, stochastic: bool, seed: int) -> Tensor:
     if input.numel() == 0:
-        return input.new_empty(input.shape)
+        return input.clone(memory_format=torch.contiguous_format)
     x = _groups(input.detach(), group_size, compute_dtype(input))
     kept = largest_of(x, outliers)
     chance = philox_uniform(seed, x.numel(), x.device).to(x.dtype).view(x.shape) if stochastic else None
@@ -734,7 +740,7 @@ def _group_reference(input: Tensor, format: str, group_size: int, outliers: int,
         magnitude = _to_grid(x.abs() / torch.where(constant, 1.0, step), levels, chance)
         value = torch.copysign(magnitude, x) * step
     value = torch.where(kept | constant, x, value)
-    return straight_through(value.to(input.dtype).reshape(input.shape), input)
+    return straight_through(_like(value, input), input)
 
 
 def _validate_group(input: Tensor, format: str, group_size: int, outliers: int, stochastic: bool, seed: int) -> None:
@@ -786,7 +792,8 @@ def fake_quantize_group(
         outliers: how many of a group's largest magnitudes stay exact and out of the scale; of equal ones those of lower
             index; 0 to ``group_size - 1``.
         stochastic: round up with the probability of the distance from the level below, so that the mean is right, instead
-            of to the nearest level (ties to the even code).
+            of to the nearest level (ties to the even code). What "int4_asymmetric" clamps, because its zero point is an
+            integer, stays clamped.
         seed: of the stochastic rounding, 0 to 2^63 - 1. The random number of an element depends on the seed and on its
             index alone: Philox-4x32-10 with the seed as key, counter ``index // 4``, word ``index % 4``, of which the upper
             24 bits. The same on every device. Take another seed at each step.
