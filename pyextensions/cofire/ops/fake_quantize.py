@@ -174,7 +174,6 @@ _lsq_backward = register(
         reference=_lsq_backward_reference,
         fake=lambda grad, input, scale, *rest: (_empty(input), _empty(scale)),
         backward=through_reference(_lsq_backward_reference),
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda grad, input, scale, *rest: _bytes(2, input, 2 * _parameter_bytes(scale)) + _bytes(1, grad),
     )
@@ -202,7 +201,6 @@ _lsq = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_lsq, _lsq_grad, "fake_quantize_lsq_backward"),
         double_backward=True,
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda input, scale, *rest: _bytes(2, input, _parameter_bytes(scale)),
     )
@@ -375,7 +373,6 @@ _affine_backward = register(
         reference=_affine_backward_reference,
         fake=lambda grad, input, range, minimum, *rest: (_empty(input), _empty(range), _empty(minimum)),
         backward=through_reference(_affine_backward_reference),
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda grad, input, range, minimum, *rest: (
             _bytes(2, input, 2 * (_parameter_bytes(range) + _parameter_bytes(minimum))) + _bytes(1, grad)
@@ -403,7 +400,6 @@ _affine = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_affine, _affine_grad, "fake_quantize_affine_backward"),
         double_backward=True,
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda input, range, minimum, *rest: _bytes(
             2, input, _parameter_bytes(range) + _parameter_bytes(minimum)
@@ -521,7 +517,6 @@ _minmax_backward = register(
         reference=_minmax_backward_reference,
         fake=lambda grad, input, *rest: _empty(input),
         backward=through_reference(_minmax_backward_reference),
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda grad, input, *rest: _bytes(2, input) + _bytes(1, grad),
     )
@@ -546,7 +541,6 @@ _minmax = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_minmax, _minmax_grad, "fake_quantize_minmax_backward"),
         double_backward=True,
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda input, *rest: _bytes(2, input),
     )
@@ -634,7 +628,6 @@ _statsq = register(
         fake=lambda input, bits: _empty(input),
         backward=_identity(2),
         double_backward=True,
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda input, bits: _bytes(2, input),
     )
@@ -765,7 +758,6 @@ _group = register(
         fake=lambda input, *rest: _empty(input),
         backward=_identity(6),
         double_backward=True,
-        cpu="no kernel yet",
         triton="no kernel yet",
         bytes=lambda input, *rest: _bytes(2, input),
     )
