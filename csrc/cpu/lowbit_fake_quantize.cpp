@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "pages.h"
 #include "vec.h"
 
 namespace cofire {
@@ -61,8 +62,6 @@ inline Vec magnitude_of(const Vec& v) {
   return v & at::vec::cast<float>(at::vec::Vectorized<int32_t>(0x7fffffff));
 }
 inline Vec with_sign(const Vec& magnitude, const Vec& v) { return magnitude | (v & Vec(-0.0f)); }
-// Whether any lane of a mask is set.
-inline bool any(const Vec& mask) { return mask.zero_mask() != (1 << kLanes) - 1; }
 
 // ---- scales that are parameters: LSQ and the affine quantiser ----
 
@@ -277,7 +276,9 @@ void check_grad(const at::Tensor& grad, const at::Tensor& input) {
               ", got ", grad.sizes());
 }
 
-at::Tensor empty_contiguous(const at::Tensor& t) { return at::empty(t.sizes(), t.options()); }
+at::Tensor empty_contiguous(const at::Tensor& t) {
+  return empty_in_large_pages(t.sizes(), t.options());
+}
 
 Parameters<1> lsq_parameters(const at::Tensor& scale, const Layout& at_) {
   Parameters<1> p{numbers(scale)};
@@ -726,7 +727,7 @@ struct Largest {
     order.clear();
     index.clear();
     if (count == 0) return;
-    if (count > 16) return select(x, g, count);
+    if (count > 2 * kLanes) return select(x, g, count);
     int64_t i = 0;
     const auto take = [&](int64_t at_) {
       const uint32_t now = order_of(x[at_]);
@@ -740,15 +741,26 @@ struct Largest {
       index.insert(index.begin() + (place - order.begin()), at_);
       order.insert(place, now);
     };
-    for (; i < std::min(count, g); ++i) take(i);
-    const auto bound = [&] { return magnitude_of(Vec(x[index.back()])); };
-    Vec least = bound();
-    for (; i + kLanes <= g; i += kLanes) {
-      // NaN, on either side, counts as larger
-      int larger = (magnitude_of(Vec::loadu(x + i)) <= least).zero_mask();
-      if (larger == 0) continue;
-      for (; larger != 0; larger &= larger - 1) take(i + __builtin_ctz(larger));
-      least = bound();
+    // Of the maxima of 2 kLanes interleaved parts the count-th bounds the count-th of all from
+    // below, so that hardly any vector has to be looked into. NaN, on either side, counts as
+    // larger.
+    const int64_t whole = g / (2 * kLanes) * (2 * kLanes);
+    if (whole > 0) {
+      Vec top[2] = {Vec(0.0f), Vec(0.0f)};
+      for (int64_t j = 0; j < whole; j += 2 * kLanes) {
+        for (int h = 0; h < 2; ++h) {
+          top[h] = at::vec::maximum(top[h], magnitude_of(Vec::loadu(x + j + h * kLanes)));
+        }
+      }
+      alignas(64) float lanes[2 * kLanes];
+      for (int h = 0; h < 2; ++h) top[h].store(lanes + h * kLanes);
+      const auto larger = [](float a, float b) { return order_of(a) > order_of(b); };
+      std::partial_sort(lanes, lanes + count, lanes + 2 * kLanes, larger);
+      const Vec bound(lanes[count - 1]);
+      for (; i < whole; i += kLanes) {
+        int reached = (magnitude_of(Vec::loadu(x + i)) < bound).zero_mask();
+        for (; reached != 0; reached &= reached - 1) take(i + __builtin_ctz(reached));
+      }
     }
     for (; i < g; ++i) take(i);
   }

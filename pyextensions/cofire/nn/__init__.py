@@ -8,6 +8,7 @@ from cofire.nn.clustering import (
     PalettizedEmbedding,
     PalettizedLinear,
 )
+from cofire.nn.fake_quantize import FakeQuantize, LSQConv2d, LSQLinear
 from cofire.nn.gating import (
     DeployedGatedConv2d,
     DeployedGatedLinear,
@@ -29,11 +30,14 @@ from cofire.nn.palettes import (
 __all__ = [
     "DeployedGatedConv2d",
     "DeployedGatedLinear",
+    "FakeQuantize",
     "Gate",
     "GateHead",
     "Gated",
     "GatedConv2d",
     "GatedLinear",
+    "LSQConv2d",
+    "LSQLinear",
     "PackedPalette",
     "PackedPalettized",
     "PackedPalettizedConv2d",
