@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import cofire
 from cofire import ops
-from cofire.nn import FakeQuantize, LSQConv2d, LSQLinear, QuantLinear
+from cofire.nn import FakeQuantize, LSQConv2d, LSQLinear, QuantLinear, quantize_
 from cofire.nn import fake_quantize as module
 from cofire.nn.fake_quantize import lsq_scale
 from cofire.ops.fake_quantize import SCALE_FLOOR
@@ -144,7 +143,7 @@ def test_from_linear() -> None:
     assert made.bias is None and made.weight_scale.shape == () and made.weight_scale.dtype == torch.bfloat16
     # subclasses of nn.Linear stay what they are
     model = nn.Sequential(layer, nn.Linear(6, 32))
-    cofire.quantize_(model, group_size=None)
+    quantize_(model, group_size=None)
     assert type(model[0]) is LSQLinear and type(model[1]) is QuantLinear
 
 

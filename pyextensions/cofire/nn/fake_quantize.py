@@ -78,8 +78,8 @@ class FakeQuantize(nn.Module):
 
     Example:
         >>> quantizer = FakeQuantize("lsq", bits=2)
-        >>> quantizer(torch.tensor([-2.0, -0.1, 0.3, 0.8])).tolist(), quantizer.scale.item()
-        ([-3.200000047683716, -0.0, 0.0, 1.600000023841858], 1.600000023841858)
+        >>> quantizer(torch.tensor([-3.0, -0.5, 1.5, 3.0])).tolist(), quantizer.scale.item()
+        ([-4.0, -0.0, 0.0, 4.0], 4.0)
 
     Source: as the operators of the same names; LSQ's start: Esser et al. 2020 (1902.08153), section 2.1.
     """
