@@ -67,14 +67,15 @@ class _DenseLSQ(torch.autograd.Function):
         ctx.save_for_backward(input, scale)
         ctx.rest = inner, low, high
         s = _spread(scale.float(), input, inner)
-        return (input / s).clamp_(low, high).round_().mul_(s).to(input.dtype)
+        # (a scale without dimensions would not lift the arithmetic out of 16 bits)
+        return (input.float() / s).clamp_(low, high).round_().mul_(s).to(input.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (grad,) = grads
         input, scale = ctx.saved_tensors
         inner, low, high = ctx.rest
-        v = input / _spread(scale.float(), input, inner)
+        v = input.float() / _spread(scale.float(), input, inner)
         q = v.clamp(low, high).round_()
         outside = (v < low) | (v > high)
         term = q.sub_(v.masked_fill_(outside, 0)).mul_(grad)
