@@ -678,6 +678,18 @@ def test_saved_for_backward_is_the_input_alone() -> None:
             assert not saved
 
 
+def test_outputs_of_many_megabytes() -> None:
+    """Their memory is asked for in large pages; the values are those of the parts."""
+    x, s = torch.randn(2100, 1024), torch.rand(2100) + 0.1
+    whole = ops.fake_quantize_lsq(x, s, -8, 7, axis=0)
+    assert whole.nbytes > 8 << 20
+    parts = [ops.fake_quantize_lsq(a, b, -8, 7, axis=0) for a, b in zip(x.split(300), s.split(300))]
+    assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(
+        ops.fake_quantize_statsq(x, 3), torch.cat([ops.fake_quantize_statsq(a, 3) for a in x.split(300)])
+    )
+
+
 def test_levels_are_floats_of_their_names() -> None:
     """Sign, exponent and mantissa bits, with subnormal numbers, up to a power of two."""
     for name, (exponent, mantissa) in {"e1m2": (1, 2), "e2m1": (2, 1), "e3m0": (3, 0)}.items():
