@@ -64,7 +64,8 @@ class FakeQuantize(nn.Module):
 
     The parameters are there from the start, so that an optimiser made before the first batch has them, and take their
     values from the first input that comes: ``s = 2 mean|x| / sqrt(high)`` (4 if unsigned), or its minimum and range. To
-    compile, call the module, or :meth:`initialize`, once before. What ``load_state_dict`` loads stays.
+    compile, call the module, or :meth:`initialize`, once before; where several processes train copies, with the same input
+    in each. What ``load_state_dict`` loads stays.
 
     Stochastic rounding is for training; in evaluation mode the nearest level is taken. Its seed, the attribute ``seed``,
     goes up with each call, and is part of the state.
@@ -176,7 +177,7 @@ class FakeQuantize(nn.Module):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
         found = state_dict.get(f"{prefix}initialized")
-        if found is not None:
+        if isinstance(found, Tensor) and not found.is_meta:
             self._ready = bool(found)
 
     def extra_repr(self) -> str:
