@@ -119,7 +119,10 @@ class QTensor:
     def from_codes(
         cls, codes: Tensor, scale: Tensor | NestedScale | None, *, bits: int, group_size: int | None = None, **rest: Any
     ) -> QTensor:
-        """From codes ``[N, K]`` of any integer type, each in 0 to ``2^bits - 1``; ``group_size`` follows from the scale."""
+        """From codes ``[N, K]`` of any integer type, each in 0 to ``2^bits - 1``; ``group_size`` follows from the scale.
+
+        Unlike the constructor it looks at the values: codes in range, scale and table finite.
+        """
         if not isinstance(codes, Tensor) or codes.is_floating_point() or codes.dim() != 2:
             got = f"{codes.dtype} {shape_of(codes)}" if isinstance(codes, Tensor) else type(codes).__name__
             refuse("QTensor.from_codes", f"codes must be integers of shape [N, K], got {got}")
@@ -130,6 +133,10 @@ class QTensor:
             low, high = (int(v) for v in codes.aminmax())
             if low < 0 or high >> bits:
                 refuse("QTensor.from_codes", f"codes must be in 0 to {(1 << bits) - 1}, got {low} to {high}")
+        for name, x in (("scale", scale.absmax if isinstance(scale, NestedScale) else scale), ("lut", rest.get("lut"))):
+            if isinstance(x, Tensor) and not bool(x.isfinite().all()):
+                wrong = int((~x.isfinite()).sum())
+                refuse("QTensor.from_codes", f"{name} must be finite, got {wrong} values that are not, of {x.numel()}")
         if group_size is None:
             groups = 1 if scale is None else (scale.codes if isinstance(scale, NestedScale) else scale).shape[-1]
             group_size = codes.shape[1] // max(groups, 1)

@@ -6,6 +6,7 @@ A group is ``group_size`` neighbouring columns of a row. A group of zeros gets t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cofire.names import near_matches
-from cofire.ops.checks import check_number, refuse, shape_of
+from cofire.ops.checks import check_integer, check_number, refuse, shape_of
 from cofire.ops.clustering import kmeans1d
 from cofire.ops.fake_quantize import statsq_levels
 from cofire.ops.lowbit import check_bits
@@ -33,7 +34,8 @@ FP4 = tuple(s * v / 6 for s in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
     """fp32 ``[N, G, g]``."""
-    return weight.detach().float().reshape(weight.shape[0], weight.shape[1] // group_size, group_size)
+    w = weight.detach().float().contiguous()  # so that sums do not depend on the strides
+    return w.view(weight.shape[0], weight.shape[1] // group_size, group_size)
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -63,9 +65,9 @@ def absmax(weight: Tensor, bits: int, group_size: int) -> QTensor:
 
 def _range(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a range that is widened to hold 0."""
-    low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _positive((high - low) / ((1 << bits) - 1))
-    return scale, (-low / scale).round().clamp(0, (1 << bits) - 1)
+    low, high, top = low.clamp(max=0), high.clamp(min=0), (1 << bits) - 1
+    scale = _positive(high / top - low / top)  # the difference first might overflow
+    return scale, (-low / scale).round().clamp(0, top)
 
 
 def minmax(weight: Tensor, bits: int, group_size: int) -> QTensor:
@@ -79,8 +81,12 @@ def minmax(weight: Tensor, bits: int, group_size: int) -> QTensor:
 def mse(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = False, steps: int = 80) -> QTensor:
     """Like ``minmax`` or ``absmax``, with the range of each group cut down to where the squared error is smallest.
 
-    Tried are 100 %, 99 %, ... of the range, ``steps`` of them.
+    Tried are 100 %, 99 %, ... of the range, ``steps`` of them. Of one symmetric bit the best is known: ``absmax``.
     """
+    if steps > 100:
+        refuse("quantize_weight", f"steps must be at most 100 (each cuts a hundredth of the range), got {steps}")
+    if symmetric and bits == 1:
+        return absmax(weight, bits, group_size)
     w = _groups(weight, group_size)
     top = (1 << bits) - 1
     half = 1 << (bits - 1)
@@ -90,8 +96,8 @@ def mse(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = False, 
     for i in range(steps):
         keep = 1 - i / 100
         if symmetric:
-            s = _positive(keep * magnitude / max(half - 1, 0.5))
-            z = torch.full_like(s, half if bits > 1 else 0.5)
+            s = _positive(keep * magnitude / (half - 1))
+            z = torch.full_like(s, half)
         else:
             s, z = _range(keep * low, keep * high, bits)
         error = ((((w / s[..., None] + z[..., None]).round().clamp(0, top)) - z[..., None]) * s[..., None] - w).square()
@@ -102,7 +108,7 @@ def mse(weight: Tensor, bits: int, group_size: int, *, symmetric: bool = False, 
             better = error < best
             best, scale, zero = (torch.where(better, *pair) for pair in ((error, best), (s, scale), (z, zero)))
     codes = (w / scale[..., None] + zero[..., None]).round()
-    kept = _middle(weight, half if bits > 1 else 0.5) if symmetric else zero.to(torch.uint8)
+    kept = _middle(weight, half) if symmetric else zero.to(torch.uint8)
     return _pack(codes, scale, weight, bits, group_size, zero=kept)
 
 
@@ -146,6 +152,20 @@ def statsq(weight: Tensor, bits: int, group_size: int) -> QTensor:
     return _pack(levels + half, scale[..., 0] / half, weight, bits, group_size, zero=_middle(weight, half - 0.5))
 
 
+def _check_hessian(hessian: Any, columns: int) -> None:
+    name = "quantize_weight"
+    if not isinstance(hessian, Tensor) or not hessian.is_floating_point():
+        got = hessian.dtype if isinstance(hessian, Tensor) else type(hessian).__name__
+        raise TypeError(f"{name}: hessian must be a floating-point tensor, got {got}")
+    if list(hessian.shape) != [columns, columns]:
+        refuse(name, f"hessian must have shape [{columns}, {columns}], got {shape_of(hessian)}")
+    wrong = int((~hessian.isfinite()).sum())
+    if wrong:
+        refuse(name, f"hessian must be finite, got {wrong} values that are not, of {hessian.numel()}")
+    if not bool(hessian.diagonal().any()):  # the whole weight would count for nothing
+        refuse(name, "hessian must be of inputs that came, got a diagonal of zeros")
+
+
 def gptq(
     weight: Tensor,
     bits: int,
@@ -165,9 +185,8 @@ def gptq(
     rows, columns = weight.shape
     if hessian is None:
         refuse("quantize_weight", "method gptq needs hessian, the sum of x x^T over the inputs of the layer")
-    if list(hessian.shape) != [columns, columns]:
-        refuse("quantize_weight", f"hessian must have shape [{columns}, {columns}], got {shape_of(hessian)}")
-    w, h = weight.detach().float().clone(), hessian.detach().double().clone()
+    _check_hessian(hessian, columns)
+    w, h = weight.detach().float().clone(), hessian.detach().to(weight.device, torch.float64, copy=True)
     dead = h.diagonal() == 0  # an input that never came: its weights do not matter
     h.diagonal()[dead] = 1
     w[:, dead] = 0
@@ -207,11 +226,10 @@ def gptq(
             w[:, k + 1 : end] -= error[:, None] * upper[k, k + 1 : end]
             errors[:, k - start] = error
         w[:, end:] -= errors @ upper[start:end, end:]
-    shape = (rows, columns // group_size)
-    all_scales = torch.stack(scales, 1) if scales else w.new_ones(shape)
+    all_scales = torch.stack(scales, 1)
     kept = _middle(weight, half if bits > 1 else 0.5)
     if not symmetric:
-        kept = torch.stack(zeros, 1).to(torch.uint8) if zeros else torch.zeros(shape, dtype=torch.uint8)
+        kept = torch.stack(zeros, 1).to(torch.uint8)
     return _pack(codes, all_scales, weight, bits, group_size, zero=kept, perm=perm)
 
 
@@ -245,9 +263,10 @@ def palette(weight: Tensor, bits: int, group_size: int, *, group_rows: int | Non
             f"method palette has no groups of columns: group_size must be {columns}, got {group_size}",
         )
     group_rows = max(rows, 1) if group_rows is None else group_rows
+    check_integer("quantize_weight", group_rows=group_rows)
     if group_rows < 1:
         refuse("quantize_weight", f"group_rows must be at least 1, got {group_rows}")
-    w = weight.detach().float()
+    w = weight.detach().float().contiguous()
     tables, codes = [], []
     for part in w.split(group_rows) if rows else []:
         centroids = kmeans1d(part.flatten(), 1 << bits)[0].flatten().float().sort().values
@@ -262,6 +281,21 @@ def palette(weight: Tensor, bits: int, group_size: int, *, group_rows: int | Non
 QUANTIZERS: dict[str, Callable[..., QTensor]] = {
     f.__name__: f for f in (absmax, minmax, mse, hqq, statsq, gptq, nf4, fp4, palette)
 }
+
+
+def _check_option(operator: str, option: str, value: Any, default: Any) -> None:
+    """As the default is: a switch, a count, or a number that is not negative."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise TypeError(f"{operator}: {option} must be True or False, got {value!r}")
+    elif isinstance(default, int):
+        check_integer(operator, **{option: value})
+        if value < 1:
+            refuse(operator, f"{option} must be at least 1, got {value}")
+    elif isinstance(default, float):
+        check_number(operator, **{option: value})
+        if not 0 <= value < math.inf:
+            refuse(operator, f"{option} must be finite and not negative, got {value}")
 
 
 def quantize_weight(
@@ -305,15 +339,14 @@ def quantize_weight(
     if method not in QUANTIZERS:
         raise ValueError(f"{name}: there is no method {method!r}{near_matches(method, list(QUANTIZERS))}")
     size = check_bits(name, bits, group_size, weight.shape[1])
-    wrong = int((~weight.isfinite()).sum())
+    wrong = int((~weight.float().isfinite()).sum())  # in fp32, which is what is computed with
     if wrong:
         refuse(name, f"weight must be finite, got {wrong} values that are not, of {weight.numel()}")
     function = QUANTIZERS[method]
-    known = list(function.__kwdefaults__ or {})
+    known = function.__kwdefaults__ or {}
     for option, value in options.items():
         if option not in known:
             raise TypeError(f"{name}: method {method} has no option {option!r}{near_matches(option, known)}")
-        if isinstance((function.__kwdefaults__ or {})[option], float):
-            check_number(name, **{option: value})
+        _check_option(name, option, value, known[option])
     with torch.no_grad():
         return function(weight, int(bits), size, **options)
