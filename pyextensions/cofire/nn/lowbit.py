@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofire.ops import QTensor, dequantize, qlinear, qlora_linear, quantize_weight
-from cofire.ops.checks import check_choice, check_integer, check_module, refuse, shape_of
-from cofire.ops.lowbit import ACTIVATIONS
+from cofire.ops import QTensor, dequantize, packed_bytes, qlinear, qlora_linear, quantize_weight
+from cofire.ops.checks import check_choice, check_integer, check_module, check_number, refuse, shape_of
+from cofire.ops.lowbit import ACTIVATIONS, check_bits, rows_of
 from cofire.ops.qtensor import NESTED, TENSORS
+from cofire.ops.quantizers import check_method
 
 __all__ = ["QLoRALinear", "QuantLinear", "hessians", "quantize_"]
 
@@ -48,7 +49,6 @@ class QuantLinear(nn.Module):
     """
 
     geometry: Tensor
-    like: Tensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -64,13 +64,16 @@ class QuantLinear(nn.Module):
         activations: str = "exact",
     ) -> None:
         super().__init__()
-        check_integer("QuantLinear", in_features=in_features, out_features=out_features, bits=bits)
+        check_integer("QuantLinear", in_features=in_features, out_features=out_features)
+        size = check_bits("QuantLinear", bits, group_size, in_features)
         check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
-        size = in_features if group_size in (None, -1) else group_size
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.activations = activations
-        weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
-        self._take(quantize_weight(weight, "absmax", bits=bits, group_size=size))
+        where: dict[str, Any] = {"device": device}
+        codes = torch.zeros(out_features, packed_bytes(in_features, bits), dtype=torch.uint8, **where)
+        scale = torch.zeros(out_features, in_features // size, **where, dtype=torch.float32)
+        zero = torch.zeros(1, 1, **where, dtype=torch.float32)
+        self._take(QTensor(codes, scale, (out_features, in_features), bits, size, zero, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), False) if bias else None
 
     @classmethod
@@ -111,8 +114,8 @@ class QuantLinear(nn.Module):
         self.bits, self.group_size, self._block, self.format = weight.bits, weight.group_size, block, weight.format
         numbers = [*weight.shape, weight.bits, weight.group_size, block]
         self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
-        # The dtype of the weight that this one stands for follows the layer wherever it is cast to.
-        self.register_buffer("like", torch.empty(0, dtype=weight.dtype, device=weight.device), persistent=False)
+        #: Of the weight that this one stands for; follows the layer wherever it is cast to.
+        self.dtype = weight.dtype
 
     @property
     def qweight(self) -> QTensor:
@@ -125,7 +128,7 @@ class QuantLinear(nn.Module):
             shape=(self.out_features, self.in_features),
             bits=self.bits,
             group_size=self.group_size,
-            dtype=self.like.dtype,
+            dtype=self.dtype,
             format=self.format,
             **block,
         )
@@ -154,6 +157,7 @@ class QuantLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         before = {name: self._buffers[name] for name in BUFFERS}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         for name, was in before.items():
             now = self._buffers[name]
             if was is not None and now is not None and now.dtype != was.dtype:
@@ -164,15 +168,16 @@ class QuantLinear(nn.Module):
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        stored = state_dict.get(f"{prefix}geometry")
-        if isinstance(stored, Tensor) and not stored.is_meta:
-            rows, columns, bits, group, block = stored.tolist()
-            if (rows, columns) != (self.out_features, self.in_features):
+        stored, codes = state_dict.get(f"{prefix}geometry"), state_dict.get(f"{prefix}codes")
+        if isinstance(stored, Tensor) and isinstance(codes, Tensor) and not stored.is_meta:
+            shape, rest = stored.tolist()[:2], stored.tolist()[2:]
+            if shape != [self.out_features, self.in_features] or len(rest) != 3:
                 error_msgs.append(
                     f"{prefix.removesuffix('.') or 'QuantLinear'}: the state must be of a weight "
-                    f"{[self.out_features, self.in_features]}, got one of {[rows, columns]}"
+                    f"{[self.out_features, self.in_features]}, got one of {shape}"
                 )
                 return
+            bits, group, block = rest
             self.bits, self.group_size, self._block = bits, group, block
             for name in BUFFERS:  # of the shapes and dtypes of what comes
                 there = state_dict.get(prefix + name)
@@ -214,10 +219,11 @@ class QLoRALinear(nn.Module):
         if base.activations != "exact":
             refuse("QLoRALinear", f"base must have exact activations, got {base.activations!r}")
         check_integer("QLoRALinear", rank=rank)
+        check_number("QLoRALinear", alpha=alpha)
         if rank < 1:
             refuse("QLoRALinear", f"rank must be at least 1, got {rank}")
         self.base, self.rank, self.alpha = base, rank, alpha
-        like: dict[str, Any] = {"device": base.geometry.device, "dtype": dtype or base.like.dtype}
+        like: dict[str, Any] = {"device": base.geometry.device, "dtype": dtype or base.dtype}
         self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
@@ -236,7 +242,7 @@ class QLoRALinear(nn.Module):
 
     def merged(self) -> Tensor:
         """The dense weight that the layer applies; to quantise it again loses some of what was trained."""
-        return self.base.weight + (self.alpha / self.rank) * (self.lora_b @ self.lora_a).to(self.base.like.dtype)
+        return self.base.weight + (self.alpha / self.rank) * (self.lora_b @ self.lora_a).to(self.base.dtype)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}"
@@ -273,7 +279,8 @@ def linear_layers(model: nn.Module, filter: Filter | None = None) -> Iterator[tu
                 owners[id(p)] = owners.get(id(p), 0) + 1
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear or is_transposed(module)
-        if plain and owners[id(module.weight)] == 1 and (filter is None or filter(module, name)):
+        # (a weight that is no parameter is computed anew by a hook, as old-style weight norm does)
+        if plain and owners.get(id(module.weight)) == 1 and (filter is None or filter(module, name)):
             yield name, module
 
 
@@ -314,8 +321,11 @@ def quantize_(
     """
     check_module("quantize_", model)
     check_choice("quantize_", "activations", activations, ACTIVATIONS)
-    made: dict[str, QuantLinear] = {}
-    for name, module in list(linear_layers(model, filter)):
+    check_method("quantize_", method)
+    if hessians is not None and method != "gptq":
+        refuse("quantize_", f"hessians are for the method 'gptq', got the method {method!r}")
+    made: dict[nn.Module, QuantLinear] = {}
+    for name, module in linear_layers(model, filter):
         own = dict(options)
         if method == "gptq":
             if hessians is None or name not in hessians:
@@ -327,14 +337,17 @@ def quantize_(
             )
         except ValueError as error:
             refuse("quantize_", f"the layer {name!r} cannot be quantised ({error}); a filter can leave it out")
-        made[name] = layer.train(module.training)
+        made[module] = layer.train(module.training)
     if not made:
-        refuse("quantize_", "model must have a linear layer to quantise (tied ones stay dense), got none")
-    for name, layer in made.items():
-        if not name:
-            return layer
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        already = any(isinstance(module, QuantLinear) for module in model.modules())
+        got = "none that is not quantised already" if already else "none"
+        refuse("quantize_", f"model must have a linear layer to quantise (tied ones stay dense), got {got}")
+    if model in made:
+        return made[model]
+    for parent in list(model.modules()):  # wherever it stands: a module may have several places
+        for leaf, child in parent._modules.items():
+            if child in made:
+                parent._modules[leaf] = made[child]
     return model
 
 
@@ -342,7 +355,7 @@ def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = N
     """The sums of ``x x^T`` over the inputs of each linear layer, for GPTQ.
 
     Args:
-        model: called as ``model(batch)``, or ``model(**batch)`` for a mapping, without gradients.
+        model: called as ``model(batch)``, or ``model(**batch)`` for a mapping, in evaluation mode, without gradients.
         batches: calibration inputs.
         filter: as in :func:`quantize_`.
 
@@ -360,15 +373,17 @@ def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = N
     found: dict[str, Tensor] = {}
     handles = []
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def add(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach().float().flatten(0, -2)
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            x = rows_of((args[0] if args else kwargs["input"]).detach().float())
             found[name] = found.get(name, 0) + x.t() @ x
 
         return add
 
     for name, module in linear_layers(model, filter):
-        handles.append(module.register_forward_pre_hook(hook(name)))
+        handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
@@ -376,4 +391,6 @@ def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = N
     finally:
         for handle in handles:
             handle.remove()
+        for module in training:
+            module.training = True
     return found

@@ -283,6 +283,11 @@ QUANTIZERS: dict[str, Callable[..., QTensor]] = {
 }
 
 
+def check_method(operator: str, method: str) -> None:
+    if method not in QUANTIZERS:
+        refuse(operator, f"there is no method {method!r}{near_matches(str(method), list(QUANTIZERS))}")
+
+
 def _check_option(operator: str, option: str, value: Any, default: Any) -> None:
     """As the default is: a switch, a count, or a number that is not negative."""
     if isinstance(default, bool):
@@ -336,8 +341,7 @@ def quantize_weight(
         raise TypeError(f"{name}: weight must be a floating-point tensor, got {got}")
     if weight.dim() != 2:
         refuse(name, f"weight must have shape [N, K], got {shape_of(weight)}")
-    if method not in QUANTIZERS:
-        raise ValueError(f"{name}: there is no method {method!r}{near_matches(method, list(QUANTIZERS))}")
+    check_method(name, method)
     size = check_bits(name, bits, group_size, weight.shape[1])
     wrong = int((~weight.float().isfinite()).sum())  # in fp32, which is what is computed with
     if wrong:
