@@ -86,6 +86,17 @@ def plain_output(layer, weight, x):
     return torch.where((x == layer.padding_idx)[..., None], layer.weight[layer.padding_idx].detach(), rows)
 
 
+def assert_same_output(packed, layer, x):
+    """To the bit where the weight is decoded; a linear layer's product is another kernel's, and sums in another order."""
+    with torch.no_grad():
+        output, expected = packed(x), layer(x)
+    if not isinstance(packed, PackedPalettizedLinear):
+        assert torch.equal(output, expected)
+        return
+    step = torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(output, expected, rtol=4 * step, atol=4 * step)
+
+
 def expected_weight(layer, weight, options):
     """Scale, operator, scale: what a forward in training computes with."""
     palette, o = layer.palette, OPTIONS[options]
@@ -134,8 +145,7 @@ def test_packed_equals_evaluation(kind, options):
     layer.eval()
     before = copy.deepcopy(layer.state_dict())
     packed = layer.pack()
-    with torch.no_grad():
-        assert torch.equal(packed(x), layer(x))
+    assert_same_output(packed, layer, x)
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     assert packed.weight.shape == layer.weight.shape and packed.weight.dtype == layer.weight.dtype
     assert not packed.training and not any(p.requires_grad for p in packed.parameters())
@@ -204,8 +214,7 @@ def test_other_dtypes(kind, options, dtype):
     assert layer.centroids.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     packed = layer.eval().pack()
     assert packed.lut.dtype == dtype and packed(x).dtype == dtype
-    with torch.no_grad():
-        assert torch.equal(packed(x), layer(x))
+    assert_same_output(packed, layer, x)
 
 
 def test_autocast():
@@ -572,6 +581,33 @@ def test_the_functions_behind():
     torch.testing.assert_close(y, F.linear(x, p.weight, layer.bias))
     rows = torch.tensor([13, 0, 5, 5])
     assert torch.equal(decode(p.labels, p.lut, columns=20, group_rows=4, rows=rows), p.weight[rows])
+
+
+@pytest.mark.parametrize(
+    ("options", "decoded"),
+    [
+        ({"bits": 2}, False),
+        ({"bits": 3, "scale": True}, False),
+        ({"bits": 2, "group_rows": 4}, False),  # 4, 4, 4, 2: as even as four palettes go
+        ({"bits": 2, "group_rows": 11}, True),  # 11 and 3: the products would share out 7 and 7
+        ({"bits": 2, "cluster_dim": 2}, True),
+    ],
+)
+def test_a_linear_layer_decodes_only_where_it_must(monkeypatch, options, decoded):
+    layer = PackedPalettizedLinear(20, 14, **options)
+    layer.palette.labels.random_(0, 256)
+    layer.palette.lut.normal_()
+    if layer.palette.scale is not None:
+        layer.palette.scale.uniform_()
+    seen = []
+    monkeypatch.setattr(
+        "cofire.nn.palettes.decode", lambda *args, **kwargs: (seen.append(1), decode(*args, **kwargs))[1]
+    )
+    x = torch.randn(2, 3, 20)
+    output = layer(x)
+    assert bool(seen) == decoded
+    torch.testing.assert_close(output, F.linear(x, layer.weight, layer.bias), rtol=1e-4, atol=1e-5)
+    assert layer(torch.randn(0, 20)).shape == (0, 14)
 
 
 def test_an_embedding_decodes_only_what_is_asked_for(monkeypatch):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packed weights: labels of one to eight bits, and the palettes that they point into.
 
-Nothing decoded is kept. A linear layer and a convolution decode the weight with each forward, an embedding the rows asked
-for; :func:`palettized_linear` is the place for a product that needs no decoded weight.
+Nothing decoded is kept. A linear layer multiplies by the labels and the palette themselves
+(:func:`cofire.ops.qlinear`), a convolution decodes the weight with each forward, an embedding the rows asked for.
 
 Source: Cho, Alizadeh-Vahid, Adya, Rastegari, "DKM: Differentiable K-Means Clustering Layer for Neural Network Compression",
 ICLR 2022, section 3.3.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from cofire.names import near_matches
 from cofire.ops.checks import check_integer, refuse, shape_of
+from cofire.ops.lowbit import QTensor, qlinear
 from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -141,6 +142,24 @@ def decode(
     return weight if scale is None else weight * scale.to(weight.dtype)[:, None]
 
 
+def as_qtensor(
+    labels: Tensor, lut: Tensor, scale: Tensor | None, *, columns: int, group_rows: int, dtype: torch.dtype | None
+) -> QTensor | None:
+    """A packed weight as the products take it; the arguments are those of :func:`decode`.
+
+    Returns:
+        None for what they do not take: labels of vectors, and palettes that do not share out the rows as evenly as possible.
+    """
+    palettes, entries, d = lut.shape
+    rows = labels.shape[0]
+    if d > 1 or not rows or not columns or (palettes > 1 and -(-rows // palettes) != group_rows):
+        return None
+    dtype = lut.dtype if dtype is None else dtype
+    factors = None if scale is None else scale[:, None]
+    bits = (entries - 1).bit_length()
+    return QTensor(labels, factors, (rows, columns), bits, columns, lut=lut[:, :, 0].to(dtype), dtype=dtype)
+
+
 def palettized_linear(
     input: Tensor,
     labels: Tensor,
@@ -151,7 +170,9 @@ def palettized_linear(
     group_rows: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``input @ weight.T + bias`` for a packed weight; today by decoding it whole, then the library's product.
+    """``input @ weight.T + bias`` for a packed weight: by :func:`cofire.ops.qlinear`, which decodes inside the product.
+
+    A weight that it does not take (:func:`as_qtensor`) is decoded whole, for the library's product.
 
     Args:
         input: ``[..., in_features]``.
@@ -159,10 +180,17 @@ def palettized_linear(
         bias: optional, ``[R]``.
 
     Returns:
-        ``[..., R]``.
+        ``[..., R]`` in the dtype of ``input``, under autocast in autocast's.
     """
-    weight = decode(labels, lut, scale, columns=input.shape[-1], group_rows=group_rows, dtype=dtype)
-    return F.linear(input, weight, bias)
+    columns = input.shape[-1]
+    weight = as_qtensor(labels, lut, scale, columns=columns, group_rows=group_rows, dtype=dtype)
+    if weight is None:
+        dense = decode(labels, lut, scale, columns=columns, group_rows=group_rows, dtype=dtype)
+        return F.linear(input, dense, bias)
+    device = input.device.type
+    if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(device))
+    return qlinear(input, weight, bias)
 
 
 # ------------------------------------------------------------------------------------------------ packed layers
