@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -122,3 +123,19 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def matches(names: Iterable[str], pattern: str) -> bool:
+    """Whether one of ``names`` is the name or fits the pattern."""
+    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
+
+
+def replace_modules(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
+    """``model`` with some of its modules replaced, wherever they stand."""
+    if id(model) in new:
+        return new[id(model)]
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is not None and id(child) in new:
+                module._modules[name] = new[id(child)]
+    return model

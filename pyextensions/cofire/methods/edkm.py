@@ -15,13 +15,12 @@ import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cofire.methods.base import Method, Report, bare, evaluation, first_input
+from cofire.methods.base import Method, Report, bare, evaluation, first_input, matches, replace_modules
 from cofire.names import near_matches
 from cofire.nn.clustering import PALETTIZED, Palette, Palettized, check_temperature, soft_evaluation, whole
 from cofire.nn.palettes import PackedPalette, PackedPalettized, check_palette
@@ -202,7 +201,7 @@ class EDKM(Method, name="edkm"):
                 if not weight.is_meta:
                     layer.initialize()
             replaced[id(module)] = layer
-        return _replace(result, replaced)
+        return replace_modules(result, replaced)
 
     def loss(self, model: nn.Module, output: Tensor | None = None, target: Tensor | None = None) -> Tensor:
         """Zero: the task's loss alone trains weights and centroids.
@@ -262,7 +261,7 @@ class EDKM(Method, name="edkm"):
             form.palette = palettes.setdefault(id(layer.palette), form.palette)
             layer.lend_hooks(form)
             packed[id(layer)] = form
-        return _replace(result, packed)
+        return replace_modules(result, packed)
 
     # ------------------------------------------------------------------------------------------------ report
 
@@ -362,7 +361,7 @@ class EDKM(Method, name="edkm"):
         named = list(self.bits) if isinstance(self.bits, Mapping) else []
         for argument, patterns in (("bits", named), ("skip", self.skip)):
             for pattern in patterns:
-                if not _matches(known, pattern):
+                if not matches(known, pattern):
                     raise ValueError(
                         f"EDKM.prepare: {argument} names {pattern!r}, which fits no linear layer, convolution or "
                         f"embedding{near_matches(pattern, known)}"
@@ -373,7 +372,7 @@ class EDKM(Method, name="edkm"):
             bits = self._bits_of(names, module)
             weight = module.weight
             assert isinstance(weight, Tensor)
-            skipped = any(_matches(names, pattern) for pattern in self.skip)
+            skipped = any(matches(names, pattern) for pattern in self.skip)
             if bits is not None and not skipped and weight.numel() >= self.weight_threshold:
                 chosen.append((names[0], module, bits))
         if not chosen:
@@ -388,13 +387,9 @@ class EDKM(Method, name="edkm"):
             exact = next((self.bits[name] for name in names if name in self.bits), None)
             if exact is not None:
                 return exact
-            return next((bits for pattern, bits in self.bits.items() if _matches(names, pattern)), None)
+            return next((bits for pattern, bits in self.bits.items() if matches(names, pattern)), None)
         own = {nn.Embedding: self.embedding_bits, nn.Conv2d: self.conv_bits}.get(type(module))
         return self.bits if own is None else own
-
-
-def _matches(names: Iterable[str], pattern: str) -> bool:
-    return any(name == pattern or fnmatchcase(name, pattern) for name in names)
 
 
 def _named_bits(bits: Mapping[str, int]) -> dict[str, Any]:
@@ -422,17 +417,6 @@ def _unique(layers: Mapping[str, Palettized]) -> dict[int, Palettized]:
 
 def _palette_buffers(model: nn.Module) -> list[Tensor]:
     return [b for module in model.modules() if isinstance(module, Palette) for b in module.buffers()]
-
-
-def _replace(model: nn.Module, new: Mapping[int, nn.Module]) -> nn.Module:
-    """``model`` with some of its modules replaced, wherever they stand."""
-    if id(model) in new:
-        return new[id(model)]
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and id(child) in new:
-                module._modules[name] = new[id(child)]
-    return model
 
 
 def _read_elsewhere(model: nn.Module) -> set[int]:
