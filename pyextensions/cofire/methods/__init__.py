@@ -4,5 +4,6 @@
 from cofire.methods.base import METHODS, Method, Report
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
+from cofire.methods.qlora import QLoRA
 
-__all__ = ["EDKM", "FTWT", "METHODS", "Method", "Report"]
+__all__ = ["EDKM", "FTWT", "METHODS", "Method", "QLoRA", "Report"]
