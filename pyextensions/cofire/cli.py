@@ -125,8 +125,13 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="The training method: edkm or ftwt.")],
-    data: Annotated[str, typer.Option(help="digits, text (edkm only), or a folder of images.")] = "digits",
+    method: Annotated[str, typer.Argument(help="What to run: edkm, ftwt, qlora, or quantize.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="digits, text (not ftwt), or a folder of images (default: the experiment's; qlora: text alone)."
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights to start from.")] = None,
     seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 3,
@@ -146,9 +151,10 @@ def train(
     from cofire.experiments import EXPERIMENTS
 
     run = EXPERIMENTS[_choose("method", method, sorted(EXPERIMENTS))]
+    chosen = {} if data is None else {"data": data}
     _sentences(
         run,
-        data=data,
+        **chosen,
         model=model,
         weights=weights,
         seeds=seeds,

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FORMS", "Images", "Text", "load", "load_text"]
+__all__ = ["FORMS", "Images", "Text", "load", "load_manual", "load_text"]
 
 #: What networks trained on ImageNet expect of RGB images.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -381,6 +381,9 @@ TRAIN_MODULES = (
 TEST_MODULES = ("random", "shutil", "statistics", "tempfile", "textwrap", "traceback", "typing", "uuid", "weakref")
 #: Of the files of Python 3.11.7, from which the published results are.
 TEXT_SHA256 = "1835d923620fe260940d1f9f24594f906cca9c6aecec207c8a2b1732d98140e6"
+#: Of the help topics of the same Python.
+MANUAL_SHA256 = "2a95af4ac93f5b719944030ce3769070ddf827d847cba42192afa8da989e5dc4"
+MANUAL_TEST = 8  #: every so many topics one is for the test
 
 
 @dataclass(frozen=True)
@@ -440,15 +443,42 @@ def load_text(folder: Path | None = None) -> Text:
     folder = Path(sysconfig.get_path("stdlib")) if folder is None else folder
     parts = [_modules(folder, names) for names in (TRAIN_MODULES, TEST_MODULES)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    same = "the text of the published results"
-    if digest != TEXT_SHA256:
-        same = f"not {same}, whose sha256 begins with {TEXT_SHA256[:8]}, so numbers will differ a little"
+    same = _sameness(digest, TEXT_SHA256)
     train, test = (torch.from_numpy(_numbers(part)) for part in parts)
     condition = (
         f"Source text of Python {platform.python_version()}'s standard library, sha256 {digest[:8]}: {same}; "
         f"{len(train):,} characters for training, {len(test):,} of other modules for the test."
     )
     return Text("text", condition, train, test, VOCABULARY)
+
+
+def load_manual() -> Text:
+    """The help topics of Python's ``pydoc``: English prose with examples of code, from the language reference.
+
+    Raises:
+        ModuleNotFoundError: this Python comes without them.
+    """
+    try:
+        topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("load_manual: this Python comes without pydoc_data.topics") from error
+    names = sorted(topics)
+    test = names[::MANUAL_TEST]
+    digest = hashlib.sha256("\n".join(topics[name] for name in names).encode()).hexdigest()
+    chosen = [[name for name in names if name not in test], test]
+    parts = [torch.from_numpy(_numbers("\n".join(topics[name] for name in part))) for part in chosen]
+    condition = (
+        f"Help topics of Python {platform.python_version()}, sha256 {digest[:8]}: {_sameness(digest, MANUAL_SHA256)}; "
+        f"{len(parts[0]):,} characters for training, {len(parts[1]):,} of other topics for the test."
+    )
+    return Text("manual", condition, parts[0], parts[1], VOCABULARY)
+
+
+def _sameness(digest: str, published: str) -> str:
+    same = "the text of the published results"
+    if digest == published:
+        return same
+    return f"not {same}, whose sha256 begins with {published[:8]}, so numbers will differ a little"
 
 
 def _modules(folder: Path, names: Iterable[str]) -> str:

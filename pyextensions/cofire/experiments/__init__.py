@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experiments: what ``cofire train METHOD`` runs.
 
-``<method>.py`` plans and runs a method's experiment and ``<method>_report.py`` judges its results. They share
-``training`` and ``language`` (the loops), ``files`` (results and weights), ``latency``, ``environment`` and ``report``
-(tables, plots).
+``<method>.py`` plans and runs a method's experiment and ``<method>_report.py`` judges its results (``quantize_report.py``
+also those of ``qlora.py``). They share ``training`` and ``language`` (the loops), ``files`` (results and weights),
+``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import edkm, ftwt
+from cofire.experiments import edkm, ftwt, qlora, quantize
 
 #: The command of each method's experiment, by the method's name.
-EXPERIMENTS = {"edkm": edkm.command, "ftwt": ftwt.command}
+EXPERIMENTS = {
+    "edkm": edkm.command,
+    "ftwt": ftwt.command,
+    "qlora": qlora.command,
+    "quantize": quantize.command,
+}
 
 __all__ = ["EXPERIMENTS"]
