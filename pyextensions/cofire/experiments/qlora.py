@@ -84,6 +84,9 @@ class LowRank(nn.Module):
     The same as :class:`cofire.nn.QLoRALinear` but for the weight: its start, its factor, its arithmetic in fp32.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+
     def __init__(self, weight: Tensor, bias: Tensor | None, rank: int, alpha: float) -> None:
         super().__init__()
         self.register_buffer("weight", weight.detach().bfloat16())
@@ -94,7 +97,7 @@ class LowRank(nn.Module):
         nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.get_buffer("weight").float(), self.bias)
+        y = F.linear(x, self.weight.float(), self.bias)
         return y + self.factor * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
 
@@ -103,7 +106,7 @@ class _Run(Run):
         self.plan = plan
         task = Predict(datasets.load_text(), plan)
         self.manual = datasets.load_manual()
-        settings = {"method": "qlora", "data": task.name, "condition": task.condition, "unit": task.unit}
+        settings: Results = {"method": "qlora", "data": task.name, "condition": task.condition, "unit": task.unit}
         settings |= {"adapted_to": self.manual.condition, "plan": asdict(plan)}
         epochs = seeds * (plan.epochs + len(ARMS) * plan.rounds)
         super().__init__(settings, task, seeds, out, weights, progress, epochs)
