@@ -310,7 +310,8 @@ def test_the_final_model_equals_evaluation(options):
         PackedPalettizedConv2d,
         PackedPalettizedLinear,
     ]
-    assert torch.equal(final(BATCH[0]), model(BATCH[0]))
+    # (not to the bit: the packed product sums in another order)
+    torch.testing.assert_close(final(BATCH[0]), model(BATCH[0]), rtol=1e-4, atol=1e-5)
     again = method.finalize(method.prepare(network()))
     again.load_state_dict(safetensors.torch.load(safetensors.torch.save(final.state_dict())))
     assert torch.equal(again(BATCH[0]), final(BATCH[0]))

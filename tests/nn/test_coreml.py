@@ -45,7 +45,8 @@ def test_round_trip(kind):
     packed = make().pack()
     plain = export_coreml(nn.Sequential(packed))
     assert type(plain[0]) in (nn.Linear, nn.Conv2d, nn.Embedding)
-    assert torch.equal(plain(x), packed(x))
+    assert torch.equal(plain[0].weight, packed.weight)
+    torch.testing.assert_close(plain(x), packed(x))  # a linear layer's sums are in another order
     state = plain.state_dict()
     assert list(state["0._COREML_/weight/lut"].shape) == SHAPES[kind]
     assert state["0._COREML_/weight/compression_type"].tolist() == [2] and state["_COREML_/metadata_version"] == 1
@@ -71,7 +72,8 @@ def test_models():
     assert all(torch.equal(before[name], value) for name, value in final.state_dict().items())
     assert sorted(read_coreml(plain.state_dict())) == ["0.weight", "2.0.weight"]
     x = torch.randn(2, 20)
-    assert torch.equal(plain(x), final(x)) and torch.equal(import_coreml(plain)(x), final(x))
+    torch.testing.assert_close(plain(x), final(x))
+    assert torch.equal(import_coreml(plain)(x), final(x))
     assert (
         type(export_coreml(final[0])) is nn.Linear
         and type(import_coreml(export_coreml(final[0]))) is PackedPalettizedLinear
@@ -112,7 +114,8 @@ def test_shared_weights_stay_shared():
     again = import_coreml(plain)
     assert again.head.palette is again.embedding.palette
     x = torch.randint(32, (2, 5))
-    assert torch.equal(plain(x), packed(x)) and torch.equal(again(x), packed(x))
+    torch.testing.assert_close(plain(x), packed(x))
+    assert torch.equal(again(x), packed(x))
 
 
 def test_palettes_of_other_sizes():
