@@ -101,7 +101,55 @@ def test_char_transformer_has_the_stated_size() -> None:
     assert _count(model) == 96 * 128 + 128 * 128 + 4 * block + 256
 
 
+def test_vit_has_the_stated_layers() -> None:
+    """Per block two norms, four projections and two layers; embeddings, last norm, head."""
+    block = 4 * 64 + 4 * (64 * 64 + 64) + (64 * 128 + 128) + (128 * 64 + 64)
+    tail = 2 * 64 + 64 * 10 + 10
+    assert _count(models.digits_vit()) == (4 * 64 + 64) + 16 * 64 + 4 * block + tail
+    assert _count(models.vit(class_token=True)) == (48 * 64 + 64) + 65 * 64 + 64 + 4 * block + tail
+    deep = models.vit(16, 8, width=24, depth=2, heads=3, ratio=4, in_channels=1, num_classes=5)
+    assert [tuple(m.weight.shape) for m in deep.blocks[1].modules() if isinstance(m, nn.Linear)] == [
+        *[(24, 24)] * 4,
+        (96, 24),
+        (24, 96),
+    ]
+    assert deep(torch.randn(2, 1, 16, 16)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_vit_embeds_patches_and_attends_to_all(class_token: bool) -> None:
+    torch.manual_seed(0)
+    model = models.vit(8, 2, class_token=class_token, in_channels=2).eval()
+    x = torch.randn(2, 2, 8, 8)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    seen = []
+    model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    y = model(x)
+    assert torch.equal(seen[0][1, 5], x[1, :, 2:4, 2:4].flatten())  # patches in rows of four: the second of the second
+    far = x.clone()
+    far[:, :, 6:, 6:] += 1  # every patch counts for the answer
+    assert not torch.allclose(model(far), y)
+    large = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(model(large), y)
+
+
+def test_attention_of_the_vit_is_softmax_of_products() -> None:
+    torch.manual_seed(0)
+    layer = models.vit().blocks[0].attn
+    x = torch.randn(2, 5, 64)
+    parts = [p(x).view(2, 5, 4, 16) for p in (layer.q, layer.k, layer.v)]
+    weights = (torch.einsum("bihd,bjhd->bhij", *parts[:2]) / 4).softmax(-1)
+    mixed = torch.einsum("bhij,bjhd->bihd", weights, parts[2]).flatten(2)
+    torch.testing.assert_close(layer(x), layer.proj(mixed))
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"vit: image must be a multiple of patch \(3\), got 8"):
+        models.vit(8, 3)
+    with pytest.raises(ValueError, match=r"vit: width must be a multiple of heads \(3\), got 64"):
+        models.vit(heads=3)
+    with pytest.raises(ValueError, match="vit: depth must be at least 1, got 0"):
+        models.vit(depth=0)
     with pytest.raises(ValueError, match=r"widths must be positive integers, got \[8, 0\]"):
         models.digits_mlp([8, 0])
     with pytest.raises(ValueError, match=r"width must be a multiple of heads \(3\), got 128"):

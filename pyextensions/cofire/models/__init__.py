@@ -12,6 +12,7 @@ from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
 from cofire.models.resnet import resnet, resnet20, resnet56
 from cofire.models.transformer import char_transformer
 from cofire.models.vgg import digits_cnn, vgg, vgg16
+from cofire.models.vit import digits_vit, vit
 
 __all__ = [
     "MODELS",
@@ -19,6 +20,7 @@ __all__ = [
     "char_transformer",
     "digits_cnn",
     "digits_mlp",
+    "digits_vit",
     "mobilenet_v1",
     "mobilenet_v2",
     "resnet",
@@ -26,17 +28,20 @@ __all__ = [
     "resnet56",
     "vgg",
     "vgg16",
+    "vit",
 ]
 
 #: The networks that ``cofire train --model NAME`` knows; each takes ``in_channels`` and ``num_classes``.
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits_cnn": digits_cnn,
     "digits_mlp": digits_mlp,
+    "digits_vit": digits_vit,
     "vgg16": vgg16,
     "resnet20": resnet20,
     "resnet56": resnet56,
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
+    "vit": vit,
 }
 
 
