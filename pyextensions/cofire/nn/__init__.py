@@ -26,6 +26,13 @@ from cofire.nn.palettes import (
     PackedPalettizedEmbedding,
     PackedPalettizedLinear,
 )
+from cofire.nn.statsq import (
+    LSQActivation,
+    QueryKey,
+    ReparameterizedAttention,
+    StatsQLinear,
+    WeightQuantizer,
+)
 
 __all__ = [
     "DeployedGatedConv2d",
@@ -36,6 +43,7 @@ __all__ = [
     "Gated",
     "GatedConv2d",
     "GatedLinear",
+    "LSQActivation",
     "LSQConv2d",
     "LSQLinear",
     "PackedPalette",
@@ -50,6 +58,10 @@ __all__ = [
     "PalettizedLinear",
     "QLoRALinear",
     "QuantLinear",
+    "QueryKey",
+    "ReparameterizedAttention",
+    "StatsQLinear",
+    "WeightQuantizer",
     "hessians",
     "quantize_",
 ]
