@@ -18,7 +18,7 @@ import functools
 import io
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +41,14 @@ class Case:
     method: Callable[[], Method]
     model: Callable[[], nn.Module]
     batch: tuple[Tensor, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        return self.method().prepare(model, **self.options)
 
     def prepared(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
-        return self.method().prepare(self.model()).train()
+        return self.prepare(self.model()).train()
 
     def train(self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
         for _ in range(steps):
@@ -65,10 +69,10 @@ class Case:
 
 
 def check_protocol(
-    method: Callable[[], Method], model: Callable[[], nn.Module], batch: tuple[Tensor, Tensor]
+    method: Callable[[], Method], model: Callable[[], nn.Module], batch: tuple[Tensor, Tensor], **prepare: Any
 ) -> list[Any]:
-    """One pytest parameter per check."""
-    case = Case(method, model, batch)
+    """One pytest parameter per check; ``prepare``: what the method's ``prepare`` gets beside the model."""
+    case = Case(method, model, batch, prepare)
     return [pytest.param(functools.partial(check, case), id=check.__name__) for check in CHECKS]
 
 
@@ -102,7 +106,7 @@ def freeze_norms(model: nn.Module) -> nn.Module:
 def prepare_leaves_its_argument_alone(case: Case) -> None:
     model = case.model()
     before, modules = copy.deepcopy(model.state_dict()), list(model.modules())
-    case.method().prepare(model)
+    case.prepare(model)
     assert_same(before, model.state_dict())
     assert modules == list(model.modules())
 
@@ -223,7 +227,9 @@ def _train_in_parallel(rank: int, case: Case, folder: str) -> None:
     # a file to meet at, since ports may be taken
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     half = len(case.batch[0]) // 2
-    own = Case(case.method, case.model, tuple(part[rank * half : (rank + 1) * half] for part in case.batch))
+    own = Case(
+        case.method, case.model, tuple(part[rank * half : (rank + 1) * half] for part in case.batch), case.options
+    )
     model = freeze_norms(own.prepared())
     own.train(nn.parallel.DistributedDataParallel(model), sgd(model), 2)
     if rank == 0:

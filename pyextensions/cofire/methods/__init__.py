@@ -4,6 +4,7 @@
 from cofire.methods.base import METHODS, Method, Report
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
+from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 
-__all__ = ["EDKM", "FTWT", "METHODS", "Method", "QLoRA", "Report"]
+__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "Method", "QLoRA", "Report"]

@@ -1,0 +1,538 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OFQ: what is quantised, the teacher, annealing, what is deployed, what is refused, and the protocol of the methods."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import importlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cofire import models
+from cofire.methods import METHODS, OFQ
+from cofire.methods.ofq import Distilled
+from cofire.models.vit import Attention
+from cofire.nn import LSQActivation, QuantLinear, QueryKey, ReparameterizedAttention, StatsQLinear
+from cofire.nn.statsq import Quantized
+from helpers import stored_bytes
+from methods.protocol import check_protocol
+
+torch.manual_seed(0)
+BATCH = (torch.randn(8, 1, 8, 8), torch.randint(4, (8,)))
+X = BATCH[0]
+
+
+def network(**options):
+    """One block of two heads on four patches."""
+    sizes = {"image": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "in_channels": 1, "num_classes": 4}
+    return models.vit(**sizes | options)
+
+
+def method():
+    return OFQ()
+
+
+def annealing():
+    return OFQ(anneal_at=1, boundary_range=0.1)
+
+
+def learned():
+    return OFQ(weights="lsq", weight_bits=3)
+
+
+def quantized(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
+
+
+def trained(method, steps=2, **options):
+    model = method.prepare(network(), X, **options).train()
+    return train(method, model, steps)
+
+
+def train(method, model, steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        output = model(X)
+        (F.cross_entropy(output, BATCH[1]) + method.loss(model, output)).backward()
+        optimizer.step()
+        method.step(model)
+    return model
+
+
+# --------------------------------------------------------------------------------------------------- protocol
+
+
+@pytest.mark.parametrize("check", check_protocol(method, network, BATCH, example_input=X))
+def test_protocol(check):
+    check()
+
+
+@pytest.mark.parametrize("check", check_protocol(annealing, network, BATCH, example_input=X))
+def test_protocol_in_annealing(check):
+    check()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", check_protocol(learned, network, BATCH, example_input=X))
+def test_protocol_with_learned_scales(check):
+    check()
+
+
+# ---------------------------------------------------------------------------------------------------- prepare
+
+
+def test_what_is_quantised_and_how():
+    model = OFQ(weight_bits=2, activation_bits=4).prepare(network(depth=2), X)
+    layers = {name: (type(m), m.quantizer.bits, m.quantizer.kind) for name, m in quantized(model).items()}
+    block = {
+        "attn.qk": QueryKey,
+        "attn.v": StatsQLinear,
+        "attn.proj": StatsQLinear,
+        "up": StatsQLinear,
+        "down": StatsQLinear,
+    }
+    expected = {f"student.blocks.{i}.{name}": (kind, 2, "statsq") for i in (0, 1) for name, kind in block.items()}
+    edges = {f"student.{name}": (StatsQLinear, 8, "lsq") for name in ("embed", "head")}
+    assert layers == expected | edges
+    activations = {n.removeprefix("student."): m for n, m in model.named_modules() if isinstance(m, LSQActivation)}
+    found = {
+        n: (m.bits, m.unsigned, len(m.scale), m.axis) for n, m in activations.items() if not n.startswith("blocks.1")
+    }
+    assert found == {
+        "embed.input": (8, False, 4, -2),
+        "blocks.0.attn.input": (4, False, 4, -2),  # a scale per position
+        "blocks.0.attn.qk_output": (4, False, 8, -2),  # and head
+        "blocks.0.attn.v_output": (4, False, 16, -1),  # per channel
+        "blocks.0.attn.softmax": (4, True, 4, -2),
+        "blocks.0.attn.proj.input": (4, False, 4, -2),
+        "blocks.0.up.input": (4, False, 4, -2),
+        "blocks.0.down.input": (4, True, 4, -2),  # after GELU
+        "head.input": (8, False, 1, None),  # no sequence any more
+    }
+    assert all(m.initialized for m in activations.values())
+    assert all(m.before is not None for n, m in activations.items() if not n.endswith("softmax"))
+    assert METHODS["ofq"] is OFQ
+
+
+def test_the_forward_of_a_prepared_block_step_by_step():
+    """The paper's attention, written out once more."""
+    model = OFQ(distill=0).prepare(network(), X)
+    layer = model.blocks[0].attn
+    x = torch.randn(3, 4, 16)
+
+    def lsq(module, x, s):
+        if module.before is not None:
+            x = x + module.before
+        y = (x / s).clamp(module.low, module.high).round() * s
+        return y if module.after is None else y + module.after
+
+    def statsq(w):
+        s = 2 * w.abs().mean(1, keepdim=True)
+        return s * (((w / s).clamp(-1, 1 - 1e-6) * 2 - 0.5).round() + 0.5) / 2
+
+    with torch.no_grad():
+        for module in layer.modules():
+            if isinstance(module, LSQActivation) and module.before is not None:
+                module.before.normal_(std=0.1)
+                module.after.normal_(std=0.1)
+        x_hat = lsq(layer.input, x, layer.input.scale[:, None])
+        per_head = []
+        for h in range(2):
+            a = statsq(layer.qk.query[8 * h : 8 * h + 8].t() @ layer.qk.key[8 * h : 8 * h + 8])
+            per_head.append(x_hat @ a.t())
+        keys = torch.cat(per_head, -1)
+        scales = layer.qk_output.scale.view(4, 2).repeat_interleave(16, 1)  # position, head
+        keys = lsq(layer.qk_output, keys, scales)
+        v = lsq(layer.v_output, x_hat @ statsq(layer.v.weight).t() + layer.v.bias, layer.v_output.scale)
+        heads = []
+        for h in range(2):
+            logits = x_hat @ keys[..., 16 * h : 16 * h + 16].transpose(1, 2) / math.sqrt(8)
+            weights = lsq(layer.softmax, logits.softmax(-1), layer.softmax.scale[:, None])
+            heads.append(weights @ v[..., 8 * h : 8 * h + 8])
+        mixed = lsq(layer.proj.input, torch.cat(heads, -1), layer.proj.input.scale[:, None])
+        expected = mixed @ statsq(layer.proj.weight).t() + layer.proj.bias
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_activations_that_stay_as_they_are():
+    model = OFQ(activation_bits=None, edge_bits=None, weights="lsq", weight_bits=8).prepare(network())
+    assert not any(isinstance(m, LSQActivation) for m in model.modules())
+    assert {m.quantizer.bits for m in quantized(model).values()} == {8}
+    plain = network()
+    for p in (*plain.blocks[0].attn.q.parameters(), *plain.blocks[0].attn.k.parameters()):
+        if p.dim() == 1:
+            nn.init.zeros_(p)
+    model = OFQ(activation_bits=None, edge_bits=None, weights="lsq", weight_bits=8).prepare(plain)
+    torch.testing.assert_close(model(X), plain(X), rtol=0.1, atol=0.05)
+
+
+def test_one_scale_per_tensor_needs_no_example():
+    method = OFQ(activation_scale="tensor")
+    model = method.prepare(network())
+    scales = [m for m in model.modules() if isinstance(m, LSQActivation)]
+    assert all(len(m.scale) == 1 and not m.initialized for m in scales)
+    known = {id(p) for p in model.parameters()}
+    with pytest.raises(ValueError, match=r"OFQ.finalize: the scales of 'embed.input' have no values yet"):
+        method.finalize(model)
+    with pytest.raises(Exception, match="run one batch before compiling"):
+        torch.compile(model, fullgraph=True, backend="eager")(X)
+    torch.compiler.reset()
+    model(X)
+    assert all(m.initialized for m in scales)
+    assert {id(p) for p in model.parameters()} == known
+    assert method.finalize(model)(X[:, :, :4].repeat(1, 1, 2, 1)).shape == (8, 4)
+
+
+def test_another_number_of_positions_is_refused():
+    model = OFQ(distill=0).prepare(network(), X)
+    with pytest.raises(ValueError, match="the length of the sequences that it was prepared for"):
+        model.blocks(torch.randn(2, 5, 16))
+
+
+def test_fused_projections_equal_separate_ones():
+    class Fused(nn.Module):
+        def __init__(self, of):
+            super().__init__()
+            self.num_heads, self.scale = of.num_heads, 8**-0.5
+            self.qkv = nn.Linear(16, 48)
+            self.proj, self.attn_drop, self.proj_drop = copy.deepcopy(of.proj), nn.Dropout(0.0), nn.Dropout(0.0)
+            with torch.no_grad():
+                self.qkv.weight.copy_(torch.cat([p.weight for p in (of.q, of.k, of.v)]))
+                self.qkv.bias.copy_(torch.cat([p.bias for p in (of.q, of.k, of.v)]))
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            y = (self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(-1)) @ v).transpose(1, 2).flatten(2)
+            return self.proj_drop(self.proj(y))
+
+    separate = network()
+    fused = copy.deepcopy(separate)
+    fused.blocks[0].attn = Fused(separate.blocks[0].attn)
+    torch.testing.assert_close(fused(X), separate(X))
+    method = OFQ(distill=0)
+    a, b = method.prepare(fused, X), method.prepare(separate, X)
+    assert isinstance(a.blocks[0].attn, ReparameterizedAttention) and isinstance(a.blocks[0].attn.attn_drop, nn.Dropout)
+    assert dict(a.named_parameters()).keys() == dict(b.named_parameters()).keys()
+    assert all(p.requires_grad for p in a.parameters())
+    torch.testing.assert_close(a(X), b(X))
+
+
+def test_frozen_weights_stay_frozen():
+    plain = network().requires_grad_(False)
+    plain.head.requires_grad_(True)
+    model = OFQ(distill=0).prepare(plain, X)
+    assert not model.blocks[0].attn.qk.query.requires_grad and not model.blocks[0].up.weight.requires_grad
+    assert model.head.weight.requires_grad
+
+
+def test_skip_and_single_layers():
+    skipped = OFQ(distill=0, skip=["blocks.0.attn", "*.up"]).prepare(network(depth=2), X)
+    assert type(skipped.blocks[0].attn) is Attention and type(skipped.blocks[1].attn) is ReparameterizedAttention
+    # its layers are linear layers like others
+    assert type(skipped.blocks[0].attn.q) is StatsQLinear
+    assert type(skipped.blocks[0].up) is type(skipped.blocks[1].up) is nn.Linear
+    method = OFQ(qkr=False, activation_scale="tensor", distill=0)
+    single = method.prepare(nn.Linear(8, 4))
+    assert type(single) is StatsQLinear and single.quantizer.bits == 8
+    single(torch.randn(3, 8))
+    assert type(method.finalize(single)[1]) is QuantLinear
+    shared = nn.Linear(8, 8)
+    twice = method.prepare(nn.Sequential(shared, shared, nn.Linear(8, 8)))
+    assert twice[0] is twice[1]
+
+
+def test_without_reparameterisation_the_linear_layers_are_quantised():
+    model = OFQ(qkr=False, distill=0).prepare(network(), X)
+    assert not any(isinstance(m, QueryKey) for m in model.modules())
+    assert {"blocks.0.attn.q", "blocks.0.attn.k"} <= set(quantized(model))
+    assert model(X).shape == (8, 4)
+
+
+# ----------------------------------------------------------------------------------------------------------- teacher
+
+
+def test_the_loss_is_the_cross_entropy_with_the_teacher():
+    method = OFQ(distill=0.5)
+    plain = network()
+    model = method.prepare(plain, X).train()
+    assert isinstance(model, Distilled) and not model.teacher.training
+    assert all(not p.requires_grad for p in model.teacher.parameters())
+    output = model(X)
+    p, log_q = plain(X).softmax(1), output.log_softmax(1)
+    torch.testing.assert_close(method.loss(model, output), -0.5 * (p * log_q).sum(1).mean())
+    other = network(depth=2)
+    model = method.prepare(plain, X, teacher=other).train()
+    output = model(X)
+    torch.testing.assert_close(method.loss(model, output), 0.5 * F.cross_entropy(output, other(X).softmax(1)))
+    before = copy.deepcopy(model.teacher.state_dict())
+    train(method, model, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.teacher.state_dict().values(), strict=True))
+
+
+def test_the_teacher_rests_in_evaluation():
+    model = OFQ().prepare(network(), X).eval()
+    calls = []
+    model.teacher.register_forward_hook(lambda *_: calls.append(1))
+    model(X)
+    assert not calls
+    model.train()(X)
+    assert calls == [1] and not model.teacher.training and model.student.training
+
+
+def test_without_a_teacher_the_loss_is_zero_and_leaves_no_gradient():
+    method = OFQ(distill=0)
+    model = method.prepare(network(), X)
+    assert not isinstance(model, Distilled)
+    loss = method.loss(model)
+    assert loss == 0 and loss.requires_grad
+    loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_loss_that_cannot_be_is_refused():
+    method = OFQ()
+    model = method.prepare(network(), X).train()
+    with pytest.raises(ValueError, match="OFQ.loss: the model has seen no forward in training mode; call"):
+        method.loss(model, torch.zeros(8, 4))
+    output = model(X)
+    with pytest.raises(ValueError, match=r"OFQ.loss: output must be what model\(x\) returned"):
+        method.loss(model)
+    with pytest.raises(ValueError, match=r"output must have the shape of the teacher's, \[8, 4\], got \[2, 4\]"):
+        method.loss(model, output[:2])
+
+
+# --------------------------------------------------------------------------------------------------------- annealing
+
+
+def test_annealing_keeps_the_integers_of_the_network_where_they_are():
+    method = OFQ(boundary_range=0.01)
+    model = trained(method, 3)
+    method.anneal(model)
+    layers = {n: m for n, m in quantized(model).items() if m.quantizer.kind == "statsq"}
+    assert len(layers) == 5 and all(m.quantizer.annealing for m in layers.values())
+    assert not any(m.quantizer.annealing for m in quantized(model).values() if m.quantizer.kind == "lsq")
+    before = {n: [getattr(m, f).detach().clone() for f in m.factors] for n, m in layers.items()}
+    free = {n: m.movable(*before[n]) for n, m in layers.items()}
+    bias = model.student.blocks[0].up.bias.detach().clone()
+    train(method, model, 1)
+    for name, layer in layers.items():
+        for factor, old, may in zip(layer.factors, before[name], free[name], strict=True):
+            assert torch.equal(getattr(layer, factor)[~may], old[~may]), name
+            assert torch.all(getattr(layer, factor)[may] != old[may]), name
+            assert 0 < may.sum() < may.numel(), name
+    assert not torch.equal(model.student.blocks[0].up.bias, bias)
+    method.anneal(model, on=False)
+    train(method, model, 1)
+    assert (model.student.blocks[0].up.weight != before["student.blocks.0.up"][0]).all()
+
+
+def test_annealing_begins_by_itself():
+    method = OFQ(anneal_at=2)
+    model = trained(method, 1)
+    assert not method.report(model).annealing
+    train(method, model, 1)
+    assert method.report(model).annealing
+    resumed = method.prepare(network(), X)
+    resumed.load_state_dict(model.state_dict())
+    assert method.report(resumed).annealing and method.report(resumed).steps == 2
+
+
+def test_annealing_without_a_trained_statsq_network_is_refused():
+    method = OFQ()
+    with pytest.raises(
+        ValueError, match="OFQ.anneal: annealing refines a network trained with StatsQ, got one without"
+    ):
+        method.anneal(method.prepare(network(), X))
+    control = OFQ(weights="lsq")
+    with pytest.raises(ValueError, match="OFQ.anneal: annealing needs weights quantised by StatsQ"):
+        control.anneal(trained(control, 1))
+    with pytest.raises(ValueError, match="OFQ: anneal_at needs weights 'statsq', got 'lsq'"):
+        OFQ(weights="lsq", anneal_at=3)
+    with pytest.raises(ValueError, match="OFQ: anneal_at must be at least 1"):
+        OFQ(anneal_at=0)
+
+
+# ---------------------------------------------------------------------------------------------- finalize and report
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weights": "lsq", "weight_bits": 3}, {"weight_bits": 1, "activation_bits": None}]
+)
+def test_the_deployed_network_equals_the_trained_one(options):
+    method = OFQ(**options)
+    model = trained(method, 3).eval()
+    final = method.finalize(model)
+    assert not any(isinstance(m, (Quantized, Distilled)) for m in final.modules())
+    assert not any(p.requires_grad for p in final.parameters()) and not final.training
+    for name, layer in quantized(model.student).items():
+        packed = final.get_submodule(name)
+        packed = packed[-1] if isinstance(packed, nn.Sequential) else packed
+        assert torch.equal(packed.weight, layer.quantizer(layer.matrix())), name
+    torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+    other = method.finalize(trained(method, 1))
+    other.load_state_dict(final.state_dict())
+    assert torch.equal(other(X), final(X))
+
+
+def test_a_row_of_zeros_is_deployed_as_zeros():
+    plain = network()
+    with torch.no_grad():
+        plain.blocks[0].up.weight[3] = 0
+    method = OFQ()
+    model = method.prepare(plain, X).eval()
+    assert model.student.blocks[0].up.quantizer(model.student.blocks[0].up.weight)[3].count_nonzero() == 0
+    final = method.finalize(model)
+    assert final.blocks[0].up[1].weight[3].count_nonzero() == 0
+    torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_counts_bytes_and_oscillation():
+    method = OFQ()
+    model = trained(method, 2)
+    report = method.report(model, [BATCH, X])
+    rows = {row.name: row for row in report.layers}
+    up = rows["blocks.0.up"]
+    assert (up.shape, up.bits, up.kind) == ((32, 16), 2, "statsq")
+    assert up.dense_bytes == 32 * 16 * 4
+    assert up.packed_bytes == 32 * 4 + 32 * 4 + 4  # two bits, a scale per row, the zero point
+    qk = rows["blocks.0.attn.qk"]
+    assert qk.shape == (32, 16) and qk.dense_bytes == 2 * 16 * 16 * 4  # as many entries as query and key at two heads
+    final = method.finalize(model)
+    assert report.packed_bytes == sum(m.qweight.nbytes for m in final.modules() if isinstance(m, QuantLinear))
+    assert report.dense_bytes == sum(row.dense_bytes for row in report.layers)
+    plain = stored_bytes(network())
+    assert report.model_dense_bytes == plain - 2 * 16 * 4  # without the biases of query and key
+    assert report.model_packed_bytes < report.model_dense_bytes
+    assert report.steps == 2 and not report.annealing and report.latency is None
+    assert 0 <= report.near_boundary < 0.1
+    assert report.deployed_error < 1e-5 and report.deployed_equal == 1
+    layer = model.student.blocks[0].up.quantizer
+    layer.oscillation.zero_()
+    layer.oscillation[0] = 0.03
+    layer.oscillation[1] = 0.02  # not above
+    assert {r.name: r for r in method.report(model).layers}["blocks.0.up"].oscillating == pytest.approx(1 / 32)
+
+
+def test_the_report_times_the_deployed_network_against_the_teacher():
+    method = OFQ()
+    model = method.prepare(network(), X)
+    timing = method.report(model, [X[:1]], latency=True).latency
+    assert timing.shape == (1, 1, 8, 8) and timing.dense_ms > 0 and timing.packed_ms > 0
+    assert timing.speedup == pytest.approx(timing.dense_ms / timing.packed_ms)
+    with pytest.raises(ValueError, match="OFQ.report: latency needs a teacher"):
+        OFQ(distill=0).report(OFQ(distill=0).prepare(network(), X), [X], latency=True)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"weight_bits": 0}, ValueError, "weight_bits must be between 1 and 8, got 0"),
+        ({"weight_bits": 1, "weights": "lsq"}, ValueError, "weight_bits must be between 2 and 8, got 1"),
+        ({"weight_bits": 2.0}, TypeError, "weight_bits must be an integer, got 2.0"),
+        ({"weight_bits": None}, TypeError, "weight_bits must be an integer, got None"),
+        ({"activation_bits": 1}, ValueError, "activation_bits must be between 2 and 8, got 1"),
+        ({"edge_bits": 9}, ValueError, "edge_bits must be between 2 and 8, got 9"),
+        ({"weights": "absmax"}, ValueError, "weights must be one of statsq, lsq, got 'absmax'"),
+        ({"activation_scale": "channel"}, ValueError, "activation_scale must be one of token, tensor, got 'channel'"),
+        ({"boundary_range": 0}, ValueError, "boundary_range must be between 0 and 0.5"),
+        ({"boundary_range": 0.5}, ValueError, "boundary_range must be between 0 and 0.5"),
+        ({"distill": -1}, ValueError, "distill must not be negative, got -1"),
+        ({"skip": "head"}, TypeError, "skip must be a sequence of names or patterns, got 'head'"),
+        ({"anneal_at": 1.5}, TypeError, "anneal_at must be an integer, got 1.5"),
+    ],
+)
+def test_hyperparameters_out_of_range_are_refused(options, error, sentence):
+    with pytest.raises(error, match=f"OFQ: {sentence}"):
+        OFQ(**options)
+
+
+def test_prepare_refuses():
+    method = OFQ()
+    with pytest.raises(TypeError, match="OFQ.prepare: model must be a torch.nn.Module, got int"):
+        method.prepare(3)
+    with pytest.raises(ValueError, match="OFQ.prepare: example_input must be a batch of inputs, got None"):
+        method.prepare(network())
+    with pytest.raises(ValueError, match="there is no attention to reparameterise"):
+        method.prepare(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), X)
+    with pytest.raises(ValueError, match="there is no layer to quantise"):
+        OFQ(qkr=False, activation_scale="tensor").prepare(nn.Sequential(nn.Conv2d(1, 2, 3)))
+    with pytest.raises(
+        ValueError, match="skip names 'haed', which fits no linear layer or attention; did you mean 'head'"
+    ):
+        OFQ(skip=["haed"]).prepare(network(), X)
+    with pytest.raises(ValueError, match="teacher is of no use with distill=0"):
+        OFQ(distill=0).prepare(network(), X, teacher=network())
+    with pytest.raises(TypeError, match="teacher: model must be a torch.nn.Module, got str"):
+        method.prepare(network(), X, teacher="deit")
+
+
+class Variant(Attention):
+    """Attention that differs from what can be reparameterised in one way."""
+
+    def __init__(self, kind):
+        super().__init__(16, 2)
+        self.kind = kind
+        if kind == "rope":
+            self.rope = nn.Identity(), 10000.0
+        if kind == "grouped":
+            self.k, self.v = nn.Linear(16, 8), nn.Linear(16, 8)
+        if kind == "counted":
+            self.num_kv_heads = 1
+        if kind == "bias":
+            self.relative_position_bias_table = nn.Parameter(torch.randn(4, 4))
+        if kind == "norm":
+            self.q_norm = nn.LayerNorm(8)
+
+    def forward(self, x):
+        if self.kind == "grouped":
+            q, k, v = self.q(x).unflatten(2, (2, 8)), self.k(x).unflatten(2, (1, 8)), self.v(x).unflatten(2, (1, 8))
+            q, k, v = (y.transpose(1, 2) for y in (q, k.expand(-1, -1, 2, -1), v.expand(-1, -1, 2, -1)))
+            return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (p(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        if self.kind == "turned":  # rotary positions, without an attribute that says so
+            angle = torch.arange(x.shape[1])[:, None] / 10 ** torch.arange(4)
+            turn = lambda y: torch.view_as_real(  # noqa: E731
+                torch.view_as_complex(y.unflatten(3, (4, 2)).contiguous()) * torch.polar(torch.ones(()), angle)
+            ).flatten(3)
+            q, k = turn(q), turn(k)
+        return self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=self.kind == "causal").transpose(1, 2).flatten(2)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("rope", "attention 'blocks.0.attn' has rotary positions .'rope'.*set qkr=False"),
+        ("bias", "attention 'blocks.0.attn' has a relative bias .'relative_position_bias_table'"),
+        ("norm", "attention 'blocks.0.attn' has a norm of queries or keys .'q_norm'"),
+        (
+            "grouped",
+            r"attention 'blocks.0.attn' has 2 heads of queries, and keys and values of another number .*\[16, 8, 8\]",
+        ),
+        ("counted", "attention 'blocks.0.attn' has 2 heads of queries, and keys and values of another number .1 heads"),
+        ("causal", r"attention 'blocks.0.attn' computes something else than proj\(softmax\(q k\^T factor\) v\)"),
+        ("turned", r"attention 'blocks.0.attn' computes something else than proj\(softmax\(q k\^T factor\) v\)"),
+    ],
+)
+def test_attention_that_the_algebra_does_not_hold_for_is_refused(kind, sentence):
+    model = network()
+    model.blocks[0].attn = Variant(kind)
+    with pytest.raises(ValueError, match=f"OFQ.prepare: {sentence}"):
+        OFQ().prepare(model, X)
+    plain = OFQ(qkr=False).prepare(model, X)
+    assert plain(X).shape == (8, 4)
+
+
+def test_the_examples_of_the_docstrings():
+    results = doctest.testmod(importlib.import_module("cofire.methods.ofq"))
+    assert results.attempted > 0 and results.failed == 0
