@@ -12,7 +12,7 @@ from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
 from cofire.models.resnet import resnet, resnet20, resnet56
 from cofire.models.transformer import char_transformer
 from cofire.models.vgg import digits_cnn, vgg, vgg16
-from cofire.models.vit import digits_vit, vit
+from cofire.models.vit import digits_vit, vit, vit_patch8
 
 __all__ = [
     "MODELS",
@@ -29,6 +29,7 @@ __all__ = [
     "vgg",
     "vgg16",
     "vit",
+    "vit_patch8",
 ]
 
 #: The networks that ``cofire train --model NAME`` knows; each takes ``in_channels`` and ``num_classes``.
@@ -42,6 +43,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
     "vit": vit,
+    "vit_patch8": vit_patch8,
 }
 
 

@@ -118,11 +118,14 @@ def vit(
         raise ValueError(f"vit: image must be a multiple of patch ({patch}), got {image}")
     if width % heads:
         raise ValueError(f"vit: width must be a multiple of heads ({heads}), got {width}")
-    return VisionTransformer(
-        image, patch, width, depth, heads, ratio * width, class_token, in_channels, num_classes
-    )
+    return VisionTransformer(image, patch, width, depth, heads, ratio * width, class_token, in_channels, num_classes)
 
 
 def digits_vit(*, in_channels: int = 1, num_classes: int = 10) -> VisionTransformer:
     """The same for digits of 8x8 pixels, in patches of 2x2."""
     return vit(8, 2, in_channels=in_channels, num_classes=num_classes)
+
+
+def vit_patch8(*, in_channels: int = 3, num_classes: int = 10) -> VisionTransformer:
+    """The same for images of 32x32 pixels, in patches of 8x8: a quarter of the time."""
+    return vit(32, 8, in_channels=in_channels, num_classes=num_classes)
