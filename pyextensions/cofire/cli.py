@@ -125,11 +125,11 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="What to run: edkm, ftwt, qlora, or quantize.")],
+    method: Annotated[str, typer.Argument(help="What to run: edkm, ftwt, ofq, qlora, or quantize.")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, text (not ftwt), or a folder of images (default: the experiment's; qlora: text alone)."
+            help="digits, text (edkm, qlora, quantize), or a folder of images (default: the experiment's own)."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,

@@ -6,12 +6,13 @@ also those of ``qlora.py``). They share ``training`` and ``language`` (the loops
 ``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import edkm, ftwt, qlora, quantize
+from cofire.experiments import edkm, ftwt, ofq, qlora, quantize
 
 #: The command of each method's experiment, by the method's name.
 EXPERIMENTS = {
     "edkm": edkm.command,
     "ftwt": ftwt.command,
+    "ofq": ofq.command,
     "qlora": qlora.command,
     "quantize": quantize.command,
 }

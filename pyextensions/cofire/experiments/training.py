@@ -15,6 +15,17 @@ from cofire.data import Images
 from cofire.methods import Method
 
 Advance = Callable[[str], None]  #: called after each epoch with what is being trained
+Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9."""
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW in one kernel per step."""
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def fit(
@@ -27,16 +38,35 @@ def fit(
     seed: int,
     method: Method | None = None,
     advance: Advance | None = None,
+    make: Optimizer = sgd,
+    scheduled: int = 1,
+    warm_up: int = 0,
+    floor: float = 0.0,
+    watch: Callable[[int], None] | None = None,
 ) -> None:
-    """Train by SGD with momentum 0.9; the first parameter group's rate falls to zero as a cosine, the others' stay."""
+    """Train; the rates of the first ``scheduled`` parameter groups fall as a cosine, the others' stay.
+
+    Args:
+        model, images, epochs, batch, method: what is trained, on what, for how long, and how.
+        groups: parameter groups with their rates.
+        seed: of the order of the images.
+        advance: called after each epoch.
+        make: the optimiser.
+        scheduled, warm_up, floor: so many groups' rates rise from zero in the first ``warm_up`` steps, and fall to ``floor``
+            times their peak.
+        watch: called after each step with the number of steps so far.
+    """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD([dict(group) for group in groups], momentum=0.9, nesterov=True)
-    peak = optimizer.param_groups[0]["lr"]
+    optimizer = make([dict(group) for group in groups])
+    peaks = [group["lr"] for group in optimizer.param_groups[:scheduled]]
     steps, total = 0, epochs * steps_per_epoch(images, batch)
     for _ in range(epochs):
         model.train()
         for x, y in images.batches(batch, generator):
-            optimizer.param_groups[0]["lr"] = peak * 0.5 * (1 + math.cos(math.pi * steps / total))
+            share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * steps / total))
+            share *= min(1.0, (steps + 1) / max(warm_up, 1))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=False):
+                group["lr"] = peak * share
             output = model(x)
             loss = F.cross_entropy(output, y)
             if method is not None:
@@ -47,6 +77,8 @@ def fit(
             if method is not None:
                 method.step(model)
             steps += 1
+            if watch is not None:
+                watch(steps)
         if advance is not None:
             advance(f"loss {loss.item():.3f}")
 
