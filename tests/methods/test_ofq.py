@@ -120,6 +120,23 @@ def test_what_is_quantised_and_how():
     assert METHODS["ofq"] is OFQ
 
 
+def test_only_the_first_and_the_last_layer_are_edges():
+    """Where a convolution embeds the patches, no layer of the first block takes its place."""
+
+    class Embed(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).flatten(2).transpose(1, 2)
+
+    model = network()
+    model.pool, model.patch, model.embed = nn.Identity(), 1, nn.Identity()
+    convolved = nn.Sequential(Embed(1, 16, 4, stride=4), model.blocks, nn.Flatten(), nn.Linear(64, 4))
+    for qkr in (True, False):
+        prepared = OFQ(qkr=qkr, distill=0).prepare(convolved, X)
+        assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["3"]
+    prepared = OFQ(distill=0).prepare(convolved[1:2], torch.randn(2, 4, 16))
+    assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["0.0.down"]
+
+
 def test_the_forward_of_a_prepared_block_step_by_step():
     """The paper's attention, written out once more."""
     model = OFQ(distill=0).prepare(network(), X)

@@ -114,8 +114,8 @@ class OFQ(Method, name="ofq"):
         qkr: quantise query and key of each attention as one matrix per head (query-key reparameterisation).
         activation_scale: "token": each position has a scale (each position and head, in attention; each channel for the
             values). "tensor": one scale per layer.
-        edge_bits: bits of weights and activations of the first and the last linear layer, both by learned step sizes; None:
-            like the others.
+        edge_bits: bits of weights and activations of the first and the last layer (in the order of the modules, attention and
+            convolutions among them) where they are linear, both by learned step sizes; None: like the others.
         skip: names or patterns of linear layers and attentions that are left alone.
         distill: weight of the cross entropy with the teacher's probabilities; 0: no teacher. The paper's loss is this and
             the cross entropy with the labels, which is the task's.
@@ -386,7 +386,7 @@ class OFQ(Method, name="ofq"):
         for name, parts in attentions.items():
             seen.check(name, model.get_submodule(name), parts)
             new[id(model.get_submodule(name))] = self._reparameterized(name, parts, seen)
-        edges = {*list(linear)[:1], *list(linear)[-1:]} if self.edge_bits is not None else set()
+        edges = _edges(model, attentions) if self.edge_bits is not None else set()
         for name, module in linear.items():
             assert isinstance(module, nn.Linear)
             new[id(module)] = self._linear(module, name, seen, edge=name in edges).train(module.training)
@@ -511,6 +511,16 @@ class _Attention:
     factor: float
     attn_drop: nn.Module | None
     proj_drop: nn.Module | None
+
+
+def _edges(model: nn.Module, attentions: Collection[str]) -> set[str]:
+    """The names of the first and the last layer."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    inside = tuple(f"{name}." for name in attentions)
+    layers = [
+        n for n, m in model.named_modules() if n in attentions or (isinstance(m, kinds) and not n.startswith(inside))
+    ]
+    return {layers[0], layers[-1]}
 
 
 def _is_attention(module: nn.Module) -> bool:
