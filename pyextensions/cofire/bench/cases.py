@@ -49,6 +49,16 @@ class Provider:
     outputs: int | None = None  #: how many of the operator's outputs it gives (default: all)
     differentiable: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
+    expansion: float = 1.0  #: bytes that it keeps of the cold weights, by theirs: how many copies defeat the caches
+    hot: bool = False  #: prepares nothing and reads no less than others: the modes on cold and on new weights leave it out
+
+
+def installed(name: str) -> bool:
+    """Whether a peer's package is there; nothing is imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def plain(function: Callable[..., Any], **options: Any) -> Provider:
@@ -100,6 +110,9 @@ class Case:
     #: the operator's representative: adds the mode ``overhead``, the time of one call on the tiny input, and to
     #: ``forward`` the time on one thread
     overhead: bool = False
+    #: adds the mode ``first call``: weights (those of ``cold``) that were never seen, from their setup to the answer
+    first: bool = False
+    arithmetic: str | None = None  #: the dtype whose peak is the limit, where it is not that of the activations
     flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
     compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = (
         None  #: the part of an answer that callers read
@@ -117,6 +130,7 @@ class Case:
     def modes(self) -> list[str]:
         found = ["forward"]
         found += ["forward, cold"] if self.cold else []
+        found += ["first call"] if self.first else []
         found += ["forward+backward"] if self.gradients else []
         return found + (["overhead"] if self.overhead else [])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -64,18 +65,36 @@ def _conv(dtype: torch.dtype, device: str, seconds: float) -> float:
     return 2 * batch * 196 * w.numel() / best_seconds(lambda: F.conv2d(x, w, padding=1), device, seconds) / 1e9
 
 
+def _int8(device: str, seconds: float) -> float:
+    """Bytes times bytes as torch multiplies them fastest: by the library of its quantised layers, on a GPU by a GEMM."""
+    rates = []
+    for n in (512, 1024) if device == "cpu" else (4096, 8192):
+        a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device) for _ in range(2))
+        calls = [functools.partial(torch._int_mm, a, b.t())]
+        if device == "cpu":
+            scale, zero = torch.full((n,), 0.01, dtype=torch.float64), torch.zeros(n, dtype=torch.int64)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                weight = torch._make_per_channel_quantized_tensor(b, scale, zero, 0)
+            packed = torch.ops.quantized.linear_prepack(weight, None)
+            calls.append(functools.partial(torch.ops.quantized.linear_dynamic, a.float(), packed, True))
+        rates += [2 * n**3 / best_seconds(call, device, seconds) / 1e9 for call in calls]
+    return max(rates)
+
+
 def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
     """Bandwidths by working set and arithmetic rates by dtype, each measured for about ``seconds``."""
     with torch.inference_mode():
         copy, read = _bandwidth(device, seconds)
         gemm = {str(d).removeprefix("torch."): _gemm(d, device, seconds) for d in DTYPES}
+        gemm["int8"] = _int8(device, seconds)
         conv = {str(d).removeprefix("torch."): _conv(d, device, seconds) for d in DTYPES}
     return {"copy_gbs": copy, "read_gbs": read, "gemm_gflops": gemm, "conv_gflops": conv}
 
 
 def highest(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """The higher of two measurements of the same machine, speed by speed."""
-    return {kind: {k: max(a[kind][k], b[kind][k]) for k in b[kind]} for kind in b}
+    return {kind: {k: max(a[kind].get(k, 0.0), b[kind][k]) for k in b[kind]} for kind in b}
 
 
 def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float:
@@ -87,7 +106,7 @@ def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float
 
 
 def arithmetic(ceilings: dict[str, Any], dtype: str) -> float:
-    """GFLOP/s for a dtype: the best of GEMM and convolution; 16-bit work may be done in fp32 where that is faster."""
+    """GFLOP/s for a dtype: the best of GEMM and convolution; 16-bit and 8-bit work may be done in fp32 where that is faster."""
     rates = [
         table[d]
         for table in (ceilings["gemm_gflops"], ceilings["conv_gflops"])

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
+from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, installed, plain
 from cofire.ops import clustering as ops
 from cofire.ops.clustering import BINS, HALVES, Rules, bin_values, temperature
 
@@ -39,11 +38,6 @@ MAP_ENTRIES = 1 << 28
 LLOYD = 10
 
 Providers = dict[str, Provider | Mapping[str, Provider]]
-
-
-def installed(name: str) -> bool:
-    """Whether a peer's package is there; nothing is imported."""
-    return importlib.util.find_spec(name) is not None
 
 
 def quantiles(weight: Tensor, clusters: int, partitions: int = 1) -> Tensor:

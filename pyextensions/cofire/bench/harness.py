@@ -11,7 +11,8 @@ How a number comes about:
   ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 100 us are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
-  that looks at cold weights. Forward runs under ``torch.inference_mode``.
+  that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
+  runs under ``torch.inference_mode``.
 * A fixed multiplication is timed around every case; where it slowed down by 15 % the case is measured once more (not in
   a quick run), and if that does not help, or a row's own readings spread by half, the row is marked noisy.
 * ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense
@@ -37,7 +38,7 @@ from torch import Tensor
 
 from cofire.bench import ceilings as roofs
 from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
-from cofire.bench.results import Results, Row, environment, results_path
+from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
 from cofire.registry import OPERATORS
 
 READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
@@ -331,16 +332,21 @@ class Input:
         return disagreement(got, answers[0], answers[1:], self.case.dtype, gradients, slack)
 
     def runs(self, provider: Provider, mode: str) -> Run:
-        """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time."""
+        """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time, for ``first call``
+        one that has a new copy."""
+
+        def new() -> Args:
+            return tuple(a.clone() if i in self.case.cold else a for i, a in enumerate(self.args))
+
+        if mode == "first call":
+            return lambda: prepare(provider, self.case, new(), mode)()
         if mode != "forward, cold":
             return prepare(provider, self.case, self.args, mode)
         weights = [self.args[i] for i in self.case.cold]
-        size = sum(w.numel() * w.element_size() for w in weights)
-        copies = math.ceil(cold_bytes(self.device) / size)
+        size = sum(w.numel() * w.element_size() for w in weights) * provider.expansion
         calls = []
-        for _ in range(copies):
-            args = [a.clone() if i in self.case.cold else a for i, a in enumerate(self.args)]
-            calls.append(prepare(provider, self.case, tuple(args), mode))
+        for _ in range(max(2, math.ceil(cold_bytes(self.device) / size))):
+            calls.append(prepare(provider, self.case, new(), mode))
             calls[-1]()  # what is made of a weight at its first use is there when time counts
         turn = itertools.cycle(calls)
         return lambda: next(turn)()
@@ -370,9 +376,11 @@ def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None)
         variants = {
             v: p
             for v, p in variants.items()
-            if device in p.devices and (p.differentiable or mode != "forward+backward")
+            if device in p.devices
+            and (p.differentiable or mode != "forward+backward")
+            and not (p.hot and mode in ("forward, cold", "first call"))
         }
-        if variants and not (name == "compile" and mode in ("forward, cold", "overhead")):
+        if variants and not (name == "compile" and mode in ("forward, cold", "overhead", "first call")):
             found[name] = variants
     return found
 
@@ -380,6 +388,7 @@ def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None)
 def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int]) -> Row:
     dtype = str(case.dtype).removeprefix("torch.")
     return {
+        **({"arithmetic": case.arithmetic} if case.arithmetic is not None else {}),
         "family": case.family,
         "op": case.op,
         "case": case.name,
@@ -455,9 +464,10 @@ def _fill(row: Row, readings: list[float], dense: list[float] | None) -> None:
 def grade(results: Results) -> None:
     """Each row's share of what the machine could do on it."""
     for row in results.rows:
-        if row["median_ms"] is not None and row["mode"] != "overhead":
+        if row["median_ms"] is not None and row["mode"] not in UNCOMPARED:
             cold = row["mode"] == "forward, cold"
-            shortest = roofs.shortest_ms(results.ceilings, row["bytes"], row["flops"], row["dtype"], cold)
+            dtype = row.get("arithmetic", row["dtype"])
+            shortest = roofs.shortest_ms(results.ceilings, row["bytes"], row["flops"], dtype, cold)
             row["percent_of_ceiling"] = 100 * shortest / row["median_ms"]
 
 

@@ -210,7 +210,7 @@ def run(
         292
     """
     from cofire.bench.cases import known
-    from cofire.bench.clustering import installed
+    from cofire.bench.cases import installed
 
     default = [m for m in METHODS if m != "coremltools" or installed("coremltools")]
     rows = []

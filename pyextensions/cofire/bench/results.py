@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ Row = dict[str, Any]
 FOLDER = Path("benchmarks/results")
 KEY = ("family", "op", "case", "dtype", "device", "mode", "provider")  #: what makes a row that row
 COLUMNS = (*KEY, "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "peak_bytes", "correct", "noisy")
+UNCOMPARED = ("overhead", "first call")  #: modes that no summary counts among the speed-ups
+#: Distributions of the peers. The environment says which were there: a peer that was not has no row.
+PEERS = (
+    *("bitsandbytes", "coremltools", "faiss-cpu", "onnxruntime", "optimum-quanto", "scikit-learn", "torchao"),
+    "zentorch",
+)
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_bytes")  #: what a provider with a wrong answer does not get
 
 
@@ -76,7 +83,8 @@ class Results:
         """
 
         def apart_from_cofire(environment: dict[str, Any]) -> dict[str, Any]:
-            return {k: v for k, v in environment.items() if k not in ("date", "commit", "cofire", "cofire_kernels")}
+            other = ("date", "commit", "cofire", "cofire_kernels", "peers")
+            return {k: v for k, v in environment.items() if k not in other}
 
         return apart_from_cofire(self.environment) == apart_from_cofire(other)
 
@@ -86,7 +94,7 @@ class Results:
         timed = [r for r in ours if r.get("speedup")]
         lines = [f"{len(ours)} measurements of cofire on {self.environment['device']}"]
         for op in dict.fromkeys(r["op"] for r in timed):
-            ratios = [r["speedup"] for r in timed if r["op"] == op and r["mode"] != "overhead"]
+            ratios = [r["speedup"] for r in timed if r["op"] == op and r["mode"] not in UNCOMPARED]
             if not ratios:
                 continue
             lost = sum(r < 1 for r in ratios)
@@ -158,6 +166,13 @@ def _commit() -> str | None:
         return None
 
 
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def environment(device: str, quick: bool) -> dict[str, Any]:
     """What a reader must know to judge or repeat the numbers."""
     from cofire import native
@@ -178,5 +193,6 @@ def environment(device: str, quick: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
         "quick": quick,
+        "peers": {name: _version(name) for name in PEERS},
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }

@@ -33,6 +33,11 @@ def _nothing(x: Tensor) -> Tensor:
     return x.new_empty((0,))
 
 
+def stored_bytes(*parts: Tensor | None) -> int:
+    """What a product reads besides its input."""
+    return sum(t.numel() * t.element_size() for t in parts if t is not None)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """``[..., K]`` as ``[M, K]``, also where K is 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
@@ -289,6 +294,10 @@ _qlinear_backward = register(
         flops=lambda grad, input, codes, *rest: (
             2 * grad.numel() * int(rest[6]) * (int(rest[8]) + int(input is not None))
         ),
+        bytes=lambda grad, input, codes, *rest: (
+            stored_bytes(codes, *rest[:4])
+            + (grad.numel() + grad.numel() // max(codes.shape[0], 1) * int(rest[6])) * grad.element_size()
+        ),
     )
 )
 
@@ -356,8 +365,7 @@ _qlinear = register(
         triton=Kernel("cofire_kernels.lowbit:qlinear"),
         flops=lambda input, codes, *rest: 2 * input.numel() * codes.shape[0],
         bytes=lambda input, codes, *rest: (
-            codes.numel()
-            + sum(t.numel() * t.element_size() for t in rest[:5] if t is not None)
+            stored_bytes(codes, *rest[:5])
             + (input.numel() + input.numel() // max(input.shape[-1], 1) * codes.shape[0]) * input.element_size()
         ),
     )
@@ -534,6 +542,10 @@ _qlora_linear = register(
         flops=lambda input, codes, scale, zero, offset, lut, bias, lora_a, *rest: (
             2 * input.numel() * codes.shape[0]
             + 2 * lora_a.shape[0] * (input.numel() + input.numel() // max(input.shape[-1], 1) * codes.shape[0])
+        ),
+        bytes=lambda input, codes, scale, zero, offset, lut, bias, lora_a, lora_b, *rest: (
+            stored_bytes(codes, scale, zero, offset, lut, bias, lora_a, lora_b)
+            + (input.numel() + input.numel() // max(input.shape[-1], 1) * codes.shape[0]) * input.element_size()
         ),
     )
 )
