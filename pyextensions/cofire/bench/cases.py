@@ -50,7 +50,9 @@ class Provider:
     differentiable: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")
     expansion: float = 1.0  #: bytes that it keeps of the cold weights, by theirs: how many copies defeat the caches
-    hot: bool = False  #: prepares nothing and reads no less than others: the modes on cold and on new weights leave it out
+    hot: bool = (
+        False  #: prepares nothing and reads no less than others: the modes on cold and on new weights leave it out
+    )
 
 
 def installed(name: str) -> bool:

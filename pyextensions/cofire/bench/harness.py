@@ -466,7 +466,7 @@ def grade(results: Results) -> None:
     for row in results.rows:
         if row["median_ms"] is not None and row["mode"] not in UNCOMPARED:
             cold = row["mode"] == "forward, cold"
-            dtype = row.get("arithmetic", row["dtype"])
+            dtype = row.get("arithmetic") or row["dtype"]
             shortest = roofs.shortest_ms(results.ceilings, row["bytes"], row["flops"], dtype, cold)
             row["percent_of_ceiling"] = 100 * shortest / row["median_ms"]
 

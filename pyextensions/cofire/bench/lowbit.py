@@ -187,10 +187,7 @@ def _int8(rows: int, *args: Any, **options: Any) -> Case:
 
 # Ordered by weight, which is made once for its neighbours.
 INTEGERS = [
-    *(
-        _int8(m, quick=m in (1, 64), first=m == 1, overhead=m == 1, compile=m == 32)
-        for m in (1, 4, 8, 16, 32, 64, 256)
-    ),
+    *(_int8(m, quick=m in (1, 64), first=m == 1, overhead=m == 1, compile=m == 32) for m in (1, 4, 8, 16, 32, 64, 256)),
     *(_int8(m, dtype=HALF) for m in (1, 32, 256)),
     *(_int8(m, group_size=32) for m in (1, 32, 256)),
     *(_int8(m, format="minmax") for m in (1, 64)),
@@ -266,12 +263,14 @@ def _dense_backward(dtype: torch.dtype) -> Callable[..., Run]:
 
 def _decode_and_multiply(*args: Any) -> Tensor:
     """The weight decoded by our fast operator at each call, then a library's product: what backward must not lose to."""
-    return (args[0].float() @ _backward_weight(args)).to(args[0].dtype)
+    grad: Tensor = args[0]
+    return (grad.float() @ _backward_weight(args)).to(grad.dtype)
 
 
 def _eager_backward(*args: Any) -> Tensor:
-    w = _dequantize_reference(*args[2:7], args[7], args[8], args[9])
-    return args[0] @ w.to(args[0].dtype)
+    grad: Tensor = args[0]
+    w = _dequantize_reference(*args[2:10])
+    return grad @ w.to(grad.dtype)
 
 
 def _backward(rows: int, dtype: torch.dtype = FLOAT, shape: tuple[int, int] = SQUARE, **options: Any) -> Case:
@@ -320,7 +319,8 @@ def _dense_lora(dtype: torch.dtype) -> Callable[..., Run]:
 def _eager_lora(*args: Any) -> Tensor:
     x, codes, scale, zero, offset, lut, _, a, b, alpha, bits, group_size = args
     w = _dequantize_reference(codes, scale, zero, offset, lut, bits, group_size, x.shape[1])
-    return F.linear(x, w.to(x.dtype)) + alpha * F.linear(F.linear(x, a), b)
+    y: Tensor = F.linear(x, w.to(x.dtype)) + alpha * F.linear(F.linear(x, a), b)
+    return y
 
 
 def _lora(rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", **options: Any) -> Case:

@@ -120,7 +120,9 @@ def clear_of_halves(x: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
         grids += [x.abs().amax(-1, keepdim=True) / n for n in (127, 127.5)]
         ratios = [(x.unflatten(-1, (s.shape[-2], -1)) / s).flatten(-2) if s.dim() > x.dim() else x / s for s in grids]
         ratios.append(x / torch._choose_qparams_per_tensor(x, True)[0])
-        halfway = functools.reduce(torch.logical_or, ((r - r.floor() - 0.5).abs() < 1e-3 for r in ratios))
+        # not the largest, which are halfway by definition where 255 steps part the two ends
+        near = (((r - r.floor() - 0.5).abs() < 1e-3) & (r.abs() < 127.4) for r in ratios)
+        halfway = functools.reduce(torch.logical_or, near)
         if not halfway.any():
             break
         x = torch.where(halfway, x * (1 - 2**-6), x)
@@ -329,5 +331,3 @@ def peers(
     if bits in (2, 4) and group_size is not None:
         add("quanto", quanto, "optimum.quanto")
     return found
-
-

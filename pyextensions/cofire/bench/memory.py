@@ -209,8 +209,7 @@ def run(
         >>> run(["cofire"], out="/tmp/memory.json")["rows"][0]["saved_bytes"]  # doctest: +SKIP
         292
     """
-    from cofire.bench.cases import known
-    from cofire.bench.cases import installed
+    from cofire.bench.cases import installed, known
 
     default = [m for m in METHODS if m != "coremltools" or installed("coremltools")]
     rows = []

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cofire.bench.growth import growth_plot
+from cofire.bench.lowbit_summary import summary as lowbit_summary
 from cofire.bench.memory import memory_table
-from cofire.bench.results import FOLDER, Results, Row, geometric_mean
+from cofire.bench.results import FOLDER, UNCOMPARED, Results, Row, geometric_mean
 from cofire.files import fill, write_atomically
 
 MARKERS = ("<!-- results: cofire report -->", "<!-- end of results -->")
@@ -20,6 +21,8 @@ MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
 #: In ``clustering.md``, if that page is there: what ``cofire bench-memory`` and ``cofire bench-growth`` measured.
 MEMORY = ("<!-- results: cofire bench-memory -->", "<!-- end of memory -->")
 GROWTH = ("<!-- results: cofire bench-growth -->", "<!-- end of growth -->")
+#: In ``lowbit.md``, if that page is there.
+LOWBIT = ("<!-- results: cofire report, lowbit -->", "<!-- end of results -->")
 INTRODUCTION = """# Benchmarks
 
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
@@ -27,7 +30,7 @@ input that is timed; a wrong answer gets no number. *Dense* is the fastest of se
 plain torch (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of paired readings,
 with its 95 % interval. GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The ceiling is the
 larger of bytes / bandwidth and FLOPs / peak, both measured in the same run. Slower than dense is **bold**; `~` marks a
-row during which the machine was busy or the readings spread.
+row during which the machine was busy or the readings spread. A peer that was not installed has no row.
 """
 INK = "#010203"  #: a colour that no plot uses; becomes the colour of the text around the plot
 WIN, LOSS, OTHER = "#2f81f7", "#e5534b", "#8b949e"
@@ -144,6 +147,16 @@ def _commits(results: Results, op: str) -> list[str]:
     return [f"Measured at {'; '.join(found)}."] if found else []
 
 
+def _peers(results: Results) -> list[str]:
+    """A line that says which peers took part, where that was noted down."""
+    peers = results.environment.get("peers")
+    if not peers:
+        return []
+    there = ", ".join(f"{name} {version}" for name, version in peers.items() if version) or "none"
+    absent = ", ".join(name for name, version in peers.items() if not version)
+    return [f"Peers: {there}{f'; not installed: {absent}' if absent else ''}."]
+
+
 def _ceilings(results: Results) -> str:
     c = results.ceilings
     bands = ", ".join(f"{size} MiB {_digits(max(c['copy_gbs'][size], c['read_gbs'][size]))}" for size in c["copy_gbs"])
@@ -152,10 +165,10 @@ def _ceilings(results: Results) -> str:
 
 
 def _overview(results: Results) -> list[tuple[str, float, float, float, int, int]]:
-    """Operator; smallest, largest, mean speed-up; how many lost; how many there are. Overheads are not counted."""
+    """Operator; smallest, largest, mean speed-up; how many lost; how many there are. Overheads and first calls are not counted."""
     lines = []
     for op in dict.fromkeys(r["op"] for r in results.rows):
-        ours = [r for r in results.rows if r["op"] == op and r["provider"] == "cofire" and r["mode"] != "overhead"]
+        ours = [r for r in results.rows if r["op"] == op and r["provider"] == "cofire" and r["mode"] not in UNCOMPARED]
         ratios = [r["speedup"] for r in ours if r.get("speedup")]
         if ratios:
             lost = sum(r < 1 for r in ratios)
@@ -195,10 +208,11 @@ def measured(all_results: Sequence[Results]) -> str:
 def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
     """The tables of all devices; ``plots`` are file names by ``<device>-<family>-<kind>``."""
     parts = []
-    for results in all_results:
+    for device, results in zip(_devices(all_results), all_results):
         parts += [
             f"## {results.environment['device']}",
             _environment(results) + ".",
+            *_peers(results),
             "Ceilings: " + _ceilings(results) + ".",
         ]
         parts.append(_markdown_table(OVERVIEW, _overview_cells(results)))
@@ -206,7 +220,7 @@ def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
         for family, op, lines in _tables(results):
             if family != before:
                 parts.append(f"### {family}")
-                parts += [f"![{text}]({plots[key]})" for key, text in _plot_keys(results, family) if key in plots]
+                parts += [f"![{text}]({plots[key]})" for key, text in _plot_keys(device, family) if key in plots]
             before = family
             parts += [f"#### {op}", *_commits(results, op), _markdown_table(HEADINGS, lines)]
     return "\n\n".join(parts) if parts else "Not measured."
@@ -215,8 +229,14 @@ def markdown(all_results: Sequence[Results], plots: dict[str, str]) -> str:
 # ----------------------------------------------------------------------------------------------------- plots
 
 
-def _plot_keys(results: Results, family: str) -> list[tuple[str, str]]:
-    device = _slug(results)
+def _devices(all_results: Sequence[Results]) -> list[str]:
+    """A name for each, for files; with the threads where a device was measured with several numbers of them."""
+    slugs = [_slug(results) for results in all_results]
+    threads = [f"-{results.environment['threads']}-threads" for results in all_results]
+    return [f"{slug}{more}" if slugs.count(slug) > 1 else slug for slug, more in zip(slugs, threads)]
+
+
+def _plot_keys(device: str, family: str) -> list[tuple[str, str]]:
     return [
         (f"{device}-{family}-speedup", f"{family}: speed-up over dense"),
         (f"{device}-{family}-roofline", f"{family}: share of the machine's ceilings"),
@@ -255,7 +275,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 def speedup_plot(rows: Sequence[Row]) -> str | None:
     """One bar per measurement of cofire: to the right of 1 faster than dense, to the left slower."""
-    shown = [r for r in rows if r["provider"] == "cofire" and r["mode"] != "overhead" and r.get("speedup")]
+    shown = [r for r in rows if r["provider"] == "cofire" and r["mode"] not in UNCOMPARED and r.get("speedup")]
     if not shown:
         return None
     figure, (axes,) = _figure(7, 0.6 + 0.17 * len(shown))
@@ -285,7 +305,7 @@ def _within(tick: float, values: Sequence[float]) -> bool:
 
 def roofline_plot(results: Results, rows: Sequence[Row]) -> str | None:
     """Left: arithmetic against intensity. Right: bandwidth of the operators that do next to no arithmetic."""
-    shown = [r for r in rows if r["median_ms"] and r["mode"] != "overhead" and r["provider"] in ("cofire", "dense")]
+    shown = [r for r in rows if r["median_ms"] and r["mode"] not in UNCOMPARED and r["provider"] in ("cofire", "dense")]
     panels = [[r for r in shown if r["flops"] and r["bytes"]], [r for r in shown if not r["flops"] and r["bytes"]]]
     used = [i for i in (0, 1) if panels[i]]
     if not used:
@@ -325,7 +345,9 @@ def _arithmetic_panel(panel: Any, ceilings: dict[str, Any], rows: Sequence[Row])
         panel.plot(
             xs, [min(peak, bands[-1] * x) for x in xs], style, color=INK, linewidth=0.8, label=f"{dtype}, from memory"
         )
-    peak = max(*ceilings["gemm_gflops"].values(), *ceilings["conv_gflops"].values())
+    kinds = {"float32", "bfloat16", *(r.get("arithmetic", "float32") for r in rows)}
+    rates = [t[k] for t in (ceilings["gemm_gflops"], ceilings["conv_gflops"]) for k in kinds if k in t]
+    peak = max(rates)
     panel.plot(xs, [min(peak, max(bands) * x) for x in xs], color=OTHER, linewidth=0.8, label="from cache")
     panel.set_xlabel("FLOPs per byte")
     panel.set_ylabel("GFLOP/s")
@@ -343,10 +365,10 @@ def _bandwidth_panel(panel: Any, ceilings: dict[str, Any], rows: Sequence[Row]) 
 def plots(all_results: Sequence[Results]) -> dict[str, str]:
     """All plots as SVG text, by ``<device>-<family>-<kind>``."""
     found: dict[str, str] = {}
-    for results in all_results:
+    for device, results in zip(_devices(all_results), all_results):
         for family in dict.fromkeys(r["family"] for r in results.rows):
             rows = [r for r in results.rows if r["family"] == family]
-            (speedup, _), (roofline, _) = _plot_keys(results, family)
+            (speedup, _), (roofline, _) = _plot_keys(device, family)
             for key, svg in ((speedup, speedup_plot(rows)), (roofline, roofline_plot(results, rows))):
                 if svg is not None:
                     found[key] = svg
@@ -387,7 +409,7 @@ def _html_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
     """One file that needs no other: tables and plots, for a phone and for a desk, in light and dark."""
     parts = []
-    for results in all_results:
+    for device, results in zip(_devices(all_results), all_results):
         parts.append(
             f"<h2>{html.escape(results.environment['device'])}</h2><p>{html.escape(_environment(results))}.</p>"
         )
@@ -396,7 +418,7 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
         for family, op, lines in _tables(results):
             if family != before:
                 parts.append(f"<h3>{html.escape(family)}</h3>")
-                for key, text in _plot_keys(results, family):
+                for key, text in _plot_keys(device, family):
                     if key in drawn:
                         parts.append(f"<details open><summary>{html.escape(text)}</summary>{drawn[key]}</details>")
             before = family
@@ -404,6 +426,7 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
             parts.append(
                 f"<details><summary>{html.escape(op)}: all {len(lines)} measurements</summary>{table}</details>"
             )
+        parts += [f"<p>{html.escape(line)}</p>" for line in _peers(results)]
         parts.append(f"<p>Ceilings: {html.escape(_ceilings(results))}.</p>")
     introduction = INTRODUCTION.split("\n\n", 1)[1].replace("`", "").replace("*", "")
     return (
@@ -413,6 +436,24 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
         + ("".join(parts) or "<p>Not measured.</p>")
         + "</body></html>\n"
     )
+
+
+def lowbit_tables(all_results: Sequence[Results]) -> str:
+    """For ``lowbit.md``: a section for each device that measured the family."""
+    parts = []
+    for results in all_results:
+        if any(r["family"] == "lowbit" for r in results.rows):
+            parts += [f"### {results.environment['device']}", _environment(results) + ".", *_peers(results)]
+            parts.append(lowbit_summary(results, _markdown_table))
+    return "\n\n".join(parts) or "Not measured."
+
+
+def _lowbit(folder: Path, all_results: Sequence[Results]) -> list[Path]:
+    page = folder / "lowbit.md"
+    if not page.exists() or LOWBIT[0] not in page.read_text(encoding="utf-8"):
+        return []
+    fill(page, LOWBIT, lowbit_tables(all_results))
+    return [page]
 
 
 def _clustering(folder: Path) -> list[Path]:
@@ -446,7 +487,8 @@ def report(
     Args:
         results_files: what :func:`cofire.bench.run` wrote, one file per device.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks.html`` (self-contained)
-            and the plots as SVG files. A ``clustering.md`` in it gets memory and growth where it has their markers.
+            and the plots as SVG files. A ``clustering.md`` in it gets memory and growth, a ``lowbit.md`` its tables, where
+            they have the markers.
         readme: a markdown file that gets the overview, between the markers ``<!-- measured -->``.
 
     Returns:
@@ -473,5 +515,5 @@ def report(
     if readme is not None:
         fill(Path(readme), MEASURED, measured(all_results))
         written.append(Path(readme))
-    written += _clustering(folder)
+    written += _clustering(folder) + _lowbit(folder, all_results)
     return written + [write_atomically(folder / names[key], svg) for key, svg in drawn.items()]

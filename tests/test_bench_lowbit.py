@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmark of low-bit products rests on: its references, the peers' packing, its tables; and fresh pages."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cofire.bench import cases as suite
+from cofire.bench import ceilings, harness, lowbit, lowbit_peers, lowbit_summary, results
+from cofire.bench.cases import Provider, Random
+from cofire.bench.lowbit_peers import Product
+from cofire.registry import OPERATORS
+
+report = importlib.import_module("cofire.bench.report")  # the package has a function of that name
+ROOT = Path(__file__).parent.parent
+HALF = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def args(**options: Any) -> tuple[Any, ...]:
+    given: dict[str, Any] = {
+        "rows": 5, "bits": 4, "group_size": 128, "dtype": torch.float32, "activations": "exact", "format": "uniform",
+    }  # fmt: skip
+    return lowbit._args(Random("peers"), lowbit.TINY, **(given | options))
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    """The largest error, in parts of the largest value."""
+    return float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+# --------------------------------------------------------------------------------------------------- references
+
+
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("format", ["uniform", "minmax", "palette"])
+def test_reference_is_the_operator_s(format: str, activations: str) -> None:
+    made = args(format=format, activations=activations)
+    for given in (made, harness._in_fp64(made)):
+        assert torch.equal(lowbit_peers.reference(*given), OPERATORS["qlinear"].reference(*given))
+
+
+def test_decoded_weights_are_kept_by_what_they_are_made_of() -> None:
+    first, second = Product(*args()), Product(*args(bits=2))
+    assert lowbit_peers.decoded(first) is lowbit_peers.decoded(first._replace(input=first.input + 1))
+    assert lowbit_peers.decoded(first).dtype == torch.float32
+    wide = Product(*harness._in_fp64(first))
+    assert lowbit_peers.decoded(wide).dtype == torch.float64
+    assert not torch.equal(lowbit_peers.decoded(first), lowbit_peers.decoded(second))
+    clone = first._replace(codes=first.codes.flip(0))
+    assert not torch.equal(lowbit_peers.decoded(first), lowbit_peers.decoded(clone))
+
+
+@pytest.mark.parametrize(
+    ("rounding", "error"), [("by_group", 1e-2), ("seven_bits", 4e-2), ("of_255", 2e-2), ("half", 1e-2)]
+)
+def test_roundings_of_activations_are_roundings(rounding: str, error: float) -> None:
+    """Near the exact product, but not it: the check would otherwise pass a peer that rounds nothing, or in another way."""
+    given = args(group_size=32, activations="int8")
+    got, exact = getattr(lowbit_peers, rounding)(*given), lowbit_peers.exact(*given)
+    assert 1e-4 < off(got, exact) < error
+    assert off(getattr(lowbit_peers, rounding)(*harness._in_fp64(given)), got) < 5e-3 if rounding == "half" else 1e-6
+
+
+def test_inputs_keep_clear_of_halves() -> None:
+    x = torch.randn(3, 256)
+    x[0, 5] = x[0].abs().max() / 127 * 20.5
+    moved = lowbit_peers.clear_of_halves(x, (32, 128))
+    assert off(moved, x) < 0.05
+    scale = moved.abs().amax(1, keepdim=True) / 127
+    ratio = moved / scale
+    assert float((ratio - ratio.floor() - 0.5).abs().min()) > 9e-4
+    groups = moved.view(3, -1, 32)
+    ratio = groups / (groups.abs().amax(2, keepdim=True) / 127)
+    assert float((ratio - ratio.floor() - 0.5).abs().min()) > 9e-4
+
+
+# -------------------------------------------------------------------------------------------------------- peers
+
+
+def test_peers_of_torch_itself_are_always_there() -> None:
+    def names(*given: Any) -> set[str]:
+        return set(lowbit_peers.peers(*given))
+
+    assert "peer:torch-int4pack" in names(4, 128, HALF, "exact", "uniform", 64)
+    assert "peer:torch-int4pack" not in names(4, 128, torch.float32, "exact", "uniform", 64), "half a second a call"
+    assert "peer:torch-int8pack" in names(8, None, HALF, "exact", "uniform", 1)
+    assert "peer:torch-dynamic" in names(8, None, torch.float32, "int8", "uniform", 1)
+    assert not names(4, 128, torch.float32, "int8", "palette", 1)
+
+
+def test_what_is_not_installed_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowbit_peers, "installed", lambda name: False)
+    for bits, group_size, dtype in ((4, 128, HALF), (4, 128, torch.float32), (8, None, torch.float32)):
+        for activations in ("exact", "int8"):
+            found = lowbit_peers.peers(bits, group_size, dtype, activations, "uniform", 8)
+            assert all(name.startswith("peer:torch-") for name in found)
+    assert lowbit_peers.peers(4, 64, torch.float32, "exact", "nf4", 8) == {}
+
+
+def test_a_peer_with_wrong_scales_gets_no_number() -> None:
+    case = lowbit._qlinear(4, dtype=HALF)
+    given = harness.Input(case, "cpu", tiny=True)
+
+    def wrong(*args: Any) -> Any:
+        p = Product(*args)
+        return lowbit_peers.int4pack(*p._replace(scale=p.scale * 1.5))
+
+    assert given.check(Provider(lowbit_peers.int4pack), "forward", harness.slack("peer:x")) is None
+    assert "off by" in str(given.check(Provider(wrong), "forward", harness.slack("peer:x")))
+
+
+def test_the_model_for_onnxruntime_holds_the_codes() -> None:
+    onnx = pytest.importorskip("onnx")
+    p = Product(*args(bits=2, group_size=32))
+    node = onnx.load_from_string(lowbit_peers.onnx_model(p, 4)).graph
+    blob = torch.frombuffer(bytearray(node.initializer[0].raw_data), dtype=torch.uint8)
+    assert torch.equal(blob.view(p.codes.shape), p.codes)
+
+
+# -------------------------------------------------------------------------------------------------------- cases
+
+
+def test_cases_are_well_formed() -> None:
+    cases = suite.of_family("lowbit")
+    assert {c.op for c in cases} >= {"qlinear", "qlinear_backward", "qlora_linear", "dequantize"}
+    for case in cases:
+        assert "dense" in case.providers, case
+        if case.op == "qlinear" and "int8 activations" in case.name:
+            assert case.arithmetic == "int8", case
+        weights = sum(r.expansion for p in case.providers.values() if isinstance(p, dict) for r in p.values())
+        assert weights < 100, f"{case} keeps too many copies"
+    for dtype in (torch.float32, HALF):
+        rows = {c.name for c in cases if c.op == "qlinear" and c.dtype == dtype}
+        assert {f"M{m} 4096x4096 4 bits g128" for m in (1, 4, 16, 64, 256)} <= rows
+
+
+def test_a_first_call_has_weights_that_were_never_seen() -> None:
+    seen: list[tuple[int, Tensor]] = []
+
+    def setup(*args: Any) -> Any:
+        seen.append((args[1].data_ptr(), args[1]))
+        return lambda: args[0]
+
+    case = replace(lowbit._qlinear(1), first=True)
+    assert case.modes == ["forward", "forward, cold", "first call"]
+    given = harness.Input(case, "cpu", tiny=True)
+    run = given.runs(Provider(setup), "first call")
+    assert not seen, "nothing is prepared before the time counts"
+    for _ in range(3):
+        run()
+    assert len({address for address, _ in seen}) == 3
+    names = harness.candidates(case, "cpu", "first call", None)
+    assert "eager" not in names and "compile" not in names and "dense" in names
+
+
+def test_copies_are_counted_by_what_a_provider_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = lowbit._qlinear(1)
+    given = harness.Input(case, "cpu", tiny=True)
+    size = sum(given.args[i].nbytes for i in case.cold)
+    monkeypatch.setattr(harness, "cold_bytes", lambda device: 16 * size)
+    for expansion, copies in ((1, 16), (8, 2), (100, 2)):
+        seen: list[int] = []
+
+        def setup(*args: Any, seen: list[int] = seen) -> Any:
+            seen.append(0)
+            return lambda: args[0]
+
+        given.runs(Provider(setup, expansion=expansion), "forward, cold")
+        assert len(seen) == copies
+
+
+def test_ceilings_know_bytes() -> None:
+    assert ceilings._int8("cpu", 0.0) > 0
+    table = {"gemm_gflops": {"float32": 1.0, "int8": 3.0}, "conv_gflops": {"float32": 2.0}}
+    assert ceilings.arithmetic(table, "int8") == 3
+    assert ceilings.arithmetic({k: {"float32": v["float32"]} for k, v in table.items()}, "int8") == 2
+    higher = ceilings.highest({"gemm_gflops": {"float32": 4.0}}, {"gemm_gflops": table["gemm_gflops"]})
+    assert higher == {"gemm_gflops": {"float32": 4.0, "int8": 3.0}}
+
+
+# -------------------------------------------------------------------------------------------------------- pages
+
+
+def row(case: str, provider: str, ms: float, mode: str = "forward, cold", dtype: str = "float32") -> dict[str, Any]:
+    return {
+        "family": "lowbit", "op": "qlinear", "case": case, "dtype": dtype, "device": "cpu", "mode": mode,
+        "provider": provider, "median_ms": ms, "p20_ms": ms, "p80_ms": ms, "bytes": 8_650_752, "flops": 10**8,
+        "peak_bytes": 1, "correct": True, "noisy": False, "commit": "c", "date": "d",
+    }  # fmt: skip
+
+
+def made_up(device: str = "CPU A", threads: int = 2) -> results.Results:
+    environment = {
+        "device": device, "kind": "cpu", "threads": threads, "instruction_set": "AVX2", "torch": "2", "python": "3",
+        "platform": "p", "cofire": "0", "cofire_kernels": "avx2", "commit": "c", "date": "d", "quick": False,
+        "peers": {"onnxruntime": "1.0", "torchao": None},
+    }  # fmt: skip
+    case = "M1 4096x4096 4 bits g128 int8 activations"
+    rows = [row(case, "cofire", 0.5), row(case, "peer:onnxruntime", 1.0), row(case, "dense", 4.0)]
+    case = "M8 4096x4096 4 bits g128 int8 activations"
+    rows += [row(case, "cofire", 1.0), row(case, "peer:onnxruntime", 1.2)]
+    rows += [row("M1 4096x4096 2 bits g128 int8 activations", "cofire", 0.25)]
+    rows += [row("M1 4096x4096 4 bits g128", "cofire", 60.0, "first call")]
+    table = {"0.25": 90.0, "256": 20.0}
+    return results.Results(environment, {"read_gbs": table, "copy_gbs": table}, rows)
+
+
+def test_summary_says_what_was_missed() -> None:
+    text = lowbit_summary.summary(made_up(), report._markdown_table)
+    assert "| int8 activations, 4 bits, against ONNX Runtime | at least 1.3x | **M = 8: 1.2x** |" in text
+    assert "4096x4096: 86.5 % |" in text, "8.65 MB in 0.5 ms are 17.3 of 20 GB/s"
+    assert "| at least 0.95x | 4096x4096 (onnxruntime): 2x |" in text
+    assert "2 bits against our 4 bits, one row | at least 1.6x | 2x |" in text
+    assert "at most 50 ms | **4096x4096 4 bits g128, float32: 60 ms** |" in text
+    assert "| 4 bits g128, 4096x4096 | 0.5 ms, 2.00x onnxruntime |  | 1 ms, 1.20x onnxruntime |" in text
+    assert "| fp32 activations, 4 bits, against torch's product | at least 20x | - |" in text
+
+
+def test_two_devices_have_a_section_each() -> None:
+    both = [made_up(), made_up("CPU B")]
+    both[1].rows = [{**r, "family": "gating"} for r in both[1].rows]
+    text = report.lowbit_tables(both)
+    assert "### CPU A" in text and "### CPU B" not in text
+    assert "Peers: onnxruntime 1.0; not installed: torchao." in text
+    assert report._devices(both) == ["cpu-a", "cpu-b"]
+    assert report._devices([made_up(), made_up(threads=8)]) == ["cpu-a-2-threads", "cpu-a-8-threads"]
+    assert report.lowbit_tables([both[1]]) == "Not measured."
+
+
+def test_overview_leaves_out_first_calls_and_overheads() -> None:
+    found = made_up()
+    for r in found.rows:
+        r["speedup"] = 2.0 if r["mode"] == "forward, cold" else 0.1
+    assert report._overview(found) == [("qlinear", 2.0, 2.0, pytest.approx(2.0), 0, 3)]
+    assert "slower in 0 of 3" in found.summary()
+
+
+def test_peers_do_not_part_environments() -> None:
+    first, second = made_up(), made_up()
+    second.environment["peers"] = {}
+    assert first.same_environment(second.environment)
+    del second.environment["peers"]
+    assert first.same_environment(second.environment)
+    assert set(results.environment("cpu", False)["peers"]) == set(results.PEERS)
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="not a checkout")
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/lowbit.md", "README.md"])
+def test_pages_are_fresh(page: str) -> None:
+    """What ``make readme`` writes is what is there: the pages show the results files of this checkout."""
+    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    everything = [results.Results.load(p) for p in found if not p.stem.endswith("-quick")]
+    words = (ROOT / page).read_text(encoding="utf-8")
+    if page == "README.md":
+        expected = report.measured(everything)
+    elif page == "docs/lowbit.md":
+        expected = report.lowbit_tables(everything)
+    else:
+        plots = {p.stem.removeprefix("benchmarks-"): p.name for p in (ROOT / "docs").glob("benchmarks-*.svg")}
+        expected = report.markdown(everything, plots)
+    assert expected in words, "run: make readme"
