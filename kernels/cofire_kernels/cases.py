@@ -228,28 +228,63 @@ def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> P
 def _dequantize(make: Make, sizes: Sizes) -> list[Call]:
     k = sizes["columns"]
     four, three, palette = _weight(make, 4, k, 128), _weight(make, 3, k, 128), _weight(make, 4, k, 128, "float")
+    narrow = _weight(make, 4, k, 8)
     return [
         lambda: lowbit.dequantize(*four, 4, 128, k),
         lambda: lowbit.dequantize(*three, 3, 128, k),
         lambda: lowbit.dequantize(*palette, 4, 128, k),
+        lambda: lowbit.dequantize(*narrow, 4, 8, k),
     ]
 
 
+def _sum_splits(make: Make, sizes: Sizes) -> list[Call]:
+    parts = torch.randn((8, sizes["elements"]), device=make.device)
+    return [lambda: lowbit.sum_splits(parts, make.values(sizes["elements"]))]
+
+
 def _qlinear(make: Make, sizes: Sizes) -> list[Call]:
+    if make.dtype.itemsize != sizes.get("element_size", make.dtype.itemsize):
+        return []
     k = sizes["columns"]
-    x, grad = make.values(sizes["samples"], k), make.values(sizes["samples"], 4096)
+    x, bias = make.values(sizes["samples"], k), make.values(4096)
     a, b = make.values(16, k), make.values(4096, 16)
-    four, three, eight = (_weight(make, bits, k, 128) for bits in (4, 3, 8))
-    palette, palette8 = (_weight(make, 4, k, k, lut) for lut in ("float", "int8"))
+    four, narrow, three = _weight(make, 4, k, 128), _weight(make, 4, k, 32), _weight(make, 3, k, 128)
+    two, palette = _weight(make, 2, k, k), _weight(make, 4, k, k, "float")
     return [
         lambda: lowbit.qlinear(x, *four, None, 4, 128, "exact"),
-        lambda: lowbit.qlinear(x, *three, b[:, 0], 3, 128, "exact"),
+        lambda: lowbit.qlinear(x, *narrow, bias, 4, 32, "exact"),
+        lambda: lowbit.qlinear(x, *three, None, 3, 128, "exact"),
+        lambda: lowbit.qlinear(x, *two, None, 2, k, "exact"),
         lambda: lowbit.qlinear(x, *palette, None, 4, k, "exact"),
+        lambda: lowbit.qlora_linear(x, *four, None, a, b, 0.5, 4, 128),
+    ]
+
+
+def _qlinear_bytes(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    x = make.values(sizes["samples"], k)
+    four, eight, row = _weight(make, 4, k, 128), _weight(make, 8, k, 128), _weight(make, 4, k, k)
+    palette = _weight(make, 4, k, k, "int8")
+    return [
         lambda: lowbit.qlinear(x, *four, None, 4, 128, "int8"),
         lambda: lowbit.qlinear(x, *eight, None, 8, 128, "int8"),
-        lambda: lowbit.qlinear(x, *palette8, None, 4, k, "int8"),
-        lambda: lowbit.qlora_linear(x, *four, None, a, b, 0.5, 4, 128),
+        lambda: lowbit.qlinear(x, *row, None, 4, k, "int8"),
+        lambda: lowbit.qlinear(x, *palette, None, 4, k, "int8"),
+    ]
+
+
+def _qlinear_backward(make: Make, sizes: Sizes) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    k = sizes["columns"]
+    grad, a, b = make.values(sizes["samples"], 4096), make.values(16, k), make.values(4096, 16)
+    four, narrow, three = _weight(make, 4, k, 128), _weight(make, 4, k, 32), _weight(make, 3, k, 128)
+    palette = _weight(make, 4, k, 64, "float")
+    return [
         lambda: lowbit.qlinear_backward(grad, None, *four, 4, 128, k, "exact", True),
+        lambda: lowbit.qlinear_backward(grad, None, *narrow, 4, 32, k, "exact", True),
+        lambda: lowbit.qlinear_backward(grad, None, *three, 3, 128, k, "exact", True),
+        lambda: lowbit.qlinear_backward(grad, None, *palette, 4, 64, k, "exact", True),
         lambda: lowbit.qlora_linear_backward(grad, None, None, None, *four, a, b, 0.5, 4, 128, True),
     ]
 
@@ -273,7 +308,9 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "dkm_tables": _dkm_tables,
     "dkm": _dkm,
     "dequantize": _dequantize,
+    "sum_splits": _sum_splits,
+    "qlinear_rows": _qlinear,
     "qlinear": _qlinear,
-    "qlinear_bytes": _qlinear,
-    "qlinear_backward": _qlinear,
+    "qlinear_bytes": _qlinear_bytes,
+    "qlinear_backward": _qlinear_backward,
 }
