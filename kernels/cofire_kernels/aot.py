@@ -28,7 +28,8 @@ import torch
 #: Bytes of shared memory that one thread block can have.
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 DTYPES = ("bfloat16", "float16", "float32")
-VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v(4\.[bfu]32|2\.[bfu]64|8\.[bfu]16)")
+#: Loads of 128 bits, into registers or into shared memory.
+VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v(4\.[bfu]32|2\.[bfu]64|8\.[bfu]16)|cp\.async\.cg\.shared\.global [^;]*, 0x10\b")
 
 
 def _target(name: str) -> Any:

@@ -28,23 +28,24 @@ def word_field(words, BIT: tl.constexpr):
     """The 32 bits from ``BIT`` on of consecutive words, as far as there are any."""
     WORD: tl.constexpr = BIT // 32
     SHIFT: tl.constexpr = BIT % 32
-    low = words[WORD]
-    if SHIFT == 0:
-        return low
-    low = (low.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32, bitcast=True)
-    if WORD + 1 < len(words):
-        low = low | (words[WORD + 1] << (32 - SHIFT))
-    return low
+    field = words[WORD]
+    if SHIFT > 0:
+        field = (field.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32, bitcast=True)
+        if WORD + 1 < len(words):
+            field = field | (words[WORD + 1] << (32 - SHIFT))
+    return field
 
 
 @triton.jit
 def join_fields(words, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
     """The codes FIRST, FIRST + STEP, ... of the words, COUNT of them, in order along the last dimension."""
     if COUNT == 1:
-        return word_field(words, FIRST * BITS)
-    even = join_fields(words, BITS, FIRST, 2 * STEP, COUNT // 2)
-    odd = join_fields(words, BITS, FIRST + STEP, 2 * STEP, COUNT // 2)
-    return tl.join(even, odd).reshape(even.shape[0], 2 * even.shape[1])
+        fields = word_field(words, FIRST * BITS)
+    else:
+        even = join_fields(words, BITS, FIRST, 2 * STEP, COUNT // 2)
+        odd = join_fields(words, BITS, FIRST + STEP, 2 * STEP, COUNT // 2)
+        fields = tl.join(even, odd).reshape(even.shape[0], 2 * even.shape[1])
+    return fields
 
 
 @triton.jit
@@ -81,14 +82,28 @@ def integers(q):
 
 @triton.jit
 def tile_values(
-    codes_ptr, lut_ptr, row, start, rows, row_units, partition_rows, BITS: tl.constexpr, BLOCK_K: tl.constexpr
+    codes_ptr, lut_ptr, row, start, rows, row_units, partition_rows, BITS: tl.constexpr, TABLES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """V(q) in fp32."""
     q = tile_codes(codes_ptr, row, start, rows, row_units, BITS, BLOCK_K)
     if lut_ptr is None:
-        return integers(q)
-    partition = tl.where(row < rows, row // partition_rows, 0)
-    return tl.load(lut_ptr + (partition * (1 << BITS))[:, None] + q).to(tl.float32)
+        v = integers(q)
+    else:
+        v = look_up(lut_ptr, q, row, rows, partition_rows, BITS, TABLES).to(tl.float32)
+    return v
+
+
+@triton.jit
+def look_up(lut_ptr, q, row, rows, partition_rows, BITS: tl.constexpr, TABLES: tl.constexpr):
+    """Entries of the tables of the rows. One table for all rows is read from shared memory."""
+    if TABLES == 1:
+        table = tl.load(lut_ptr + tl.arange(0, 1 << BITS))
+        v = tl.gather(table, q.reshape(q.shape[0] * q.shape[1]), 0).reshape(q.shape[0], q.shape[1])
+    else:
+        partition = tl.where(row < rows, row // partition_rows, 0)
+        v = tl.load(lut_ptr + (partition * (1 << BITS))[:, None] + q)
+    return v
 
 
 @triton.jit
@@ -102,13 +117,13 @@ def tile_part(part_ptr, row, start, rows, groups, group, stride_row, stride_grou
 @triton.jit
 def tile_weight(
     codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, row, start, rows, row_units, partition_rows, groups, group,
-    zero_row, zero_group, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
+    zero_row, zero_group, BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """The weight in fp32 ``[N, BLOCK_K]``; some number outside. A tile has GROUPS groups, or lies within one.
 
     EXACT rounds as the reference does; otherwise a weight is one multiplication-addition away from its value.
     """
-    v = tile_values(codes_ptr, lut_ptr, row, start, rows, row_units, partition_rows, BITS, BLOCK_K)
+    v = tile_values(codes_ptr, lut_ptr, row, start, rows, row_units, partition_rows, BITS, TABLES, BLOCK_K)
     N: tl.constexpr = v.shape[0]
     v = v.reshape(N, GROUPS, BLOCK_K // GROUPS)
     if EXACT:
@@ -145,13 +160,14 @@ def tile_line(
 @triton.jit
 def dequantize_kernel(
     codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, out_ptr, rows, columns, row_units, partition_rows, groups, group,
-    zero_row, zero_group, BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    zero_row, zero_group, BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     start = tl.program_id(0) * BLOCK_K
     w = tile_weight(
         codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, row, start, rows, row_units, partition_rows, groups, group,
-        zero_row, zero_group, BITS, GROUPS, BLOCK_K, True,
+        zero_row, zero_group, BITS, TABLES, GROUPS, BLOCK_K, True,
     )  # fmt: skip
     k = (start + tl.arange(0, BLOCK_K))[None, :]
     inside = (row < rows)[:, None] & (k < columns)
@@ -215,6 +231,12 @@ class Weight:
     def tiled(self) -> bool:
         return not tiles_refused(self.columns, self.bits, self.group)
 
+    @property
+    def tables(self) -> dict[str, int]:
+        """Whether there are no tables, one for all rows, or several."""
+        lut = self.pointers[4]
+        return {"TABLES": 0 if lut is None else min(lut.shape[0], 2)}
+
     def block(self, widest: int) -> dict[str, int]:
         """The columns of a tile, at most ``widest``, and how many groups they are."""
         return block_of(self.columns, self.group, widest)
@@ -262,7 +284,7 @@ def decoded(w: Weight, dtype: torch.dtype) -> Tensor:
     tile: dict[str, Any] = dict(configs.tile("dequantize", device, columns=w.columns))
     kernel = dequantize_elements_kernel
     if w.tiled:
-        kernel, tile = dequantize_kernel, tile | w.block(tile["BLOCK_K"])
+        kernel, tile = dequantize_kernel, tile | w.block(tile["BLOCK_K"]) | w.tables
     grid = (triton.cdiv(w.columns, tile["BLOCK_K"]), triton.cdiv(w.rows, tile["BLOCK_N"]))
     with torch.cuda.device_of(out):
         # Each operation is rounded by itself, as in the reference: no fused multiply-add.

@@ -27,6 +27,7 @@ from cofire_kernels.lowbit.decode import (
     Weight,
     block_of,
     decoded,
+    look_up,
     tile_codes,
     tile_line,
     tile_part,
@@ -57,10 +58,10 @@ PROGRAMS = 528
 def qlinear_rows_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, bias_ptr, low_ptr, lora_b_ptr, a_ptr, y_ptr,
     m_rows, rows, columns, rank, alpha, row_units, partition_rows, groups, group, zero_row, zero_group, part,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """``y = x W^T`` of one to four rows; a program sums ``part`` columns.
+    """``y = x W^T`` of one to four rows; a program sums ``part`` tiles.
 
     The scale multiplies the sum of a group, ``sum(V x) scale + sum(x) shift``: a weight costs its decoding and one
     multiplication-addition per row of x.
@@ -69,11 +70,12 @@ def qlinear_rows_kernel(
     m = tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * part
     acc = tl.zeros([BLOCK_M, BLOCK_N, GROUPS], tl.float32)
-    for start in tl.range(first, tl.minimum(first + part, columns), BLOCK_K, num_stages=AHEAD):
+    for tile in tl.range(first, tl.minimum(first + part, tl.cdiv(columns, BLOCK_K)), num_stages=AHEAD):
+        start = tile * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
         inside = (m < m_rows)[:, None] & (k < columns)[None, :]
         x = tl.load(x_ptr + m[:, None] * columns + k[None, :], mask=inside, other=0).to(tl.float32)
-        v = tile_values(codes_ptr, lut_ptr, n, start, rows, row_units, partition_rows, BITS, BLOCK_K)
+        v = tile_values(codes_ptr, lut_ptr, n, start, rows, row_units, partition_rows, BITS, TABLES, BLOCK_K)
         scale, shift = tile_line(
             scale_ptr, zero_ptr, offset_ptr, n, start, rows, groups, group, zero_row, zero_group, GROUPS
         )
@@ -101,7 +103,8 @@ def qlinear_rows_kernel(
 def qlinear_kernel(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, bias_ptr, low_ptr, lora_b_ptr, a_ptr, y_ptr,
     m_rows, rows, columns, rank, alpha, row_units, partition_rows, groups, group, zero_row, zero_group, part,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``y^T = W x^T``, so that the decoded weight goes from registers into the tensor cores."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -109,13 +112,14 @@ def qlinear_kernel(
     split = tl.program_id(2)
     first = split * part
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(first, tl.minimum(first + part, columns), BLOCK_K):
+    for tile in range(first, tl.minimum(first + part, tl.cdiv(columns, BLOCK_K))):
+        start = tile * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
         inside = (k < columns)[:, None] & (m < m_rows)[None, :]
         x = tl.load(x_ptr + m[None, :] * columns + k[:, None], mask=inside, other=0)
         w = tile_weight(
             codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, n, start, rows, row_units, partition_rows, groups,
-            group, zero_row, zero_group, BITS, GROUPS, BLOCK_K, False,
+            group, zero_row, zero_group, BITS, TABLES, GROUPS, BLOCK_K, False,
         )  # fmt: skip
         acc = dot(w.to(x.dtype), x, acc)
     if low_ptr is not None:
@@ -148,7 +152,8 @@ def dot_bytes(a, b, acc):
 def qlinear_bytes_kernel(
     p_ptr, totals_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, bias_ptr, a_ptr, y_ptr,
     m_rows, rows, columns, tiles, row_units, partition_rows, groups, group, zero_row, zero_group, part,
-    BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, TABLES: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``y^T = W (a p)^T`` with int8 p; every tile lies within one group, with WHOLE all of them within the same.
 
@@ -163,7 +168,8 @@ def qlinear_bytes_kernel(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     products = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     total = tl.zeros([BLOCK_M], tl.int32)
-    for start in range(first, tl.minimum(first + part, columns), BLOCK_K):
+    for tile in range(first, tl.minimum(first + part, tl.cdiv(columns, BLOCK_K))):
+        start = tile * BLOCK_K
         k = start + tl.arange(0, BLOCK_K)
         inside = (k < columns)[:, None] & (m < m_rows)[None, :]
         p = tl.load(p_ptr + m[None, :] * columns + k[:, None], mask=inside, other=0)
@@ -171,10 +177,9 @@ def qlinear_bytes_kernel(
         if lut_ptr is None:
             v = (q - CENTRE).to(tl.int8)
         else:
-            partition = tl.where(n < rows, n // partition_rows, 0)
-            v = tl.load(lut_ptr + (partition * (1 << BITS))[:, None] + q)
+            v = look_up(lut_ptr, q, n, rows, partition_rows, BITS, TABLES)
         products = dot_bytes(v, p, products)
-        total += tl.load(totals_ptr + m * tiles + start // BLOCK_K, mask=m < m_rows, other=0)
+        total += tl.load(totals_ptr + m * tiles + tile, mask=m < m_rows, other=0)
         if not WHOLE:
             acc += scaled(
                 products, total, scale_ptr, zero_ptr, offset_ptr, n, start, rows, groups, group, zero_row, zero_group,
@@ -218,20 +223,21 @@ def scaled(
 def input_gradient_kernel(
     dy_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, low_ptr, lora_a_ptr, dx_ptr,
     m_rows, rows, columns, rank, row_units, partition_rows, groups, group, zero_row, zero_group, part,
-    BITS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """``dx = dy W``, summed over ``part`` rows of the weight."""
+    """``dx = dy W``, summed over ``part`` tiles of rows of the weight."""
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(2)
     first = split * part
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in range(first, tl.minimum(first + part, rows), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    for tile in range(first, tl.minimum(first + part, tl.cdiv(rows, BLOCK_N))):
+        n = (tile * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         dy = tl.load(dy_ptr + m[:, None] * rows + n[None, :], mask=(m < m_rows)[:, None] & (n < rows)[None, :], other=0)
         w = tile_weight(
             codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, n, tl.program_id(0) * BLOCK_K, rows, row_units,
-            partition_rows, groups, group, zero_row, zero_group, BITS, GROUPS, BLOCK_K, False,
+            partition_rows, groups, group, zero_row, zero_group, BITS, TABLES, GROUPS, BLOCK_K, False,
         )  # fmt: skip
         acc = dot(dy, w.to(dy.dtype), acc)
     if low_ptr is not None:
@@ -295,11 +301,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def share(summed: int, block: int, programs: int) -> tuple[int, int]:
-    """How many programs share a sum of ``summed`` terms, of which a block is taken at once; and the terms of each."""
-    blocks = triton.cdiv(summed, block)
-    splits = min(triton.cdiv(blocks, 4), max(1, PROGRAMS // max(programs, 1)))
-    each = triton.cdiv(blocks, max(splits, 1))
-    return triton.cdiv(blocks, max(each, 1)), each * block
+    """How many programs share a sum of ``summed`` terms, of which a block is a tile; and the tiles of each."""
+    tiles = max(triton.cdiv(summed, block), 1)
+    each = triton.cdiv(tiles, min(triton.cdiv(tiles, 4), max(1, PROGRAMS // max(programs, 1))))
+    return triton.cdiv(tiles, each), each
 
 
 def _target(y: Tensor, splits: int) -> Tensor:
@@ -368,7 +373,7 @@ def _product(
         tile["BLOCK_M"] = triton.next_power_of_2(samples)
     else:
         tile = dict(configs.tile("qlinear", x.device, element_size=x.element_size(), **sizes))
-    tile |= w.block(tile["BLOCK_K"])
+    tile |= w.block(tile["BLOCK_K"]) | w.tables
     over_rows, over_samples = triton.cdiv(w.rows, tile["BLOCK_N"]), triton.cdiv(samples, tile["BLOCK_M"])
     splits, part = share(w.columns, tile["BLOCK_K"], over_rows * over_samples)
     grid = (over_rows, splits) if kernel == "vectors" else (over_rows, over_samples, splits)
@@ -438,7 +443,7 @@ def _product_of_bytes(x: Tensor, w: Weight, bias: Tensor | None, y: Tensor) -> N
         found = (p.float() @ decoded(w, torch.float32).t()) * a[:, None]
         y.copy_((found if bias is None else found + bias.float()).view(y.shape))
         return
-    tile["BLOCK_K"] = block
+    tile |= {"BLOCK_K": block, **w.tables}
     over_rows, over_samples = triton.cdiv(w.rows, tile["BLOCK_N"]), triton.cdiv(samples, tile["BLOCK_M"])
     splits, part = share(w.columns, block, over_rows * over_samples)
     with torch.cuda.device_of(x):
@@ -465,7 +470,7 @@ def _input_gradient(grad: Tensor, w: Weight, low: Tensor | None = None, lora_a: 
         return dx
     sizes = {"samples": samples, "columns": w.columns, "element_size": grad.element_size()}
     tile: dict[str, Any] = dict(configs.tile("qlinear_backward", grad.device, **sizes))
-    tile |= w.block(tile["BLOCK_K"])
+    tile |= w.block(tile["BLOCK_K"]) | w.tables
     over_columns, over_samples = triton.cdiv(w.columns, tile["BLOCK_K"]), triton.cdiv(samples, tile["BLOCK_M"])
     splits, part = share(w.rows, tile["BLOCK_N"], over_columns * over_samples)
     rank = 0 if low is None else low.shape[-1]
