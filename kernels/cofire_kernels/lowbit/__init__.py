@@ -2,6 +2,17 @@
 """Products with weights of few bits: launchers with the arguments of the operators in ``cofire.ops.lowbit``."""
 
 from cofire_kernels.lowbit.decode import dequantize, dequantize_plan
+from cofire_kernels.lowbit.fake_quantize import (
+    fake_quantize_affine,
+    fake_quantize_affine_backward,
+    fake_quantize_group,
+    fake_quantize_group_plan,
+    fake_quantize_lsq,
+    fake_quantize_lsq_backward,
+    fake_quantize_minmax,
+    fake_quantize_minmax_backward,
+    fake_quantize_statsq,
+)
 from cofire_kernels.lowbit.product import (
     qlinear,
     qlinear_backward,
@@ -17,6 +28,15 @@ from cofire_kernels.lowbit.product import (
 __all__ = [
     "dequantize",
     "dequantize_plan",
+    "fake_quantize_affine",
+    "fake_quantize_affine_backward",
+    "fake_quantize_group",
+    "fake_quantize_group_plan",
+    "fake_quantize_lsq",
+    "fake_quantize_lsq_backward",
+    "fake_quantize_minmax",
+    "fake_quantize_minmax_backward",
+    "fake_quantize_statsq",
     "qlinear",
     "qlinear_backward",
     "qlinear_backward_plan",

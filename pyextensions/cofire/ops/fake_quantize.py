@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cofire.ops.checks import check_choice, check_device, check_float, check_integer, check_number, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
-from cofire.registry import IDENTITY, Backward, Operator, register, through_reference
+from cofire.registry import IDENTITY, Backward, Kernel, Operator, register, through_reference
 
 __all__ = [
     "fake_quantize_affine",
@@ -174,7 +174,7 @@ _lsq_backward = register(
         reference=_lsq_backward_reference,
         fake=lambda grad, input, scale, *rest: (_empty(input), _empty(scale)),
         backward=through_reference(_lsq_backward_reference),
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_lsq_backward"),
         bytes=lambda grad, input, scale, *rest: _bytes(2, input, 2 * _parameter_bytes(scale)) + _bytes(1, grad),
     )
 )
@@ -201,7 +201,7 @@ _lsq = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_lsq, _lsq_grad, "fake_quantize_lsq_backward"),
         double_backward=True,
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_lsq"),
         bytes=lambda input, scale, *rest: _bytes(2, input, _parameter_bytes(scale)),
     )
 )
@@ -373,7 +373,7 @@ _affine_backward = register(
         reference=_affine_backward_reference,
         fake=lambda grad, input, range, minimum, *rest: (_empty(input), _empty(range), _empty(minimum)),
         backward=through_reference(_affine_backward_reference),
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_affine_backward"),
         bytes=lambda grad, input, range, minimum, *rest: (
             _bytes(2, input, 2 * (_parameter_bytes(range) + _parameter_bytes(minimum))) + _bytes(1, grad)
         ),
@@ -400,7 +400,7 @@ _affine = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_affine, _affine_grad, "fake_quantize_affine_backward"),
         double_backward=True,
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_affine"),
         bytes=lambda input, range, minimum, *rest: _bytes(
             2, input, _parameter_bytes(range) + _parameter_bytes(minimum)
         ),
@@ -517,7 +517,7 @@ _minmax_backward = register(
         reference=_minmax_backward_reference,
         fake=lambda grad, input, *rest: _empty(input),
         backward=through_reference(_minmax_backward_reference),
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_minmax_backward"),
         bytes=lambda grad, input, *rest: _bytes(2, input) + _bytes(1, grad),
     )
 )
@@ -541,7 +541,7 @@ _minmax = register(
         fake=lambda input, *rest: _empty(input),
         backward=Backward(_save_minmax, _minmax_grad, "fake_quantize_minmax_backward"),
         double_backward=True,
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_minmax"),
         bytes=lambda input, *rest: _bytes(2, input),
     )
 )
@@ -628,7 +628,7 @@ _statsq = register(
         fake=lambda input, bits: _empty(input),
         backward=_identity(2),
         double_backward=True,
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_statsq"),
         bytes=lambda input, bits: _bytes(2, input),
     )
 )
@@ -758,7 +758,7 @@ _group = register(
         fake=lambda input, *rest: _empty(input),
         backward=_identity(6),
         double_backward=True,
-        triton="no kernel yet",
+        triton=Kernel("cofire_kernels.lowbit:fake_quantize_group"),
         bytes=lambda input, *rest: _bytes(2, input),
     )
 )
