@@ -33,3 +33,31 @@ def test_compiles_without_spills(source: Path, arch: str, tmp_path: Path) -> Non
 
 def test_there_are_sources() -> None:
     assert SOURCES
+
+
+def functions(sass: str) -> dict[str, str]:
+    """The machine code of each kernel by name."""
+    parts = re.split(r"^\s*Function : (\w+)\s*$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("arch", ["80", "90a", "100"])
+def test_few_bits_decode_in_registers(arch: str, tmp_path: Path) -> None:
+    """Codes come by 128 bits, become operands by one logical operation (or permutation), and meet the tensor cores."""
+    triton = pytest.importorskip("triton", reason="the disassembler is in the triton wheel")
+    assert NVCC is not None
+    source = next(s for s in SOURCES if s.name == "lowbit.cu")
+    cubin = tmp_path / "out.cubin"
+    gencode = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+    subprocess.run([NVCC, "-cubin", gencode, "-std=c++17", str(source), "-o", str(cubin)], check=True)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    sass = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    found = functions(sass)
+    decoding = {"f16": r"LOP3\.LUT.*0xea", "bf16": r"LOP3\.LUT.*0xea", "s8": r"LOP3\.LUT.*0xf0f0f0f", "table": "PRMT"}
+    products = {"f16": r"HMMA\.16816\.F32 ", "bf16": r"HMMA\.16816\.F32\.BF16", "s8": "IMMA", "table": "IMMA"}
+    for kind, operation in decoding.items():
+        code = found[f"qlinear_{kind}_128_kernel"]
+        assert re.search(r"LDG\.E\.128", code), kind
+        assert len(re.findall(operation, code)) >= 8, kind
+        assert re.search(products[kind], code), kind
+        assert "LDL" not in code and "STL" not in code, kind

@@ -24,6 +24,7 @@ from cofire_kernels.lowbit.product import (
     qlora_linear_plan,
     sum_splits,
 )
+from cofire_kernels.lowbit.product_cuda import qlinear_cuda, qlinear_cuda_plan
 
 __all__ = [
     "dequantize",
@@ -40,6 +41,8 @@ __all__ = [
     "qlinear",
     "qlinear_backward",
     "qlinear_backward_plan",
+    "qlinear_cuda",
+    "qlinear_cuda_plan",
     "qlinear_plan",
     "qlora_linear",
     "qlora_linear_backward",

@@ -363,6 +363,7 @@ _qlinear = register(
         backward=Backward(_save_qlinear, _qlinear_grad, "qlinear_backward"),
         double_backward=True,
         triton=Kernel("cofire_kernels.lowbit:qlinear"),
+        cuda=Kernel("cofire_kernels.lowbit:qlinear_cuda"),
         flops=lambda input, codes, *rest: 2 * input.numel() * codes.shape[0],
         bytes=lambda input, codes, *rest: (
             stored_bytes(codes, *rest[:5])
