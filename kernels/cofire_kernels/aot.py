@@ -29,7 +29,9 @@ import torch
 SHARED_MEMORY = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 DTYPES = ("bfloat16", "float16", "float32")
 #: Loads of 128 bits, into registers or into shared memory.
-VECTOR_LOAD = re.compile(r"ld\.global[\w.:]*\.v(4\.[bfu]32|2\.[bfu]64|8\.[bfu]16)|cp\.async\.cg\.shared\.global [^;]*, 0x10\b")
+VECTOR_LOAD = re.compile(
+    r"ld\.global[\w.:]*\.v(4\.[bfu]32|2\.[bfu]64|8\.[bfu]16)|cp\.async\.cg\.shared\.global [^;]*, 0x10\b"
+)
 
 
 def _target(name: str) -> Any:
@@ -92,6 +94,8 @@ def _resources(cubin: bytes) -> dict[str, int]:
 def _facts(kernel: Any) -> dict[str, Any]:
     metadata = kernel.metadata
     facts = {"kernel": metadata.name, "shared": metadata.shared, "num_warps": metadata.num_warps}
+    names, constants = kernel.src.fn.arg_names, kernel.src.constants
+    facts["constants"] = {names[path[0]]: value for path, value in constants.items() if isinstance(value, (int, str))}
     if "cubin" in kernel.asm:
         ptx = kernel.asm["ptx"]
         usage = _resources(kernel.asm["cubin"])

@@ -289,6 +289,32 @@ def _qlinear_backward(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
+def _fake_quantize(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    x, grad = make.values(4096, k), make.values(4096, k)
+    each, narrow, one = (torch.full((n,), 0.1, device=make.device) for n in (k, 4096, 1))
+
+    def lsq(scale: Tensor, inner: int) -> Call:
+        return lambda: (
+            lowbit.fake_quantize_lsq(x, scale, inner, -8, 7, None),
+            lowbit.fake_quantize_lsq_backward(grad, x, scale, inner, -8, 7, None),
+        )
+
+    return [
+        lsq(narrow, k),
+        lsq(each, 1),
+        lsq(one, 1),
+        lambda: lowbit.fake_quantize_affine(x, narrow, narrow, k, 4),
+        lambda: lowbit.fake_quantize_affine_backward(grad, x, narrow, narrow, k, 4),
+        lambda: lowbit.fake_quantize_minmax(x, 4, k),
+        lambda: lowbit.fake_quantize_minmax_backward(grad, x, 4, k),
+        lambda: lowbit.fake_quantize_statsq(x, 4),
+        lambda: lowbit.fake_quantize_group(x, "int4", k, 2, False, 0),
+        lambda: lowbit.fake_quantize_group(x, "e2m1", k, 2, True, 5),
+        lambda: lowbit.fake_quantize_group(x, "int4_asymmetric", k, 2, False, 0),
+    ]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "mass_mask": _mass_mask,
@@ -308,6 +334,7 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "dkm_tables": _dkm_tables,
     "dkm": _dkm,
     "dequantize": _dequantize,
+    "fake_quantize": _fake_quantize,
     "sum_splits": _sum_splits,
     "qlinear_rows": _qlinear,
     "qlinear": _qlinear,

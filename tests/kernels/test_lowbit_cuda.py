@@ -135,9 +135,7 @@ def test_every_code_in_every_place(emulated: list[str]) -> None:
             (torch.float16, "exact", None), (torch.bfloat16, "exact", None), (torch.float32, "int8", None),
             (torch.float32, "int8", table),
         ):  # fmt: skip
-            y = product_cuda.qlinear_cuda(
-                x.to(dtype), packed, scale, None, None, lut, None, 4, 128, activations
-            )
+            y = product_cuda.qlinear_cuda(x.to(dtype), packed, scale, None, None, lut, None, 4, 128, activations)
             v = codes if lut is None else table[0][codes].long()
             assert torch.equal(y.float() / 127, v[:, start : start + 8].t().float().to(dtype).float()) or torch.equal(
                 y, (127 * v[:, start : start + 8].t()).to(dtype)

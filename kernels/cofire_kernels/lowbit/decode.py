@@ -31,7 +31,7 @@ def word_field(words, BIT: tl.constexpr):
     field = words[WORD]
     if SHIFT > 0:
         field = (field.to(tl.uint32, bitcast=True) >> SHIFT).to(tl.int32, bitcast=True)
-        if WORD + 1 < len(words):
+        if len(words) > WORD + 1:
             field = field | (words[WORD + 1] << (32 - SHIFT))
     return field
 
@@ -69,7 +69,7 @@ def tile_codes(codes_ptr, row, start, rows, row_units, BITS: tl.constexpr, BLOCK
         words = ()
         for i in tl.static_range(WORDS):
             inside = (row < rows)[:, None] & (unit + i < row_units)
-            words = words + (tl.load(place + unit + i, mask=inside, other=0),)
+            words = words + (tl.load(place + unit + i, mask=inside, other=0),)  # noqa: RUF005
         q = join_fields(words, BITS, 0, 1, UNIT)
     return q & ((1 << BITS) - 1)
 
@@ -87,7 +87,7 @@ def tile_values(
 ):  # fmt: skip
     """V(q) in fp32."""
     q = tile_codes(codes_ptr, row, start, rows, row_units, BITS, BLOCK_K)
-    if lut_ptr is None:
+    if lut_ptr is None:  # noqa: SIM108
         v = integers(q)
     else:
         v = look_up(lut_ptr, q, row, rows, partition_rows, BITS, TABLES).to(tl.float32)
@@ -117,7 +117,8 @@ def tile_part(part_ptr, row, start, rows, groups, group, stride_row, stride_grou
 @triton.jit
 def tile_weight(
     codes_ptr, scale_ptr, zero_ptr, offset_ptr, lut_ptr, row, start, rows, row_units, partition_rows, groups, group,
-    zero_row, zero_group, BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr, EXACT: tl.constexpr,
+    zero_row, zero_group, BITS: tl.constexpr, TABLES: tl.constexpr, GROUPS: tl.constexpr, BLOCK_K: tl.constexpr,
+    EXACT: tl.constexpr,
 ):  # fmt: skip
     """The weight in fp32 ``[N, BLOCK_K]``; some number outside. A tile has GROUPS groups, or lies within one.
 
@@ -221,7 +222,9 @@ class Weight:
     """The tensors and numbers of a weight, as the kernels take them."""
 
     pointers: tuple[Tensor | None, ...]  #: codes (words where rows are whole words), scale, zero, offset, lut
-    sizes: tuple[int, ...]  #: elements of a row of codes, rows of a partition, groups, columns of a group, strides of zero
+    sizes: tuple[
+        int, ...
+    ]  #: elements of a row of codes, rows of a partition, groups, columns of a group, strides of zero
     rows: int
     columns: int
     bits: int

@@ -368,7 +368,7 @@ def fake_quantize_group_kernel(
         low, high = row_extremes(tl.where(free, x, float("inf")), tl.where(free, x, float("-inf")))
         step, zero, constant = group_step(low, high, 15.0)
         v = quotient(x, step)
-        if STOCHASTIC:
+        if STOCHASTIC:  # noqa: SIM108
             rounded = tl.floor(v) + (v - tl.floor(v) > chance).to(tl.float32)
         else:
             rounded = nearest(v)
@@ -494,7 +494,16 @@ def _grouped(kernel: Any, tensors: tuple[Tensor, ...], out: Tensor, size: int, *
     down, across = tile.pop("down"), tile.pop("across")
     with torch.cuda.device_of(out):
         kernel[(triton.cdiv(groups, down),)](
-            *tensors, out, groups, size, *numbers, BLOCK_R=down, BLOCK_K=across, enable_fp_fusion=False, **options, **tile
+            *tensors,
+            out,
+            groups,
+            size,
+            *numbers,
+            BLOCK_R=down,
+            BLOCK_K=across,
+            enable_fp_fusion=False,
+            **options,
+            **tile,
         )
 
 

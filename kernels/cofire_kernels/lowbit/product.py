@@ -25,7 +25,6 @@ from torch import Tensor
 from cofire_kernels import configs
 from cofire_kernels.lowbit.decode import (
     Weight,
-    block_of,
     decoded,
     look_up,
     tile_codes,
@@ -174,7 +173,7 @@ def qlinear_bytes_kernel(
         inside = (k < columns)[:, None] & (m < m_rows)[None, :]
         p = tl.load(p_ptr + m[None, :] * columns + k[:, None], mask=inside, other=0)
         q = tile_codes(codes_ptr, n, start, rows, row_units, BITS, BLOCK_K)
-        if lut_ptr is None:
+        if lut_ptr is None:  # noqa: SIM108
             v = (q - CENTRE).to(tl.int8)
         else:
             v = look_up(lut_ptr, q, n, rows, partition_rows, BITS, TABLES)
