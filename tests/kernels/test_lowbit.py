@@ -271,9 +271,9 @@ class _Silent:
 
 
 @triton.jit
-def far_codes_kernel(codes_ptr, out_ptr, first, rows, row_units, BITS: tl.constexpr, K: tl.constexpr):
+def far_codes_kernel(codes_ptr, out_ptr, first, back, rows, row_units, BITS: tl.constexpr, K: tl.constexpr):
     row = first + tl.arange(0, 1).to(tl.int64)
-    q = decode.tile_codes(codes_ptr - first * row_units, row, 0, rows, row_units, BITS, K)
+    q = decode.tile_codes(codes_ptr - back, row, 0, rows, row_units, BITS, K)
     tl.store(out_ptr + tl.arange(0, K)[None, :], q)
 
 
@@ -282,7 +282,7 @@ def test_addresses_have_64_bits() -> None:
     codes, first = torch.randint(0, 16, (1, 64), dtype=torch.uint8), 3_000_000
     words = torch.nn.functional.pad(pack_bits(codes, 4).view(torch.int32), (0, 1000 - 8))
     out = torch.empty(1, 64, dtype=torch.int32)
-    far_codes_kernel[(1,)](words, out, first, first + 1, 1000, BITS=4, K=64)
+    far_codes_kernel[(1,)](words, out, first, 1000 * first, first + 1, 1000, BITS=4, K=64)
     assert torch.equal(out, codes.int())
 
 
