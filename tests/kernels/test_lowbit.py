@@ -162,15 +162,15 @@ def test_rows_of_every_number(samples: int, dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------- shared sums
 
 
-@pytest.mark.parametrize("samples", [1, 3, 6, 18])
+@pytest.mark.parametrize("samples", [1, 3, 18])
 def test_many_programs_share_a_sum(narrow: None, samples: int) -> None:
-    w = weight(22, 320, 4, 32, zero="floats")
-    x, bias, a, b = torch.randn(samples, 320), torch.randn(22), torch.randn(3, 320), torch.randn(22, 3)
+    w = weight(22, 192, 4, 32, zero="floats")
+    x, bias, a, b = torch.randn(samples, 192), torch.randn(22), torch.randn(3, 192), torch.randn(22, 3)
     launch("qlinear", x, *w, bias, 4, 32, "exact")
     launch("qlinear", x, *w, bias, 4, 32, "int8")
     launch("qlora_linear", x, *w, bias, a, b, 0.5, 4, 32, output=64)
-    tall = weight(330, 64, 4, 64)
-    launch("qlinear_backward", torch.randn(samples, 330), None, *tall, 4, 64, 64, "exact", True)
+    tall = weight(150, 64, 4, 64)
+    launch("qlinear_backward", torch.randn(samples, 150), None, *tall, 4, 64, 64, "exact", True)
 
 
 @pytest.mark.parametrize("columns", [64, 96, 320])
