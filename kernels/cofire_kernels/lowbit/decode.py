@@ -69,7 +69,7 @@ def tile_codes(codes_ptr, row, start, rows, row_units, BITS: tl.constexpr, BLOCK
         words = ()
         for i in tl.static_range(WORDS):
             inside = (row < rows)[:, None] & (unit + i < row_units)
-            words = words + (tl.load(place + unit + i, mask=inside, other=0),)  # noqa: RUF005
+            words = words + (tl.load(place + unit + i, mask=inside, other=0),)  # type: ignore[assignment]  # noqa: RUF005
         q = join_fields(words, BITS, 0, 1, UNIT)
     return q & ((1 << BITS) - 1)
 
@@ -231,6 +231,12 @@ class Weight:
     group: int
 
     @property
+    def device(self) -> torch.device:
+        codes = self.pointers[0]
+        assert codes is not None
+        return codes.device
+
+    @property
     def tiled(self) -> bool:
         return not tiles_refused(self.columns, self.bits, self.group)
 
@@ -269,7 +275,8 @@ def weight_of(
     rows, groups = codes.shape[0], columns // group_size
     partition_rows = rows if lut is None else -(-rows // lut.shape[0])
     zero_strides = (0, 0) if zero is None or zero.numel() == 1 != rows * groups else (groups, 1)
-    codes, *rest = (None if t is None else t.contiguous() for t in (codes, scale, zero, offset, lut))
+    rest = [None if t is None else t.contiguous() for t in (scale, zero, offset, lut)]
+    codes = codes.contiguous()
     if codes.shape[1] % 4 == 0 and not tiles_refused(columns, bits, group_size):
         if codes.device.type != "meta" and codes.data_ptr() % 4:
             codes = codes.clone()
@@ -280,7 +287,7 @@ def weight_of(
 
 def decoded(w: Weight, dtype: torch.dtype) -> Tensor:
     """The whole weight; in fp32 to the last bit as the reference has it."""
-    device = w.pointers[0].device
+    device = w.device
     out = torch.empty((w.rows, w.columns), dtype=dtype, device=device)
     if out.numel() == 0:
         return out

@@ -434,11 +434,22 @@ def _gradient(partial: Tensor, like: Tensor, factor: float) -> Tensor:
     return out
 
 
+def _reference(name: str, *args: Any) -> Tensor:
+    """Plain torch: for parameters in fp64, and groups that no program can hold."""
+    (found,) = _references(name, *args)
+    return found
+
+
+def _references(name: str, *args: Any) -> tuple[Tensor, ...]:
+    found = getattr(torch.ops.cofire, name).reference(*args)
+    return found if isinstance(found, tuple) else (found,)
+
+
 def fake_quantize_lsq(
     input: Tensor, scale: Tensor, inner: int, low: int, high: int, gradient_scale: float | None
 ) -> Tensor:  # fmt: skip
     if scale.dtype == torch.float64:
-        return torch.ops.cofire.fake_quantize_lsq.reference(input, scale, inner, low, high, gradient_scale)
+        return _reference("fake_quantize_lsq", input, scale, inner, low, high, gradient_scale)
     x, s = _contiguous(input, scale)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -448,11 +459,9 @@ def fake_quantize_lsq(
 
 def fake_quantize_lsq_backward(
     grad: Tensor, input: Tensor, scale: Tensor, inner: int, low: int, high: int, gradient_scale: float | None
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if torch.float64 in (scale.dtype, input.dtype, grad.dtype):
-        return torch.ops.cofire.fake_quantize_lsq_backward.reference(
-            grad, input, scale, inner, low, high, gradient_scale
-        )
+        return _references("fake_quantize_lsq_backward", grad, input, scale, inner, low, high, gradient_scale)
     g, x, s = _contiguous(grad, input, scale)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -465,7 +474,7 @@ def fake_quantize_lsq_backward(
 
 def fake_quantize_affine(input: Tensor, range: Tensor, minimum: Tensor, inner: int, bits: int) -> Tensor:
     if torch.float64 in (range.dtype, minimum.dtype):
-        return torch.ops.cofire.fake_quantize_affine.reference(input, range, minimum, inner, bits)
+        return _reference("fake_quantize_affine", input, range, minimum, inner, bits)
     x, r, m = _contiguous(input, range, minimum)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -475,9 +484,9 @@ def fake_quantize_affine(input: Tensor, range: Tensor, minimum: Tensor, inner: i
 
 def fake_quantize_affine_backward(
     grad: Tensor, input: Tensor, range: Tensor, minimum: Tensor, inner: int, bits: int
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     if torch.float64 in (range.dtype, minimum.dtype, input.dtype, grad.dtype):
-        return torch.ops.cofire.fake_quantize_affine_backward.reference(grad, input, range, minimum, inner, bits)
+        return _references("fake_quantize_affine_backward", grad, input, range, minimum, inner, bits)
     g, x, r, m = _contiguous(grad, input, range, minimum)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -517,7 +526,7 @@ def fake_quantize_minmax(input: Tensor, bits: int, group_size: int) -> Tensor:
 
 def fake_quantize_minmax_backward(grad: Tensor, input: Tensor, bits: int, group_size: int) -> Tensor:
     if torch.float64 in (input.dtype, grad.dtype):
-        return torch.ops.cofire.fake_quantize_minmax_backward.reference(grad, input, bits, group_size)
+        return _reference("fake_quantize_minmax_backward", grad, input, bits, group_size)
     g, x = _contiguous(grad, input)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -552,10 +561,7 @@ def fake_quantize_group(
     input: Tensor, format: str, group_size: int, outliers: int, stochastic: bool, seed: int
 ) -> Tensor:  # fmt: skip
     if group_size > WIDEST:
-        found: Tensor = torch.ops.cofire.fake_quantize_group.reference(
-            input, format, group_size, outliers, stochastic, seed
-        )
-        return found
+        return _reference("fake_quantize_group", input, format, group_size, outliers, stochastic, seed)
     (x,) = _contiguous(input)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
