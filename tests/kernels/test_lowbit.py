@@ -229,6 +229,10 @@ def test_plans_say_the_way() -> None:
     assert _plan("qlora_linear", torch.empty(3, 64), *w, None, *low, 1.0, 4, 32) == "triton: products of vectors"
     backward = (grad, None, None, None, *w, *low, 1.0, 4, 32, True)
     assert _plan("qlora_linear_backward", *backward).endswith("for the tensor cores")
+    assert _plan("dequantize", w[0], w[1], torch.ones(1, 1).double(), None, None, 4, 32, 64).endswith("a part in fp64")
+    scale = torch.ones(1)
+    assert _plan("fake_quantize_lsq", torch.empty(8), scale, 1, -8, 7, None) == "triton: one pass over memory"
+    assert _plan("fake_quantize_lsq", torch.empty(8), scale.double(), 1, -8, 7, None).endswith("an argument in fp64")
     for size, expected in ((256, "one program per group"), (16384, "torch operators: groups of more than 8192")):
         args = (torch.empty(1, size), "int4", size, 2, False, 0)
         assert _plan("fake_quantize_group", *args) == f"triton: {expected}"
@@ -287,6 +291,17 @@ def test_addresses_have_64_bits() -> None:
 
 
 # ------------------------------------------------------------------------------------------- fake quantisation
+
+
+def test_an_argument_in_fp64_is_computed_in_fp64() -> None:
+    w = list(weight(5, 64, 4, 32, zero="floats"))
+    w[2] = w[2].double()
+    found = lowbit.dequantize(*w, 4, 32, 64)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, OPERATORS["dequantize"].reference(*w, 4, 32, 64))
+    x, scale = torch.randn(8), torch.full((1,), 0.1, dtype=torch.float64)
+    launch("fake_quantize_lsq", x, scale, 1, -8, 7, None)
+    assert len(lowbit.fake_quantize_lsq_backward(x, x, scale, 1, -8, 7, None)) == 2
 
 
 @triton.jit

@@ -305,6 +305,8 @@ def decoded(w: Weight, dtype: torch.dtype) -> Tensor:
 def dequantize_plan(*args: Any) -> str:
     """What :func:`dequantize` does with these arguments."""
     bits, group, columns = args[5:8]
+    if any(t is not None and t.dtype == torch.float64 for t in args[1:5]):
+        return "torch operators: a part in fp64"
     why = tiles_refused(columns, bits, group)
     return f"finds each code by itself: {why}" if why else "decodes words of codes"
 
@@ -313,4 +315,7 @@ def dequantize(
     codes: Tensor, scale: Tensor | None, zero: Tensor | None, offset: Tensor | None, lut: Tensor | None,
     bits: int, group_size: int, columns: int,
 ) -> Tensor:  # fmt: skip
+    if any(t is not None and t.dtype == torch.float64 for t in (scale, zero, offset, lut)):
+        wide: Tensor = torch.ops.cofire.dequantize.reference(codes, scale, zero, offset, lut, bits, group_size, columns)
+        return wide
     return decoded(weight_of(codes, scale, zero, offset, lut, bits, group_size, columns), torch.float32)

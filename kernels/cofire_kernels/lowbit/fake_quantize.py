@@ -445,6 +445,18 @@ def _references(name: str, *args: Any) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def fake_quantize_lsq_plan(*args: Any) -> str:
+    """What the launchers of learned parameters do with these arguments."""
+    wide = any(isinstance(a, Tensor) and a.dtype == torch.float64 for a in args)
+    return "torch operators: an argument in fp64" if wide else "one pass over memory"
+
+
+fake_quantize_lsq_backward_plan = fake_quantize_affine_plan = fake_quantize_affine_backward_plan = (
+    fake_quantize_lsq_plan
+)
+fake_quantize_minmax_backward_plan = fake_quantize_lsq_plan
+
+
 def fake_quantize_lsq(
     input: Tensor, scale: Tensor, inner: int, low: int, high: int, gradient_scale: float | None
 ) -> Tensor:  # fmt: skip
