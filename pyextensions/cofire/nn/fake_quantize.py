@@ -191,7 +191,7 @@ class FakeQuantize(nn.Module):
 class _LSQWeight(nn.Module):
     """What layers with an LSQ weight share; comes before the dense layer in the order of bases."""
 
-    weight: nn.Parameter
+    weight: Tensor
     weight_scale: nn.Parameter
     activation: FakeQuantize | None
 
@@ -310,7 +310,7 @@ class LSQLinear(_LSQWeight, nn.Linear):
         return layer if self.activation is None else nn.Sequential(self.activation.requires_grad_(False), layer)
 
     def extra_repr(self) -> str:
-        return nn.Linear.extra_repr(self) + self._repr()
+        return f"{nn.Linear.extra_repr(self)}{self._repr()}"
 
 
 class LSQConv2d(_LSQWeight, nn.Conv2d):
@@ -346,7 +346,8 @@ class LSQConv2d(_LSQWeight, nn.Conv2d):
         self._prepare(bits, per, activation_bits, activation_signed)
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(self._seen(input), self.quantized_weight, self.bias)
+        output: Tensor = self._conv_forward(self._seen(input), self.quantized_weight, self.bias)
+        return output
 
     def extra_repr(self) -> str:
-        return nn.Conv2d.extra_repr(self) + self._repr()
+        return f"{nn.Conv2d.extra_repr(self)}{self._repr()}"
