@@ -16,6 +16,7 @@ MIB = 1 << 20
 #: Buffer sizes of the bandwidth table. The smallest live in a core's cache, the largest in memory.
 SIZES_MIB = (0.25, 1, 4, 16, 64, 256)
 DTYPES = (torch.float32, torch.bfloat16)
+LONGEST_SECONDS = 2.0  #: of a multiplication that is worth trying
 
 
 def synchronize(device: str) -> None:
@@ -51,8 +52,10 @@ def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str,
 
 def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
     sizes = (512, 1024, 2048) if device == "cpu" else (4096, 8192)
-    rates = []
+    rates: list[float] = []
     for n in sizes:
+        if rates and 2e-9 * n**3 / max(rates) > LONGEST_SECONDS:  # no library for this dtype here
+            break
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         rates.append(2 * n**3 / best_seconds(functools.partial(torch.mm, a, b), device, seconds) / 1e9)
     return max(rates)

@@ -113,7 +113,12 @@ def _eager(*args: Any) -> Tensor:
     return F.linear(x, w)
 
 
-def _dense_providers(dtype: torch.dtype, bits: int, activations: str) -> dict[str, Provider]:
+def has_half(rows: int) -> bool:
+    """Whether bfloat16 products are worth trying: without a library for them they take seconds (by AVX2, 64 rows: five)."""
+    return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _dense_providers(dtype: torch.dtype, bits: int, activations: str, rows: int) -> dict[str, Provider]:
     """fp32 for both inputs; bfloat16 where the input is, or is rounded anyway."""
     found = {}
     wide: dict[str, Any] = {} if activations == "exact" else {"reference": exact}
@@ -121,7 +126,7 @@ def _dense_providers(dtype: torch.dtype, bits: int, activations: str) -> dict[st
     cpu: dict[str, Any] = {"devices": ("cpu",), "differentiable": False}
     found["fp32"] = Provider(_dense(FLOAT), expansion=32 / bits, **wide)
     found["fp32 packed"] = Provider(_packed(FLOAT), expansion=32 / bits, **wide, **cpu)
-    if dtype == HALF or activations == "int8":
+    if (dtype == HALF or activations == "int8") and has_half(rows):
         found["bf16"] = Provider(_dense(HALF), expansion=16 / bits, **narrow)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             found["bf16 packed"] = Provider(_packed(HALF), expansion=16 / bits, **narrow, **cpu)
@@ -152,10 +157,12 @@ def _qlinear(
     cold: bool = True,
     **options: Any,
 ) -> Case:
-    dense = _dense_providers(dtype, bits, activations)
+    dense = _dense_providers(dtype, bits, activations, rows)
     if activations == "int8" and bits == 8 and group_size is None:
         dense["int_mm"] = Provider(int_mm, differentiable=False)
-    providers: Providers = {"dense": dense, "eager": plain(_eager, hot=True)}
+    providers: Providers = {"dense": dense}
+    if dtype != HALF or has_half(rows):
+        providers["eager"] = plain(_eager, hot=True)
     if compile:
         providers["compile"] = compiled(_eager)
     providers |= peers(bits, group_size, dtype, activations, format, rows)
@@ -282,18 +289,17 @@ def _backward(rows: int, dtype: torch.dtype = FLOAT, shape: tuple[int, int] = SQ
         return (grad, None, *_parts(q), q.bits, q.group_size, shape[1], "exact", True)
 
     dense = {"fp32": Provider(_dense_backward(FLOAT), outputs=1, expansion=8)}
-    if dtype == HALF:
+    providers: Providers = {"dense": dense, "peer:dequantize-then-dense": plain(_decode_and_multiply, outputs=1)}
+    if dtype == HALF and has_half(rows):
         dense["bf16"] = Provider(_dense_backward(HALF), outputs=1, expansion=4)
+    if dtype != HALF or has_half(rows):
+        providers["eager"] = plain(_eager_backward, outputs=1, hot=True)
     return Case(
         "qlinear_backward",
         f"M{rows} {shape[0]}x{shape[1]} 4 bits g128, gradient of the input",
         dtype,
         lambda rand: args(rand, shape, rows),
-        {
-            "dense": dense,
-            "eager": plain(_eager_backward, outputs=1, hot=True),
-            "peer:dequantize-then-dense": plain(_decode_and_multiply, outputs=1),
-        },
+        providers,
         lambda rand: args(rand, TINY, min(rows, 7)),
         cold=(2, 3),
         **options,
@@ -334,14 +340,17 @@ def _lora(rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", **options:
         return (rand.normal(rows, shape[1]).to(dtype), *_parts(q), None, a, b, 2.0, q.bits, q.group_size)
 
     dense = {"fp32": Provider(_dense_lora(FLOAT), outputs=1)}
-    if dtype == HALF:
+    providers: Providers = {"dense": dense}
+    if dtype == HALF and has_half(rows):
         dense["bf16"] = Provider(_dense_lora(HALF), outputs=1)
+    if dtype != HALF or has_half(rows):
+        providers["eager"] = plain(_eager_lora, outputs=1)
     return Case(
         "qlora_linear",
         f"M{rows} {SQUARE[0]}x{SQUARE[1]} {format} g64 rank {rank}",
         dtype,
         lambda rand: args(rand, SQUARE, rows),
-        {"dense": dense, "eager": plain(_eager_lora, outputs=1)},
+        providers,
         lambda rand: args(rand, TINY, min(rows, 7)),
         gradients=(0, 7, 8),
         **options,
