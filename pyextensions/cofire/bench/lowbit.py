@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
+from cofire.bench.fake_quantize import CASES as FAKE
 from cofire.bench.lowbit_peers import (
     Product,
     clear_of_halves,
@@ -430,4 +431,4 @@ DEQUANTIZE = [
     _dequantize(4, 64, "nf4"),
 ]
 
-CASES = [*INTEGERS, *EXACT, *TRAINING, *DEQUANTIZE]
+CASES = [*INTEGERS, *EXACT, *TRAINING, *DEQUANTIZE, *FAKE]
