@@ -30,7 +30,7 @@ from cofire.bench.lowbit_peers import (
 from cofire.ops.lowbit import _dequantize_reference, int8_activations
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import NF4, quantize_weight
-from cofire.registry import OPERATORS
+from cofire.registry import OPERATORS, Kernel
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 SQUARE, TALL, TINY = (4096, 4096), (11008, 4096), (96, 256)
@@ -119,6 +119,13 @@ def has_half(rows: int) -> bool:
     return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _cuda(*args: Any) -> Tensor:
+    kernel = OPERATORS["qlinear"].cuda
+    assert isinstance(kernel, Kernel)
+    found: Tensor = kernel.launch(*args)
+    return found
+
+
 def _dense_providers(dtype: torch.dtype, bits: int, activations: str, rows: int) -> dict[str, Provider]:
     """fp32 for both inputs; bfloat16 where the input is, or is rounded anyway."""
     found = {}
@@ -167,6 +174,9 @@ def _qlinear(
     if compile:
         providers["compile"] = compiled(_eager)
     providers |= peers(bits, group_size, dtype, activations, format, rows)
+    if bits == 4 and rows <= 8 and format != "nf4" and (dtype == HALF or activations == "int8"):
+        # our own CUDA C++, which the dispatcher leaves to Triton until a GPU has compared them
+        providers["peer:cofire CUDA C++"] = plain(_cuda, devices=("cuda",), differentiable=False)
     kind = {"uniform": f"{bits} bits", "minmax": f"{bits} bits with zero points", "palette": "palette of 16 bytes"}
     words = [f"{shape[0]}x{shape[1]}", kind.get(format, format), f"g{group_size}" if group_size else "by rows"]
     words += ["int8 activations"] if activations == "int8" else []

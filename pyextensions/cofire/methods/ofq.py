@@ -549,7 +549,9 @@ def _attention(name: str, module: nn.Module) -> _Attention:
         assert isinstance(fused, nn.Linear)
         rows = [fused.out_features // 3] * 3 if fused.out_features == 3 * proj.in_features else []
         trained = fused.weight.requires_grad
-        weights = [nn.Parameter(w, trained) for w in fused.weight.detach().split(rows or [fused.out_features])]
+        weights: list[Tensor] = [
+            nn.Parameter(w, trained) for w in fused.weight.detach().split(rows or [fused.out_features])
+        ]
         biases = [*fused.bias.detach().split(rows)] if rows and fused.bias is not None else [None] * 3
         sizes = rows or [proj.in_features, -1, -1]
     else:
