@@ -559,6 +559,11 @@ REFUSALS = [
         NAME + "group_rows must be at least 1, got 0", data=True,
     ),
     Refusal(
+        "palette_rows_uneven", lambda: quantize_weight(torch.randn(12, 8), "palette", group_size=None, group_rows=5), ValueError,
+        NAME + "group_rows must divide the 12 rows equally, but for a last short block; 3 palettes have 4 rows each, got 5",
+        data=True,
+    ),
+    Refusal(
         "palette_rows_type", quantized(None, "palette", group_size=None, group_rows=1.5), TypeError,
         NAME + "group_rows must be an integer, got 1.5", data=True,
     ),

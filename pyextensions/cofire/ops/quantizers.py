@@ -266,6 +266,13 @@ def palette(weight: Tensor, bits: int, group_size: int, *, group_rows: int | Non
     check_integer("quantize_weight", group_rows=group_rows)
     if group_rows < 1:
         refuse("quantize_weight", f"group_rows must be at least 1, got {group_rows}")
+    count = -(-rows // group_rows)
+    if count > 1 and -(-rows // count) != group_rows:  # a table is found by its row's share of all rows
+        refuse(
+            "quantize_weight",
+            f"group_rows must divide the {rows} rows equally, but for a last short block; {count} palettes have "
+            f"{-(-rows // count)} rows each, got {group_rows}",
+        )
     w = weight.detach().float().contiguous()
     tables, codes = [], []
     for part in w.split(group_rows) if rows else []:
