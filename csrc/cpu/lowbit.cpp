@@ -12,6 +12,10 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <array>
 #include <bit>
 #include <mutex>
@@ -114,6 +118,21 @@ void Stored::values_of(int64_t row, int64_t start, int64_t count, uint8_t* bytes
   }
 }
 
+namespace {
+
+// A weight that is read once, front to back, waits for its pages as well as for its bytes.
+void ask_for_large_pages([[maybe_unused]] const at::Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
+                  last = (begin + t.nbytes()) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
 Packed::Packed(const Stored& w)
     : rows(w.rows),
       columns(w.columns),
@@ -123,6 +142,7 @@ Packed::Packed(const Stored& w)
       blocks((w.rows + kBlock - 1) / kBlock),
       steps((w.columns + kStep - 1) / kStep) {
   codes = at::empty({blocks * steps * bits * 64}, w.codes.options());
+  ask_for_large_pages(codes);
   auto* to = codes.mutable_data_ptr<uint8_t>();
   const int64_t padded = steps * kStep;
   at::parallel_for(0, blocks, grain_of(8 * padded), [&](int64_t begin, int64_t end) {
@@ -178,13 +198,15 @@ void Packed::set_scales(const Stored& w) {
   shift = moved ? at::zeros({groups, width}, floats) : at::Tensor();
   auto* to_scale = scale.mutable_data_ptr<float>();
   auto* to_shift = moved ? shift.mutable_data_ptr<float>() : nullptr;
-  for (int64_t n = 0; n < rows; ++n) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const float s = w.scale_of(n, g);
-      to_scale[g * width + n] = s;
-      if (moved) to_shift[g * width + n] = w.offset_of(n, g) - s * w.zero_of(n, g);
+  at::parallel_for(0, blocks, grain_of(kBlock * groups), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kBlock; n < std::min(rows, end * kBlock); ++n) {
+      for (int64_t g = 0; g < groups; ++g) {
+        const float s = w.scale_of(n, g);
+        to_scale[g * width + n] = s;
+        if (moved) to_shift[g * width + n] = w.offset_of(n, g) - s * w.zero_of(n, g);
+      }
     }
-  }
+  });
   // Tables of at least 16 entries: shorter ones repeat, so that only the lowest bits of an index
   // count.
   const int64_t size = std::max<int64_t>(entries, 16), tables = w.lut.defined() ? w.lut.size(0) : 1;
@@ -246,6 +268,9 @@ std::unordered_map<const void*, Entry>& cache() {
 std::shared_ptr<const Packed> packed(const at::Tensor& codes, const MaybeTensor& scale,
                                      const MaybeTensor& zero, const MaybeTensor& offset,
                                      const MaybeTensor& lut, const Stored& stored) {
+  const auto whole = [&] {
+    return Stored(codes, scale, zero, offset, lut, stored.bits, stored.group, stored.columns);
+  };
   const std::lock_guard<std::mutex> lock(cache_mutex);
   auto& entries = cache();
   const auto found = entries.find(codes.const_data_ptr());
@@ -260,7 +285,7 @@ std::shared_ptr<const Packed> packed(const at::Tensor& codes, const MaybeTensor&
       return entry.packed;
     }
     auto changed = std::make_shared<Packed>(*entry.packed);  // shares the codes
-    changed->set_scales(stored);
+    changed->set_scales(whole());
     entry.scale = Tag::of(scale);
     entry.zero = Tag::of(zero);
     entry.offset = Tag::of(offset);
@@ -269,15 +294,15 @@ std::shared_ptr<const Packed> packed(const at::Tensor& codes, const MaybeTensor&
     return changed;
   }
   std::erase_if(entries, [](const auto& item) { return item.second.codes.storage.expired(); });
-  auto made = std::make_shared<Packed>(stored);
+  auto made = std::make_shared<Packed>(whole());
   entries.insert_or_assign(codes.const_data_ptr(),
                            Entry{Tag::of(codes), Tag::of(scale), Tag::of(zero), Tag::of(offset),
                                  Tag::of(lut), stored.bits, stored.group, stored.columns, made});
   return made;
 }
 
-at::Tensor float_rows(const at::Tensor& x, int64_t to) {
-  const int64_t count = x.size(0), columns = x.size(1), stride = round_up(columns, to);
+at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart) {
+  const int64_t count = x.size(0), columns = x.size(1), stride = round_up(columns, to) + apart;
   const at::Tensor input = x.contiguous();
   at::Tensor out = at::empty({count, stride}, x.options().dtype(at::kFloat));
   auto* p = out.mutable_data_ptr<float>();
@@ -419,6 +444,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dequantize_backward(
   return {a, b, c, e};
 }
 
+// A weight without its scales, zero points and offsets: where its layout is kept nobody reads them,
+// and what is not fp32 need not be converted.
+Stored without_scales(const at::Tensor& codes, const MaybeTensor& lut, int64_t bits,
+                      int64_t group_size, int64_t columns) {
+  return {codes, {}, {}, {}, lut, bits, group_size, columns};
+}
+
 at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
                    const MaybeTensor& zero, const MaybeTensor& offset, const MaybeTensor& lut,
                    const MaybeTensor& bias, int64_t bits, int64_t group_size,
@@ -428,22 +460,44 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
                      bits, group_size, activations);
   }
   const int64_t columns = input.size(-1);
-  const Stored w(codes, scale, zero, offset, lut, bits, group_size, columns);
+  Stored w = without_scales(codes, lut, bits, group_size, columns);
   auto shape = input.sizes().vec();
   shape.back() = w.rows;
   at::Tensor y = at::empty(shape, input.options());
   if (y.numel() == 0) return y;
-  const auto layout = can_pack(w) ? packed(codes, scale, zero, offset, lut, w) : nullptr;
+  std::shared_ptr<const Packed> layout;
+  if (can_pack(w)) {
+    layout = packed(codes, scale, zero, offset, lut, w);
+  } else {
+    w = Stored(codes, scale, zero, offset, lut, bits, group_size, columns);
+  }
   const bool int8 = activations == "int8";
   multiply(rows_of(input), w, layout.get(), bias, {}, int8, y.view({y.numel() / w.rows, w.rows}));
   return y;
 }
 
+// What qlinear and qlora_linear would do with these arguments, and why.
+std::string plan_product(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
+                         const MaybeTensor& zero, const MaybeTensor& offset, const MaybeTensor& lut,
+                         int64_t bits, int64_t group_size, bool int8) {
+  if (wide(scale) || wide(zero) || wide(offset) || wide(lut)) return "reference: parts in fp64";
+  const Stored w = without_scales(codes, lut, bits, group_size, input.size(-1));
+  return plan_of(w, rows_of(input).size(0), input.scalar_type(), int8);
+}
+
+std::string plan_qlinear(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
+                         const MaybeTensor& zero, const MaybeTensor& offset, const MaybeTensor& lut,
+                         const MaybeTensor& /*bias*/, int64_t bits, int64_t group_size,
+                         c10::string_view activations) {
+  return plan_product(input, codes, scale, zero, offset, lut, bits, group_size,
+                      activations == "int8");
+}
+
 // dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored.
 at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Tensor& low,
                           const at::Tensor& lora_a) {
-  const at::Tensor dy = float_rows(rows_of(grad), 1);
-  const int64_t count = dy.size(0), columns = w.columns;
+  const at::Tensor dy = float_rows(rows_of(grad), 1, kApart);
+  const int64_t count = dy.size(0), apart = dy.size(1), columns = w.columns;
   auto shape = grad.sizes().vec();
   shape.back() = columns;
   at::Tensor dx = at::empty(shape, grad.options());
@@ -464,8 +518,8 @@ at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Ten
           w.values_of(n + i, k, used, bytes.data(), tile.data() + i * kColumns);
         }
         for (int64_t j = 0; j < across; j += kWidth) {
-          product(dy.const_data_ptr<float>() + n, w.rows, 1, tile.data() + j, kColumns,
-                  c.data() + j, kColumns, count, depth);
+          product(dy.const_data_ptr<float>() + n, apart, 1, tile.data() + j, kColumns, c.data() + j,
+                  kColumns, count, depth);
         }
       }
       if (low.defined()) {
@@ -560,7 +614,7 @@ std::tuple<at::Tensor, at::Tensor> qlora_linear(const at::Tensor& input, const a
                      bias, lora_a, lora_b, alpha, bits, group_size);
   }
   const int64_t columns = input.size(-1), rank = lora_a.size(0);
-  const Stored w(codes, scale, zero, offset, lut, bits, group_size, columns);
+  Stored w = without_scales(codes, lut, bits, group_size, columns);
   auto shape = input.sizes().vec();
   shape.back() = w.rows;
   at::Tensor y = at::empty(shape, input.options());
@@ -568,11 +622,25 @@ std::tuple<at::Tensor, at::Tensor> qlora_linear(const at::Tensor& input, const a
   const at::Tensor x = rows_of(input);
   const at::Tensor low = at::linear(x, lora_a.to(input.scalar_type())).reshape(shape).contiguous();
   if (y.numel() == 0) return {y, low};
-  const auto layout = can_pack(w) ? packed(codes, scale, zero, offset, lut, w) : nullptr;
+  std::shared_ptr<const Packed> layout;
+  if (can_pack(w)) {
+    layout = packed(codes, scale, zero, offset, lut, w);
+  } else {
+    w = Stored(codes, scale, zero, offset, lut, bits, group_size, columns);
+  }
   LowRank term;
   if (rank > 0) term = {rows_of(low).to(at::kFloat), across(lora_b, alpha)};
   multiply(x, w, layout.get(), bias, term, false, y.view({y.numel() / w.rows, w.rows}));
   return {y, low};
+}
+
+std::string plan_qlora_linear(const at::Tensor& input, const at::Tensor& codes,
+                              const MaybeTensor& scale, const MaybeTensor& zero,
+                              const MaybeTensor& offset, const MaybeTensor& lut,
+                              const MaybeTensor& /*bias*/, const at::Tensor& /*lora_a*/,
+                              const at::Tensor& /*lora_b*/, double /*alpha*/, int64_t bits,
+                              int64_t group_size) {
+  return plan_product(input, codes, scale, zero, offset, lut, bits, group_size, false);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qlora_linear_backward(
@@ -621,4 +689,8 @@ TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("qlinear_backward", &cofire::lowbit::qlinear_backward);
   m.impl("qlora_linear", &cofire::lowbit::qlora_linear);
   m.impl("qlora_linear_backward", &cofire::lowbit::qlora_linear_backward);
+}
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) {
+  m.def("qlinear", &cofire::lowbit::plan_qlinear);
+  m.def("qlora_linear", &cofire::lowbit::plan_qlora_linear);
 }

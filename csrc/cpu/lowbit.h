@@ -17,6 +17,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "lowbit_simd.h"
@@ -97,20 +98,21 @@ std::shared_ptr<const Packed> packed(const at::Tensor& codes, const MaybeTensor&
                                      const MaybeTensor& lut, const Stored& stored);
 
 // The planes of one step of a block, decoded to quads.
+// They are loaded where they are used: all at once they would fill the registers of AVX2.
 template <int Bits>
 struct Planes {
-  W16 v[Bits];
+  const uint8_t* p;
 
-  explicit COFIRE_INLINE Planes(const uint8_t* p) {
-    unrolled<Bits>([&](auto i) __attribute__((always_inline)) { v[i] = W16::load(p + 64 * i); });
-  }
+  explicit COFIRE_INLINE Planes(const uint8_t* codes) : p(codes) {}
+
+  COFIRE_INLINE W16 vector(int i) const { return W16::load(p + 64 * i); }
 
   // The plane of width W whose codes start at bit Low and whose vectors start at First.
   template <int W, int Low, int First, int Q>
   COFIRE_INLINE W16 field() const {
     constexpr int fields = 8 / W, shift = W * (Q % fields);
     constexpr uint32_t mask = 0x01010101u * ((1u << W) - 1) << Low;
-    const W16 from = v[First + Q / fields];
+    const W16 from = vector(First + Q / fields);
     if constexpr (W == 8) return from;
     if constexpr (shift >= Low)
       return shift_right<shift - Low>(from) & W16::all(mask);
@@ -206,8 +208,21 @@ struct LowRank {
   at::Tensor b;    // fp32 [R, round_up(N, kWidth)], zero where padded
 };
 
-// fp32 [M, round_up(K, to)], zero where padded.
-at::Tensor float_rows(const at::Tensor& x, int64_t to);
+// Rows apart by a multiple of the size of a way of the cache would displace each other: 64 rows of
+// 4096 bytes fill two sets of it. Between many rows there are this many elements more.
+constexpr int64_t kApart = 128;
+
+// fp32 [M, round_up(K, to) + apart], zero where padded.
+at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
+
+// The ways to multiply: by codes that are decoded in registers, by a tile of the weight decoded to
+// bytes, to pairs of bf16 (where the machine multiplies those) or to floats, or by one decoded from
+// the weight as it is stored.
+enum class Way { kFew, kBytes, kPairs, kFloats, kStored };
+
+// The way for `count` rows of a dtype; `plan_of` says it in words.
+Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);
+std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);
 
 // y = x W^T + low b + bias, x of shape [M, K], in y's dtype; lowbit_product.cpp.
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* packed,

@@ -25,11 +25,21 @@ namespace {
 #endif
 }
 
+[[maybe_unused]] bool has_bf16() {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  static const bool found = __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
   int64_t count, columns, stride;
   at::Tensor values;  // fp32 [count, stride]; with bytes only where they go through floats
   at::Tensor bytes;   // int8 [count, stride]
+  at::Tensor pairs;   // bf16 [count, stride]
   at::Tensor sums;    // fp32 [count, groups]: of values, or of bytes
   at::Tensor scales;  // fp32 [count], of bytes
 
@@ -66,28 +76,33 @@ float quantize_row(const float* x, int64_t n, int8_t* out) {
   return scale;
 }
 
-Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums,
+Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, bool many,
              bool bytes_as_floats) {
   Rows rows;
   rows.count = x.size(0);
   rows.columns = x.size(1);
-  rows.stride = round_up(rows.columns, kStep);
-  rows.values = float_rows(x, kStep);
+  const int64_t apart = many ? kApart : 0;
+  rows.stride = round_up(rows.columns, kStep) + apart;
+  const bool as_it_is = x.scalar_type() == at::kFloat && x.is_contiguous() &&
+                        rows.stride == rows.columns && !bytes_as_floats;
+  rows.values = as_it_is ? x : float_rows(x, kStep, apart);
   if (int8) {
     rows.bytes = at::empty({rows.count, rows.stride}, x.options().dtype(at::kChar));
     rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   }
   if (sums) rows.sums = at::empty({rows.count, groups}, x.options().dtype(at::kFloat));
-  auto* values = rows.values.mutable_data_ptr<float>();
+  const auto* values = rows.values.const_data_ptr<float>();
   at::parallel_for(0, rows.count, grain_of(8 * rows.stride), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      float* v = values + m * rows.stride;
+      const float* v = values + m * rows.stride;
       int8_t* p = nullptr;
       if (int8) {
         p = rows.bytes.mutable_data_ptr<int8_t>() + m * rows.stride;
         rows.scales.mutable_data_ptr<float>()[m] = quantize_row(v, rows.columns, p);
         std::fill(p + rows.columns, p + rows.stride, 0);
-        if (bytes_as_floats) std::copy(p, p + rows.columns, v);
+        if (bytes_as_floats) {
+          std::copy(p, p + rows.columns, rows.values.mutable_data_ptr<float>() + m * rows.stride);
+        }
       }
       for (int64_t g = 0; sums && g < groups; ++g) {
         const int64_t from = g * group, to = from + group;
@@ -136,7 +151,18 @@ struct Sink {
       const int64_t used = std::min(width, all - n);
       for (int64_t r = 0; r < count; ++r) {
         const float a = scaled ? rows.scales.const_data_ptr<float>()[m + r] : 1.0f;
-        for (int64_t j = 0; j < used; ++j) {
+        int64_t j = 0;
+        for (; j + 16 <= used; j += 16) {
+          F16 value = F16::load(c + r * kWidth + j);
+          if (scaled) value = rounded(value * F16::all(a));
+          if (added != nullptr) value = value + F16::load(added + j);
+          alignas(64) float lanes[16];
+          value.store(lanes);
+          for (int i = 0; i < 16; i += kLanes) {
+            store_f32(to + r * all + j + i, Vec::loadu(lanes + i));
+          }
+        }
+        for (; j < used; ++j) {
           float value = c[r * kWidth + j];
           if (scaled) value = rounded(value * a);
           if (added != nullptr) value += added[j];
@@ -156,6 +182,24 @@ COFIRE_INLINE uint32_t four(const int8_t* p) {
 constexpr int64_t kAhead = 2048;  // bytes of the weight that are asked for in advance
 
 // ------------------------------------------------------------------------------------ few rows
+
+// How a code becomes a float.
+enum class Value { kTable, kConvert, kGather };
+
+// Calls f with the number of bits of a weight and the way in which its codes become floats.
+template <typename F>
+void with_value(const Packed& w, F&& f) {
+  with_bits(w.bits, [&](auto bits) {
+    constexpr int B = bits;
+    if (w.uniform && !(kLookup && B <= 4)) {
+      f(bits, std::integral_constant<Value, Value::kConvert>{});
+    } else if constexpr (B <= 4) {
+      f(bits, std::integral_constant<Value, Value::kTable>{});
+    } else {
+      f(bits, std::integral_constant<Value, Value::kGather>{});
+    }
+  });
+}
 
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
@@ -229,16 +273,13 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
   for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
 }
 
-// How a code becomes a float.
-enum class Value { kTable, kConvert, kGather };
-
 template <int Bits, Value How, int Q, int I>
 COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Table16& table,
                            const float* entries) {
   if constexpr (How == Value::kTable && (Bits == 4 || Bits == 2 || Bits == 1)) {
     // Straight from the plane: bits of the next codes choose among equal entries.
     constexpr int fields = 8 / Bits;
-    return table[shift_right<8 * I + Bits*(Q % fields)>(planes.v[Q / fields])];
+    return table[shift_right<8 * I + Bits*(Q % fields)>(planes.vector(Q / fields))];
   } else if constexpr (How == Value::kTable) {
     return table[shift_right<8 * I>(quad)];
   } else {
@@ -336,27 +377,24 @@ using Few = void (*)(const Rows&, const Packed&, int64_t, int64_t, float*);
 
 Few few_kernel(const Packed& w, int64_t rows, bool int8) {
   Few found = nullptr;
-  with_bits(w.bits, [&](auto bits) {
-    with_rows(rows, [&](auto r) {
-      constexpr int B = bits, R = r;
-      if (int8) {
-        with_kind(w, [&](auto kind) {
-          constexpr Bytes K = kind;
-          if constexpr (K == Bytes::kNarrow && B > 4)
-            return;
-          else if (!w.bytes.defined())
-            found = few_bytes<B, R, K, false>;
-          else if constexpr (B <= 4 && K != Bytes::kNarrow && K != Bytes::kPairs) {
-            found = few_bytes<B, R, K, true>;
-          }
-        });
-      } else if (w.uniform && !(kLookup && B <= 4)) {
-        found = few_floats<B, R, Value::kConvert>;
-      } else if constexpr (B <= 4) {
-        found = few_floats<B, R, Value::kTable>;
-      } else {
-        found = few_floats<B, R, Value::kGather>;
-      }
+  with_rows(rows, [&](auto r) {
+    constexpr int R = r;
+    if (!int8) {
+      with_value(w, [&](auto bits, auto how) { found = few_floats<bits, R, how>; });
+      return;
+    }
+    with_bits(w.bits, [&](auto bits) {
+      with_kind(w, [&](auto kind) {
+        constexpr int B = bits;
+        constexpr Bytes K = kind;
+        if constexpr (K == Bytes::kNarrow && B > 4)
+          return;
+        else if (!w.bytes.defined())
+          found = few_bytes<B, R, K, false>;
+        else if constexpr (B <= 4 && K != Bytes::kNarrow && K != Bytes::kPairs) {
+          found = few_bytes<B, R, K, true>;
+        }
+      });
     });
   });
   return found;
@@ -380,46 +418,35 @@ void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
 
 constexpr int64_t kRowsAtOnce = 64;
 
-// R rows times kTileBlocks blocks over one group of decoded bytes [quad][kWidth][4].
-template <int R, Bytes Kind>
-void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t quads,
-                const float* scale, const float* shift, const float* sums, int64_t groups,
-                float* c) {
-  W16 acc[R][kTileBlocks];
+// R rows times kTileBlocks blocks over one group of decoded words [word][kWidth]: four bytes each,
+// or a pair of bf16. `p` and `stride`: the rows of x, of the same words.
+template <int R, typename Sum, typename Dot>
+COFIRE_INLINE void add_word(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t q,
+                            Sum (&sums)[R][kTileBlocks], const Dot& dot_of) {
+  W16 w[kTileBlocks];
+  COFIRE_UNROLL
+  for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const W16 x = W16::all(four(p + r * stride + 4 * q));
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = dot_of(sums[r][j], w[j], x);
+  }
+}
+
+template <int R, typename Sum>
+COFIRE_INLINE void clear(Sum (&sums)[R][kTileBlocks]) {
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = W16::zero();
+    for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = Sum::zero();
   }
-  const auto add = [&](int64_t q, W16(&sums_of)[R][kTileBlocks]) __attribute__((always_inline)) {
-    W16 w[kTileBlocks];
-    COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const W16 x = W16::all(four(p + r * stride + 4 * q));
-      COFIRE_UNROLL
-      for (int j = 0; j < kTileBlocks; ++j) sums_of[r][j] = dot<Kind>(sums_of[r][j], w[j], x);
-    }
-  };
-  if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
-    for (int64_t q = 0; q < quads; q += 8) {
-      W16 narrow[R][kTileBlocks];
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        COFIRE_UNROLL
-        for (int j = 0; j < kTileBlocks; ++j) narrow[r][j] = W16::zero();
-      }
-      unrolled<8>([&](auto i) __attribute__((always_inline)) { add(q + i, narrow); });
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) {
-        COFIRE_UNROLL
-        for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
-      }
-    }
-  } else {
-    for (int64_t q = 0; q < quads; ++q) add(q, acc);
-  }
+}
+
+// c += scale * total + shift * sums.
+template <int R>
+COFIRE_INLINE void add_group(F16 (&total)[R][kTileBlocks], const float* scale, const float* shift,
+                             const float* sums, int64_t groups, float* c) {
   COFIRE_UNROLL
   for (int j = 0; j < kTileBlocks; ++j) {
     const F16 factor = F16::load(scale + 16 * j);
@@ -427,12 +454,77 @@ void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t qu
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
       float* to = c + r * kWidth + 16 * j;
-      F16 y = fma(factor, to_float(acc[r][j]), F16::load(to));
+      F16 y = fma(factor, total[r][j], F16::load(to));
       if (shift != nullptr) y = fma(moved, F16::all(sums[r * groups]), y);
       y.store(to);
     }
   }
 }
+
+template <int R, Bytes Kind>
+void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t quads,
+                const float* scale, const float* shift, const float* sums, int64_t groups,
+                float* c) {
+  W16 acc[R][kTileBlocks];
+  clear(acc);
+  const auto dot_of = [](W16 a, W16 w, W16 x)
+                          __attribute__((always_inline)) { return dot<Kind>(a, w, x); };
+  if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
+    for (int64_t q = 0; q < quads; q += 8) {
+      W16 narrow[R][kTileBlocks];
+      clear(narrow);
+      unrolled<8>([&](auto i) __attribute__((always_inline)) {
+        add_word(p, stride, tile, q + i, narrow, dot_of);
+      });
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) {
+        COFIRE_UNROLL
+        for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
+      }
+    }
+  } else {
+    for (int64_t q = 0; q < quads; ++q) add_word(p, stride, tile, q, acc, dot_of);
+  }
+  F16 total[R][kTileBlocks];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) total[r][j] = to_float(acc[r][j]);
+  }
+  add_group(total, scale, shift, sums, groups, c);
+}
+
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+// The same for pairs of bf16.
+template <int R>
+void tile_pairs(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t pairs,
+                const float* scale, const float* shift, const float* sums, int64_t groups,
+                float* c) {
+  F16 acc[R][kTileBlocks];
+  clear(acc);
+  const auto dot_of = [](F16 a, W16 w, W16 x)
+                          __attribute__((always_inline)) { return dot_bf16(a, w, x); };
+  for (int64_t q = 0; q < pairs; ++q) add_word(p, stride, tile, q, acc, dot_of);
+  add_group(acc, scale, shift, sums, groups, c);
+}
+
+// Decodes one step of a block into a tile of pairs: codes, and the bytes of tables, are exact in
+// bf16.
+template <int Bits, Value How>
+void step_to_pairs(const uint8_t* codes, const float* entries, uint8_t* tile) {
+  const Planes<Bits> planes(codes);
+  const Table16 table(entries);
+  unrolled<8>([&](auto q) __attribute__((always_inline)) {
+    const W16 quad = planes.template quad<q>();
+    unrolled<2>([&](auto h) __attribute__((always_inline)) {
+      const F16 low = value_of<Bits, How, q, 2 * h>(planes, quad, table, entries);
+      const F16 high = value_of<Bits, How, q, 2 * h + 1>(planes, quad, table, entries);
+      const W16 pair = shift_right<16>(bits_of(low)) | (bits_of(high) & W16::all(0xffff0000u));
+      pair.store(tile + (2 * q + h) * 4 * kWidth);
+    });
+  });
+}
+#endif
 
 using Tile = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const float*, const float*,
                       const float*, int64_t, float*);
@@ -442,6 +534,14 @@ Tile tile_kernel(int64_t rows, std::integer_sequence<int, R...>) {
   static constexpr Tile kernels[] = {tile_bytes<R + 1, Kind>...};
   return kernels[rows - 1];
 }
+
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+template <int... R>
+Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr Tile kernels[] = {tile_pairs<R + 1>...};
+  return kernels[rows - 1];
+}
+#endif
 
 // Decodes quads of one step of a block into a tile of bytes.
 template <int Bits>
@@ -463,21 +563,58 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
   });
 }
 
-void multiply_bytes(const Rows& x, const Packed& w, const Sink& sink) {
+// By tiles of bytes, or of pairs of bf16.
+void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
   const int64_t tiles = (w.blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * w.blocks;
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
+  const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
+  const int8_t* const words =
+      pairs ? reinterpret_cast<const int8_t*>(x.pairs.const_data_ptr<c10::BFloat16>())
+            : x.bytes.const_data_ptr<int8_t>();
   const auto kernel = [&](int64_t rows) {
     Tile found = nullptr;
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+    if (pairs) return pairs_kernel(rows, std::make_integer_sequence<int, kTileRows>{});
+#endif
     with_kind(w, [&](auto kind) {
       found = tile_kernel<kind>(rows, std::make_integer_sequence<int, kTileRows>{});
     });
     return found;
   };
+  // `piece` steps of the blocks from `first` on, from step `at` on.
+  const auto decode = [&](int64_t first, int64_t used, int64_t at, int64_t piece, uint8_t* tile) {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+    if (pairs) {
+      return with_value(w, [&](auto bits, auto how) {
+        for (int64_t b = 0; b < used; ++b) {
+          const float* entries =
+              w.table.const_data_ptr<float>() + (first + b) / w.partition_blocks * w.table.size(1);
+          for (int64_t i = 0; i < piece; ++i) {
+            step_to_pairs<bits, how>(w.step(first + b, at + i), entries,
+                                     tile + i * kStep * kWidth * 2 + 64 * b);
+          }
+        }
+      });
+    }
+#endif
+    with_bits(w.bits, [&](auto bits) {
+      for (int64_t b = 0; b < used; ++b) {
+        const uint8_t* table = w.bytes.defined()
+                                   ? w.bytes.const_data_ptr<uint8_t>() +
+                                         (first + b) / w.partition_blocks * w.bytes.size(1)
+                                   : nullptr;
+        for (int64_t i = 0; i < piece; ++i) {
+          step_to_bytes<bits>(w.step(first + b, at + i), table, tile + i * kStep * kWidth + 64 * b);
+        }
+      }
+    });
+  };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     const int64_t at_once = std::min(kRowsAtOnce, x.count);
-    constexpr int64_t kPiece = 8;  // steps that are decoded at a time: 24 KB of bytes at most
-    std::vector<uint8_t> tile(64 + std::min(steps, kPiece) * kStep * kWidth);
+    constexpr int64_t kPiece = 8;  // steps that are decoded at a time: 24 KB at most
+    std::vector<uint8_t> tile(64 + std::min(steps, kPiece) * kStep * kWidth * size);
     std::vector<float> c(at_once * kWidth), factor(kWidth), moved(kWidth);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTileBlocks,
@@ -488,33 +625,23 @@ void multiply_bytes(const Rows& x, const Packed& w, const Sink& sink) {
         for (int64_t g = 0; g < w.groups; ++g) {
           std::copy_n(w.scale.const_data_ptr<float>() + g * padded + first * kBlock, used * kBlock,
                       factor.begin());
-          if (w.byte_shift.defined()) {
-            std::copy_n(w.byte_shift.const_data_ptr<float>() + g * padded + first * kBlock,
+          if (shift_of.defined()) {
+            std::copy_n(shift_of.const_data_ptr<float>() + g * padded + first * kBlock,
                         used * kBlock, moved.begin());
           }
           for (int64_t s = 0; s < steps; s += kPiece) {
             const int64_t piece = std::min(kPiece, steps - s), at = g * steps + s;
-            with_bits(w.bits, [&](auto bits) {
-              for (int64_t b = 0; b < used; ++b) {
-                const uint8_t* table = w.bytes.defined()
-                                           ? w.bytes.const_data_ptr<uint8_t>() +
-                                                 (first + b) / w.partition_blocks * w.bytes.size(1)
-                                           : nullptr;
-                for (int64_t i = 0; i < piece; ++i) {
-                  step_to_bytes<bits>(w.step(first + b, at + i), table,
-                                      tile.data() + i * kStep * kWidth + 64 * b);
-                }
-              }
-            });
+            decode(first, used, at, piece, tile.data());
             // The shift of a group is added with its first piece.
-            const float* shift = w.byte_shift.defined() && s == 0 ? moved.data() : nullptr;
+            const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
             for (int64_t r = 0, now; r < rows; r += now) {
               now = next_part(rows - r, kTileRows);
               const float* sums = shift != nullptr
                                       ? x.sums.const_data_ptr<float>() + (m + r) * w.groups + g
                                       : nullptr;
-              kernel(now)(x.row8(m + r) + at * kStep, x.stride, tile.data(), piece * kStep / 4,
-                          factor.data(), shift, sums, w.groups, c.data() + r * kWidth);
+              kernel(now)(words + ((m + r) * x.stride + at * kStep) * size, x.stride * size,
+                          tile.data(), piece * kStep / 4 * size, factor.data(), shift, sums,
+                          w.groups, c.data() + r * kWidth);
             }
           }
         }
@@ -525,24 +652,15 @@ void multiply_bytes(const Rows& x, const Packed& w, const Sink& sink) {
 }
 
 // Decodes one step of a block to the weight itself: [32][kWidth] floats.
-template <int Bits>
-void step_to_floats(const uint8_t* codes, const float* entries, bool convert, F16 factor, F16 moved,
+template <int Bits, Value How>
+void step_to_floats(const uint8_t* codes, const float* entries, F16 factor, F16 moved,
                     float* tile) {
   const Planes<Bits> planes(codes);
   const Table16 table(entries);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = planes.template quad<q>();
     unrolled<4>([&](auto i) __attribute__((always_inline)) {
-      F16 value;
-      if constexpr (Bits <= 4 && kLookup) {
-        value = value_of<Bits, Value::kTable, q, i>(planes, quad, table, entries);
-      } else if constexpr (Bits <= 4) {
-        value = convert ? value_of<Bits, Value::kConvert, q, i>(planes, quad, table, entries)
-                        : value_of<Bits, Value::kTable, q, i>(planes, quad, table, entries);
-      } else {
-        value = convert ? value_of<Bits, Value::kConvert, q, i>(planes, quad, table, entries)
-                        : value_of<Bits, Value::kGather, q, i>(planes, quad, table, entries);
-      }
+      const F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
       fma(value, factor, moved).store(tile + (4 * q + i) * kWidth);
     });
   });
@@ -553,7 +671,6 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
   const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * blocks;
   constexpr int64_t kDepth = 128;  // columns that are decoded at a time: 24 KB at most
   const int64_t cost = x.stride * kWidth / 2 * x.count;
-  const bool convert = w != nullptr && w->uniform;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     const int64_t at_once = std::min(kRowsAtOnce, x.count);
     std::vector<float> tile(kDepth * kWidth), c(at_once * kWidth), values(kDepth);
@@ -573,7 +690,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
               for (int64_t i = 0; i < depth; ++i) to[i * kWidth] = values[i];
             }
           } else {
-            with_bits(w->bits, [&](auto bits) {
+            with_value(*w, [&](auto bits, auto how) {
               for (int64_t b = 0; b < used; ++b) {
                 const float* entries = w->table.const_data_ptr<float>() +
                                        (first + b) / w->partition_blocks * w->table.size(1);
@@ -584,8 +701,8 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
                   const F16 moved = w->shift.defined()
                                         ? F16::load(w->shift.const_data_ptr<float>() + at)
                                         : F16::zero();
-                  step_to_floats<bits>(w->step(first + b, (k + i) / kStep), entries, convert,
-                                       factor, moved, tile.data() + i * kWidth + 16 * b);
+                  step_to_floats<bits, how>(w->step(first + b, (k + i) / kStep), entries, factor,
+                                            moved, tile.data() + i * kWidth + 16 * b);
                 }
               }
             });
@@ -600,23 +717,57 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
 
 }  // namespace
 
+Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+  if (!can_pack(w)) return Way::kStored;
+  // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
+  const bool looked_up = int8 && w.int8_lut && w.bits > 4;
+  if (count <= (int8 ? kFewBytes : kFewFloats) && !looked_up) return Way::kFew;
+  if (int8) return Way::kBytes;
+  const bool exact = !w.lut.defined() || w.int8_lut;
+  return dtype == at::kBFloat16 && exact && has_bf16() ? Way::kPairs : Way::kFloats;
+}
+
+std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+  const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
+  const std::string limit = std::to_string(int8 ? kFewBytes : kFewFloats);
+  switch (way_of(w, count, dtype, int8)) {
+    case Way::kFew:
+      return "codes decoded in registers: " + rows + ", up to " + limit;
+    case Way::kBytes:
+      return "tiles of the weight decoded to bytes: " + rows + ", more than " + limit +
+             (w.int8_lut && w.bits > 4 ? " or a table of more than 16 entries" : "");
+    case Way::kPairs:
+      return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit;
+    case Way::kFloats:
+      return "tiles of the weight decoded to floats: " + rows + ", more than " + limit;
+    case Way::kStored:
+      break;
+  }
+  return "tiles decoded from the stored codes: groups or palettes that blocks of 16 rows and 32 "
+         "columns do not fit";
+}
+
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const MaybeTensor& bias,
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
-  const int64_t count = x.size(0);
-  const bool few = w != nullptr && count <= kFewLimit && few_kernel(*w, 1, int8) != nullptr;
-  const bool through_floats = w == nullptr;
-  const bool sums = w != nullptr && (int8 ? w->byte_shift.defined() : few && w->shift.defined());
-  const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
-                            w != nullptr ? w->groups : 1, int8, sums, int8 && through_floats);
+  const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
+  const at::Tensor* shift = w == nullptr ? nullptr : int8 ? &w->byte_shift : &w->shift;
+  const bool sums = shift != nullptr && shift->defined() && way != Way::kFloats;
+  Rows rows = prepare(x, w != nullptr ? w->group : stored.columns, w != nullptr ? w->groups : 1,
+                      int8, sums, way != Way::kFew, int8 && way == Way::kStored);
+  if (way == Way::kPairs) {
+    rows.pairs = rows.values.to(at::kBFloat16);  // what they were, padded
+  }
   const Sink sink{rows, low_rank, int8,
                   bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
-  if (few) {
-    multiply_few(rows, *w, int8, sink);
-  } else if (int8 && !through_floats) {
-    multiply_bytes(rows, *w, sink);
-  } else {
-    multiply_floats(rows, stored, w, sink);
+  switch (way) {
+    case Way::kFew:
+      return multiply_few(rows, *w, int8, sink);
+    case Way::kBytes:
+    case Way::kPairs:
+      return multiply_words(rows, *w, way == Way::kPairs, sink);
+    default:
+      return multiply_floats(rows, stored, w, sink);
   }
 }
 

@@ -69,6 +69,7 @@ COFIRE_INLINE W16 shift_left(W16 a) {
   return {_mm512_slli_epi32(a.v, S)};
 }
 COFIRE_INLINE F16 to_float(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+COFIRE_INLINE W16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
 // Keeps a product from being fused into the addition that follows it.
 COFIRE_INLINE F16 rounded(F16 a) {
 #ifndef _MSC_VER
@@ -112,9 +113,19 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
   return {_mm512_add_epi32(acc.v, sums.v)};
 }
 
+#ifndef _MSC_VER
+// acc + the two products of bf16 in each lane; for machines that have AVX512_BF16.
+COFIRE_INLINE F16 dot_bf16(F16 acc, W16 w, W16 x) {
+  asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(w.v), "v"(x.v));
+  return acc;
+}
+#endif
+
 // The rows and blocks of a tile; the rows that are multiplied while decoding, and up to how many
-// they are taken in such parts; their sums in registers; whether a table beats a conversion.
-constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kFewLimit = 4, kSums = 16;
+// they are taken in such parts, of floats and of bytes; their sums in registers; whether a table
+// beats a conversion.
+constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kSums = 16;
+constexpr int kFewFloats = 4, kFewBytes = 4;
 constexpr bool kLookup = true;
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -209,17 +220,27 @@ struct Bytes16 {
     return {_mm256_shuffle_epi8(v, i.a), _mm256_shuffle_epi8(v, i.b)};
   }
 };
+// Keeps sums of integers in the order in which they are written: compilers turn them into trees,
+// whose leaves fit in no register file (a tile of 4 bits: 2.4 times as long).
+COFIRE_INLINE __m256i in_order(__m256i x) {
+#ifndef _MSC_VER
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
 template <Bytes Kind>
 COFIRE_INLINE __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
-  if constexpr (Kind == Bytes::kNarrow) return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x));
+  if constexpr (Kind == Bytes::kNarrow) {
+    return in_order(_mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)));
+  }
   if constexpr (Kind == Bytes::kPairs) {
-    return _mm256_add_epi32(acc,
-                            _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+    return in_order(
+        _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1))));
   }
   const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(255)),
                                          _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+  return in_order(_mm256_add_epi32(acc, _mm256_add_epi32(even, odd)));
 }
 template <Bytes Kind>
 COFIRE_INLINE W16 dot(W16 acc, W16 w, W16 x) {
@@ -234,7 +255,8 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
   return {_mm256_add_epi32(acc.a, sums.a), _mm256_add_epi32(acc.b, sums.b)};
 }
 
-constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kFewLimit = 12, kSums = 4;
+constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
+constexpr int kFewFloats = 4, kFewBytes = 4;
 constexpr bool kLookup = false;
 
 #else
@@ -329,7 +351,8 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 }
 #undef COFIRE_LANES
 
-constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kFewLimit = 2, kSums = 1;
+constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kSums = 1;
+constexpr int kFewFloats = 2, kFewBytes = 2;
 constexpr bool kLookup = false;
 
 #endif

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cofire import ops
+from cofire import explain, native, ops
 from cofire.ops import QTensor, pack_bits
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
@@ -402,6 +403,60 @@ def test_the_number_of_threads_changes_nothing() -> None:
                     results.append(call())
             flat = [torch.cat([t.flatten() for t in r]) if isinstance(r, tuple) else r for r in results]
             assert all(torch.equal(flat[0], other) for other in flat[1:])
+
+
+# ------------------------------------------------------------------------------------------------------ the way
+
+compiled = pytest.mark.skipif(native.STATUS.variant is None, reason="no compiled kernels")
+
+
+def way(x: Tensor, q: QTensor, activations: str = "exact") -> str:
+    (call,) = explain("qlinear", x, q, activations=activations)
+    return call["kernel"]
+
+
+@compiled
+@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["4bits_g32", "2bits_wide", "palette_of_bytes"])
+def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, name: str) -> None:
+    """Both sides of the limit between the two loops, and of the 64 rows that a tile is multiplied by at a time."""
+    sizes, rest = ((40, 512, 2, 512), {"zero": "bytes"}) if name == "2bits_wide" else WEIGHTS[name]
+    rand = Random(name)
+    codes, scale, zero, offset, lut = weight(rand, *sizes, **rest)
+    n, columns, bits, group = sizes
+    q = QTensor(codes, scale, (n, columns), bits, group, zero, offset, lut)
+    first = way(torch.ones(1, columns, dtype=dtype), q, activations)
+    found = re.search(r"registers: 1 row, up to (\d+)$", first)
+    assert found is not None, first
+    limit = int(found[1])
+    assert "registers" in way(torch.ones(limit, columns, dtype=dtype), q, activations)
+    beyond = way(torch.ones(limit + 1, columns, dtype=dtype), q, activations)
+    assert re.search(
+        rf"tiles of the weight decoded to (bytes|floats|pairs of bf16): {limit + 1} rows, more than {limit}", beyond
+    )
+    x = rand.normal(131, columns).to(dtype)
+    expected = OPERATORS["qlinear"].reference(
+        x.double(), codes, scale, zero, offset, lut, None, bits, group, activations
+    )
+    for rows in (limit, limit + 1, 64, 65, 131):
+        y = ops.qlinear(x[:rows], q, activations=activations)
+        bound = 4 * torch.finfo(dtype).eps * expected.abs().amax() + 1e-5
+        assert (y.double() - expected[:rows]).abs().amax() <= bound
+
+
+@compiled
+def test_explain_names_the_exceptions() -> None:
+    codes, scale, *_ = weight(Random("x"), 8, 40, 4, 20)
+    assert "from the stored codes" in way(torch.ones(1, 40), QTensor(codes, scale, (8, 40), 4, 20))
+    codes, scale, _, _, lut = weight(Random("x"), 16, 32, 6, 32, lut=1, int8=True)
+    q = QTensor(codes, scale, (16, 32), 6, 32, lut=lut)
+    assert "a table of more than 16 entries" in way(torch.ones(1, 32), q, "int8")
+    assert "registers" in way(torch.ones(1, 32), q)
+    wide = q.replace(scale=scale.double())
+    assert "parts in fp64" in way(torch.ones(1, 32), wide)
+    (call,) = explain("qlora_linear", torch.ones(70, 32), q, torch.ones(2, 32), torch.ones(16, 2))
+    assert "tiles of the weight decoded to floats: 70 rows" in call["kernel"]
 
 
 # ---------------------------------------------------------------------------------------------------- the tensor
