@@ -134,7 +134,7 @@ def test_only_the_first_and_the_last_layer_are_edges():
         prepared = OFQ(qkr=qkr, distill=0).prepare(convolved, X)
         assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["3"]
     prepared = OFQ(distill=0).prepare(convolved[1:2], torch.randn(2, 4, 16))
-    assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["0.0.down"]
+    assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["1.0.down"]
 
 
 def test_the_forward_of_a_prepared_block_step_by_step():

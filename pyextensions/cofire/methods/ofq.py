@@ -571,7 +571,7 @@ def _attention(name: str, module: nn.Module) -> _Attention:
             "they must divide evenly, and be of one input"
         )
     v = nn.Linear(weights[2].shape[1], weights[2].shape[0], biases[2] is not None, device="meta")
-    v.weight = weights[2]
+    v.weight = nn.Parameter(weights[2].detach(), weights[2].requires_grad)
     if biases[2] is not None:
         v.bias = nn.Parameter(biases[2].detach(), weights[2].requires_grad)
     factor = getattr(module, "scale", None)
