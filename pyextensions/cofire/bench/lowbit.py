@@ -206,28 +206,27 @@ def _int8(rows: int, *args: Any, **options: Any) -> Case:
 # Ordered by weight, which is made once for its neighbours.
 INTEGERS = [
     *(_int8(m, quick=m in (1, 64), first=m == 1, overhead=m == 1, compile=m == 32) for m in (1, 4, 8, 16, 32, 64, 256)),
-    *(_int8(m, dtype=HALF) for m in (1, 32, 256)),
-    *(_int8(m, group_size=32) for m in (1, 32, 256)),
-    *(_int8(m, format="minmax") for m in (1, 64)),
-    *(_int8(m, 2) for m in (1, 8, 64, 256)),
-    *(_int8(m, 3) for m in (1, 8, 64, 256)),
-    *(_int8(m, 8) for m in (1, 8, 64, 256)),
-    *(_int8(m, 8, None) for m in (1, 8, 32, 256)),
+    *(_int8(m, dtype=HALF) for m in (1, 64)),
+    *(_int8(m, group_size=32) for m in (1, 64)),
+    _int8(64, format="minmax"),
+    *(_int8(m, 2) for m in (1, 64)),
+    *(_int8(m, 3) for m in (1, 64)),
+    *(_int8(m, 8) for m in (1, 64)),
+    *(_int8(m, 8, None) for m in (1, 32)),
     *(_int8(m, format="palette") for m in (1, 16, 64, 256)),
     *(_int8(m, shape=TALL) for m in (1, 16, 256)),
-    _int8(1, 2, shape=TALL),
 ]
 EXACT = [
     *(_qlinear(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
     *(_qlinear(m, dtype=HALF, quick=m == 32, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
     *(_qlinear(m, group_size=32, dtype=HALF) for m in (4, 64)),
-    *(_qlinear(m, 2) for m in (1, 64)),
-    *(_qlinear(m, 3) for m in (1, 64)),
-    *(_qlinear(m, 8) for m in (1, 64)),
+    _qlinear(1, 2),
+    _qlinear(64, 3),
+    _qlinear(1, 8),
     *(_qlinear(m, 8, None, dtype=HALF) for m in (1, 32)),
     *(_qlinear(m, 4, 64, format="nf4") for m in (1, 16, 256)),
-    *(_qlinear(m, 4, 64, format="nf4", dtype=HALF) for m in (1, 16)),
-    *(_qlinear(m, dtype=HALF, shape=TALL) for m in (1, 4, 16, 64, 256)),
+    _qlinear(1, 4, 64, format="nf4", dtype=HALF),
+    *(_qlinear(m, dtype=HALF, shape=TALL) for m in (4, 16, 64, 256)),
 ]
 
 # -------------------------------------------------------------------------------------------------- training
