@@ -219,6 +219,8 @@ void Packed::set_scales(const Stored& w) {
     }
   }
   bytes = w.int8_lut ? (table + 128).to(at::kByte) : at::Tensor();
+  middle = uniform && w.one_zero && w.zero.defined() ? w.zero_of(0, 0) : 0.0f;
+  few_shift = middle == 0.0f ? shift : w.offset.defined() ? shift + scale * middle : at::Tensor();
   byte_shift = shift;
   if (w.int8_lut) byte_shift = moved ? shift - scale * 128 : scale * -128;
   partition_blocks = tables == 1 ? std::max<int64_t>(blocks, 1) : w.partition_rows / kBlock;

@@ -75,11 +75,15 @@ struct Packed {
   }
 
   int64_t rows, columns, bits, group, groups, blocks, steps;
-  at::Tensor codes;          // uint8
-  at::Tensor scale, shift;   // fp32 [groups, 16 blocks]: y += scale sum(V x) + shift sum(x)
-  at::Tensor table;          // fp32 [P, max(16, 2^bits)]: V
-  at::Tensor bytes;          // uint8, of the same shape: V + 128 where V are bytes, else undefined
-  bool uniform;              // V is the code itself
+  at::Tensor codes;         // uint8
+  at::Tensor scale, shift;  // fp32 [groups, 16 blocks]: y += scale sum(V x) + shift sum(x)
+  at::Tensor table;         // fp32 [P, max(16, 2^bits)]: V
+  at::Tensor bytes;         // uint8, of the same shape: V + 128 where V are bytes, else undefined
+  bool uniform;             // V is the code itself
+  // With few rows the zero point, where all are equal, comes off each code: sums of codes that it
+  // is taken off afterwards would cancel. `few_shift` is what is left of `shift`.
+  float middle;
+  at::Tensor few_shift;
   at::Tensor byte_shift;     // `shift` with bytes: V + 128 moves it by -128 scale
   int64_t partition_blocks;  // blocks that share a row of the tables
 };
@@ -154,7 +158,8 @@ inline void with_bits(int64_t bits, F&& f) {
   }
 }
 
-// c[r][j] += sum_k a[r * row + k * column] * b[k][j] for R rows and kWidth columns.
+// c[r][j] += sum_k a[r * row + k * column] * b[k][j] for R rows and kWidth columns. The sum is
+// taken by itself: one chain over all pieces of a long row would lose several times as much.
 template <int R>
 inline void product_rows(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                          float* c, int64_t ldc, int64_t depth) {
@@ -162,7 +167,7 @@ inline void product_rows(const float* a, int64_t row, int64_t column, const floa
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = F16::load(c + r * ldc + 16 * j);
+    for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = F16::zero();
   }
   for (int64_t k = 0; k < depth; ++k) {
     F16 w[kTileBlocks];
@@ -178,7 +183,10 @@ inline void product_rows(const float* a, int64_t row, int64_t column, const floa
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) acc[r][j].store(c + r * ldc + 16 * j);
+    for (int j = 0; j < kTileBlocks; ++j) {
+      float* to = c + r * ldc + 16 * j;
+      (F16::load(to) + acc[r][j]).store(to);
+    }
   }
 }
 

@@ -294,7 +294,10 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const float* entries =
       w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1);
-  const Table16 table(entries);
+  alignas(64) float centred[16];
+  for (int i = 0; i < 16; ++i) centred[i] = entries[i] - w.middle;
+  const Table16 table(centred);
+  const F16 middle = F16::all(w.middle);
   F16 y[R];
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) y[r] = F16::zero();
@@ -302,7 +305,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   const int64_t padded = kBlock * w.blocks;
   const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
   const float* shift =
-      w.shift.defined() ? w.shift.const_data_ptr<float>() + block * kBlock : nullptr;
+      w.few_shift.defined() ? w.few_shift.const_data_ptr<float>() + block * kBlock : nullptr;
   const float* p[R];
   for (int r = 0; r < R; ++r) p[r] = x.row(m + r);
   int64_t column = 0;
@@ -319,7 +322,8 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         const W16 quad = planes.template quad<q>();
         unrolled<4>([&](auto i) __attribute__((always_inline)) {
-          const F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
+          F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
+          if constexpr (How == Value::kConvert) value = value - middle;
           COFIRE_UNROLL
           for (int r = 0; r < R; ++r) {
             F16& sum = acc[r][i % kChains];
@@ -751,7 +755,10 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
   const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
-  const at::Tensor* shift = w == nullptr ? nullptr : int8 ? &w->byte_shift : &w->shift;
+  const at::Tensor* shift = w == nullptr       ? nullptr
+                            : int8             ? &w->byte_shift
+                            : way == Way::kFew ? &w->few_shift
+                                               : &w->shift;
   const bool sums = shift != nullptr && shift->defined() && way != Way::kFloats;
   Rows rows = prepare(x, w != nullptr ? w->group : stored.columns, w != nullptr ? w->groups : 1,
                       int8, sums, way != Way::kFew, int8 && way == Way::kStored);
