@@ -179,7 +179,15 @@ COFIRE_INLINE uint32_t four(const int8_t* p) {
   return word;
 }
 
-constexpr int64_t kAhead = 2048;  // bytes of the weight that are asked for in advance
+// Bytes of the weight that are asked for in advance: where a step takes some 25 cycles, memory
+// answers after 20 of them; a tile stops reading for as long as it is multiplied.
+constexpr int64_t kAhead = 6144, kTileAhead = 2048;
+
+template <int Bits>
+COFIRE_INLINE void ask_for(const uint8_t* codes) {
+  COFIRE_UNROLL
+  for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + 64 * i);
+}
 
 // ------------------------------------------------------------------------------------ few rows
 
@@ -201,6 +209,9 @@ void with_value(const Packed& w, F&& f) {
   });
 }
 
+// The loops over rows are unrolled by `unrolled`: arrays that a pragma's loop indexes stay in
+// memory.
+
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
 void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
@@ -213,10 +224,9 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
   }
   const Bytes16 table(entries);
   const int8_t* p[R];
-  for (int r = 0; r < R; ++r) p[r] = x.row8(m + r);
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { p[r] = x.row8(m + r); });
   F16 y[R];
-  COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) y[r] = F16::zero();
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
   const uint8_t* codes = w.step(block, 0);
   const int64_t padded = kBlock * w.blocks;
   const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
@@ -225,52 +235,50 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
   int64_t column = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     W16 total[R], acc[R][kChains];
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       total[r] = W16::zero();
-      unrolled<kChains>([&](auto i) { acc[r][i] = W16::zero(); });
-    }
+      unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
+    });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
-      COFIRE_UNROLL
-      for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
+      ask_for<Bits>(codes + kAhead);
       const Planes<Bits> planes(codes);
       if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
-        COFIRE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          unrolled<kChains>([&](auto i) { acc[r][i] = W16::zero(); });
-        }
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+          unrolled<kChains>([&](auto i)
+                                __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
+        });
       }
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         W16 quad = planes.template quad<q>();
         if constexpr (Lookup) quad = table[quad];
-        COFIRE_UNROLL
-        for (int r = 0; r < R; ++r) {
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
           acc[r][q % kChains] =
               dot<Kind>(acc[r][q % kChains], quad, W16::all(four(p[r] + column + 4 * q)));
-        }
+        });
       });
       if constexpr (Kind == Bytes::kNarrow) {
-        COFIRE_UNROLL
-        for (int r = 0; r < R; ++r) {
-          unrolled<kChains>([&](auto i) { total[r] = widened<Kind>(total[r], acc[r][i]); });
-        }
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+          unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
+            total[r] = widened<Kind>(total[r], acc[r][i]);
+          });
+        });
       }
     }
     const F16 factor = F16::load(scale + g * padded);
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       if constexpr (Kind != Bytes::kNarrow) {
-        unrolled<kChains>([&](auto i) { total[r] = widened<Kind>(total[r], acc[r][i]); });
+        unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
+          total[r] = widened<Kind>(total[r], acc[r][i]);
+        });
       }
       y[r] = fma(factor, to_float(total[r]), y[r]);
       if (shift != nullptr) {
         const F16 sum = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
         y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
       }
-    }
+    });
   }
-  COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
 
 template <int Bits, Value How, int Q, int I>
@@ -299,53 +307,48 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   const Table16 table(centred);
   const F16 middle = F16::all(w.middle);
   F16 y[R];
-  COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) y[r] = F16::zero();
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
   const uint8_t* codes = w.step(block, 0);
   const int64_t padded = kBlock * w.blocks;
   const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
   const float* shift =
       w.few_shift.defined() ? w.few_shift.const_data_ptr<float>() + block * kBlock : nullptr;
   const float* p[R];
-  for (int r = 0; r < R; ++r) p[r] = x.row(m + r);
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { p[r] = x.row(m + r); });
   int64_t column = 0;
   for (int64_t g = 0; g < w.groups; ++g) {
     F16 acc[R][kChains];
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) {
-      unrolled<kChains>([&](auto i) { acc[r][i] = F16::zero(); });
-    }
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
+    });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
-      COFIRE_UNROLL
-      for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kAhead + 64 * i);
+      ask_for<Bits>(codes + kAhead);
       const Planes<Bits> planes(codes);
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         const W16 quad = planes.template quad<q>();
         unrolled<4>([&](auto i) __attribute__((always_inline)) {
           F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
           if constexpr (How == Value::kConvert) value = value - middle;
-          COFIRE_UNROLL
-          for (int r = 0; r < R; ++r) {
+          unrolled<R>([&](auto r) __attribute__((always_inline)) {
             F16& sum = acc[r][i % kChains];
             sum = fma(value, F16::all(p[r][column + 4 * q + i]), sum);
-          }
+          });
         });
       });
     }
     const F16 factor = F16::load(scale + g * padded);
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) {
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       F16 sum = acc[r][0];
-      unrolled<kChains - 1>([&](auto i) { sum = sum + acc[r][i + 1]; });
+      unrolled<kChains - 1>([&](auto i)
+                                __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
       y[r] = fma(factor, sum, y[r]);
       if (shift != nullptr) {
         const F16 total = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
         y[r] = fma(F16::load(shift + g * padded), total, y[r]);
       }
-    }
+    });
   }
-  COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) y[r].store(c + r * kWidth);
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
 
 // Rows that are taken together: one, two or kFewRows.
@@ -516,6 +519,7 @@ void tile_pairs(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t pa
 // bf16.
 template <int Bits, Value How>
 void step_to_pairs(const uint8_t* codes, const float* entries, uint8_t* tile) {
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   const Table16 table(entries);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
@@ -550,6 +554,7 @@ Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
 // Decodes quads of one step of a block into a tile of bytes.
 template <int Bits>
 void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     W16 quad = planes.template quad<q>();
@@ -659,6 +664,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
 template <int Bits, Value How>
 void step_to_floats(const uint8_t* codes, const float* entries, F16 factor, F16 moved,
                     float* tile) {
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   const Table16 table(entries);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {

@@ -256,7 +256,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 }
 
 constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
-constexpr int kFewFloats = 4, kFewBytes = 4;
+constexpr int kFewFloats = 12, kFewBytes = 12;
 constexpr bool kLookup = false;
 
 #else
