@@ -208,7 +208,7 @@ def test_tables_show_losses_and_intervals() -> None:
     results = _results()
     results["cells"][0]["accuracy"] = 96.0
     text = ofq_report.markdown(results)
-    assert "| StatsQ | 2 | 96.50 | 6.35 | 97.00 | 0.60% | 1.0e-06 | 1.00% |" in text
+    assert "| StatsQ | 2 | 96.50 | 6.35 | 97.00 | 0.600% | 1.0e-06 | 1.00% |" in text
     assert "| full precision | 2 | 97.50 |" in text
     assert "| accuracy: StatsQ at least 0.5 points above LSQ | +0.10 points (95 % interval +-6.35) | no |" in text
     assert "| 1 | 2.00 | 1.00 | 2.00x |" in text

@@ -81,11 +81,11 @@ def _ratio(name: str, results: Results, first: str, second: str, key: str, most:
     text = f"{_number(a, key)} against {_number(b, key)}"
     if b == 0:
         return Criterion(name, text, None)
-    return Criterion(name, f"{a / b:.2f} ({text})", a / b <= most)
+    return Criterion(name, f"{a / b:.2g} ({text})", a / b <= most)
 
 
 def _number(value: float, key: str) -> str:
-    return f"{value:.2%}" if key == "oscillating" else f"{value:.1e}"
+    return f"{value:.3%}" if key == "oscillating" else f"{value:.1e}"
 
 
 def _ahead(name: str, results: Results, first: str, second: str, least: float) -> Criterion:
@@ -125,7 +125,7 @@ def tables(results: Results) -> list[Table]:
             f"{row['accuracy']:.2f}",
             _half(row["interval"]),
             f"{row['packed']:.2f}",
-            f"{row['oscillating']:.2%}",
+            f"{row['oscillating']:.3%}",
             f"{row['scale_variance']:.1e}",
             f"{row['near_boundary']:.2%}",
         ]
