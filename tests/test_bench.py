@@ -366,7 +366,10 @@ def test_case(case: Case) -> None:
             if name == "compile":  # minutes of compiling; the function it compiles is one of the others
                 continue
             for variant, provider in variants.items():
-                assert given.check(provider, mode, harness.slack(name)) is None, f"{mode}: {name} {variant}"
+                problem = given.check(provider, mode, harness.slack(name))
+                if name != "cofire" and "needs the cpu support" in str(problem):
+                    continue  # what the library says of bfloat16 without AVX-512: no number, and no mistake
+                assert problem is None, f"{mode}: {name} {variant}"
 
 
 def test_flops_of_a_gated_convolution_are_counted_from_the_masks() -> None:
