@@ -193,7 +193,10 @@ def head_backward(sample: Sample) -> Sample:
 
 GATE_HEAD = check_op("gate_head", GATE_HEAD_SAMPLES, tiny=HEAD_TINY, decided_by=decided_by_logits)
 GATE_HEAD_BACKWARD = check_op(
-    "gate_head_backward", [head_backward(s) for s in GATE_HEAD_SAMPLES], tiny=[head_backward(s) for s in HEAD_TINY]
+    "gate_head_backward",
+    [head_backward(s) for s in GATE_HEAD_SAMPLES],
+    tiny=[head_backward(s) for s in HEAD_TINY],
+    by_library=True,
 )
 
 
@@ -456,7 +459,8 @@ def conv_backward(sample: Sample) -> Sample:
 
 
 GATED_CONV2D = [
-    *check_op("gated_conv2d", CONV_SAMPLES, tiny=CONV_TINY),
+    # Two roundings: on some processors the library's own error, which the bound starts from, happens to be the smaller.
+    *check_op("gated_conv2d", CONV_SAMPLES, tiny=CONV_TINY, sums={"output 0": 2}),
     *check_op("gated_conv2d", [], tiny=CONV_TINY_COMPACT),
 ]
 GATED_CONV2D_BACKWARD = [
