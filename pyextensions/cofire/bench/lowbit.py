@@ -435,7 +435,7 @@ def _dequantize(bits: int, group_size: int = 128, format: str = "uniform", **opt
 DEQUANTIZE = [
     _dequantize(4, quick=True, overhead=True),
     _dequantize(2),
-    _dequantize(3),
+    _dequantize(3, gradients=(1,)),
     _dequantize(8),
     _dequantize(4, 64, "nf4"),
 ]
