@@ -278,8 +278,9 @@ def weight_of(
     rest = [None if t is None else t.contiguous() for t in (scale, zero, offset, lut)]
     codes = codes.contiguous()
     if codes.shape[1] % 4 == 0 and not tiles_refused(columns, bits, group_size):
-        # An empty tensor has no address, and may begin anywhere in its storage.
-        if codes.storage_offset() % 4 or (codes.device.type != "meta" and codes.data_ptr() % 4):
+        if codes.numel() == 0:  # counts as contiguous whatever its strides are, and may begin anywhere
+            codes = torch.empty(codes.shape, dtype=codes.dtype, device=codes.device)
+        elif codes.device.type != "meta" and codes.data_ptr() % 4:
             codes = codes.clone()
         codes = codes.view(torch.int32)
     sizes = (codes.shape[1], max(partition_rows, 1), groups, group_size, *zero_strides)
