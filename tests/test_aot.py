@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +57,15 @@ NVIDIA = CHIPS[:-1]  # gfx942 comes last
 
 @functools.cache
 def compiled(chip: str) -> list[dict[str, Any]]:
-    """One process per chip, without the interpreter. One 16-bit type stands for both."""
+    """One process per chip, without the interpreter. One 16-bit type stands for both; fp32 is compiled for sm_90."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(PACKAGE.parent), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "cofire_kernels.aot", chip, "--dtypes", "bfloat16", "float32"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    dtypes = ["bfloat16", "float32"] if chip == "sm_90" else ["bfloat16"]
+    command = [sys.executable, "-m", "cofire_kernels.aot", chip, "--dtypes", *dtypes]
+    lock = Path(tempfile.gettempdir()) / f"cofire-aot-{os.getuid()}-{chip}.lock"
+    with lock.open("w") as file:  # a second worker waits, and then finds everything in Triton's cache
+        fcntl.flock(file, fcntl.LOCK_EX)
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
 
