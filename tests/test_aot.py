@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -117,4 +118,7 @@ def test_streaming_kernels_load_128_bits(kernel: str, chip: str) -> None:
     for facts in of(chip, kernel):
         if facts["constants"].get("BITS") in (3, 5, 6, 7):
             continue  # 32 codes are so many words: three to seven, which no vector is
+        tile = [facts["constants"].get(n, 1) for n in ("BITS", "BLOCK_N", "BLOCK_K")]
+        if "BITS" in facts["constants"] and math.prod(tile) // 8 < 16 * 32 * facts["num_warps"]:
+            continue  # a tile of fewer than 16 bytes a thread
         assert facts["vector_loads"], facts
