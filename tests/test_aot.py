@@ -89,14 +89,19 @@ def test_everything_compiles(chip: str) -> None:
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fits_the_chip(kernel: str, chip: str) -> None:
-    """Shared memory within the limit of a block, and no register spilled to memory."""
+    """Shared memory within the limit of a block, and no register spilled to memory.
+
+    For sm_100, ptxas keeps a value or two on the stack from before a loop until after it, and gains a step of
+    occupancy: it stops at 64, 96 or 128 registers. That costs nothing, so there only a loop must not touch the stack.
+    """
     for facts in of(chip, kernel):
         assert facts["shared"] <= aot.SHARED_MEMORY[chip], facts
-        spilled = facts["spills"] if chip == "gfx942" else facts["stack"] + facts["local"]
-        if chip == "sm_100" and facts["stack"] <= 32 and facts["registers"] <= 128:
-            spilled = facts[
-                "local"
-            ]  # ptxas keeps a small frame there with half of the registers free: not yet explained
+        if chip == "gfx942":
+            spilled = facts["spills"]
+        elif chip == "sm_100":
+            spilled = facts["spills_in_loops"] + max(facts["stack"] - 32, 0) + facts["local"]
+        else:
+            spilled = facts["stack"] + facts["local"]
         assert spilled == 0, facts
 
 

@@ -78,6 +78,15 @@ def _compiling(target: str, into: list[Any]) -> Iterator[None]:
         JITFunction.run = launch
 
 
+def _spills_in_loops(sass: str) -> int:
+    """How many accesses to the stack are between a branch backwards and where it goes."""
+    code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
+    jumps = [(int(at, 16), re.search(r"\bBRA\S*\s(?:.*, )?0x([0-9a-f]+)", text)) for at, text in code]
+    loops = [(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at]
+    stack = [int(at, 16) for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(any(start <= at <= end for start, end in loops) for at in stack)
+
+
 def _resources(cubin: bytes) -> dict[str, int]:
     """Registers, stack and local memory by the disassembler that the triton wheel ships."""
     import triton
@@ -86,9 +95,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+
+        def dump(what: str) -> str:
+            return subprocess.run([str(tool), what, file.name], capture_output=True, text=True, check=True).stdout
+
+        text = dump("--dump-resource-usage")
+        found = {name: int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK", "LOCAL")}  # type: ignore[index]
+        return found | {"LOOPS": _spills_in_loops(dump("--dump-sass")) if found["STACK"] else 0}
 
 
 def _facts(kernel: Any) -> dict[str, Any]:
@@ -100,6 +113,7 @@ def _facts(kernel: Any) -> dict[str, Any]:
         ptx = kernel.asm["ptx"]
         usage = _resources(kernel.asm["cubin"])
         facts |= {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]}
+        facts["spills_in_loops"] = usage["LOOPS"]
         facts |= {"wgmma": "wgmma.mma_async" in ptx, "vector_loads": VECTOR_LOAD.search(ptx) is not None}
     else:
         # scalar registers spill into lanes of vector registers: only vector registers spill into memory

@@ -196,6 +196,7 @@ GATE_HEAD_BACKWARD = check_op(
     "gate_head_backward",
     [head_backward(s) for s in GATE_HEAD_SAMPLES],
     tiny=[head_backward(s) for s in HEAD_TINY],
+    sums={"grad_pooled": 4, "grad_weight": 4, "grad_bias": 4},
     by_library=True,
 )
 

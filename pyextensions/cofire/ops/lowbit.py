@@ -73,7 +73,7 @@ def _dequantize_reference(
         w = w * scale.to(dtype)[:, :, None]
     if offset is not None:
         w = w + offset.to(dtype)[:, :, None]
-    return w.reshape(rows, columns)
+    return w.reshape(rows, columns).contiguous()
 
 
 def _dequantize_backward_reference(
