@@ -190,20 +190,21 @@ Packed::Packed(const Stored& w)
 }
 
 void Packed::set_scales(const Stored& w) {
-  const int64_t width = blocks * kBlock, entries = 1 << bits;
+  const int64_t entries = 1 << bits;
   const auto floats = w.codes.options().dtype(at::kFloat);
   uniform = !w.lut.defined();
-  scale = at::zeros({groups, width}, floats);
+  scale = at::zeros({blocks, groups, kBlock}, floats);
   const bool moved = w.zero.defined() || w.offset.defined();
-  shift = moved ? at::zeros({groups, width}, floats) : at::Tensor();
+  shift = moved ? at::zeros({blocks, groups, kBlock}, floats) : at::Tensor();
   auto* to_scale = scale.mutable_data_ptr<float>();
   auto* to_shift = moved ? shift.mutable_data_ptr<float>() : nullptr;
   at::parallel_for(0, blocks, grain_of(kBlock * groups), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin * kBlock; n < std::min(rows, end * kBlock); ++n) {
       for (int64_t g = 0; g < groups; ++g) {
         const float s = w.scale_of(n, g);
-        to_scale[g * width + n] = s;
-        if (moved) to_shift[g * width + n] = w.offset_of(n, g) - s * w.zero_of(n, g);
+        const int64_t at = (n / kBlock * groups + g) * kBlock + n % kBlock;
+        to_scale[at] = s;
+        if (moved) to_shift[at] = w.offset_of(n, g) - s * w.zero_of(n, g);
       }
     }
   });

@@ -76,7 +76,7 @@ struct Packed {
 
   int64_t rows, columns, bits, group, groups, blocks, steps;
   at::Tensor codes;         // uint8
-  at::Tensor scale, shift;  // fp32 [groups, 16 blocks]: y += scale sum(V x) + shift sum(x)
+  at::Tensor scale, shift;  // fp32 [blocks, groups, 16]: y += scale sum(V x) + shift sum(x)
   at::Tensor table;         // fp32 [P, max(16, 2^bits)]: V
   at::Tensor bytes;         // uint8, of the same shape: V + 128 where V are bytes, else undefined
   bool uniform;             // V is the code itself
@@ -158,9 +158,10 @@ inline void with_bits(int64_t bits, F&& f) {
   }
 }
 
-// c[r][j] += sum_k a[r * row + k * column] * b[k][j] for R rows and kWidth columns. The sum is
-// taken by itself: one chain over all pieces of a long row would lose several times as much.
-template <int R>
+// c[r][j] += sum_k a[r * row + k * column] * b[k][j] for R rows and kWidth columns; in a panel the
+// rows stand side by side: a[k * R + r]. The sum is taken by itself: one chain over all pieces of a
+// long row would lose several times as much.
+template <int R, bool Panel>
 inline void product_rows(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                          float* c, int64_t ldc, int64_t depth) {
   F16 acc[R][kTileBlocks];
@@ -175,7 +176,7 @@ inline void product_rows(const float* a, int64_t row, int64_t column, const floa
     for (int j = 0; j < kTileBlocks; ++j) w[j] = F16::load(b + k * ldb + 16 * j);
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
-      const F16 x = F16::all(a[r * row + k * column]);
+      const F16 x = F16::all(Panel ? a[k * R + r] : a[r * row + k * column]);
       COFIRE_UNROLL
       for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = fma(x, w[j], acc[r][j]);
     }
@@ -190,6 +191,18 @@ inline void product_rows(const float* a, int64_t row, int64_t column, const floa
   }
 }
 
+using Product = void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t,
+                         int64_t);
+
+// The kernel for so many rows, at most kTileRows.
+template <bool Panel>
+inline Product product_of(int64_t rows) {
+  static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Product, sizeof...(R)>{product_rows<R + 1, Panel>...};
+  }(std::make_integer_sequence<int, kTileRows>{});
+  return kernels[rows - 1];
+}
+
 // Cuts rows into nearly equal parts of at most `most`: the size of the next part.
 inline int64_t next_part(int64_t rows, int64_t most) {
   const int64_t parts = (rows + most - 1) / most;
@@ -199,14 +212,9 @@ inline int64_t next_part(int64_t rows, int64_t most) {
 // The same for any number of rows; each row's sums are the same whatever rows stand beside it.
 inline void product(const float* a, int64_t row, int64_t column, const float* b, int64_t ldb,
                     float* c, int64_t ldc, int64_t rows, int64_t depth) {
-  using Kernel =
-      void (*)(const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t);
-  static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
-    return std::array<Kernel, sizeof...(R)>{product_rows<R + 1>...};
-  }(std::make_integer_sequence<int, kTileRows>{});
   for (int64_t r = 0, now; r < rows; r += now) {
     now = next_part(rows - r, kTileRows);
-    kernels[now - 1](a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
+    product_of<false>(now)(a + r * row, row, column, b, ldb, c + r * ldc, ldc, depth);
   }
 }
 

@@ -6,6 +6,7 @@
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight alone, so results do not depend on the number of threads.
+#include <bit>
 #include <cmath>
 
 #include "lowbit.h"
@@ -34,17 +35,35 @@ namespace {
 #endif
 }
 
+constexpr int64_t kRowsAtOnce = 64;  // of x, multiplied by one tile of the weight
+
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
   int64_t count, columns, stride;
-  at::Tensor values;  // fp32 [count, stride]; with bytes only where they go through floats
-  at::Tensor bytes;   // int8 [count, stride]
-  at::Tensor pairs;   // bf16 [count, stride]
-  at::Tensor sums;    // fp32 [count, groups]: of values, or of bytes
-  at::Tensor scales;  // fp32 [count], of bytes
+  at::Tensor values;  // fp32 [count, stride]
+  // Words of four bytes, of two bf16 or of a float, by panels: the rows that a loop takes together
+  // stand side by side, word by word. Apart they would be on a page each, and fetched one by one.
+  at::Tensor words;
+  const uint32_t* first_word = nullptr;
+  int word_shift;               // a word has 1 << word_shift columns
+  std::vector<int64_t> panels;  // the first row of each, and `count`
+  at::Tensor sums;              // fp32 [count, groups]: of values, or of bytes
+  at::Tensor scales;            // fp32 [count], of bytes
 
+  // The end of the panels that are multiplied by one tile, of which `from` is the first.
+  int64_t panels_from(int64_t from) const {
+    int64_t to = from + 1;
+    while (to + 1 < static_cast<int64_t>(panels.size()) &&
+           panels[to + 1] - panels[from] <= kRowsAtOnce) {
+      ++to;
+    }
+    return to;
+  }
   const float* row(int64_t m) const { return values.const_data_ptr<float>() + m * stride; }
-  const int8_t* row8(int64_t m) const { return bytes.const_data_ptr<int8_t>() + m * stride; }
+  // The panel whose first row is m, from a column on.
+  const uint32_t* panel(int64_t m, int64_t rows, int64_t column) const {
+    return first_word + ((m * stride + column * rows) >> word_shift);
+  }
 };
 
 float largest(const float* x, int64_t n) {
@@ -67,63 +86,111 @@ float quantize_row(const float* x, int64_t n, int8_t* out) {
     return scale;
   }
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  for (int64_t i = 0; i < n; ++i) {
-    const float shifted = x[i] / scale + kMagic;
-    int32_t word;
-    std::memcpy(&word, &shifted, sizeof(word));
-    out[i] = static_cast<int8_t>(word);
+  // In two loops over a piece, which compilers turn into vectors; of one they do not.
+  constexpr int64_t kPiece = 64;
+  float shifted[kPiece];
+  for (int64_t i = 0; i < n; i += kPiece) {
+    const int64_t now = std::min(kPiece, n - i);
+    for (int64_t j = 0; j < now; ++j) shifted[j] = x[i + j] / scale + kMagic;
+    for (int64_t j = 0; j < now; ++j) {
+      out[i + j] = static_cast<int8_t>(std::bit_cast<int32_t>(shifted[j]));
+    }
   }
   return scale;
 }
 
-Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, bool many,
-             bool bytes_as_floats) {
+// Rows that are taken together while codes are decoded: one, two or kFewRows.
+int64_t part_of_few(int64_t rows) {
+  if (rows >= kFewRows) return kFewRows;
+  return rows >= 2 ? 2 : 1;
+}
+
+// Sums of a row by groups.
+void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t groups,
+                float* to) {
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t k = g * group;
+    const int64_t end = k + group;
+    if (bytes != nullptr) {
+      int32_t whole = 0;
+      for (; k < end; ++k) whole += bytes[k];
+      to[g] = static_cast<float>(whole);
+      continue;
+    }
+    F16 part = F16::zero();
+    for (; k + 16 <= end; k += 16) part = part + F16::load(values + k);
+    float total = 0, lanes[16];
+    part.store(lanes);
+    for (const float lane : lanes) total += lane;
+    for (; k < end; ++k) total += values[k];
+    to[g] = total;
+  }
+}
+
+Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, Way way) {
   Rows rows;
   rows.count = x.size(0);
   rows.columns = x.size(1);
-  const int64_t apart = many ? kApart : 0;
-  rows.stride = round_up(rows.columns, kStep) + apart;
+  // A few rows of floats are read as they are.
+  const bool pairs = way == Way::kPairs, in_panels = int8 || way != Way::kFew;
+  const bool bytes_as_floats = int8 && way == Way::kStored;
+  rows.stride = round_up(rows.columns, kStep);
   const bool as_it_is = x.scalar_type() == at::kFloat && x.is_contiguous() &&
                         rows.stride == rows.columns && !bytes_as_floats;
-  rows.values = as_it_is ? x : float_rows(x, kStep, apart);
-  if (int8) {
-    rows.bytes = at::empty({rows.count, rows.stride}, x.options().dtype(at::kChar));
-    rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
-  }
+  rows.values = as_it_is ? x : float_rows(x, kStep);
+  if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   if (sums) rows.sums = at::empty({rows.count, groups}, x.options().dtype(at::kFloat));
+  rows.word_shift = pairs ? 1 : int8 && !bytes_as_floats ? 2 : 0;
+  const int64_t words = rows.stride >> rows.word_shift;
+  if (in_panels) rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
+  for (int64_t m = 0; m < rows.count;) {
+    rows.panels.push_back(m);
+    m += way == Way::kFew ? part_of_few(rows.count - m) : next_part(rows.count - m, kTileRows);
+  }
+  rows.panels.push_back(rows.count);
+  if (!in_panels && !sums) return rows;
+  auto* all_words = in_panels ? static_cast<uint32_t*>(rows.words.mutable_data_ptr()) : nullptr;
+  rows.first_word = all_words;
   const auto* values = rows.values.const_data_ptr<float>();
-  at::parallel_for(0, rows.count, grain_of(8 * rows.stride), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      const float* v = values + m * rows.stride;
-      int8_t* p = nullptr;
-      if (int8) {
-        p = rows.bytes.mutable_data_ptr<int8_t>() + m * rows.stride;
-        rows.scales.mutable_data_ptr<float>()[m] = quantize_row(v, rows.columns, p);
-        std::fill(p + rows.columns, p + rows.stride, 0);
-        if (bytes_as_floats) {
-          std::copy(p, p + rows.columns, rows.values.mutable_data_ptr<float>() + m * rows.stride);
+  const int64_t panels = static_cast<int64_t>(rows.panels.size()) - 1;
+  at::parallel_for(
+      0, panels, grain_of(8 * kTileRows * rows.stride), [&](int64_t begin, int64_t end) {
+        std::vector<uint32_t> row(words);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = rows.panels[i], together = rows.panels[i + 1] - first;
+          for (int64_t r = 0; r < together; ++r) {
+            const int64_t m = first + r;
+            const float* v = values + m * rows.stride;
+            const uint32_t* from = row.data();
+            auto* bytes = reinterpret_cast<int8_t*>(row.data());
+            if (int8) {
+              rows.scales.mutable_data_ptr<float>()[m] = quantize_row(v, rows.columns, bytes);
+              std::fill(bytes + rows.columns, bytes + rows.stride, 0);
+              if (bytes_as_floats) {
+                auto* back = rows.values.mutable_data_ptr<float>() + m * rows.stride;
+                std::copy(bytes, bytes + rows.columns, back);
+                from = reinterpret_cast<const uint32_t*>(back);
+              }
+            } else if (pairs) {
+              auto* narrow = reinterpret_cast<c10::BFloat16*>(row.data());  // what they were
+              int64_t k = 0;
+              for (; k + kLanes <= rows.stride; k += kLanes)
+                store_f32(narrow + k, Vec::loadu(v + k));
+              for (; k < rows.stride; ++k) narrow[k] = static_cast<c10::BFloat16>(v[k]);
+            } else {
+              from = reinterpret_cast<const uint32_t*>(v);
+            }
+            if (in_panels) {
+              uint32_t* to = all_words + first * words + r;
+              for (int64_t w = 0; w < words; ++w) to[w * together] = from[w];
+            }
+            if (sums) {
+              sum_groups(v, int8 ? bytes : nullptr, group, groups,
+                         rows.sums.mutable_data_ptr<float>() + m * groups);
+            }
+          }
         }
-      }
-      for (int64_t g = 0; sums && g < groups; ++g) {
-        const int64_t from = g * group, to = from + group;
-        float total = 0;
-        if (int8) {
-          int32_t whole = 0;
-          for (int64_t k = from; k < to; ++k) whole += p[k];
-          total = static_cast<float>(whole);
-        } else {
-          F16 part = F16::zero();
-          int64_t k = from;
-          for (; k + 16 <= to; k += 16) part = part + F16::load(v + k);
-          float lanes[16];
-          part.store(lanes);
-          for (const float lane : lanes) total += lane;
-          for (; k < to; ++k) total += v[k];
-        }
-        rows.sums.mutable_data_ptr<float>()[m * groups + g] = total;
-      }
-    }
-  });
+      });
   return rows;
 }
 
@@ -173,12 +240,6 @@ struct Sink {
   }
 };
 
-COFIRE_INLINE uint32_t four(const int8_t* p) {
-  uint32_t word;
-  std::memcpy(&word, p, sizeof(word));
-  return word;
-}
-
 // Bytes of the weight that are asked for in advance: where a step takes some 25 cycles, memory
 // answers after 20 of them; a tile stops reading for as long as it is multiplied.
 constexpr int64_t kAhead = 6144, kTileAhead = 2048;
@@ -212,6 +273,12 @@ void with_value(const Packed& w, F&& f) {
 // The loops over rows are unrolled by `unrolled`: arrays that a pragma's loop indexes stay in
 // memory.
 
+// How many quads of unsigned codes of so many bits, times signed bytes, 16 bits can hold the sums
+// of: whole steps. A pair of products is at most 2 * 127 * the largest code.
+constexpr int64_t narrow_quads(int64_t bits) {
+  return std::max<int64_t>(32767 / (254 * ((int64_t{1} << bits) - 1)) / 8 * 8, 8);
+}
+
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
 void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
@@ -223,58 +290,55 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
     std::memcpy(entries, w.bytes.const_data_ptr<uint8_t>() + block / w.partition_blocks * size, 16);
   }
   const Bytes16 table(entries);
-  const int8_t* p[R];
-  unrolled<R>([&](auto r) __attribute__((always_inline)) { p[r] = x.row8(m + r); });
+  const uint32_t* p = x.panel(m, R, 0);
   F16 y[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
   const uint8_t* codes = w.step(block, 0);
-  const int64_t padded = kBlock * w.blocks;
-  const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
-  const float* shift =
-      w.byte_shift.defined() ? w.byte_shift.const_data_ptr<float>() + block * kBlock : nullptr;
-  int64_t column = 0;
+  const float* scale = w.scale.const_data_ptr<float>() + block * w.groups * kBlock;
+  const float* shift = w.byte_shift.defined()
+                           ? w.byte_shift.const_data_ptr<float>() + block * w.groups * kBlock
+                           : nullptr;
+  constexpr int64_t kHeld = narrow_quads(Bits) / 8;  // steps, where 16 bits hold sums
   for (int64_t g = 0; g < w.groups; ++g) {
-    W16 total[R], acc[R][kChains];
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      total[r] = W16::zero();
-      unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
-    });
-    for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
-      ask_for<Bits>(codes + kAhead);
-      const Planes<Bits> planes(codes);
-      if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
-        unrolled<R>([&](auto r) __attribute__((always_inline)) {
-          unrolled<kChains>([&](auto i)
-                                __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
-        });
-      }
-      unrolled<8>([&](auto q) __attribute__((always_inline)) {
-        W16 quad = planes.template quad<q>();
-        if constexpr (Lookup) quad = table[quad];
-        unrolled<R>([&](auto r) __attribute__((always_inline)) {
-          acc[r][q % kChains] =
-              dot<Kind>(acc[r][q % kChains], quad, W16::all(four(p[r] + column + 4 * q)));
-        });
+    W16 total[R];
+    unrolled<R>([&](auto r) __attribute__((always_inline)) { total[r] = W16::zero(); });
+    for (int64_t s = 0; s < steps;) {
+      W16 acc[R][kChains];
+      unrolled<R>([&](auto r) __attribute__((always_inline)) {
+        unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
       });
-      if constexpr (Kind == Bytes::kNarrow) {
-        unrolled<R>([&](auto r) __attribute__((always_inline)) {
-          unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
-            total[r] = widened<Kind>(total[r], acc[r][i]);
+      const auto add_step = [&]() __attribute__((always_inline)) {
+        ask_for<Bits>(codes + kAhead);
+        const Planes<Bits> planes(codes);
+        unrolled<8>([&](auto q) __attribute__((always_inline)) {
+          W16 quad = planes.template quad<q>();
+          if constexpr (Lookup) quad = table[quad];
+          unrolled<R>([&](auto r) __attribute__((always_inline)) {
+            acc[r][q % kChains] = dot<Kind>(acc[r][q % kChains], quad, W16::all(p[q * R + r]));
           });
         });
+        codes += 64 * Bits;
+        p += 8 * R;
+        ++s;
+      };
+      if constexpr (Kind == Bytes::kNarrow && kHeld == 1) {
+        add_step();
+      } else {
+        const int64_t end = Kind == Bytes::kNarrow ? std::min(steps, s + kHeld) : steps;
+        while (s < end) add_step();
       }
-    }
-    const F16 factor = F16::load(scale + g * padded);
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      if constexpr (Kind != Bytes::kNarrow) {
+      unrolled<R>([&](auto r) __attribute__((always_inline)) {
         unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
           total[r] = widened<Kind>(total[r], acc[r][i]);
         });
-      }
+      });
+    }
+    const F16 factor = F16::load(scale + g * kBlock);
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
       y[r] = fma(factor, to_float(total[r]), y[r]);
       if (shift != nullptr) {
         const F16 sum = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
-        y[r] = fma(F16::load(shift + g * padded), sum, y[r]);
+        y[r] = fma(F16::load(shift + g * kBlock), sum, y[r]);
       }
     });
   }
@@ -291,7 +355,7 @@ COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Ta
   } else if constexpr (How == Value::kTable) {
     return table[shift_right<8 * I>(quad)];
   } else {
-    const W16 code = shift_right<8 * I>(quad) & W16::all(255);
+    const W16 code = byte_of<I>(quad);
     return How == Value::kConvert ? to_float(code) : gather(entries, code);
   }
 }
@@ -309,10 +373,10 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   F16 y[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
   const uint8_t* codes = w.step(block, 0);
-  const int64_t padded = kBlock * w.blocks;
-  const float* scale = w.scale.const_data_ptr<float>() + block * kBlock;
-  const float* shift =
-      w.few_shift.defined() ? w.few_shift.const_data_ptr<float>() + block * kBlock : nullptr;
+  const float* scale = w.scale.const_data_ptr<float>() + block * w.groups * kBlock;
+  const float* shift = w.few_shift.defined()
+                           ? w.few_shift.const_data_ptr<float>() + block * w.groups * kBlock
+                           : nullptr;
   const float* p[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { p[r] = x.row(m + r); });
   int64_t column = 0;
@@ -336,7 +400,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
         });
       });
     }
-    const F16 factor = F16::load(scale + g * padded);
+    const F16 factor = F16::load(scale + g * kBlock);
     unrolled<R>([&](auto r) __attribute__((always_inline)) {
       F16 sum = acc[r][0];
       unrolled<kChains - 1>([&](auto i)
@@ -344,17 +408,11 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
       y[r] = fma(factor, sum, y[r]);
       if (shift != nullptr) {
         const F16 total = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
-        y[r] = fma(F16::load(shift + g * padded), total, y[r]);
+        y[r] = fma(F16::load(shift + g * kBlock), total, y[r]);
       }
     });
   }
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
-}
-
-// Rows that are taken together: one, two or kFewRows.
-int64_t part_of_few(int64_t rows) {
-  if (rows >= kFewRows) return kFewRows;
-  return rows >= 2 ? 2 : 1;
 }
 
 template <typename F>
@@ -423,19 +481,17 @@ void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
 
 // ----------------------------------------------------------------------------------- more rows
 
-constexpr int64_t kRowsAtOnce = 64;
-
 // R rows times kTileBlocks blocks over one group of decoded words [word][kWidth]: four bytes each,
-// or a pair of bf16. `p` and `stride`: the rows of x, of the same words.
+// or a pair of bf16. `p`: a panel of x, [word][R].
 template <int R, typename Sum, typename Dot>
-COFIRE_INLINE void add_word(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t q,
+COFIRE_INLINE void add_word(const uint32_t* p, const uint8_t* tile, int64_t q,
                             Sum (&sums)[R][kTileBlocks], const Dot& dot_of) {
   W16 w[kTileBlocks];
   COFIRE_UNROLL
   for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
-    const W16 x = W16::all(four(p + r * stride + 4 * q));
+    const W16 x = W16::all(p[q * R + r]);
     COFIRE_UNROLL
     for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = dot_of(sums[r][j], w[j], x);
   }
@@ -450,69 +506,94 @@ COFIRE_INLINE void clear(Sum (&sums)[R][kTileBlocks]) {
   }
 }
 
+// Some groups of kTileBlocks blocks, decoded.
+struct Piece {
+  const uint8_t* tile;         // [groups][words][kWidth]
+  int64_t groups, words;       // words of a group: whole steps
+  int64_t held;                // quads whose sums 16 bits can hold
+  const float *scale, *shift;  // [groups][kWidth]; no shift: null
+  int64_t all_groups;          // of x
+};
+
 // c += scale * total + shift * sums.
 template <int R>
-COFIRE_INLINE void add_group(F16 (&total)[R][kTileBlocks], const float* scale, const float* shift,
-                             const float* sums, int64_t groups, float* c) {
+COFIRE_INLINE void add_group(const F16 (&total)[R][kTileBlocks], const Piece& piece, int64_t g,
+                             const float* sums, float* c) {
   COFIRE_UNROLL
   for (int j = 0; j < kTileBlocks; ++j) {
-    const F16 factor = F16::load(scale + 16 * j);
-    const F16 moved = shift != nullptr ? F16::load(shift + 16 * j) : F16::zero();
+    const int64_t at = g * kWidth + 16 * j;
+    const F16 factor = F16::load(piece.scale + at);
+    const F16 moved = piece.shift != nullptr ? F16::load(piece.shift + at) : F16::zero();
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
       float* to = c + r * kWidth + 16 * j;
       F16 y = fma(factor, total[r][j], F16::load(to));
-      if (shift != nullptr) y = fma(moved, F16::all(sums[r * groups]), y);
+      if (piece.shift != nullptr) y = fma(moved, F16::all(sums[r * piece.all_groups + g]), y);
       y.store(to);
     }
   }
 }
 
-template <int R, Bytes Kind>
-void tile_bytes(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t quads,
-                const float* scale, const float* shift, const float* sums, int64_t groups,
-                float* c) {
-  W16 acc[R][kTileBlocks];
-  clear(acc);
+// A panel of R rows times a piece. `Long`: 16 bits hold the sums of more than one step.
+template <int R, Bytes Kind, bool Long>
+void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float* c) {
   const auto dot_of = [](W16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot<Kind>(a, w, x); };
-  if constexpr (Kind == Bytes::kNarrow) {  // 16 bits hold one step
-    for (int64_t q = 0; q < quads; q += 8) {
-      W16 narrow[R][kTileBlocks];
-      clear(narrow);
-      unrolled<8>([&](auto i) __attribute__((always_inline)) {
-        add_word(p, stride, tile, q + i, narrow, dot_of);
-      });
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) {
+  const uint8_t* tile = piece.tile;
+  for (int64_t g = 0; g < piece.groups; ++g) {
+    W16 acc[R][kTileBlocks];
+    clear(acc);
+    if constexpr (Kind == Bytes::kNarrow) {
+      for (int64_t q = 0; q < piece.words;) {
+        W16 narrow[R][kTileBlocks];
+        clear(narrow);
+        const auto add_step = [&]() __attribute__((always_inline)) {
+          unrolled<8>([&](auto i) __attribute__((always_inline)) {
+            add_word(p, tile, q + i, narrow, dot_of);
+          });
+          q += 8;
+        };
+        if constexpr (Long) {
+          for (const int64_t end = std::min(piece.words, q + piece.held); q < end;) add_step();
+        } else {
+          add_step();
+        }
         COFIRE_UNROLL
-        for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
+        for (int r = 0; r < R; ++r) {
+          COFIRE_UNROLL
+          for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
+        }
       }
+    } else {
+      for (int64_t q = 0; q < piece.words; ++q) add_word(p, tile, q, acc, dot_of);
     }
-  } else {
-    for (int64_t q = 0; q < quads; ++q) add_word(p, stride, tile, q, acc, dot_of);
-  }
-  F16 total[R][kTileBlocks];
-  COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) {
+    F16 total[R][kTileBlocks];
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) total[r][j] = to_float(acc[r][j]);
+    for (int r = 0; r < R; ++r) {
+      COFIRE_UNROLL
+      for (int j = 0; j < kTileBlocks; ++j) total[r][j] = to_float(acc[r][j]);
+    }
+    add_group(total, piece, g, sums, c);
+    p += piece.words * R;
+    tile += piece.words * 4 * kWidth;
   }
-  add_group(total, scale, shift, sums, groups, c);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
 // The same for pairs of bf16.
 template <int R>
-void tile_pairs(const int8_t* p, int64_t stride, const uint8_t* tile, int64_t pairs,
-                const float* scale, const float* shift, const float* sums, int64_t groups,
-                float* c) {
-  F16 acc[R][kTileBlocks];
-  clear(acc);
+void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float* c) {
   const auto dot_of = [](F16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot_bf16(a, w, x); };
-  for (int64_t q = 0; q < pairs; ++q) add_word(p, stride, tile, q, acc, dot_of);
-  add_group(acc, scale, shift, sums, groups, c);
+  const uint8_t* tile = piece.tile;
+  for (int64_t g = 0; g < piece.groups; ++g) {
+    F16 acc[R][kTileBlocks];
+    clear(acc);
+    for (int64_t q = 0; q < piece.words; ++q) add_word(p, tile, q, acc, dot_of);
+    add_group(acc, piece, g, sums, c);
+    p += piece.words * R;
+    tile += piece.words * 4 * kWidth;
+  }
 }
 
 // Decodes one step of a block into a tile of pairs: codes, and the bytes of tables, are exact in
@@ -534,12 +615,15 @@ void step_to_pairs(const uint8_t* codes, const float* entries, uint8_t* tile) {
 }
 #endif
 
-using Tile = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const float*, const float*,
-                      const float*, int64_t, float*);
+using Tile = void (*)(const Piece&, const uint32_t*, const float*, float*);
 
 template <Bytes Kind, int... R>
-Tile tile_kernel(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr Tile kernels[] = {tile_bytes<R + 1, Kind>...};
+Tile tile_kernel(int64_t rows, [[maybe_unused]] int64_t held, std::integer_sequence<int, R...>) {
+  static constexpr Tile kernels[] = {tile_bytes<R + 1, Kind, false>...};
+  if constexpr (Kind == Bytes::kNarrow) {
+    static constexpr Tile long_kernels[] = {tile_bytes<R + 1, Kind, true>...};
+    if (held > 8) return long_kernels[rows - 1];
+  }
   return kernels[rows - 1];
 }
 
@@ -574,20 +658,18 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
 
 // By tiles of bytes, or of pairs of bf16.
 void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
-  const int64_t tiles = (w.blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * w.blocks;
+  const int64_t tiles = (w.blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
   const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
-  const int8_t* const words =
-      pairs ? reinterpret_cast<const int8_t*>(x.pairs.const_data_ptr<c10::BFloat16>())
-            : x.bytes.const_data_ptr<int8_t>();
+  const int64_t held = narrow_quads(w.bits);
   const auto kernel = [&](int64_t rows) {
     Tile found = nullptr;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
     if (pairs) return pairs_kernel(rows, std::make_integer_sequence<int, kTileRows>{});
 #endif
     with_kind(w, [&](auto kind) {
-      found = tile_kernel<kind>(rows, std::make_integer_sequence<int, kTileRows>{});
+      found = tile_kernel<kind>(rows, held, std::make_integer_sequence<int, kTileRows>{});
     });
     return found;
   };
@@ -620,37 +702,50 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
     });
   };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
+  // Decoded at a time: some groups, or a part of one.
+  const int64_t at_most = kTileBytes / (kStep * kWidth * size);
+  const int64_t groups = std::clamp<int64_t>(at_most / steps, 1, w.groups);
+  const int64_t part = std::min(steps, at_most);
+  const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
-    const int64_t at_once = std::min(kRowsAtOnce, x.count);
-    constexpr int64_t kPiece = 8;  // steps that are decoded at a time: 24 KB at most
-    std::vector<uint8_t> tile(64 + std::min(steps, kPiece) * kStep * kWidth * size);
-    std::vector<float> c(at_once * kWidth), factor(kWidth), moved(kWidth);
+    std::vector<uint8_t> tile(64 + groups * part * kStep * kWidth * size);
+    std::vector<float> c(std::min(kRowsAtOnce, x.count) * kWidth);
+    std::vector<float> factor(groups * kWidth), moved(groups * kWidth);
+    // Of the groups from g on, for the blocks from `first` on.
+    const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,
+                            int64_t used, std::vector<float>& to) {
+      for (int64_t b = 0; b < used; ++b) {
+        const float* from = all.const_data_ptr<float>() + ((first + b) * w.groups + g) * kBlock;
+        for (int64_t i = 0; i < now; ++i) {
+          F16::load(from + i * kBlock).store(to.data() + i * kWidth + b * kBlock);
+        }
+      }
+    };
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTileBlocks,
                     used = std::min<int64_t>(kTileBlocks, w.blocks - first);
-      for (int64_t m = 0; m < x.count; m += at_once) {
-        const int64_t rows = std::min(at_once, x.count - m);
+      for (int64_t from = 0, to; from < panels; from = to) {
+        const int64_t m = x.panels[from];
+        to = x.panels_from(from);
+        const int64_t rows = x.panels[to] - m;
         std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
-        for (int64_t g = 0; g < w.groups; ++g) {
-          std::copy_n(w.scale.const_data_ptr<float>() + g * padded + first * kBlock, used * kBlock,
-                      factor.begin());
-          if (shift_of.defined()) {
-            std::copy_n(shift_of.const_data_ptr<float>() + g * padded + first * kBlock,
-                        used * kBlock, moved.begin());
-          }
-          for (int64_t s = 0; s < steps; s += kPiece) {
-            const int64_t piece = std::min(kPiece, steps - s), at = g * steps + s;
-            decode(first, used, at, piece, tile.data());
-            // The shift of a group is added with its first piece.
+        for (int64_t g = 0; g < w.groups; g += groups) {
+          const int64_t now = std::min(groups, w.groups - g);
+          gather(w.scale, g, now, first, used, factor);
+          if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
+          for (int64_t s = 0; s < steps; s += part) {
+            const int64_t length = std::min(part, steps - s), at = g * steps + s;
+            decode(first, used, at, now * length, tile.data());
+            // The shift of a group is added with its first part.
             const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
-            for (int64_t r = 0, now; r < rows; r += now) {
-              now = next_part(rows - r, kTileRows);
-              const float* sums = shift != nullptr
-                                      ? x.sums.const_data_ptr<float>() + (m + r) * w.groups + g
-                                      : nullptr;
-              kernel(now)(words + ((m + r) * x.stride + at * kStep) * size, x.stride * size,
-                          tile.data(), piece * kStep / 4 * size, factor.data(), shift, sums,
-                          w.groups, c.data() + r * kWidth);
+            const Piece piece{tile.data(), now,     length * kStep / 4 * size, held, factor.data(),
+                              shift,       w.groups};
+            for (int64_t i = from; i < to; ++i) {
+              const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+              const float* sums =
+                  shift != nullptr ? x.sums.const_data_ptr<float>() + r * w.groups + g : nullptr;
+              kernel(together)(piece, x.panel(r, together, at * kStep), sums,
+                               c.data() + (r - m) * kWidth);
             }
           }
         }
@@ -678,17 +773,43 @@ void step_to_floats(const uint8_t* codes, const float* entries, F16 factor, F16 
 
 void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
-  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks, padded = kBlock * blocks;
-  constexpr int64_t kDepth = 128;  // columns that are decoded at a time: 24 KB at most
+  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
+  constexpr int64_t kDepth = kTileBytes / (4 * kWidth) / kStep * kStep;  // columns of a tile
   const int64_t cost = x.stride * kWidth / 2 * x.count;
+  // Columns [k, k + depth) of the blocks from `first` on.
+  const auto decode = [&](int64_t first, int64_t used, int64_t k, int64_t depth, float* tile) {
+    with_value(*w, [&](auto bits, auto how) {
+      for (int64_t b = 0; b < used; ++b) {
+        const float* entries =
+            w->table.const_data_ptr<float>() + (first + b) / w->partition_blocks * w->table.size(1);
+        const int64_t block = (first + b) * w->groups * kBlock;
+        const float* scale = w->scale.const_data_ptr<float>() + block;
+        const float* shift =
+            w->shift.defined() ? w->shift.const_data_ptr<float>() + block : nullptr;
+        const uint8_t* codes = w->step(first + b, k / kStep);
+        for (int64_t i = 0; i < depth;) {
+          const int64_t g = w->groups == 1 ? 0 : (k + i) / w->group;
+          const int64_t end = w->groups == 1 ? depth : std::min(depth, (g + 1) * w->group - k);
+          const F16 factor = F16::load(scale + g * kBlock);
+          const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
+          for (; i < end; i += kStep, codes += 64 * bits) {
+            step_to_floats<bits, how>(codes, entries, factor, moved, tile + i * kWidth + 16 * b);
+          }
+        }
+      }
+    });
+  };
+  const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
-    const int64_t at_once = std::min(kRowsAtOnce, x.count);
-    std::vector<float> tile(kDepth * kWidth), c(at_once * kWidth), values(kDepth);
+    std::vector<float> tile(kDepth * kWidth), c(std::min(kRowsAtOnce, x.count) * kWidth),
+        values(kDepth);
     std::vector<uint8_t> bytes(kDepth + 16);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t first = t * kTileBlocks, used = std::min<int64_t>(kTileBlocks, blocks - first);
-      for (int64_t m = 0; m < x.count; m += at_once) {
-        const int64_t rows = std::min(at_once, x.count - m);
+      for (int64_t from = 0, to; from < panels; from = to) {
+        const int64_t m = x.panels[from];
+        to = x.panels_from(from);
+        const int64_t rows = x.panels[to] - m;
         std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
         for (int64_t k = 0; k < x.columns; k += kDepth) {
           const int64_t depth = std::min(kDepth, x.columns - k);
@@ -696,28 +817,18 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
             const int64_t last = std::min(stored.rows, (first + used) * kBlock);
             for (int64_t n = first * kBlock; n < last; ++n) {
               stored.values_of(n, k, depth, bytes.data(), values.data());
-              float* to = tile.data() + (n - first * kBlock);
-              for (int64_t i = 0; i < depth; ++i) to[i * kWidth] = values[i];
+              float* column = tile.data() + (n - first * kBlock);
+              for (int64_t i = 0; i < depth; ++i) column[i * kWidth] = values[i];
             }
           } else {
-            with_value(*w, [&](auto bits, auto how) {
-              for (int64_t b = 0; b < used; ++b) {
-                const float* entries = w->table.const_data_ptr<float>() +
-                                       (first + b) / w->partition_blocks * w->table.size(1);
-                for (int64_t i = 0; i < depth; i += kStep) {
-                  const int64_t g = w->groups == 1 ? 0 : (k + i) / w->group;
-                  const int64_t at = g * padded + (first + b) * kBlock;
-                  const F16 factor = F16::load(w->scale.const_data_ptr<float>() + at);
-                  const F16 moved = w->shift.defined()
-                                        ? F16::load(w->shift.const_data_ptr<float>() + at)
-                                        : F16::zero();
-                  step_to_floats<bits, how>(w->step(first + b, (k + i) / kStep), entries, factor,
-                                            moved, tile.data() + i * kWidth + 16 * b);
-                }
-              }
-            });
+            decode(first, used, k, depth, tile.data());
           }
-          product(x.row(m) + k, x.stride, 1, tile.data(), kWidth, c.data(), kWidth, rows, depth);
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+            const auto* p = reinterpret_cast<const float*>(x.panel(r, together, k));
+            product_of<true>(together)(p, 0, 0, tile.data(), kWidth, c.data() + (r - m) * kWidth,
+                                       kWidth, depth);
+          }
         }
         sink(c.data(), m, rows, first * kBlock, kWidth);
       }
@@ -766,11 +877,8 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
                             : way == Way::kFew ? &w->few_shift
                                                : &w->shift;
   const bool sums = shift != nullptr && shift->defined() && way != Way::kFloats;
-  Rows rows = prepare(x, w != nullptr ? w->group : stored.columns, w != nullptr ? w->groups : 1,
-                      int8, sums, way != Way::kFew, int8 && way == Way::kStored);
-  if (way == Way::kPairs) {
-    rows.pairs = rows.values.to(at::kBFloat16);  // what they were, padded
-  }
+  const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
+                            w != nullptr ? w->groups : 1, int8, sums, way);
   const Sink sink{rows, low_rank, int8,
                   bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
   switch (way) {

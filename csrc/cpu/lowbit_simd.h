@@ -68,6 +68,12 @@ COFIRE_INLINE W16 shift_left(W16 a) {
   if constexpr (S == 0) return a;
   return {_mm512_slli_epi32(a.v, S)};
 }
+// Byte I of each lane, as a number.
+template <int I>
+COFIRE_INLINE W16 byte_of(W16 a) {
+  if constexpr (I == 3) return shift_right<24>(a);
+  return shift_right<8 * I>(a) & W16::all(255);
+}
 COFIRE_INLINE F16 to_float(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 COFIRE_INLINE W16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
 // Keeps a product from being fused into the addition that follows it.
@@ -122,10 +128,10 @@ COFIRE_INLINE F16 dot_bf16(F16 acc, W16 w, W16 x) {
 #endif
 
 // The rows and blocks of a tile; the rows that are multiplied while decoding, and up to how many
-// they are taken in such parts, of floats and of bytes; their sums in registers; whether a table
-// beats a conversion.
+// they are taken in such parts, of floats and of bytes; the size of a tile of bytes or pairs; their
+// sums in registers; whether a table beats a conversion.
 constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kSums = 16;
-constexpr int kFewFloats = 4, kFewBytes = 4;
+constexpr int kFewFloats = 4, kFewBytes = 4, kTileBytes = 24 << 10;
 constexpr bool kLookup = true;
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -190,6 +196,16 @@ template <int S>
 COFIRE_INLINE W16 shift_left(W16 x) {
   if constexpr (S == 0) return x;
   return {_mm256_slli_epi32(x.a, S), _mm256_slli_epi32(x.b, S)};
+}
+template <int I>
+COFIRE_INLINE W16 byte_of(W16 x) {
+  if constexpr (I == 0) return x & W16::all(255);
+  if constexpr (I == 3) return shift_right<24>(x);
+  // One instruction in place of a shift and a mask.
+  constexpr int none = static_cast<int>(0x80808000u);
+  const __m256i pick = _mm256_broadcastsi128_si256(
+      _mm_setr_epi32(none + I, none + I + 4, none + I + 8, none + I + 12));
+  return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
 }
 COFIRE_INLINE F16 to_float(W16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 COFIRE_INLINE F16 rounded(F16 x) {
@@ -256,7 +272,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 }
 
 constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
-constexpr int kFewFloats = 12, kFewBytes = 12;
+constexpr int kFewFloats = 8, kFewBytes = 4, kTileBytes = 24 << 10;
 constexpr bool kLookup = false;
 
 #else
@@ -312,6 +328,10 @@ template <int S>
 COFIRE_INLINE W16 shift_right(W16 a) {
   COFIRE_LANES(W16, a.v[i] >> S)
 }
+template <int I>
+COFIRE_INLINE W16 byte_of(W16 a) {
+  COFIRE_LANES(W16, a.v[i] >> (8 * I) & 255)
+}
 template <int S>
 COFIRE_INLINE W16 shift_left(W16 a){COFIRE_LANES(W16, a.v[i] << S)} COFIRE_INLINE F16
     to_float(W16 a){
@@ -352,7 +372,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 #undef COFIRE_LANES
 
 constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kSums = 1;
-constexpr int kFewFloats = 2, kFewBytes = 2;
+constexpr int kFewFloats = 2, kFewBytes = 2, kTileBytes = 16 << 10;
 constexpr bool kLookup = false;
 
 #endif

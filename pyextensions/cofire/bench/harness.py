@@ -9,7 +9,7 @@ How a number comes about:
   more than a minute). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the first
   7 alone. A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
   ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
-* Calls shorter than 100 us are repeated within one reading. A short call runs once untimed before it, so that it finds
+* Calls shorter than 1 ms are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
   that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
   runs under ``torch.inference_mode``.
@@ -41,7 +41,7 @@ from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thr
 from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
 from cofire.registry import OPERATORS
 
-READING_MS = 0.1  #: a shorter call is repeated until a reading lasts this long
+READING_MS = 1.0  #: a shorter call is repeated until a reading lasts this long
 ONE_THREAD = "peer:cofire-on-one-thread"
 NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its readings
