@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -49,9 +50,9 @@ def _run(*command: str | Path, cwd: Path, **extra: str) -> str:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree with the object files of the checkout, so that nothing is compiled twice."""
+    """A copy of the tree."""
     target = tmp_path_factory.mktemp("source") / "cofire"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", "dist", "*.so", "__pycache__", "report", "runs")
+    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", "build", "dist", "*.so", "__pycache__", "report", "runs")
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
@@ -65,9 +66,16 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def artefacts(source: Path) -> dict[str, Path]:
-    _run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", cwd=source)
-    (wheel,), (sdist,) = (source / "dist").glob("*.whl"), (source / "dist").glob("*.tar.gz")
+def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Built in the checkout, by one worker at a time: its object files serve, so nothing is compiled twice."""
+    out = tmp_path_factory.mktemp("dist")
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    with (ROOT / ".cache" / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in (ROOT / "build").glob("lib*"):  # modules that are gone would be in the wheel
+            shutil.rmtree(old)
+        _run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "--outdir", out, cwd=ROOT)
+    (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return {"wheel": wheel, "sdist": sdist}
 
 
