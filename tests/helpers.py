@@ -626,7 +626,7 @@ def check_op(
     Args:
         operator: its name in ``cofire.registry.OPERATORS``.
         samples: run through the cheap checks in every dtype. The first should be small and general: in the interpreter
-            it alone is run in every dtype and layout.
+            it alone is run in every dtype and layout in the first tier, and the samples of the second tier only in fp32.
         tiny: two samples, same options and other sizes (2 or more), for the dear checks.
         constants: float arguments that have no gradient.
         wide: float arguments that stay in fp32 when the input has 16 bits.
@@ -660,7 +660,8 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
     for provider in providers(case.operator):
         for i, sample in enumerate(samples):
             interpreted = provider.name == "triton"
-            for dtype in _dtypes_of(case, sample, dtypes, provider):
+            once = interpreted and sample.full  # seconds each: in fp32, as it is
+            for dtype in [torch.float32] if once else _dtypes_of(case, sample, dtypes, provider):
                 later = sample.full or (interpreted and i > 0 and dtype != torch.float32)
                 marks = [*provider.marks, *([pytest.mark.full] if later else [])]
                 id = (name, provider.name, sample.name, str(dtype).removeprefix("torch."))
@@ -669,7 +670,7 @@ def _cheap(case: Case, samples: Sequence[Sample], dtypes: Sequence[torch.dtype])
                 smooth = dtype == torch.float32 or (dtype.itemsize == 2 and not sample.kink)
                 if differentiable and provider.name in ("cpu", "cuda") and smooth:
                     yield _param(check_gradient, case, provider, sample, dtype, id=("gradient", *id), marks=marks)
-            if provider.name != "reference":
+            if provider.name != "reference" and not once:
                 later = sample.full or (interpreted and i > 0)
                 marks = [*provider.marks, *([pytest.mark.full] if later else [])]
                 yield _param(
