@@ -52,7 +52,9 @@ def _run(*command: str | Path, cwd: Path, **extra: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree."""
     target = tmp_path_factory.mktemp("source") / "cofire"
-    ignored = shutil.ignore_patterns(".git", ".venv", ".cache", "build", "dist", "*.so", "__pycache__", "report", "runs")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".cache", "build", "dist", "*.so", "__pycache__", "report", "runs"
+    )
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
 
