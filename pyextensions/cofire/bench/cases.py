@@ -53,6 +53,7 @@ class Provider:
     hot: bool = (
         False  #: prepares nothing and reads no less than others: the modes on cold and on new weights leave it out
     )
+    own_threads: bool = False  #: computes on threads of its own, which may spin on when a call is over
 
 
 def installed(name: str) -> bool:

@@ -13,6 +13,7 @@ How a number comes about:
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
   that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
   runs under ``torch.inference_mode``.
+* Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
 * A fixed multiplication is timed around every case; where it slowed down by 15 % the case is measured once more (not in
   a quick run), and if that does not help, or a row's own readings spread by half, the row is marked noisy.
 * ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense
@@ -28,7 +29,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ READING_MS = 1.0  #: a shorter call is repeated until a reading lasts this long
 ONE_THREAD = "peer:cofire-on-one-thread"
 NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its readings
+#: Threads that wait for work spin, on the cores of those whose turn it is next: between different pools of threads there is
+#: a pause after which they sleep, and a first call that wakes the others.
+SETTLE_SECONDS = 0.02
 #: A reading of so many ms that is so many times the shortest is slow: it takes part in the first few rounds alone.
 SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
 LONGEST_SECONDS = 60  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
@@ -187,9 +191,12 @@ def _warm_up(run: Run, device: str) -> float:
 
 
 def read_in_turns(
-    runs: Mapping[str, Run], device: str, seconds: float, least: int, most: int
+    runs: Mapping[str, Run], device: str, seconds: float, least: int, most: int, own_threads: Collection[str] = ()
 ) -> dict[str, list[float]]:
-    """Readings in ms of each run, one per round, in as many rounds as fit; of slow runs in the first few."""
+    """Readings in ms of each run, one per round, in as many rounds as fit; of slow runs in the first few.
+
+    ``own_threads`` names the runs that do not use torch's threads.
+    """
     expected = {name: _warm_up(run, device) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
     longest = max(SLOW_MS, SLOW_TIMES * min(expected.values(), default=0.0))
@@ -199,6 +206,7 @@ def read_in_turns(
     rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
     readings: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
+    pool: str | None = None  # whose threads were the last to work
     gc.collect()
     gc.disable()
     try:
@@ -207,7 +215,10 @@ def read_in_turns(
             for name in names[shift:] + names[:shift]:
                 if name in slow and i >= LEAST_ROUNDS:
                     continue
-                if expected[name] < SHORT_MS:
+                before, pool = pool, name if name in own_threads else None
+                if before != pool:
+                    time.sleep(SETTLE_SECONDS)
+                if expected[name] < SHORT_MS or before != pool:
                     runs[name]()
                 readings[name].append(read_ms(runs[name], repeats[name], device))
     finally:
@@ -442,7 +453,9 @@ def measure(case: Case, mode: str, device: str, effort: Effort, wanted: Sequence
                 row["variant"] = best
     with mode_context(mode):
         runs = {name: input.runs(p, mode) for name, p in chosen.items()}
-        readings = read_in_turns(runs, device, effort.case_seconds, effort.least_rounds, effort.most_rounds)
+        own = {name for name, p in chosen.items() if p.own_threads}
+        limits = (effort.case_seconds, effort.least_rounds, effort.most_rounds)
+        readings = read_in_turns(runs, device, *limits, own)
         for name, run in runs.items():
             _fill(rows[name], readings[name], readings.get("dense"))
             rows[name]["peak_bytes"] = peak_bytes(run, device)

@@ -301,6 +301,7 @@ def peers(
         if all(map(installed, packages)):
             found[f"peer:{name}"] = Provider(setup, **here, **options)
 
+    own = ("onnxruntime", "onnx")
     vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"  # elsewhere zentorch's products end the process
     if format == "nf4":
         if activations == "exact":
@@ -310,7 +311,7 @@ def peers(
         return found
     if activations == "int8":
         if dtype == torch.float32 and group_size is not None and bits in (2, 4, 8):
-            add("onnxruntime", functools.partial(onnxruntime, 4), "onnxruntime", "onnx", reference=by_group)
+            add("onnxruntime", functools.partial(onnxruntime, 4), *own, reference=by_group, own_threads=True)
         if group_size is None and bits == 8:
             if dtype == torch.float32:
                 add("torch-dynamic", dynamic, reference=seven_bits)
@@ -319,7 +320,7 @@ def peers(
                 add("zentorch", zentorch_dynamic, "zentorch")
         return found
     if dtype == torch.float32 and group_size is not None and bits in (2, 4, 8):
-        add("onnxruntime", functools.partial(onnxruntime, 0), "onnxruntime", "onnx")
+        add("onnxruntime", functools.partial(onnxruntime, 0), *own, own_threads=True)
     # in fp32 it takes half a second for 32 rows
     if bits == 4 and group_size in (32, 64, 128) and (dtype == HALF or rows <= 16):
         add("torch-int4pack", int4pack)
