@@ -91,8 +91,8 @@ def test_everything_compiles(chip: str) -> None:
 def test_fits_the_chip(kernel: str, chip: str) -> None:
     """Shared memory within the limit of a block, and no register spilled to memory.
 
-    For sm_100, ptxas keeps a value or two on the stack from before a loop until after it, and gains a step of
-    occupancy: it stops at 64, 96 or 128 registers. That costs nothing, so there only a loop must not touch the stack.
+    For sm_100, ptxas keeps some values (at most 32 bytes) on the stack from before a loop until after it, and gains a step
+    of occupancy: it stops at 64, 96 or 128 registers. That costs nothing, so there only a loop must not touch the stack.
     """
     for facts in of(chip, kernel):
         assert facts["shared"] <= aot.SHARED_MEMORY[chip], facts

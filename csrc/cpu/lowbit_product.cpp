@@ -135,8 +135,8 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
   const bool pairs = way == Way::kPairs, in_panels = int8 || way != Way::kFew;
   const bool bytes_as_floats = int8 && way == Way::kStored;
   rows.stride = round_up(rows.columns, kStep);
-  const bool as_it_is = x.scalar_type() == at::kFloat && x.is_contiguous() &&
-                        rows.stride == rows.columns && !bytes_as_floats;
+  const bool as_it_is =
+      x.scalar_type() == at::kFloat && x.is_contiguous() && rows.stride == rows.columns;
   rows.values = as_it_is ? x : float_rows(x, kStep);
   if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   if (sums) rows.sums = at::empty({rows.count, groups}, x.options().dtype(at::kFloat));
@@ -155,37 +155,39 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
   const int64_t panels = static_cast<int64_t>(rows.panels.size()) - 1;
   at::parallel_for(
       0, panels, grain_of(8 * kTileRows * rows.stride), [&](int64_t begin, int64_t end) {
-        std::vector<uint32_t> row(words);
+        static_assert(kStep % kLanes == 0);
+        // One row; what is beyond its columns stays zero.
+        std::vector<int8_t> bytes(int8 ? rows.stride : 0);
+        std::vector<float> widened(bytes_as_floats ? rows.stride : 0);
+        std::vector<c10::BFloat16> narrowed(pairs ? rows.stride : 0);
         for (int64_t i = begin; i < end; ++i) {
           const int64_t first = rows.panels[i], together = rows.panels[i + 1] - first;
           for (int64_t r = 0; r < together; ++r) {
             const int64_t m = first + r;
             const float* v = values + m * rows.stride;
-            const uint32_t* from = row.data();
-            auto* bytes = reinterpret_cast<int8_t*>(row.data());
+            const void* from = v;
             if (int8) {
-              rows.scales.mutable_data_ptr<float>()[m] = quantize_row(v, rows.columns, bytes);
-              std::fill(bytes + rows.columns, bytes + rows.stride, 0);
-              if (bytes_as_floats) {
-                auto* back = rows.values.mutable_data_ptr<float>() + m * rows.stride;
-                std::copy(bytes, bytes + rows.columns, back);
-                from = reinterpret_cast<const uint32_t*>(back);
-              }
+              rows.scales.mutable_data_ptr<float>()[m] =
+                  quantize_row(v, rows.columns, bytes.data());
+              from = bytes.data();
+            }
+            if (bytes_as_floats) {
+              std::copy(bytes.begin(), bytes.end(), widened.begin());
+              from = widened.data();
             } else if (pairs) {
-              auto* narrow = reinterpret_cast<c10::BFloat16*>(row.data());  // what they were
-              int64_t k = 0;
-              for (; k + kLanes <= rows.stride; k += kLanes)
-                store_f32(narrow + k, Vec::loadu(v + k));
-              for (; k < rows.stride; ++k) narrow[k] = static_cast<c10::BFloat16>(v[k]);
-            } else {
-              from = reinterpret_cast<const uint32_t*>(v);
+              for (int64_t k = 0; k < rows.stride; k += kLanes) {
+                store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
+              }
+              from = narrowed.data();
             }
             if (in_panels) {
               uint32_t* to = all_words + first * words + r;
-              for (int64_t w = 0; w < words; ++w) to[w * together] = from[w];
+              for (int64_t w = 0; w < words; ++w) {
+                std::memcpy(to + w * together, static_cast<const char*>(from) + 4 * w, 4);
+              }
             }
             if (sums) {
-              sum_groups(v, int8 ? bytes : nullptr, group, groups,
+              sum_groups(v, int8 ? bytes.data() : nullptr, group, groups,
                          rows.sums.mutable_data_ptr<float>() + m * groups);
             }
           }
@@ -704,7 +706,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   // Decoded at a time: some groups, or a part of one.
   const int64_t at_most = kTileBytes / (kStep * kWidth * size);
-  const int64_t groups = std::clamp<int64_t>(at_most / steps, 1, w.groups);
+  const int64_t groups = std::max<int64_t>(std::min(at_most / steps, w.groups), 1);
   const int64_t part = std::min(steps, at_most);
   const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
   at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
