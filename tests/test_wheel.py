@@ -81,15 +81,20 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"wheel": wheel, "sdist": sdist}
 
 
+def _install(package: Path, source: Path, empty: Path, **environment: str) -> None:
+    """Replaces what another test installed; each test stands alone, since workers share out the tests."""
+    _run(empty / "pip", "uninstall", "--quiet", "--yes", "cofire", cwd=empty)
+    constraints = source / "constraints.txt"
+    _run(empty / "pip", "install", "--quiet", "-c", constraints, package, cwd=empty, **environment)
+
+
 def test_without_a_compiler(source: Path, empty: Path) -> None:
-    pip = (empty / "pip", "install", "--quiet", "-c", source / "constraints.txt")
-    _run(*pip, source, cwd=empty, COFIRE_BUILD="0", CXX="no-such-compiler")
+    _install(source, source, empty, COFIRE_BUILD="0", CXX="no-such-compiler")
     assert "variant None" in _run(empty / "python", "-c", PROGRAM, cwd=empty)
 
 
 def test_wheel_runs_in_an_empty_environment(artefacts: dict[str, Path], source: Path, empty: Path) -> None:
-    pip = (empty / "pip", "install", "--quiet", "--force-reinstall", "--no-deps", artefacts["wheel"])
-    _run(*pip, cwd=empty)
+    _install(artefacts["wheel"], source, empty)
     assert "variant None" not in _run(empty / "python", "-c", PROGRAM, cwd=empty)
     assert '"cpu_variant": null' not in _run(empty / "cofire", "info", "--json", cwd=empty)
 
