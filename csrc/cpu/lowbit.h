@@ -16,17 +16,15 @@
 #include <algorithm>
 #include <array>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
-#include "lowbit_simd.h"
+#include "lanes16.h"
+#include "tag.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace lowbit {
-
-using MaybeTensor = std::optional<at::Tensor>;
 
 constexpr int64_t kBlock = 16;  // rows of a block
 constexpr int64_t kStep = 32;   // columns of a step

@@ -106,7 +106,8 @@ def apply_mask(weight: Tensor, bits: Tensor) -> Tensor:
 
 
 def _effective(weight: Tensor, bits: Tensor, mode: str) -> Tensor:
-    return weight if mode == "invariant" else torch.where(_kept(bits, weight), weight, 0.0)
+    """What is multiplied. Of the pruned weights of "invariant", which are zero, no gradient goes back."""
+    return torch.where(_kept(bits, weight), weight, weight.detach() if mode == "invariant" else 0.0)
 
 
 def _masked_linear_reference(
@@ -411,8 +412,14 @@ def _validate_spmm(
     input: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, offsets: Tensor, scale: Tensor | None,
     format: str, rows: int, columns: int, block_rows: int, block_columns: int,
 ) -> None:  # fmt: skip
-    check_float("spmm", input=input, bias=bias)
     check_sparse("spmm", values, index, offsets, scale, format, rows, columns, block_rows, block_columns)
+    _check_product(input, bias, values, rows, columns)
+
+
+def _check_product(input: Tensor, bias: Tensor | None, values: Tensor, rows: int, columns: int) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"spmm: input must be a tensor, got {type(input).__name__}")
+    check_float("spmm", input=input, bias=bias)
     if input.dim() == 0 or input.shape[-1] != columns:
         refuse("spmm", f"input must have shape [..., {columns}], got {shape_of(input)}")
     if bias is not None and list(bias.shape) != [rows]:
@@ -469,7 +476,8 @@ def spmm(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Ten
     Source: Saad, "Iterative methods for sparse linear systems" (2003), section 3.5; Gale et al. 2020 (2006.10901).
     """
     _check_weight("spmm", weight)
-    y: Tensor = _spmm(input, bias, *weight.arguments())
+    _check_product(input, bias, weight.values, *weight.shape)  # the weight itself was checked when it was made
+    y: Tensor = _spmm.overload(input, bias, *weight.arguments())
     return y
 
 

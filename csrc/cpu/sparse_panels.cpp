@@ -1,0 +1,524 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with weights stored by panels of 16 rows (bitmap, block): a vector holds one column of a
+// panel, and a token is a broadcast. Of a bitmap the vector is made from consecutive values and a
+// word of 16 bits; of blocks it is stored as it is.
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "sparse.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace sparse {
+
+namespace {
+
+constexpr int64_t kPanel = 16;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTogether = 14;  // tokens of the inner loop: a register each, and the column
+constexpr int kFew = 8;        // up to as many, a bitmap is expanded in registers
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kTogether = 6;
+constexpr int kFew = 4;
+#else
+constexpr int kTogether = 2;
+constexpr int kFew = 2;
+#endif
+constexpr int64_t kDepth = 256;  // columns of a panel that are expanded at once: 16 KB
+
+// --------------------------------------------------------------------------- sixteen stored values
+
+COFIRE_INLINE F16 load16(const float* p) { return F16::load(p); }
+
+#if defined(CPU_CAPABILITY_AVX512)
+
+COFIRE_INLINE F16 load16(const c10::BFloat16* p) {
+  const __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(v, 16))};
+}
+COFIRE_INLINE F16 load16(const c10::Half* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+COFIRE_INLINE F16 load16(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+// The kept values of a column from p on, each in its row; p moves behind them.
+template <typename T>
+COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
+  const F16 v{_mm512_maskz_expand_ps(static_cast<__mmask16>(word), load16(p).v)};
+  p += __builtin_popcount(word);
+  return v;
+}
+
+#elif defined(CPU_CAPABILITY_AVX2)
+
+COFIRE_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+COFIRE_INLINE __m256 load8(const c10::BFloat16* p) {
+  const __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
+}
+COFIRE_INLINE __m256 load8(const c10::Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+COFIRE_INLINE __m256 load8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <typename T>
+COFIRE_INLINE F16 load16(const T* p) {
+  return {load8(p), load8(p + 8)};
+}
+
+// Of each byte, for each row: which of the values it takes; negative where the row has none. (A
+// table of bytes would be a quarter as large, but widening them costs more than the cache.)
+struct Places {
+  alignas(64) int32_t of[256][8];
+  constexpr Places() : of{} {
+    for (int byte = 0; byte < 256; ++byte) {
+      int32_t next = 0;
+      for (int r = 0; r < 8; ++r) of[byte][r] = byte >> r & 1 ? next++ : -8;
+    }
+  }
+};
+constexpr Places kPlaces;
+
+template <typename T>
+COFIRE_INLINE __m256 expand8(uint32_t byte, const T* p) {
+  const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[byte]));
+  const __m256 v = _mm256_permutevar8x32_ps(load8(p), place);
+  return _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
+}
+
+template <typename T>
+COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
+  const uint32_t low = word & 255;
+  const T* second = p + __builtin_popcount(low);
+  const F16 v{expand8(low, p), expand8(word >> 8, second)};
+  p += __builtin_popcount(word);
+  return v;
+}
+
+#else
+
+template <typename T>
+COFIRE_INLINE F16 load16(const T* p) {
+  F16 v;
+  for (int i = 0; i < 16; ++i) v.v[i] = static_cast<float>(p[i]);
+  return v;
+}
+template <typename T>
+COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
+  F16 v;
+  for (int i = 0; i < 16; ++i) v.v[i] = word >> i & 1 ? static_cast<float>(*p++) : 0.0f;
+  return v;
+}
+
+#endif
+
+// --------------------------------------------------------------------------------------- the input
+
+// Tokens by tiles of up to kTogether: column k holds one float of each token of the tile.
+struct Tiles {
+  at::Tensor data;
+  int64_t count, columns;  // columns rounded up, zeros there
+
+  static int64_t first(int64_t tile) { return tile * kTogether; }
+  int64_t number() const { return (count + kTogether - 1) / kTogether; }
+  int64_t size(int64_t tile) const { return std::min<int64_t>(kTogether, count - first(tile)); }
+  const float* of(int64_t tile) const {
+    return data.const_data_ptr<float>() + first(tile) * columns;
+  }
+};
+
+Tiles by_tiles(const at::Tensor& x, int64_t multiple) {
+  Tiles t;
+  t.count = x.size(0);
+  t.columns = (x.size(1) + multiple - 1) / multiple * multiple;
+  t.data = at::empty({t.count * t.columns}, x.options().dtype(at::kFloat));
+  auto* out = t.data.mutable_data_ptr<float>();
+  const at::Tensor input = x.contiguous();
+  const int64_t columns = x.size(1);
+  dispatch(x.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* from = input.const_data_ptr<T>();
+    at::parallel_for(0, t.number(), grain_of(kTogether * columns), [&](int64_t begin, int64_t end) {
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t size = t.size(tile);
+        float* to = out + Tiles::first(tile) * t.columns;
+        const T* token = from + Tiles::first(tile) * columns;
+        for (int64_t r = 0; r < size; ++r) {
+          for (int64_t k = 0; k < columns; ++k) {
+            to[k * size + r] = static_cast<float>(token[r * columns + k]);
+          }
+        }
+        std::fill(to + columns * size, to + t.columns * size, 0.0f);
+      }
+    });
+  });
+  return t;
+}
+
+// Calls f with a constant from 1 to Most.
+template <int Most, typename F>
+COFIRE_INLINE void with_tokens(int64_t count, F&& f) {
+  if constexpr (Most > 1) {
+    if (count < Most) return with_tokens<Most - 1>(count, std::forward<F>(f));
+  }
+  f(std::integral_constant<int, Most>{});
+}
+
+// c[16][stride] = the sums, a column for each token.
+template <int R>
+COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride) {
+  alignas(64) float v[16];
+  for (int r = 0; r < R; ++r) {
+    sum[r].store(v);
+    for (int i = 0; i < 16; ++i) c[i * stride + r] = v[i];
+  }
+}
+
+// ---------------------------------------------------------------------------------------- bitmaps
+
+// A panel times a few tokens, expanded in registers.
+template <int R, typename T>
+void expand_few(const uint16_t* words, const T* values, int64_t columns, const float* x, float* c) {
+  F16 sum[R], other[R];
+  for (int r = 0; r < R; ++r) sum[r] = other[r] = F16::zero();
+  int64_t k = 0;
+  if constexpr (R <= 2) {  // a second chain of sums
+    for (; k + 2 <= columns; k += 2) {
+      const F16 a = expand(words[k], values);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
+      const F16 b = expand(words[k + 1], values);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) other[r] = fma(b, F16::all(x[k * R + R + r]), other[r]);
+    }
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = sum[r] + other[r];
+  }
+  for (; k < columns; ++k) {
+    const F16 a = expand(words[k], values);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
+  }
+  store_columns(sum, c, R);
+}
+
+// Adds some expanded columns of a panel to the sums of a tile of tokens.
+template <int R>
+void add_expanded(const float* panel, int64_t depth, const float* x, float* c) {
+  F16 sum[R];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) sum[r] = F16::load(c + r * kPanel);
+  for (int64_t k = 0; k < depth; ++k) {
+    const F16 w = F16::load(panel + k * kPanel);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = fma(w, F16::all(x[k * R + r]), sum[r]);
+  }
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) sum[r].store(c + r * kPanel);
+}
+
+template <typename T>
+void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
+  const auto* words = static_cast<const uint16_t*>(w.index.const_data_ptr());
+  const T* all = w.values.const_data_ptr<T>();
+  const int64_t total = w.values.numel(), panels = (w.rows + kPanel - 1) / kPanel;
+  const int64_t* starts = w.starts();
+  const Tiles tiles = by_tiles(x, 1);
+  const int64_t K = w.columns;
+  const auto work = [&](int64_t panel) { return starts[panel] + panel * K * 2; };
+  // The last panels, whose values end less than 16 before the end of all, read a copy.
+  int64_t copied = panels;
+  while (copied > 0 && starts[copied] + 16 > total) --copied;
+  std::vector<T> tail(total - (copied < panels ? starts[copied] : total) + 16);
+  if (copied < panels) std::copy(all + starts[copied], all + total, tail.begin());
+  const auto values_of = [&](int64_t panel) {
+    return panel < copied ? all + starts[panel] : tail.data() + (starts[panel] - starts[copied]);
+  };
+  in_equal_parts(
+      panels, 16384 / std::min<int64_t>(tiles.count, 16), work, [&](int64_t begin, int64_t end) {
+        if (tiles.count <= kFew) {
+          float c[kPanel * kFew];
+          for (int64_t p = begin; p < end; ++p) {
+            with_tokens<kFew>(tiles.count, [&](auto r) {
+              constexpr int R = decltype(r)::value;
+              expand_few<R>(words + p * K, values_of(p), K, tiles.of(0), c);
+            });
+            sink(c, tiles.count, p * kPanel, std::min(kPanel, w.rows - p * kPanel), 0, tiles.count);
+          }
+          return;
+        }
+        std::vector<float> panel(kDepth * kPanel), c(tiles.count * kPanel), out(kPanel * kTogether);
+        for (int64_t p = begin; p < end; ++p) {
+          std::fill(c.begin(), c.end(), 0.0f);
+          const T* values = values_of(p);
+          for (int64_t k = 0; k < K; k += kDepth) {
+            const int64_t depth = std::min(kDepth, K - k);
+            for (int64_t i = 0; i < depth; ++i) {
+              expand(words[p * K + k + i], values).store(panel.data() + i * kPanel);
+            }
+            for (int64_t t = 0; t < tiles.number(); ++t) {
+              with_tokens<kTogether>(tiles.size(t), [&](auto r) {
+                constexpr int R = decltype(r)::value;
+                add_expanded<R>(panel.data(), depth, tiles.of(t) + k * R,
+                                c.data() + Tiles::first(t) * kPanel);
+              });
+            }
+          }
+          for (int64_t t = 0; t < tiles.number(); ++t) {
+            const int64_t size = tiles.size(t);
+            const float* from = c.data() + Tiles::first(t) * kPanel;
+            for (int64_t r = 0; r < size; ++r) {
+              for (int64_t i = 0; i < kPanel; ++i) out[i * size + r] = from[r * kPanel + i];
+            }
+            sink(out.data(), size, p * kPanel, std::min(kPanel, w.rows - p * kPanel),
+                 Tiles::first(t), size);
+          }
+        }
+      });
+}
+
+// ----------------------------------------------------------------------------------------- blocks
+
+// The blocks [begin, end) of a row of blocks, 16 of its rows, times a tile of tokens.
+template <int R, typename T>
+void multiply_blocks_of(const int32_t* index, const T* values, int64_t begin, int64_t end,
+                        int64_t block_columns, int64_t block_rows, const float* x, float* c) {
+  F16 sum[R], other[R];
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) sum[r] = other[r] = F16::zero();
+  constexpr bool two = R <= 2;
+  for (int64_t b = begin; b < end; ++b) {
+    const float* column = x + int64_t{index[b]} * block_columns * R;
+    const T* v = values + b * block_columns * block_rows;
+    int64_t k = 0;
+    if constexpr (two) {
+      for (; k + 2 <= block_columns; k += 2) {
+        const F16 first = load16(v + k * block_rows), second = load16(v + (k + 1) * block_rows);
+        COFIRE_UNROLL
+        for (int r = 0; r < R; ++r) {
+          sum[r] = fma(first, F16::all(column[k * R + r]), sum[r]);
+          other[r] = fma(second, F16::all(column[(k + 1) * R + r]), other[r]);
+        }
+      }
+    }
+    for (; k < block_columns; ++k) {
+      const F16 first = load16(v + k * block_rows);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) sum[r] = fma(first, F16::all(column[k * R + r]), sum[r]);
+    }
+  }
+  if constexpr (two) {
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[r] = sum[r] + other[r];
+  }
+  store_columns(sum, c, R);
+}
+
+// Of blocks of one column: several at a time, each with sums of its own.
+template <int R, typename T>
+void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, int64_t end,
+                         int64_t block_rows, const float* x, float* c) {
+  constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;
+  F16 sum[kChains][R];
+  COFIRE_UNROLL
+  for (int i = 0; i < kChains; ++i) {
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[i][r] = F16::zero();
+  }
+  int64_t b = begin;
+  for (; b + kChains <= end; b += kChains) {
+    COFIRE_UNROLL
+    for (int i = 0; i < kChains; ++i) {
+      const float* column = x + int64_t{index[b + i]} * R;
+      const F16 v = load16(values + (b + i) * block_rows);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) sum[i][r] = fma(v, F16::all(column[r]), sum[i][r]);
+    }
+  }
+  for (; b < end; ++b) {
+    const float* column = x + int64_t{index[b]} * R;
+    const F16 v = load16(values + b * block_rows);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[0][r] = fma(v, F16::all(column[r]), sum[0][r]);
+  }
+  COFIRE_UNROLL
+  for (int i = 1; i < kChains; ++i) {
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) sum[0][r] = sum[0][r] + sum[i][r];
+  }
+  store_columns(sum[0], c, R);
+}
+
+template <typename T>
+void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
+  const auto* index = w.index.const_data_ptr<int32_t>();
+  const T* values = w.values.const_data_ptr<T>();
+  const int64_t* starts = w.starts();
+  const int64_t grid = (w.rows + w.block_rows - 1) / w.block_rows, halves = w.block_rows / kPanel;
+  const Tiles tiles = by_tiles(x, w.block_columns);
+  const int64_t size = w.block_rows * w.block_columns;
+  const auto work = [&](int64_t row) { return starts[row] * size + row * 16; };
+  in_equal_parts(grid, 65536 / tiles.count, work, [&](int64_t begin, int64_t end) {
+    float c[kPanel * kTogether];
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t h = 0; h < halves; ++h) {
+        const int64_t n = row * w.block_rows + h * kPanel;
+        if (n >= w.rows) break;
+        for (int64_t t = 0; t < tiles.number(); ++t) {
+          with_tokens<kTogether>(tiles.size(t), [&](auto r) {
+            constexpr int R = decltype(r)::value;
+            if (w.block_columns == 1) {
+              multiply_columns_of<R>(index, values + h * kPanel, starts[row], starts[row + 1],
+                                     w.block_rows, tiles.of(t), c);
+            } else {
+              multiply_blocks_of<R>(index, values + h * kPanel, starts[row], starts[row + 1],
+                                    w.block_columns, w.block_rows, tiles.of(t), c);
+            }
+          });
+          sink(c, tiles.size(t), n, std::min(kPanel, w.rows - n), Tiles::first(t), tiles.size(t));
+        }
+      }
+    }
+  });
+}
+
+// The gradients of C neighbouring columns of a block, 16 rows of it: sums over the tokens.
+template <int C>
+COFIRE_INLINE void sample_columns(const float* g, const Tokens& x, int64_t column, float* out,
+                                  int64_t stride) {
+  F16 sum[C];
+  COFIRE_UNROLL
+  for (int c = 0; c < C; ++c) sum[c] = F16::zero();
+  for (const Block& b : x.blocks) {
+    const float* from = x.of(b) + column * b.width();
+    const float* mine = g + b.first * kPanel;
+    for (int64_t t = 0; t < b.count; ++t) {
+      const F16 v = F16::load(mine + t * kPanel);
+      COFIRE_UNROLL
+      for (int c = 0; c < C; ++c) sum[c] = fma(v, F16::all(from[c * b.width() + t]), sum[c]);
+    }
+  }
+  COFIRE_UNROLL
+  for (int c = 0; c < C; ++c) sum[c].store(out + c * stride);
+}
+
+}  // namespace
+
+void multiply_panels(const at::Tensor& x, const Weight& w, const Sink& sink) {
+  with_values(w.values.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    if (w.format == "bitmap") {
+      multiply_bitmap<T>(x, w, sink);
+    } else {
+      multiply_blocks<T>(x, w, sink);
+    }
+  });
+}
+
+at::Tensor sampled_blocks(const at::Tensor& grad, const at::Tensor& x, const Weight& w) {
+  const int64_t entries = w.index.size(0), R = w.block_rows, C = w.block_columns;
+  at::Tensor out = at::empty({entries, C, R}, grad.options().dtype(at::kFloat));
+  auto* to = out.mutable_data_ptr<float>();
+  const auto* index = w.index.const_data_ptr<int32_t>();
+  const int64_t* starts = w.starts();
+  const int64_t grid = w.offsets.size(0) - 1, halves = R / kPanel, tokens = grad.size(0);
+  const Tokens input = side_by_side(x);
+  const at::Tensor mine = grad.contiguous();
+  const auto work = [&](int64_t row) { return starts[row] * R * C + row; };
+  dispatch(grad.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* g = mine.const_data_ptr<T>();
+    in_equal_parts(grid, 4096, work, [&](int64_t begin, int64_t end) {
+      std::vector<float> panel(tokens * kPanel);
+      for (int64_t row = begin; row < end; ++row) {
+        for (int64_t h = 0; h < halves; ++h) {
+          const int64_t n = row * R + h * kPanel, used = std::clamp<int64_t>(w.rows - n, 0, kPanel);
+          for (int64_t m = 0; m < tokens; ++m) {
+            float* p = panel.data() + m * kPanel;
+            for (int64_t i = 0; i < used; ++i) p[i] = static_cast<float>(g[m * w.rows + n + i]);
+            std::fill(p + used, p + kPanel, 0.0f);
+          }
+          for (int64_t b = starts[row]; b < starts[row + 1]; ++b) {
+            float* at = to + b * R * C + h * kPanel;
+            const int64_t first = int64_t{index[b]} * C;
+            const int64_t inside = std::min(C, w.columns - first);
+            int64_t c = 0;
+            for (; c + 4 <= inside; c += 4) {
+              sample_columns<4>(panel.data(), input, first + c, at + c * R, R);
+            }
+            for (; c < inside; ++c)
+              sample_columns<1>(panel.data(), input, first + c, at + c * R, R);
+            for (; c < C; ++c) std::fill(at + c * R, at + c * R + kPanel, 0.0f);
+          }
+        }
+      }
+    });
+  });
+  return out;
+}
+
+// By blocks of tokens, each of one thread: column k of the gradient is loaded, gets the 16 rows of
+// a block's column times theirs, and is stored.
+at::Tensor input_gradient_of_blocks(const at::Tensor& grad, const Weight& w) {
+  const Tokens g = side_by_side(grad);
+  at::Tensor out = at::empty({grad.size(0), w.columns}, grad.options());
+  const Sink sink{out, nullptr, at::Tensor(), w.columns};
+  const auto* index = w.index.const_data_ptr<int32_t>();
+  const int64_t* starts = w.starts();
+  const int64_t grid = w.offsets.size(0) - 1;
+  dispatch(w.values.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* values = w.values.const_data_ptr<T>();
+    const auto blocks = static_cast<int64_t>(g.blocks.size());
+    at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Block& block = g.blocks[i];
+        std::vector<float> c(w.columns * block.width());
+        with_vectors(block.vectors, [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          constexpr int64_t width = V * kLanes;
+          for (int64_t row = 0; row < grid; ++row) {
+            const float* mine = g.of(block) + row * w.block_rows * width;
+            const int64_t inside = std::min(w.block_rows, w.rows - row * w.block_rows);
+            for (int64_t b = starts[row]; b < starts[row + 1]; ++b) {
+              const int64_t first = int64_t{index[b]} * w.block_columns;
+              const int64_t used = std::min(w.block_columns, w.columns - first);
+              for (int64_t k = 0; k < used; ++k) {
+                float* at = c.data() + (first + k) * width;
+                const T* v = values + (b * w.block_columns + k) * w.block_rows;
+                Vec sum[V];
+                COFIRE_UNROLL
+                for (int j = 0; j < V; ++j) sum[j] = Vec::loadu(at + j * kLanes);
+                for (int64_t r = 0; r < inside; ++r) {
+                  const Vec value(static_cast<float>(v[r]));
+                  COFIRE_UNROLL
+                  for (int j = 0; j < V; ++j) {
+                    sum[j] =
+                        at::vec::fmadd(value, Vec::loadu(mine + r * width + j * kLanes), sum[j]);
+                  }
+                }
+                COFIRE_UNROLL
+                for (int j = 0; j < V; ++j) sum[j].store(at + j * kLanes);
+              }
+            }
+          }
+        });
+        for (int64_t k = 0; k < w.columns; k += 64) {
+          sink(c.data() + k * block.width(), block.width(), k, std::min<int64_t>(64, w.columns - k),
+               block.first, block.count);
+        }
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace sparse
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire

@@ -1,0 +1,338 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products with weights stored by rows (csr, delta). One token: a scalar loop over the row's
+// entries. More tokens: they stand side by side, so that an entry is one broadcast and a
+// multiplication with vectors from the row of the input that it names; sums of a row stay in
+// registers. Each result is the sum of one thread in one order: the same bits for any number of
+// threads.
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "sparse.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace sparse {
+
+namespace {
+
+// Floats of the tokens that a pass over some rows of the weight reads again and again: three
+// quarters of a small first-level cache. (From the second level the same product takes twice as
+// long.)
+constexpr int64_t kSlab = 49152;
+// Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
+constexpr int64_t kMostRows = 128, kFewestRows = 64;
+
+template <typename T>
+COFIRE_INLINE float widened(T v) {
+  return static_cast<float>(v);
+}
+
+template <typename Index>
+constexpr bool kDistances = std::is_same_v<Index, uint8_t>;
+
+// The column of entry j. Of distances it is their sum: `column` holds that of the entry before.
+
+template <typename Index>
+COFIRE_INLINE int64_t advance(const Index* index, int64_t j, int64_t column) {
+  if constexpr (kDistances<Index>) return column + index[j];
+  return index[j];
+}
+
+// ------------------------------------------------------------------------------------ one token
+
+constexpr int64_t kAhead = 512;  // entries whose way from memory is begun
+
+// Eight chains of sums: an addition takes four cycles, of which each starts two.
+template <typename Index, typename Value>
+float dot_row(const Index* index, const Value* values, int64_t j, int64_t end, const float* x) {
+  constexpr int kChains = 8;
+  float sum[kChains] = {};
+  int64_t column = 0;
+  for (; j + kChains <= end; j += kChains) {
+    __builtin_prefetch(values + j + kAhead);
+    __builtin_prefetch(index + j + kAhead);
+    COFIRE_UNROLL
+    for (int c = 0; c < kChains; ++c) {
+      column = advance(index, j + c, column);
+      sum[c] += widened(values[j + c]) * x[column];
+    }
+  }
+  for (int c = 0; j < end; ++j, ++c) {
+    column = advance(index, j, column);
+    sum[c] += widened(values[j]) * x[column];
+  }
+  return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+}
+
+// ----------------------------------------------------------------------------------- more tokens
+
+// Adds the entries [j, end) of a row to its sums for V vectors of tokens.
+template <int V, typename Index, typename Value>
+COFIRE_INLINE void add_entries(const Index* index, const Value* values, int64_t j, int64_t end,
+                               int64_t column, const float* x, float* c) {
+  constexpr int kChains = kMostVectors / V;
+  constexpr int64_t width = V * kLanes;
+  Vec sum[kChains][V];
+  COFIRE_UNROLL
+  for (int v = 0; v < V; ++v) sum[0][v] = Vec::loadu(c + v * kLanes);
+  COFIRE_UNROLL
+  for (int i = 1; i < kChains; ++i) {
+    COFIRE_UNROLL
+    for (int v = 0; v < V; ++v) sum[i][v] = Vec(0.0f);
+  }
+  for (; j + kChains <= end; j += kChains) {
+    COFIRE_UNROLL
+    for (int i = 0; i < kChains; ++i) {
+      column = advance(index, j + i, column);
+      const Vec w(widened(values[j + i]));
+      const float* row = x + column * width;
+      COFIRE_UNROLL
+      for (int v = 0; v < V; ++v) {
+        sum[i][v] = at::vec::fmadd(w, Vec::loadu(row + v * kLanes), sum[i][v]);
+      }
+    }
+  }
+  for (; j < end; ++j) {
+    column = advance(index, j, column);
+    const Vec w(widened(values[j]));
+    const float* row = x + column * width;
+    COFIRE_UNROLL
+    for (int v = 0; v < V; ++v) {
+      sum[0][v] = at::vec::fmadd(w, Vec::loadu(row + v * kLanes), sum[0][v]);
+    }
+  }
+  COFIRE_UNROLL
+  for (int i = 1; i < kChains; ++i) {
+    COFIRE_UNROLL
+    for (int v = 0; v < V; ++v) sum[0][v] = sum[0][v] + sum[i][v];
+  }
+  COFIRE_UNROLL
+  for (int v = 0; v < V; ++v) sum[0][v].store(c + v * kLanes);
+}
+
+// Where the entries of each row begin that belong to a slab of columns, and the column of the one
+// before.
+struct Slabs {
+  int64_t columns, number;
+  std::vector<int32_t> begin;   // [rows][number], from the row's first entry on
+  std::vector<int32_t> column;  // the same, of distances only
+};
+
+template <typename Index>
+std::shared_ptr<const Slabs> cut(const Index* index, const Weight& w, int64_t columns) {
+  auto slabs = std::make_shared<Slabs>();
+  slabs->columns = columns;
+  slabs->number = std::max<int64_t>((w.columns + columns - 1) / columns, 1);
+  slabs->begin.resize(w.rows * slabs->number);
+  if (kDistances<Index>) slabs->column.resize(w.rows * slabs->number);
+  const int64_t* starts = w.starts();
+  at::parallel_for(0, w.rows, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      int64_t j = starts[n], column = 0, before = 0;
+      for (int64_t s = 0; s < slabs->number; ++s) {
+        // The first entry at or behind the slab's first column.
+        for (; j < starts[n + 1]; ++j) {
+          column = advance(index, j, before);
+          if (column >= s * columns) break;
+          before = column;
+        }
+        slabs->begin[n * slabs->number + s] = static_cast<int32_t>(j - starts[n]);
+        if (kDistances<Index>) {
+          slabs->column[n * slabs->number + s] = static_cast<int32_t>(before);
+        }
+      }
+    }
+  });
+  return slabs;
+}
+
+struct Cut {
+  Tag index, offsets;
+  std::vector<std::shared_ptr<const Slabs>> slabs;
+};
+
+// Made once per index and width, and kept for as long as the index lives and does not change.
+template <typename Index>
+std::shared_ptr<const Slabs> slabs_of(const Index* index, const Weight& w, int64_t columns) {
+  static std::mutex mutex;
+  static auto* entries = new std::unordered_map<const void*, Cut>();  // outlives static tensors
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = entries->find(index);
+  if (found == entries->end() || !found->second.index.matches(w.index) ||
+      !found->second.offsets.matches(w.offsets)) {
+    std::erase_if(*entries, [](const auto& item) { return item.second.index.storage.expired(); });
+    entries->insert_or_assign(index, Cut{Tag::of(w.index), Tag::of(w.offsets), {}});
+  }
+  auto& kept = entries->at(index).slabs;
+  for (const auto& slabs : kept) {
+    if (slabs->columns == columns) return slabs;
+  }
+  kept.push_back(cut(index, w, columns));
+  return kept.back();
+}
+
+// Calls f(row, first entry, end, column before) for the rows [n, to), slab of columns by slab.
+template <typename F>
+COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, int64_t n, int64_t to, F&& f) {
+  const int64_t* starts = w.starts();
+  for (int64_t s = 0; s < slabs.number; ++s) {
+    const int32_t* first = slabs.begin.data() + n * slabs.number + s;
+    const int32_t* column = slabs.column.data() + n * slabs.number + s;
+    const bool last = s + 1 == slabs.number;
+    for (int64_t r = n; r < to; ++r, first += slabs.number, column += slabs.number) {
+      const int64_t stop = last ? starts[r + 1] : starts[r] + first[1];
+      f(r, starts[r] + first[0], stop, slabs.column.empty() ? 0 : int64_t{*column});
+    }
+  }
+}
+
+int64_t slab_columns(int vectors) { return kSlab / (vectors * kLanes); }
+
+template <typename Index, typename Value>
+void multiply(const at::Tensor& x, const Index* index, const Value* values, const Weight& w,
+              const Sink& sink) {
+  const int64_t* starts = w.starts();
+  if (x.size(0) == 1) {
+    const at::Tensor token = x.to(at::kFloat).contiguous();
+    const auto* t = token.const_data_ptr<float>();
+    const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
+    in_equal_parts(w.rows, 8192, work, [&](int64_t begin, int64_t end) {
+      constexpr int64_t kRows = 64;
+      float c[kRows];
+      for (int64_t n = begin; n < end; n += kRows) {
+        const int64_t to = std::min(n + kRows, end);
+        for (int64_t r = n; r < to; ++r) {
+          c[r - n] = dot_row(index, values, starts[r], starts[r + 1], t);
+        }
+        sink(c, 1, n, to - n, 0, 1);
+      }
+    });
+    return;
+  }
+  const Tokens tokens = side_by_side(x);
+  const auto blocks = static_cast<int64_t>(tokens.blocks.size());
+  // Enough tasks for the threads; the order of a sum does not depend on it.
+  const int64_t rows =
+      std::clamp(w.rows * blocks / (4 * at::get_num_threads()) / kFewestRows * kFewestRows,
+                 kFewestRows, kMostRows);
+  const int64_t chunks = (w.rows + rows - 1) / rows;
+  const auto row_of = [&](int64_t chunk) { return std::min(chunk * rows, w.rows); };
+  const auto entries = [&](int64_t chunk) { return starts[row_of(chunk)] + 8 * row_of(chunk); };
+  const auto work = [&](int64_t task) {
+    return task / chunks * entries(chunks) + entries(task % chunks);
+  };
+  std::shared_ptr<const Slabs> slabs[kMostVectors + 1];
+  for (const Block& block : tokens.blocks) {
+    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors));
+  }
+  in_equal_parts(blocks * chunks, 2048, work, [&](int64_t begin, int64_t end) {
+    std::vector<float> c(rows * kMostVectors * kLanes);
+    for (int64_t task = begin; task < end; ++task) {
+      const Block& block = tokens.blocks[task / chunks];
+      const int64_t n = row_of(task % chunks), to = row_of(task % chunks + 1);
+      std::fill(c.begin(), c.begin() + (to - n) * block.width(), 0.0f);
+      with_vectors(block.vectors, [&](auto v) {
+        constexpr int V = decltype(v)::value;
+        by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t column) {
+          add_entries<V>(index, values, j, stop, column, tokens.of(block),
+                         c.data() + (r - n) * V * kLanes);
+        });
+      });
+      sink(c.data(), block.width(), n, to - n, block.first, block.count);
+    }
+  });
+}
+
+template <typename F>
+void with_index(const Weight& w, F&& f) {
+  const void* p = w.index.const_data_ptr();
+  if (w.format == "delta") {
+    f(static_cast<const uint8_t*>(p));
+  } else if (w.index.scalar_type() == at::kInt) {
+    f(static_cast<const int32_t*>(p));
+  } else {
+    f(static_cast<const uint16_t*>(p));
+  }
+}
+
+// ------------------------------------------------------------------------------------ sampled
+// product
+
+// The gradients of the entries [j, end) of a row, of V vectors of tokens: of each the dot product
+// of the row's tokens with those of the input's row.
+template <int V, typename Index>
+COFIRE_INLINE void sample_entries(const Index* index, int64_t j, int64_t end, const float* g,
+                                  const float* x, float* out) {
+  constexpr int64_t width = V * kLanes;
+  Vec mine[V];
+  COFIRE_UNROLL
+  for (int v = 0; v < V; ++v) mine[v] = Vec::loadu(g + v * kLanes);
+  for (; j < end; ++j) {
+    const float* row = x + int64_t{index[j]} * width;
+    Vec a = mine[0] * Vec::loadu(row);
+    Vec b(0.0f);
+    if constexpr (V > 1) b = mine[1] * Vec::loadu(row + kLanes);
+    COFIRE_UNROLL
+    for (int v = 2; v < V; v += 2) {
+      a = at::vec::fmadd(mine[v], Vec::loadu(row + v * kLanes), a);
+      b = at::vec::fmadd(mine[v + 1], Vec::loadu(row + (v + 1) * kLanes), b);
+    }
+    out[j] += reduce_add(a + b);
+  }
+}
+
+template <typename Index>
+void sample(const at::Tensor& grad, const at::Tensor& x, const Index* index, const Weight& w,
+            float* out) {
+  const Tokens tokens = side_by_side(x), grads = side_by_side(grad);
+  const int64_t* starts = w.starts();
+  const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
+  std::shared_ptr<const Slabs> slabs[kMostVectors + 1];
+  for (const Block& block : tokens.blocks) {
+    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors));
+  }
+  in_equal_parts(w.rows, 2048, work, [&](int64_t begin, int64_t end) {
+    std::fill(out + starts[begin], out + starts[end], 0.0f);
+    for (int64_t n = begin; n < end; n += kMostRows) {
+      const int64_t to = std::min(n + kMostRows, end);
+      for (size_t b = 0; b < tokens.blocks.size(); ++b) {
+        const Block& block = tokens.blocks[b];
+        const float* mine = grads.of(grads.blocks[b]);
+        with_vectors(block.vectors, [&](auto v) {
+          constexpr int V = decltype(v)::value;
+          by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t) {
+            sample_entries<V>(index, j, stop, mine + r * V * kLanes, tokens.of(block), out);
+          });
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void multiply_rows(const at::Tensor& x, const Weight& w, const Sink& sink) {
+  with_index(w, [&](auto* index) {
+    with_values(w.values.scalar_type(), [&](auto example) {
+      using T = decltype(example);
+      multiply(x, index, w.values.const_data_ptr<T>(), w, sink);
+    });
+  });
+}
+
+at::Tensor sampled_rows(const at::Tensor& grad, const at::Tensor& x, const Weight& w) {
+  at::Tensor out = at::empty({w.index.size(0)}, grad.options().dtype(at::kFloat));
+  auto* p = out.mutable_data_ptr<float>();
+  if (w.index.scalar_type() == at::kInt) {
+    sample(grad, x, w.index.const_data_ptr<int32_t>(), w, p);
+  } else {
+    sample(grad, x, static_cast<const uint16_t*>(w.index.const_data_ptr()), w, p);
+  }
+  return out;
+}
+
+}  // namespace sparse
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire

@@ -1,0 +1,425 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked and compressed products: every format by every provider, and what the masks promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cofire import ops
+from cofire.ops import SparseWeight, sparse
+from cofire.ops.packing import pack_bits
+from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
+
+FORMATS = ("csr", "delta", "bitmap", "block")
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    return pack_bits(mask.flatten(1).to(torch.uint8), 1)
+
+
+def without_gradients(checks: list[Any]) -> list[Any]:
+    """Where the gradient is none (packed for inference) or is defined, not derived: other tests are about it."""
+    return [check for check in checks if not check.id.startswith("gradient")]
+
+
+# ------------------------------------------------------------------------------------------------ apply_mask
+
+
+def weight_and_bits(*shape: int, density: float = 0.5) -> Callable[[Random], tuple[Any, ...]]:
+    def make(rand: Random) -> tuple[Any, ...]:
+        return rand.normal(*shape), bits_of(rand.mask(*shape, density=density))
+
+    return make
+
+
+APPLY = [
+    Sample("odd", weight_and_bits(5, 17)),
+    Sample("convolution", weight_and_bits(3, 5, 3, 3)),
+    Sample("long", weight_and_bits(3, 1030)),
+    Sample("none", weight_and_bits(3, 9, density=0.0)),
+    Sample("no_rows", weight_and_bits(0, 7)),
+]
+TINY_APPLY = [Sample("tiny", weight_and_bits(2, 9)), Sample("tiny_resized", weight_and_bits(3, 17))]
+
+
+@pytest.mark.parametrize("check", check_op("apply_mask", APPLY, tiny=TINY_APPLY))
+def test_apply_mask(check: Callable[[], None]) -> None:
+    check()
+
+
+# --------------------------------------------------------------------------------------------- masked_linear
+
+
+def layer(
+    rows: int, n: int, k: int, mode: str, *, bias: bool = True, density: float = 0.5
+) -> Callable[[Random], tuple[Any, ...]]:
+    def make(rand: Random) -> tuple[Any, ...]:
+        mask = rand.mask(n, k, density=density)
+        w = rand.normal(n, k)
+        if mode == "invariant":
+            w = torch.where(mask, w, 0.0)
+        return rand.normal(rows, k), w, bits_of(mask), rand.normal(n) if bias else None, mode, 0.25
+
+    return make
+
+
+def layer_backward(rows: int, n: int, k: int, mode: str, wanted: tuple[bool, bool] = (True, True)) -> Any:
+    def make(rand: Random) -> tuple[Any, ...]:
+        x, w, bits, _, mode_, decay = layer(rows, n, k, mode)(rand)
+        return rand.normal(rows, n), x, w, bits, mode_, decay, *wanted
+
+    return make
+
+
+LINEAR = [
+    *(Sample(f"{mode}", layer(3, 5, 17, mode)) for mode in sparse.MODES),
+    Sample("no_bias", layer(2, 17, 9, "hard", bias=False)),
+    Sample("nothing", layer(0, 3, 9, "hard")),
+    Sample("many", layer(33, 65, 129, "hard"), full=True),
+]
+BACKWARD = [
+    *(Sample(f"{mode}", layer_backward(3, 5, 17, mode)) for mode in sparse.MODES),
+    Sample("input", layer_backward(3, 5, 17, "hard", (True, False))),
+    Sample("weight", layer_backward(3, 5, 17, "hard", (False, True))),
+]
+TINY_LINEAR = [Sample("tiny", layer(2, 3, 9, "hard")), Sample("tiny_resized", layer(3, 4, 10, "hard"))]
+TINY_BACKWARD = [
+    Sample("tiny", layer_backward(2, 3, 9, "srste")),
+    Sample("tiny_resized", layer_backward(3, 4, 10, "srste")),
+]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *check_op("masked_linear", [*LINEAR[:2], *LINEAR[4:]], tiny=TINY_LINEAR, by_library=True),
+        *without_gradients(check_op("masked_linear", LINEAR[2:4], tiny=(), by_library=True)),
+        *check_op("masked_linear_backward", BACKWARD, tiny=TINY_BACKWARD, by_library=True),
+    ],
+)
+def test_masked_linear(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize("mode", sparse.MODES)
+def test_gradients_of_the_modes(mode: str) -> None:
+    """Against autograd of the expression that defines each."""
+    rand = Random("modes")
+    mask = rand.mask(5, 17)
+    w = torch.where(mask, rand.normal(5, 17), 0.0) if mode == "invariant" else rand.normal(5, 17)
+    x, g = rand.normal(4, 17), rand.normal(4, 5)
+    ours = [t.clone().requires_grad_() for t in (x, w)]
+    ops.masked_linear(*ours, bits_of(mask), mode=mode, decay=0.25).backward(g)
+    a, b = (t.clone().requires_grad_() for t in (x, w))
+    (a @ (b * mask).t()).backward(g)
+    expected = b.grad
+    if mode in ("ste", "srste"):
+        expected = g.t() @ x
+    if mode == "srste":
+        expected = expected + 0.25 * torch.where(mask, 0.0, w)
+    torch.testing.assert_close(ours[0].grad, a.grad)
+    torch.testing.assert_close(ours[1].grad, expected)
+    if mode in ("hard", "invariant"):
+        assert (ours[1].grad[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_pruned_never_leaks(dtype: torch.dtype) -> None:
+    rand = Random("leak")
+    mask = rand.mask(5, 17)
+    mask[0, 0] = True
+    clean = rand.normal(5, 17).to(dtype)
+    x = rand.normal(3, 17).to(dtype)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        w = torch.where(mask, clean, value)
+        assert torch.equal(ops.apply_mask(w, bits_of(mask)), torch.where(mask, clean, 0.0))
+        ours = [t.clone().requires_grad_() for t in (x, w)]
+        y = ops.masked_linear(*ours, bits_of(mask))
+        assert torch.equal(y, ops.masked_linear(x, clean, bits_of(mask)))
+        y.sum().backward()
+        assert ours[0].grad.isfinite().all() and ours[1].grad.isfinite().all()
+        for format in FORMATS:
+            packed = SparseWeight.from_dense(w, mask, format)
+            assert torch.equal(packed.to_dense(), torch.where(mask, clean, 0.0))
+            assert ops.spmm(x, packed).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------------ spmm
+
+
+def compressed(
+    rows: int, n: int, k: int, format: str, *, density: float = 0.3, block: tuple[int, int] = (16, 1),
+    values: torch.dtype | None = None, bias: bool = True, holes: bool = False,
+) -> Callable[[Random], tuple[Any, ...]]:  # fmt: skip
+    def make(rand: Random) -> tuple[Any, ...]:
+        mask = rand.mask(n, k, density=density)
+        if holes:  # an empty row, an empty column, and full ones
+            mask[n // 2], mask[:, k // 2] = False, False
+            mask[0], mask[:, -1] = True, True
+        w = SparseWeight.from_dense(rand.normal(n, k), mask, format, block=block, values=values)
+        return rand.normal(rows, k), rand.normal(n) if bias else None, *w.arguments()
+
+    return make
+
+
+def compressed_backward(rows: int, n: int, k: int, format: str, **options: Any) -> Any:
+    wanted = options.pop("wanted", (True, True))
+
+    def make(rand: Random) -> tuple[Any, ...]:
+        x, _, *rest = compressed(rows, n, k, format, **options)(rand)
+        return rand.normal(rows, n), x, *rest, *wanted
+
+    return make
+
+
+def sampled(rows: int, n: int, k: int, format: str, **options: Any) -> Any:
+    def make(rand: Random) -> tuple[Any, ...]:
+        x, _, _, index, offsets, _, format_, _, _, *block = compressed(rows, n, k, format, **options)(rand)
+        return rand.normal(rows, n), x, index, offsets, format_, *block
+
+    return make
+
+
+WIDE = {"block": (32, 4)}
+TRAINED = [
+    *(Sample(f"{f}_one", compressed(1, 33, 67, f, holes=True)) for f in ("csr", "block")),
+    *(Sample(f"{f}_some", compressed(7, 33, 67, f)) for f in ("csr", "block")),
+    Sample("csr_many", compressed(70, 17, 300, "csr", bias=False)),
+    Sample("block_wide", compressed(9, 40, 19, "block", block=(32, 4))),
+    Sample("csr_empty", compressed(3, 5, 9, "csr", density=0.0)),
+    Sample("csr_full", compressed(2, 5, 65, "csr", density=1.0)),
+    Sample("nobody", compressed(0, 5, 9, "csr")),
+    Sample("csr_slabs", compressed(65, 70, 2100, "csr", density=0.05), full=True),
+    Sample("block_square", compressed(65, 64, 64, "block", block=(16, 16)), full=True),
+]
+PACKED = [
+    *(Sample(f"{f}_one", compressed(1, 33, 67, f, holes=True)) for f in ("delta", "bitmap")),
+    *(Sample(f"{f}_some", compressed(7, 33, 67, f)) for f in ("delta", "bitmap")),
+    Sample("delta_far", compressed(3, 5, 1100, "delta", density=0.003)),
+    Sample("bitmap_three", compressed(3, 17, 129, "bitmap", density=0.9)),
+    Sample("bitmap_last_panel", compressed(1, 18, 3, "bitmap", density=0.1)),
+    Sample("bitmap_empty", compressed(2, 16, 5, "bitmap", density=0.0)),
+    Sample("delta_many", compressed(66, 17, 700, "delta", density=0.02), full=True),
+    Sample("bitmap_many", compressed(29, 40, 520, "bitmap"), full=True),
+]
+EIGHT = [
+    Sample(f"int8_{f}", compressed(m, 33, 67, f, values=torch.int8))
+    for f, m in (("csr", 1), ("delta", 5), ("bitmap", 2), ("block", 3))
+]
+TINY_SPMM = [
+    Sample("tiny", compressed(2, 3, 5, "csr", density=0.5)),
+    Sample("tiny_resized", compressed(3, 4, 6, "csr", density=0.5)),
+]
+SPMM_BACKWARD = [
+    *(Sample(f"{f}", compressed_backward(7, 33, 67, f, holes=f == "csr")) for f in ("csr", "block")),
+    Sample("wide", compressed_backward(70, 40, 19, "block", block=(32, 4))),
+    Sample("one", compressed_backward(1, 5, 300, "csr")),
+    Sample("input", compressed_backward(3, 5, 17, "csr", wanted=(True, False))),
+    Sample("values", compressed_backward(3, 5, 17, "csr", wanted=(False, True))),
+    Sample("many", compressed_backward(70, 65, 1700, "csr", density=0.05), full=True),
+]
+TINY_SPMM_BACKWARD = [
+    Sample("tiny", compressed_backward(2, 3, 5, "csr", density=0.5)),
+    Sample("tiny_resized", compressed_backward(3, 4, 6, "csr", density=0.5)),
+]
+SAMPLED = [
+    *(Sample(f, sampled(7, 33, 67, f)) for f in ("csr", "block")),
+    Sample("wide", sampled(9, 40, 19, "block", block=(32, 4))),
+    Sample("many", sampled(70, 17, 1700, "csr", density=0.05)),
+]
+TINY_SAMPLED = [Sample("tiny", sampled(2, 3, 5, "csr")), Sample("tiny_resized", sampled(3, 4, 6, "csr"))]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *check_op("spmm", TRAINED, tiny=TINY_SPMM, constants=("scale",)),
+        *check_op("spmm_backward", SPMM_BACKWARD, tiny=TINY_SPMM_BACKWARD),
+        *check_op("sddmm", SAMPLED, tiny=TINY_SAMPLED),
+    ],
+)
+def test_products(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize(
+    "check",
+    without_gradients(check_op("spmm", [*PACKED, *EIGHT], tiny=(), kept=("scale",))),
+)
+def test_packed(check: Callable[[], None]) -> None:
+    check()
+
+
+def test_blocks_of_odd_sizes() -> None:
+    """Panels are 16 rows high; other blocks are the reference's."""
+    x, bias, *rest = compressed(3, 9, 10, "block", block=(3, 2))(Random("odd blocks"))
+    w = SparseWeight(*rest[:3], (9, 10), "block", (3, 2))
+    torch.testing.assert_close(ops.spmm(x, w, bias), x @ w.to_dense().t() + bias)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("values", [None, torch.int8])
+def test_packed_for_inference_has_no_backward(format: str, values: torch.dtype | None) -> None:
+    rand = Random("inference")
+    w = SparseWeight.from_dense(rand.normal(17, 9), rand.mask(17, 9), format, values=values)
+    y = ops.spmm(rand.normal(2, 9).requires_grad_(), w)
+    if w.trainable:
+        y.sum().backward()
+        return
+    what = "int8 values" if values is not None else f"the format {format}"
+    sentence = (
+        rf"spmm: the weight is packed for inference \({what}\) and has no backward; pack it as csr or block, with "
+        "floating-point values"
+    )
+    with pytest.raises(RuntimeError, match=sentence):
+        y.sum().backward()
+
+
+def test_the_transposed_index_follows_its_index() -> None:
+    """What a kernel keeps about an index is made anew when the index changes in place."""
+    rand = Random("transposed")
+    w = SparseWeight.from_dense(rand.normal(6, 40), rand.mask(6, 40, density=0.2), "csr")
+    g, x = rand.normal(9, 6), rand.normal(9, 40)
+    for _ in range(2):
+        args = (g, x, *w.arguments(), True, True)
+        found = torch.ops.cofire.spmm_backward(*args)
+        expected = torch.ops.cofire.spmm_backward.reference(*args)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(ops.spmm(x, w), x @ w.to_dense().t())
+        w.index.copy_((39 - w.index.int()).to(torch.uint16))  # within a row no longer ascending
+        order = torch.cat([w.index[a:b].int().sort().values for a, b in zip(w.offsets, w.offsets[1:], strict=False)])
+        w.index.copy_(order.to(torch.uint16))
+
+
+# -------------------------------------------------------------------------------------------------- the laws
+
+shapes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99))
+
+
+@given(shapes, st.sampled_from(FORMATS), st.sampled_from([(16, 1), (4, 4), (3, 2), (16, 16)]))
+@settings(max_examples=120, deadline=None)
+def test_round_trip(shape: tuple[int, int, float, int], format: str, block: tuple[int, int]) -> None:
+    n, k, density, seed = shape
+    rand = Random(str(seed))
+    w, mask = rand.normal(n, k), rand.mask(n, k, density=density)
+    w[rand.mask(n, k, density=0.2)] = 0.0  # a kept zero stays a kept value
+    packed = SparseWeight.from_dense(w, mask, format, block=block)
+    assert torch.equal(packed.to_dense(), torch.where(mask, w, 0.0))
+    if format in ("csr", "bitmap"):
+        assert torch.equal(packed.mask(), mask)
+        assert packed.values.numel() == int(mask.sum())
+    again = SparseWeight.from_tensors(packed.tensors(), shape=packed.shape, format=format, block=packed.block)
+    assert torch.equal(again.to_dense(), packed.to_dense())
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(65536, torch.uint16), (65537, torch.int32)])
+def test_columns_beyond_sixteen_bits(columns: int, dtype: torch.dtype) -> None:
+    w = torch.zeros(2, columns)
+    w[0, -1], w[1, 3], w[1, 40000] = 2.0, 3.0, 5.0
+    x = torch.arange(columns, dtype=torch.float32).expand(3, -1)
+    for format in ("csr", "delta"):
+        packed = SparseWeight.from_dense(w, w != 0, format)
+        assert format == "delta" or packed.index.dtype == dtype
+        assert torch.equal(ops.spmm(x, packed), x @ w.t())
+
+
+def test_auto_chooses() -> None:
+    rand = Random("auto")
+    w = rand.normal(32, 64)
+    columns = rand.mask(2, 64).repeat_interleave(16, 0)
+    assert SparseWeight.from_dense(w, columns).format == "block"
+    assert SparseWeight.from_dense(w, rand.mask(32, 64, density=0.5)).format == "bitmap"
+    assert SparseWeight.from_dense(w, rand.mask(32, 64, density=0.05)).format == "csr"
+
+
+def test_bytes() -> None:
+    """What each format costs, in bytes of a 4096th of the entries."""
+    rand = Random("bytes")
+    w, mask = rand.normal(64, 256), rand.mask(64, 256, density=0.25)
+    kept = int(mask.sum())
+    assert SparseWeight.from_dense(w, mask, "csr").nbytes == 6 * kept + 8 * 65
+    assert SparseWeight.from_dense(w, mask, "bitmap").nbytes == 4 * kept + 64 * 256 // 8 + 8 * 5
+    assert SparseWeight.from_dense(w, mask, "bitmap", values=torch.bfloat16).nbytes == 2 * kept + 2048 + 40
+    assert SparseWeight.from_dense(w, mask, "bitmap", values=torch.int8).nbytes == kept + 2048 + 40 + 4 * 64
+
+
+# ------------------------------------------------------------------------------------------------- sentences
+
+W = torch.ones(3, 9)
+B = torch.zeros(3, 2, dtype=torch.uint8)
+M = torch.ones(3, 9, dtype=torch.bool)
+
+
+def packed(**changes: Any) -> SparseWeight:
+    return SparseWeight.from_dense(torch.ones(3, 9), torch.ones(3, 9, dtype=torch.bool), "csr").replace(**changes)
+
+
+REFUSALS = [
+    Refusal(
+        "bits_shape", lambda: ops.apply_mask(torch.ones(3, 9), torch.zeros(3, 1, dtype=torch.uint8)), ValueError,
+        "apply_mask: bits must have shape [3, 2] (9 columns of one bit), got [3, 1]",
+    ),
+    Refusal(
+        "bits_dtype", lambda: ops.apply_mask(torch.ones(3, 9), torch.zeros(3, 2)), TypeError,
+        "apply_mask: bits must be uint8 (a packed mask), got torch.float32",
+    ),
+    Refusal(
+        "weight_dtype", lambda: ops.apply_mask(torch.ones(3, 9).int(), torch.zeros(3, 2, dtype=torch.uint8)), TypeError,
+        "apply_mask: weight must be a floating-point tensor, got torch.int32",
+    ),
+    Refusal(
+        "mode",
+        lambda: ops.masked_linear(torch.ones(1, 9), torch.ones(3, 9), torch.zeros(3, 2, dtype=torch.uint8), mode="soft"),
+        ValueError, "masked_linear: mode must be one of invariant, hard, ste, srste, got 'soft'",
+    ),
+    Refusal(
+        "columns",
+        lambda: ops.masked_linear(torch.ones(1, 8), torch.ones(3, 9), torch.zeros(3, 2, dtype=torch.uint8)),
+        ValueError, "masked_linear: input must have shape [..., 9], got [1, 8]",
+    ),
+    Refusal(
+        "decay",
+        lambda: ops.masked_linear(torch.ones(1, 9), torch.ones(3, 9), torch.zeros(3, 2, dtype=torch.uint8), decay="a"),
+        TypeError, "masked_linear: decay must be a number, got 'a'",
+    ),
+]  # fmt: skip
+PACKED_REFUSALS = [
+    (lambda: ops.spmm(torch.ones(2, 8), packed()), ValueError, "spmm: input must have shape [..., 9], got [2, 8]"),
+    (lambda: ops.spmm(torch.ones(2, 9).int(), packed()), TypeError, "spmm: input must be a floating-point tensor, got torch.int32"),
+    (lambda: ops.spmm(torch.ones(2, 9), packed(), torch.ones(4)), ValueError, "spmm: bias must have shape [3], got [4]"),
+    (lambda: ops.spmm(torch.ones(2, 9), torch.ones(3, 9)), TypeError, "spmm: weight must be a SparseWeight, got Tensor"),
+    (lambda: ops.spmm([1.0], packed()), TypeError, "spmm: input must be a tensor, got list"),
+    (lambda: packed(format="coo"), ValueError, "SparseWeight: format must be one of csr, delta, bitmap, block, got 'coo'"),
+    (lambda: packed(offsets=torch.zeros(3, dtype=torch.int64)), ValueError, "SparseWeight: offsets must have shape [4], got [3]"),
+    (lambda: packed(index=torch.zeros(27, dtype=torch.int64)), TypeError, "SparseWeight: index must be uint16 or int32 in the format csr, got torch.int64"),
+    (lambda: packed(values=torch.zeros(27, dtype=torch.int8)), ValueError, "SparseWeight: int8 values need a scale, and others have none"),
+    (lambda: SparseWeight.from_dense(W, M.float()), ValueError, "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.float32 [3, 9]"),
+    (lambda: SparseWeight.from_dense(W, M[:2]), ValueError, "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.bool [2, 9]"),
+    (lambda: SparseWeight.from_dense(W.int(), M), ValueError, "SparseWeight.from_dense: weight must be a floating-point tensor of shape [N, K], got torch.int32 [3, 9]"),
+    (lambda: SparseWeight.from_dense(W, M, block=0), ValueError, "SparseWeight.from_dense: block must be two positive integers, got 0"),
+    (lambda: ops.sddmm(torch.ones(2, 3), torch.ones(2, 9), SparseWeight.from_dense(W, M, "bitmap")), ValueError, "sddmm: format must be one of csr, block, got 'bitmap'"),
+    (lambda: ops.sddmm(torch.ones(2, 3), torch.ones(4, 9), packed()), ValueError, "sddmm: grad and input must agree in all dimensions but the last, got [2, 3] and [4, 9]"),
+]  # fmt: skip  # noqa: E501
+
+
+@pytest.mark.parametrize("check", refusals(REFUSALS))
+def test_refusal(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize(("call", "error", "sentence"), PACKED_REFUSALS)
+def test_refusals_of_compressed_weights(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value) == sentence
+
+
+def test_examples() -> None:
+    check_examples(sparse)
