@@ -142,7 +142,7 @@ _pack_mask = register(
         reference=_pack_reference,
         fake=lambda mask: mask.new_empty((mask.shape[0], packed_bytes(mask.shape[1], 1)), dtype=torch.uint8),
         backward="bits have no gradient",
-        cpu="not yet compiled",
+        cpu=(torch.bool, torch.uint8),
         triton="not yet written",
         bytes=lambda mask: mask.numel() * mask.element_size() + mask.shape[0] * packed_bytes(mask.shape[1], 1),
     )
@@ -183,7 +183,7 @@ _unpack_mask = register(
         reference=_unpack_reference,
         fake=lambda bits, columns: bits.new_empty((bits.shape[0], columns), dtype=torch.bool),
         backward="bits have no gradient",
-        cpu="not yet compiled",
+        cpu=(torch.uint8,),
         triton="not yet written",
         bytes=lambda bits, columns: bits.numel() + bits.shape[0] * columns,
     )
@@ -222,7 +222,7 @@ _transpose_mask = register(
         reference=lambda bits, columns: _pack_reference(_unpack_reference(bits, columns).t()),
         fake=lambda bits, columns: bits.new_empty((columns, packed_bytes(bits.shape[0], 1))),
         backward="bits have no gradient",
-        cpu="not yet compiled",
+        cpu=(torch.uint8,),
         triton="not yet written",
         bytes=lambda bits, columns: bits.numel() + columns * packed_bytes(bits.shape[0], 1),
     )
@@ -266,7 +266,7 @@ _mask_offsets = register(
         reference=_offsets_reference,
         fake=lambda bits: bits.new_empty((bits.shape[0] + 1,), dtype=torch.int64),
         backward="bits have no gradient",
-        cpu="not yet compiled",
+        cpu=(torch.uint8,),
         triton="not yet written",
         bytes=lambda bits: bits.numel() + 8 * (bits.shape[0] + 1),
     )
@@ -446,7 +446,6 @@ _keep_mask = register(
             (weight.shape[0], packed_bytes(weight.shape[1], 1)), dtype=torch.uint8
         ),
         backward="a choice has no gradient",
-        cpu="not yet compiled",
         triton="not yet written",
         bytes=_selection_bytes,
     )
