@@ -34,6 +34,9 @@ uint8_t pack_eight(uint64_t word) {
   return static_cast<uint8_t>(set_bytes(word) * 0x0102040810204080 >> 56);
 }
 
+// Bit j becomes byte j.
+uint64_t unpack_eight(uint8_t bits) { return set_bytes(bits * kOnes & 0x8040201008040201); }
+
 void pack_row(const uint8_t* mask, int64_t columns, uint8_t* out) {
   int64_t i = 0;
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
@@ -80,11 +83,15 @@ at::Tensor unpack_mask(const at::Tensor& bits, int64_t columns) {
   auto* out = static_cast<uint8_t*>(result.data_ptr());
   at::parallel_for(0, rows, grain_of(columns / 4), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
-      for (int64_t i = 0; i < width; ++i) {
-        // bit j alone in byte j
-        const uint64_t spread = from[r * width + i] * kOnes & 0x8040201008040201;
-        const uint64_t eight = set_bytes(spread);
-        std::memcpy(out + r * columns + 8 * i, &eight, std::min<int64_t>(8, columns - 8 * i));
+      uint8_t* row = out + r * columns;
+      int64_t i = 0;
+      for (; 8 * i + 8 <= columns; ++i) {
+        const uint64_t eight = unpack_eight(from[r * width + i]);
+        std::memcpy(row + 8 * i, &eight, 8);
+      }
+      if (8 * i < columns) {
+        const uint64_t eight = unpack_eight(from[r * width + i]);
+        std::memcpy(row + 8 * i, &eight, columns - 8 * i);
       }
     }
   });

@@ -32,12 +32,24 @@ inline void pad_keys(int32_t* keys, int64_t n) {
   std::fill(keys + n, keys + whole_vectors(n), kPadding);
 }
 
-// A signed integer of the same order; -0 and +0 are the same. Of NaN it is meaningless.
-inline int32_t key_of(float score) {
-  int32_t bits;
-  std::memcpy(&bits, &score, sizeof(bits));
-  const int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
-  return key + (key == -1);  // -0
+// Signed integers of the same order; -0 and +0 are the same. Of NaN they are meaningless.
+inline Keys keys_of(const Vec& scores) {
+  const Keys bits = at::vec::cast<int32_t>(scores);
+  const Keys key = bits ^ ((Keys(0) > bits) & Keys(0x7fffffff));
+  return key - (key == Keys(-1));  // -0
+}
+
+// kLanes keys, each `stride` after the one before.
+inline Keys strided(const int32_t* keys, int64_t stride) {
+#if defined(CPU_CAPABILITY_AVX2) && !defined(CPU_CAPABILITY_AVX512)
+  const auto step = static_cast<int>(stride);
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_i32gather_epi32(keys, _mm256_mullo_epi32(lanes, _mm256_set1_epi32(step)), 4);
+#else
+  alignas(64) int32_t lanes[Keys::size()];
+  for (int lane = 0; lane < Keys::size(); ++lane) lanes[lane] = keys[lane * stride];
+  return Keys::loadu(lanes);
+#endif
 }
 
 // What is kept: keys greater than `key`, and the first `ties` of those equal to it.
@@ -201,6 +213,21 @@ inline unsigned greater_of_eight(const int32_t* keys, int32_t than) {
   unsigned set = 0;
   for (int lane = 0; lane < 8; ++lane) set |= static_cast<unsigned>(keys[lane] > than) << lane;
   return set;
+#endif
+}
+
+// Bit `bit` of each of eight words.
+inline uint8_t bit_of_eight(const int32_t* words, int64_t bit) {
+#if defined(COFIRE_EIGHT_KEYS)
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  const __m256i sign = _mm256_sll_epi32(w, _mm_cvtsi64_si128(31 - bit));
+  return static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(sign)));
+#else
+  unsigned set = 0;
+  for (int lane = 0; lane < 8; ++lane) {
+    set |= (static_cast<uint32_t>(words[lane]) >> bit & 1u) << lane;
+  }
+  return static_cast<uint8_t>(set);
 #endif
 }
 

@@ -45,15 +45,20 @@ const float* as_f32(const void* data, at::ScalarType dtype, int64_t first, int64
   return buffer;
 }
 
+// The keys of n scores, in whole vectors; returns how many scores are NaN. `score(i, count)` gives a
+// vector of `count` scores and zeros.
 template <typename F>
 int64_t store_keys(int64_t n, int32_t* keys, F&& score) {
-  int32_t nan = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float s = score(i);
-    nan += s != s;
-    keys[i] = key_of(s);
-  }
-  return nan;
+  Keys nan(0);
+  const auto store = [&](int64_t i, int64_t count) {
+    const Vec s = score(i, count);
+    nan = nan + at::vec::cast<int32_t>(s != s);
+    keys_of(s).store(keys + i);
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(i, kLanes);
+  if (i < n) store(i, n - i);
+  return true_lanes(nan);
 }
 
 // The scores of one weight matrix.
@@ -75,7 +80,7 @@ class Scores {
     other_ = by_column_ ? other->to(at::kFloat).contiguous() : other->contiguous();
   }
 
-  // The keys of n neighbouring entries of a row; returns how many scores are NaN.
+  // The keys of n neighbouring entries of a row, in whole vectors; returns how many scores are NaN.
   int64_t keys(int64_t row, int64_t column, int64_t n, int32_t* out) const {
     int64_t nan = 0;
     for (int64_t i = 0; i < n; i += kPiece) {
@@ -90,26 +95,37 @@ class Scores {
   int64_t piece(int64_t place, int64_t column, int64_t n, int32_t* out) const {
     alignas(64) float weights[kPiece], others[kPiece];
     const float* w = as_f32(weight_.const_data_ptr(), weight_.scalar_type(), place, n, weights);
-    if (score_ == Score::value) return store_keys(n, out, [=](int64_t i) { return w[i]; });
-    if (score_ == Score::magnitude) {
-      return store_keys(n, out, [=](int64_t i) { return std::fabs(w[i]); });
+    const auto magnitude = [=](int64_t i, int64_t count) { return load_f32(w + i, count).abs(); };
+    if (score_ == Score::value) {
+      return store_keys(n, out, [=](int64_t i, int64_t m) { return load_f32(w + i, m); });
     }
+    if (score_ == Score::magnitude) return store_keys(n, out, magnitude);
     const float* o = as_f32(other_.const_data_ptr(), other_.scalar_type(),
                             by_column_ ? column : place, n, others);
+    const auto product = [=](int64_t i, int64_t m) {
+      return load_f32(w + i, m) * load_f32(o + i, m);
+    };
     switch (score_) {
       case Score::wanda:
-        return store_keys(n, out, [=](int64_t i) { return std::fabs(w[i]) * o[i]; });
+        return store_keys(n, out, [=](int64_t i, int64_t m) {
+          return magnitude(i, m) * load_f32(o + i, m);
+        });
       case Score::taylor:
-        return store_keys(n, out, [=](int64_t i) { return std::fabs(w[i] * o[i]); });
+        return store_keys(n, out, [=](int64_t i, int64_t m) { return product(i, m).abs(); });
       case Score::fisher:
-        return store_keys(n, out, [=](int64_t i) { return (w[i] * o[i]) * (w[i] * o[i]); });
+        return store_keys(n, out, [=](int64_t i, int64_t m) {
+          const Vec p = product(i, m);
+          return p * p;
+        });
       default: {
         // In two loops: a fused multiply-add would round once where the reference rounds twice.
-        float product[kPiece];
-        for (int64_t i = 0; i < n; ++i) product[i] = std::fabs(o[i]) * factor_;
-        const float* p = product;
+        alignas(64) float scaled[kPiece];
+        for (int64_t i = 0; i < n; ++i) scaled[i] = std::fabs(o[i]) * factor_;
+        const float* p = scaled;
         __asm__ volatile("" : "+r"(p) : : "memory");
-        return store_keys(n, out, [=](int64_t i) { return std::fabs(w[i]) + p[i]; });
+        return store_keys(n, out, [=](int64_t i, int64_t m) {
+          return magnitude(i, m) + load_f32(p + i, m);
+        });
       }
     }
   }
@@ -150,34 +166,39 @@ int64_t keep_rows(const Scores& s, const int64_t* counts, int64_t keep, uint8_t*
 
 // ------------------------------------------------------------------------------------ blocks
 
-constexpr int64_t kGroups = 8;          // whose ranks are computed side by side
+constexpr int64_t kGroups = kLanes;    // whose ranks are computed side by side
 constexpr int64_t kLargestGroup = 32;  // entries, for a word of bits
 
-// Groups of M neighbours: a word of bits for each of eight groups.
+// Groups of M entries, entry j of group g at keys[g * across + j * along]: a word of bits for each
+// of kGroups groups, entry 0 in the lowest bit.
 template <int M>
-void keep_of_groups(const int32_t* keys, int32_t keep, uint32_t* words) {
-  int32_t key[M][kGroups], rank[M][kGroups] = {};
-  for (int g = 0; g < kGroups; ++g) {
-    for (int j = 0; j < M; ++j) key[j][g] = keys[g * M + j];
-  }
-  for (int j = 1; j < M; ++j) {
-    for (int i = 0; i < j; ++i) {
-      for (int g = 0; g < kGroups; ++g) {
-        const int32_t first = -static_cast<int32_t>(key[i][g] >= key[j][g]);
-        rank[j][g] -= first;
-        rank[i][g] += 1 + first;
-      }
-    }
-  }
-  for (int g = 0; g < kGroups; ++g) words[g] = 0;
+void keep_of_groups(const int32_t* keys, int64_t across, int64_t along, int32_t keep,
+                    int32_t* words) {
+  Keys key[M], rank[M];
   for (int j = 0; j < M; ++j) {
-    for (int g = 0; g < kGroups; ++g) {
-      words[g] |= static_cast<uint32_t>(rank[j][g] < keep) << j;
+    rank[j] = Keys(0);
+    if (across == 1) {
+      key[j] = Keys::loadu(keys + j * along);
+    } else {
+      key[j] = strided(keys + j * along, across);
     }
   }
+  COFIRE_UNROLL for (int j = 1; j < M; ++j) {
+    COFIRE_UNROLL for (int i = 0; i < j; ++i) {
+      const Keys first = key[i] >= key[j];  // -1 where entry i comes first
+      rank[j] = rank[j] - first;
+      rank[i] = rank[i] + first;  // M - 1 - i of those behind it are ahead at first
+    }
+  }
+  Keys word(0);
+  COFIRE_UNROLL for (int j = 0; j < M; ++j) {
+    const Keys kept = Keys(keep - (M - 1 - j)) > rank[j];
+    word = word | (kept & Keys(static_cast<int32_t>(1u << j)));
+  }
+  word.store(words);
 }
 
-using KeepGroups = void (*)(const int32_t*, int32_t, uint32_t*);
+using KeepGroups = void (*)(const int32_t*, int64_t, int64_t, int32_t, int32_t*);
 
 template <int... M>
 KeepGroups keep_groups_of(int64_t size, std::integer_sequence<int, M...>) {
@@ -187,21 +208,21 @@ KeepGroups keep_groups_of(int64_t size, std::integer_sequence<int, M...>) {
 
 int64_t keep_groups(const Scores& s, int64_t size, int64_t keep, uint8_t* bits) {
   std::atomic<int64_t> nan{0};
-  const KeepGroups keep_eight =
+  const KeepGroups keep_of =
       keep_groups_of(size, std::make_integer_sequence<int, kLargestGroup>());
   const int64_t groups = s.columns / size;
   at::parallel_for(0, s.rows, grain_of(s.columns), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> keys(s.columns + kGroups * size);
+    std::vector<int32_t> keys(s.columns + kGroups * size + kLanes);
     for (int64_t r = begin; r < end; ++r) {
       nan += s.keys(r, 0, s.columns, keys.data());
       uint8_t* out = bits + r * bytes_of(s.columns);
       uint64_t pending = 0;  // bits that do not fill a byte yet
       int64_t filled = 0;
       for (int64_t g = 0; g < groups; g += kGroups) {
-        uint32_t words[kGroups];
-        keep_eight(keys.data() + g * size, static_cast<int32_t>(keep), words);
+        int32_t words[kGroups];
+        keep_of(keys.data() + g * size, size, 1, static_cast<int32_t>(keep), words);
         for (int64_t j = 0; j < std::min(kGroups, groups - g); ++j) {
-          pending |= static_cast<uint64_t>(words[j]) << filled;
+          pending |= static_cast<uint64_t>(static_cast<uint32_t>(words[j])) << filled;
           for (filled += size; filled >= 8; filled -= 8, pending >>= 8) {
             *out++ = static_cast<uint8_t>(pending);
           }
@@ -213,12 +234,37 @@ int64_t keep_groups(const Scores& s, int64_t size, int64_t keep, uint8_t* bits) 
   return nan;
 }
 
+// Blocks of one column: neighbouring blocks are side by side already.
+int64_t keep_columns(const Scores& s, int64_t height, int64_t keep, uint8_t* bits) {
+  std::atomic<int64_t> nan{0};
+  const KeepGroups keep_of =
+      keep_groups_of(height, std::make_integer_sequence<int, kLargestGroup>());
+  const int64_t line = whole_vectors(s.columns) + kLanes;
+  at::parallel_for(0, s.rows / height, grain_of(height * s.columns), [&](int64_t from, int64_t to) {
+    std::vector<int32_t> band(height * line), words(line);
+    for (int64_t b = from; b < to; ++b) {
+      for (int64_t r = 0; r < height; ++r) {
+        nan += s.keys(b * height + r, 0, s.columns, band.data() + r * line);
+      }
+      for (int64_t c = 0; c < s.columns; c += kGroups) {
+        keep_of(band.data() + c, 1, line, static_cast<int32_t>(keep), words.data() + c);
+      }
+      std::fill(words.begin() + s.columns, words.end(), 0);
+      for (int64_t r = 0; r < height; ++r) {
+        uint8_t* out = bits + (b * height + r) * bytes_of(s.columns);
+        for (int64_t c = 0; c < s.columns; c += 8) out[c / 8] = bit_of_eight(words.data() + c, r);
+      }
+    }
+  });
+  return nan;
+}
+
 int64_t keep_blocks(const Scores& s, int64_t height, int64_t width, int64_t keep, uint8_t* bits) {
   std::atomic<int64_t> nan{0};
   const int64_t size = height * width, line = whole_vectors(width);
   const int64_t room = whole_vectors(size) + kLanes;
   at::parallel_for(0, s.rows / height, grain_of(height * s.columns), [&](int64_t from, int64_t to) {
-    std::vector<int32_t> band(height * s.columns), keys(room), scratch(room), mine(line + kLanes);
+    std::vector<int32_t> band(height * s.columns + kLanes), keys(room), scratch(room), mine(line + kLanes);
     for (int64_t b = from; b < to; ++b) {
       for (int64_t r = 0; r < height; ++r) {
         nan += s.keys(b * height + r, 0, s.columns, band.data() + r * s.columns);
@@ -360,7 +406,9 @@ class Selection {
           ++m;
         }
         const Scores& s = matrices_[m].scores;
-        s.keys(place / s.columns, place % s.columns, 1, keys.data() + i);
+        int32_t key[kLanes];
+        s.keys(place / s.columns, place % s.columns, 1, key);
+        keys[i] = key[0];
       }
     });
     pad_keys(keys.data(), samples);
@@ -554,9 +602,13 @@ at::Tensor keep_mask(const at::Tensor& weight, const std::optional<at::Tensor>& 
     TORCH_CHECK_VALUE(block_rows > 0 && block_columns > 0 && scores.rows % block_rows == 0 &&
                           scores.columns % block_columns == 0,
                       "keep_mask: block must divide weight");
-    nan = block_rows == 1 && block_columns <= kLargestGroup
-              ? keep_groups(scores, block_columns, keep, bits)
-              : keep_blocks(scores, block_rows, block_columns, keep, bits);
+    if (block_rows == 1 && block_columns <= kLargestGroup) {
+      nan = keep_groups(scores, block_columns, keep, bits);
+    } else if (block_columns == 1 && block_rows <= kLargestGroup) {
+      nan = keep_columns(scores, block_rows, keep, bits);
+    } else {
+      nan = keep_blocks(scores, block_rows, block_columns, keep, bits);
+    }
   } else {
     const std::vector<Matrix> one{{scores, bits}};
     nan = Selection(one, keep).run();
