@@ -143,7 +143,7 @@ _pack_mask = register(
         fake=lambda mask: mask.new_empty((mask.shape[0], packed_bytes(mask.shape[1], 1)), dtype=torch.uint8),
         backward="bits have no gradient",
         cpu=(torch.bool, torch.uint8),
-        triton="not yet written",
+        triton=Kernel("cofire_kernels.selection:pack_mask"),
         bytes=lambda mask: mask.numel() * mask.element_size() + mask.shape[0] * packed_bytes(mask.shape[1], 1),
     )
 )
@@ -184,7 +184,7 @@ _unpack_mask = register(
         fake=lambda bits, columns: bits.new_empty((bits.shape[0], columns), dtype=torch.bool),
         backward="bits have no gradient",
         cpu=(torch.uint8,),
-        triton="not yet written",
+        triton=Kernel("cofire_kernels.selection:unpack_mask"),
         bytes=lambda bits, columns: bits.numel() + bits.shape[0] * columns,
     )
 )
@@ -223,7 +223,7 @@ _transpose_mask = register(
         fake=lambda bits, columns: bits.new_empty((columns, packed_bytes(bits.shape[0], 1))),
         backward="bits have no gradient",
         cpu=(torch.uint8,),
-        triton="not yet written",
+        triton=Kernel("cofire_kernels.selection:transpose_mask"),
         bytes=lambda bits, columns: bits.numel() + columns * packed_bytes(bits.shape[0], 1),
     )
 )
@@ -267,7 +267,7 @@ _mask_offsets = register(
         fake=lambda bits: bits.new_empty((bits.shape[0] + 1,), dtype=torch.int64),
         backward="bits have no gradient",
         cpu=(torch.uint8,),
-        triton="not yet written",
+        triton=Kernel("cofire_kernels.selection:mask_offsets"),
         bytes=lambda bits: bits.numel() + 8 * (bits.shape[0] + 1),
     )
 )
@@ -446,7 +446,8 @@ _keep_mask = register(
             (weight.shape[0], packed_bytes(weight.shape[1], 1)), dtype=torch.uint8
         ),
         backward="a choice has no gradient",
-        triton="not yet written",
+        # whole tensors, and blocks that are not whole bytes, by the reference's sort: they take several launches
+        triton=Kernel("cofire_kernels.selection:keep_mask"),
         bytes=_selection_bytes,
     )
 )
