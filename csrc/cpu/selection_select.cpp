@@ -617,9 +617,36 @@ at::Tensor keep_mask(const at::Tensor& weight, const std::optional<at::Tensor>& 
   return result;
 }
 
+std::vector<at::Tensor> keep_masks(at::TensorList weights, at::TensorList others, int64_t keep,
+                                   c10::string_view score, double factor) {
+  TORCH_CHECK_VALUE(others.empty() || others.size() == weights.size(),
+                    "keep_masks: others must have an entry for each weight");
+  const auto other = [&](size_t i) {
+    return others.empty() ? std::optional<at::Tensor>() : std::optional<at::Tensor>(others[i]);
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!fits(weights[i], other(i))) {
+      return reference("cofire::keep_masks", &keep_masks, weights, others, keep, score, factor);
+    }
+  }
+  std::vector<Matrix> matrices;
+  std::vector<at::Tensor> results;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Scores scores(weights[i], other(i), score_of(score), factor);
+    results.push_back(empty_bits(scores, weights[i]));
+    matrices.push_back({scores, results.back().data_ptr<uint8_t>()});
+  }
+  Selection selection(matrices, keep);
+  refuse_nan("keep_masks", selection.run(), selection.total());
+  return results;
+}
+
 }  // namespace
 }  // namespace select
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
-TORCH_LIBRARY_IMPL(cofire, CPU, m) { m.impl("keep_mask", &cofire::select::keep_mask); }
+TORCH_LIBRARY_IMPL(cofire, CPU, m) {
+  m.impl("keep_mask", &cofire::select::keep_mask);
+  m.impl("keep_masks", &cofire::select::keep_masks);
+}

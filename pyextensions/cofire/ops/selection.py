@@ -461,15 +461,13 @@ def _as_matrix(operator: str, name: str, x: Any) -> Tensor:
     return x.flatten(1) if x.dim() > 2 else x
 
 
-def _other_as_matrix(operator: str, weight: Tensor, other: Tensor | None, score: str) -> Tensor | None:
-    """Of a tensor of more than two dimensions: ``other`` has its shape, or that of one row."""
-    if other is None or weight.dim() == 2:
-        return other
+def _other_as_matrix(operator: str, name: str, weight: Tensor, other: Any) -> Tensor:
+    """Of a weight of more than two dimensions: ``other`` has its shape, or that of one of its rows."""
     if not isinstance(other, Tensor):
-        raise TypeError(f"{operator}: other must be a tensor, got {type(other).__name__}")
-    if other.shape == weight.shape:
+        raise TypeError(f"{operator}: {name} must be a tensor, got {type(other).__name__}")
+    if weight.dim() > 2 and other.shape == weight.shape:
         return other.flatten(1)
-    return other.flatten() if other.shape == weight.shape[1:] else other
+    return other.flatten() if weight.dim() > 2 and other.shape == weight.shape[1:] else other
 
 
 def keep_mask(
@@ -521,7 +519,7 @@ def keep_mask(
     if not isinstance(score, str) or not isinstance(scope, str):
         raise TypeError(f"{name}: scope and score must be strings, got {scope!r} and {score!r}")
     matrix = _as_matrix(name, "weight", weight)
-    other = _other_as_matrix(name, weight, other, score)
+    other = None if other is None else _other_as_matrix(name, "other", weight, other)
     counts = keep if isinstance(keep, Tensor) else None
     if counts is None and not is_integer(keep):
         raise TypeError(f"{name}: keep must be an integer or an int64 tensor, got {keep!r}")
@@ -533,6 +531,51 @@ def keep_mask(
     amount = 0 if counts is not None else keep
     result: Tensor = _keep_mask(matrix, other, counts, amount, scope, score, *sizes, factor)
     return result
+
+
+def _keep_masks_reference(
+    weights: Sequence[Tensor], others: Sequence[Tensor], keep: int, score: str, factor: float
+) -> list[Tensor]:
+    pairs = zip(weights, others or [None] * len(weights), strict=True)
+    scores = [scores_of(w, o, score, factor) for w, o in pairs]
+    _refuse_nan("keep_masks", scores)
+    wide = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
+    flat = torch.cat([s.to(wide).reshape(1, -1) for s in scores], 1)
+    mask = _largest(flat, torch.full((1,), keep, dtype=torch.int64, device=flat.device))[0]
+    parts = mask.split([w.numel() for w in weights])
+    return [_pack_reference(part.view(w.shape)) for part, w in zip(parts, weights, strict=True)]
+
+
+def _validate_keep_masks(
+    weights: Sequence[Tensor], others: Sequence[Tensor], keep: int, score: str, factor: float
+) -> None:
+    name = "keep_masks"
+    if others and len(others) != len(weights):
+        refuse(name, f"others must have {len(weights)} entries, one for each weight, got {len(others)}")
+    for i, w in enumerate(weights):
+        _check_matrix(name, f"weights[{i}]", w, "[N, K]")
+        _check_score(name, w, others[i] if others else None, score, factor)
+        check_device(name, "weights[0]", weights[0], **{f"weights[{i}]": w})
+    check_integer(name, keep=keep)
+    _check_count(name, keep, sum(w.numel() for w in weights), "entries of all weights")
+
+
+_keep_masks = register(
+    Operator(
+        "keep_masks(Tensor[] weights, Tensor[] others, SymInt keep, str score, float factor) -> Tensor[]",
+        family="selection",
+        validate=_validate_keep_masks,
+        reference=_keep_masks_reference,
+        fake=lambda weights, *rest: [
+            w.new_empty((w.shape[0], packed_bytes(w.shape[1], 1)), dtype=torch.uint8) for w in weights
+        ],
+        backward="a choice has no gradient",
+        triton="an order over several tensors takes many launches: the reference's sort",
+        bytes=lambda weights, others, *rest: (
+            sum(_selection_bytes(w, None) for w in weights) + sum(o.numel() * o.element_size() for o in others)
+        ),
+    )
+)
 
 
 def keep_masks(
@@ -571,20 +614,12 @@ def keep_masks(
     name = "keep_masks"
     check_integer(name, keep=keep)
     matrices = [_as_matrix(name, f"weights[{i}]", w) for i, w in enumerate(weights)]
-    if others is not None and len(others) != len(matrices):
-        refuse(name, f"others must have {len(matrices)} entries, one for each weight, got {len(others)}")
-    seconds = [None] * len(matrices) if others is None else list(others)
-    seconds = [_other_as_matrix(name, w, o, score) for w, o in zip(weights, seconds, strict=True)]
-    for w, o in zip(matrices, seconds, strict=True):
-        _check_score(name, w, o, score, factor)
-    total = sum(w.numel() for w in matrices)
-    _check_count(name, keep, total, "entries of all weights")
+    seconds = [] if others is None else list(others)
+    if len(seconds) == len(matrices):
+        pairs = zip(weights, seconds, strict=True)
+        seconds = [_other_as_matrix(name, f"others[{i}]", w, o) for i, (w, o) in enumerate(pairs)]
     if not matrices:
+        _validate_keep_masks(matrices, seconds, keep, score, factor)
         return []
-    scores = [scores_of(w, o, score, factor) for w, o in zip(matrices, seconds, strict=True)]
-    _refuse_nan(name, scores)
-    wide = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32
-    flat = torch.cat([s.to(wide).reshape(1, -1) for s in scores], 1)
-    mask = _largest(flat, torch.full((1,), keep, dtype=torch.int64, device=flat.device))[0]
-    parts = mask.split([w.numel() for w in matrices])
-    return [_pack_mask(part.view(w.shape)) for part, w in zip(parts, matrices, strict=True)]
+    result: list[Tensor] = _keep_masks(matrices, seconds, keep, score, factor)
+    return result
