@@ -388,7 +388,11 @@ def calls_of_reference(operator: Operator) -> Iterator[list[torch.dtype]]:
 
 def has_cpu_kernel(operator: Operator, args: Args) -> bool:
     """Whether the registry claims a C++ kernel for these arguments, and its library is loaded."""
-    return isinstance(operator.cpu, tuple) and tensors_of(args)[0].dtype in operator.cpu and native.STATUS.variant is not None
+    return (
+        isinstance(operator.cpu, tuple)
+        and tensors_of(args)[0].dtype in operator.cpu
+        and native.STATUS.variant is not None
+    )
 
 
 def check_served(context: Context, provider: Provider, args: Args) -> None:
