@@ -371,7 +371,7 @@ def _check_score(operator: str, weight: Tensor, other: Tensor | None, score: str
     check_float(operator, weight=weight, other=other)
     check_choice(operator, "score", score, tuple(SCORES))
     check_number(operator, factor=factor)
-    if not math.isfinite(factor):
+    if not -math.inf < factor < math.inf:  # (math.isfinite cannot be traced)
         refuse(operator, f"factor must be finite, got {factor}")
     wanted = SCORES[score]
     if wanted is None:
