@@ -68,7 +68,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cofire import native
-from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator
+from cofire.registry import FLOATS, OPERATORS, REFERENCE_ONLY, Backward, Kernel, Operator, tensors_of
 
 Args = tuple[Any, ...]
 
@@ -105,6 +105,13 @@ class Sample:
     kink: bool = False  #: 16-bit rounding crosses a kink of the activation: gradients are compared in fp32 only
 
 
+def each(function: Callable[[Tensor], Any], a: Any) -> Any:
+    """An argument with its tensor, or each of its list of tensors, replaced."""
+    if isinstance(a, (list, tuple)) and any(isinstance(x, Tensor) for x in a):
+        return [function(x) for x in a]
+    return function(a) if isinstance(a, Tensor) else a
+
+
 @dataclass(frozen=True)
 class Case:
     """An operator with everything the checks need to know about it."""
@@ -128,6 +135,11 @@ class Case:
         returns = self.operator.overload._schema.returns
         return [r.name or f"output {i}" for i, r in enumerate(returns)]
 
+    def named(self, outputs: Sequence[Tensor]) -> list[str]:
+        """A name for each output of a call; a list of tensors has as many as the call gives."""
+        listed = len(self.outputs) == 1 and len(outputs) != 1
+        return [f"{self.outputs[0]}[{i}]" for i in range(len(outputs))] if listed else self.outputs
+
     def roundings(self, name: str, dtype: torch.dtype) -> int:
         """How many roundings of the result its own arithmetic may cost."""
         return self.sums.get(name, 1) * (self.condition if dtype == torch.float64 else 1)
@@ -139,17 +151,18 @@ class Case:
         narrow = dtype in (torch.bfloat16, torch.float16)
 
         def prepare(name: str, a: Any) -> Any:
-            if not isinstance(a, Tensor):
-                return a
-            if a.is_floating_point() and name not in self.kept:
-                a = a.to(torch.float32 if narrow and name in self.wide else dtype)
-            return LAYOUTS[layout](name, a)
+            def prepared(x: Tensor) -> Tensor:
+                if x.is_floating_point() and name not in self.kept:
+                    x = x.to(torch.float32 if narrow and name in self.wide else dtype)
+                return LAYOUTS[layout](name, x)
+
+            return each(prepared, a)
 
         return tuple(map(prepare, self.names, args))
 
     def in_fp64(self, args: Args) -> Args:
         def widen(name: str, a: Any) -> Any:
-            return a.double() if isinstance(a, Tensor) and a.is_floating_point() and name not in self.kept else a
+            return each(lambda x: x.double() if x.is_floating_point() and name not in self.kept else x, a)
 
         return tuple(map(widen, self.names, args))
 
@@ -200,8 +213,7 @@ class Provider:
     dtypes: tuple[torch.dtype, ...]
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        outputs = self.run(*(a.to(self.device) if isinstance(a, Tensor) else a for a in args))
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+        return _tuple(self.run(*(each(lambda x: x.to(self.device), a) for a in args)))
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
@@ -293,7 +305,7 @@ def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...], vari
     assert len(outputs) == len(r), f"{context}: {len(outputs)} outputs, expected {len(r)}"
     sizes = r if varied is None else _tuple(case.operator.reference(*case.in_fp64(varied)))
     decided = {} if case.decided_by is None else case.decided_by(args, tuple(o.cpu() for o in outputs))
-    for name, o_i, r_i, t_i, size in zip(case.outputs, outputs, r, t, sizes, strict=True):
+    for name, o_i, r_i, t_i, size in zip(case.named(r), outputs, r, t, sizes, strict=True):
         if o_i.is_floating_point():
             scale = case.roundings(name, t_i.dtype) * max(largest(r_i), largest(size))
             check_close(f"{context}: {name}", o_i, r_i, t_i, factor=2, scale=scale)
@@ -304,15 +316,15 @@ def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...], vari
 
 
 def _tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return tuple(outputs) if isinstance(outputs, (tuple, list)) else (outputs,)
 
 
 def check_layout(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
     """Shape, dtype and strides are what the fake promised to the compiler."""
     with FakeTensorMode() as mode:
-        fakes = tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        fakes = tuple(each(mode.from_tensor, a) for a in args)
         promised = _tuple(context.case.operator.overload(*fakes))
-    for name, o, fake in zip(context.case.outputs, outputs, promised, strict=True):
+    for name, o, fake in zip(context.case.named(promised), outputs, promised, strict=True):
         assert (o.dtype, o.shape) == (fake.dtype, fake.shape), (
             f"{context}: {name} is {o.dtype} {list(o.shape)}, the fake says {fake.dtype} {list(fake.shape)}"
         )
@@ -326,11 +338,12 @@ def check_layout(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> N
 def check_separate(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> None:
     """No output shares memory with an input or with another output."""
     owners = {
-        a.untyped_storage().data_ptr(): n
+        x.untyped_storage().data_ptr(): n
         for n, a in zip(context.case.names, args)
-        if isinstance(a, Tensor) and a.numel()
+        for x in tensors_of([a])
+        if x.numel()
     }
-    for name, o in zip(context.case.outputs, outputs, strict=True):
+    for name, o in zip(context.case.named(outputs), outputs, strict=True):
         address = o.untyped_storage().data_ptr()
         assert o.numel() == 0 or address not in owners, f"{context}: {name} shares the memory of {owners[address]}"
         owners[address] = name
@@ -338,15 +351,14 @@ def check_separate(context: Context, args: Args, outputs: tuple[Tensor, ...]) ->
 
 def check_untouched(context: Context, before: Args, args: Args) -> None:
     for name, was, now in zip(context.case.names, before, args, strict=True):
-        assert not isinstance(now, Tensor) or torch.equal(bits(was), bits(now)), (
-            f"{context}: it wrote to its input {name}"
-        )
+        for x, y in zip(tensors_of([was]), tensors_of([now]), strict=True):
+            assert torch.equal(bits(x), bits(y)), f"{context}: it wrote to its input {name}"
 
 
 def check_repeats(
     context: Context, run: Callable[[], tuple[Tensor, ...]], outputs: tuple[Tensor, ...], when: str
 ) -> None:
-    for name, first, again in zip(context.case.outputs, outputs, run(), strict=True):
+    for name, first, again in zip(context.case.named(outputs), outputs, run(), strict=True):
         assert torch.equal(bits(first), bits(again)), f"{context}: {name} changes {when}"
 
 
@@ -366,7 +378,7 @@ def calls_of_reference(operator: Operator) -> Iterator[list[torch.dtype]]:
     calls: list[torch.dtype] = []
 
     def reference(*args: Any) -> Any:
-        calls.append(next(a.dtype for a in args if isinstance(a, Tensor)))
+        calls.append(tensors_of(args)[0].dtype)
         return operator.reference(*args)
 
     with torch.library._scoped_library("cofire", "FRAGMENT") as library:
@@ -376,8 +388,11 @@ def calls_of_reference(operator: Operator) -> Iterator[list[torch.dtype]]:
 
 def has_cpu_kernel(operator: Operator, args: Args) -> bool:
     """Whether the registry claims a C++ kernel for these arguments, and its library is loaded."""
-    first = next(a for a in args if isinstance(a, Tensor))
-    return isinstance(operator.cpu, tuple) and first.dtype in operator.cpu and native.STATUS.variant is not None
+    return (
+        isinstance(operator.cpu, tuple)
+        and tensors_of(args)[0].dtype in operator.cpu
+        and native.STATUS.variant is not None
+    )
 
 
 def check_served(context: Context, provider: Provider, args: Args) -> None:
@@ -396,8 +411,8 @@ def check_forward(
     """Everything that one call can show, and that its repetition is the same to the last bit."""
     context = Context(case, provider.name, sample.name, dtype, layout)
     args = case.make(sample, dtype, layout)
-    before = tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
-    on_device = tuple(a.to(provider.device) if isinstance(a, Tensor) else a for a in args)
+    before = tuple(each(torch.clone, a) for a in args)
+    on_device = tuple(each(lambda x: x.to(provider.device), a) for a in args)
     outputs = provider(*on_device)
     check_untouched(context, before, args)
     # the gradient of a constant may cancel to nothing
@@ -407,7 +422,7 @@ def check_forward(
     if provider.name != "reference":
         check_repeats(context, lambda: provider(*on_device), outputs, "from run to run")
     if provider.name == "cpu" and has_cpu_kernel(case.operator, args):
-        if all(a.numel() for a in args if isinstance(a, Tensor)):  # of nothing, anyone can make nothing
+        if all(a.numel() for a in tensors_of(args)):  # of nothing, anyone can make nothing
             check_served(context, provider, args)
         for count in () if case.by_library else (1, 2, 3):
             with threads(count):
@@ -419,7 +434,7 @@ def check_layouts(case: Case, provider: Provider, sample: Sample) -> None:
     args = case.make(sample, torch.float32)
     for layout in list(LAYOUTS)[1:]:
         stored = case.make(sample, torch.float32, layout)
-        if any(a.stride() != b.stride() for a, b in zip(args, stored) if isinstance(a, Tensor)):
+        if any(a.stride() != b.stride() for a, b in zip(tensors_of(args), tensors_of(stored), strict=True)):
             check_forward(case, provider, sample, torch.float32, layout)
 
 
@@ -599,7 +614,7 @@ def check_counts(case: Case, sample: Sample) -> None:
             operator(*args)
         assert counter.get_total_flops() == operator.flops(*args) > 0
     if operator.bytes is not None:
-        total = sum(a.numel() * a.element_size() for a in (*args, *_tuple(operator(*args))) if isinstance(a, Tensor))
+        total = sum(a.numel() * a.element_size() for a in tensors_of((*args, *_tuple(operator(*args)))))
         assert 0 < operator.bytes(*args) <= 4 * total
 
 
@@ -682,8 +697,9 @@ def _dtypes_of(case: Case, sample: Sample, dtypes: Sequence[torch.dtype], provid
     """Those the provider covers; for a sample without floats there is nothing to vary."""
     args = sample.make(Random(sample.name))
     typed = any(
-        isinstance(a, Tensor) and a.is_floating_point() and name not in case.kept
+        x.is_floating_point() and name not in case.kept
         for name, a in zip(case.names, args, strict=True)
+        for x in tensors_of([a])
     )
     return [d for d in (*dtypes, torch.float64) if d in provider.dtypes] if typed else [torch.float32]
 

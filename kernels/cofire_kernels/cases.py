@@ -52,6 +52,35 @@ def _compact(make: Make, sizes: Sizes) -> list[Call]:
     return [lambda: selection.compact(mask), lambda: positions(index, count)]
 
 
+def _packed_mask(make: Make, sizes: Sizes) -> list[Call]:
+    mask = make.mask(128, 8 * sizes["bytes"])
+    bits = torch.empty((8 * sizes["bytes"], 64), dtype=torch.uint8, device=make.device)
+    return [
+        lambda: selection.pack_mask(mask),
+        lambda: selection.unpack_mask(bits, 512),
+        lambda: selection.transpose_mask(bits, 512),
+        lambda: selection.mask_offsets(bits),
+    ]
+
+
+def _keep_mask(make: Make, sizes: Sizes) -> list[Call]:
+    n = sizes["entries"]
+    weight, gradient, norms = make.values(128, n), make.values(128, n), make.values(n)
+    counts = torch.full((128,), n // 2, device=make.device)
+
+    def kept(other: Tensor | None, counts: Tensor | None, scope: str, score: str, block: tuple[int, int]) -> Call:
+        return lambda: selection.keep_mask(weight, other, counts, 2, scope, score, *block, 1.0)
+
+    return [
+        kept(None, None, "row", "magnitude", (1, 1)),
+        kept(norms, counts, "row", "wanda", (1, 1)),
+        kept(gradient, None, "row", "magnitude_gradient", (1, 1)),
+        kept(gradient, None, "block", "taylor", (8, n // 8)),
+        kept(None, None, "block", "magnitude", (1, 4)),
+        kept(gradient, None, "block", "fisher", (1, 32)),
+    ]
+
+
 def _mass_mask(make: Make, sizes: Sizes) -> list[Call]:
     scores = make.values(128, sizes["columns"]).abs()
     weight, pooled = make.values(sizes["columns"], 16), make.values(128, 16)
@@ -317,6 +346,8 @@ def _fake_quantize(make: Make, sizes: Sizes) -> list[Call]:
 
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
+    "packed_mask": _packed_mask,
+    "keep_mask": _keep_mask,
     "mass_mask": _mass_mask,
     "gate_head": _gate_head,
     "channel_pool": _channel_pool,

@@ -13,9 +13,10 @@ import functools
 import importlib
 import importlib.abc
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,7 +45,13 @@ IDENTITY = "identity"
 
 def leading_dtype(args: tuple[Any, ...]) -> torch.dtype | None:
     """The dtype that decides whether a kernel covers a call: of the first floating-point tensor. Others follow from it."""
-    return next((a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()), None)
+    return next((a.dtype for a in tensors_of(args) if a.is_floating_point()), None)
+
+
+def tensors_of(args: Iterable[Any]) -> list[torch.Tensor]:
+    """The tensors among arguments, those in lists of tensors too."""
+    every = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return [a for a in every if isinstance(a, torch.Tensor)]
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,21 @@ LONGEST_ROW = 1024 if INTERPRETED else 2048
 
 
 @triton.jit
+def ordered(value):
+    """int32 of the order of fp32 values: a negative float's bits count downwards. -0.0 equals 0.0."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@triton.jit
 def sort_keys(value, column, inside):
     """int64 keys, unique, in the order "greater value first, then lower column first" when sorted descending.
 
-    The upper half is the fp32 value as an integer of the same order (a negative float's bits count downwards), the
-    lower half counts columns downwards. -0.0 ties with 0.0; NaN comes first, as in torch. Lanes outside the row come
-    last.
+    The upper half is the fp32 value as an integer of the same order, the lower half counts columns downwards. NaN comes
+    first, as in torch. Lanes outside the row come last.
     """
-    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ordered = tl.where(value != value, 0x7FFFFFFF, ordered)  # whatever its sign bit
-    key = (ordered.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
+    upper = tl.where(value != value, 0x7FFFFFFF, ordered(value))  # whatever its sign bit
+    key = (upper.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     return tl.where(inside, key, -9223372036854775807)
 
 
@@ -37,16 +41,16 @@ def sort_descending(key, BLOCK: tl.constexpr):
     """
     if INTERPRETED:
         rank = tl.sum((key[None, :] > key[:, None]).to(tl.int32), 1)
-        ordered = tl.sum(tl.where(rank[:, None] == tl.arange(0, BLOCK)[None, :], key[:, None], 0), 0)
+        result = tl.sum(tl.where(rank[:, None] == tl.arange(0, BLOCK)[None, :], key[:, None], 0), 0)
     else:
-        ordered = tl.sort(key, descending=True)
-    return ordered
+        result = tl.sort(key, descending=True)
+    return result
 
 
 @triton.jit
 def key_value(key):
-    ordered = (key >> 32).to(tl.int32)
-    return tl.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(tl.float32, bitcast=True)
+    upper = (key >> 32).to(tl.int32)
+    return tl.where(upper < 0, upper ^ 0x7FFFFFFF, upper).to(tl.float32, bitcast=True)
 
 
 @triton.jit

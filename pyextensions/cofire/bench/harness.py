@@ -77,6 +77,13 @@ def _detached(output: Any) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in _tensors(output))
 
 
+def _moved(a: Any, device: str) -> Any:
+    """An argument, which may be a list of tensors, on a device."""
+    if isinstance(a, list):
+        return [_moved(x, device) for x in a]
+    return a.to(device) if isinstance(a, Tensor) else a
+
+
 def _in_fp64(args: Args, bits: Sequence[int] = ()) -> Args:
     return tuple(
         a.double() if isinstance(a, Tensor) and a.is_floating_point() and i not in bits else a
@@ -312,7 +319,7 @@ class Input:
         self.case, self.device = case, device
         operator = OPERATORS[case.op].reference
         self.reference = operator if tiny or case.reference is None else case.reference
-        self.args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in made)
+        self.args = tuple(_moved(a, device) for a in made)
         self._known: dict[Any, list[tuple[Tensor, ...]]] = {}
 
     def _answers(self, reference: Callable[..., Any], mode: str) -> list[tuple[Tensor, ...]]:
