@@ -114,12 +114,6 @@ void Sink::operator()(const float* c, int64_t stride, int64_t n, int64_t count, 
   });
 }
 
-namespace {
-
-bool covers(const at::Tensor& x, const at::Tensor& values) {
-  return covered(x) && (covered(values) || values.scalar_type() == at::kChar);
-}
-
 // Memory safety, once more than the public function: of the shapes alone. What the index says is
 // checked where a weight is made.
 Weight weight_of(const at::Tensor& values, const at::Tensor& index, const at::Tensor& offsets,
@@ -148,6 +142,12 @@ Weight weight_of(const at::Tensor& values, const at::Tensor& index, const at::Te
   TORCH_CHECK(w.starts()[w.offsets.size(0) - 1] == w.values.size(0),
               "spmm: offsets must end with the number of values, ", w.values.size(0));
   return w;
+}
+
+namespace {
+
+bool covers(const at::Tensor& x, const at::Tensor& values) {
+  return covered(x) && (covered(values) || values.scalar_type() == at::kChar);
 }
 
 void multiply(const at::Tensor& x, const Weight& w, const Sink& sink) {

@@ -35,6 +35,10 @@ inline at::Tensor rows_of(const at::Tensor& x) {
   return x.reshape({count, x.size(-1)});
 }
 
+Weight weight_of(const at::Tensor& values, const at::Tensor& index, const at::Tensor& offsets,
+                 const MaybeTensor& scale, c10::string_view format, int64_t rows, int64_t columns,
+                 int64_t block_rows, int64_t block_columns);
+
 // Some tokens: column k holds `vectors * kLanes` floats, one of each token, zeros beyond the last.
 struct Block {
   int64_t first, count;  // tokens
@@ -115,6 +119,19 @@ auto with_vectors(int vectors, F&& f) {
       return f(std::integral_constant<int, 4>{});
     default:
       return f(std::integral_constant<int, kMostVectors>{});
+  }
+}
+
+// Calls f with the index of a weight that is stored by rows.
+template <typename F>
+void with_index(const Weight& w, F&& f) {
+  const void* p = w.index.const_data_ptr();
+  if (w.format == "delta") {
+    f(static_cast<const uint8_t*>(p));
+  } else if (w.index.scalar_type() == at::kInt) {
+    f(static_cast<const int32_t*>(p));
+  } else {
+    f(static_cast<const uint16_t*>(p));
   }
 }
 

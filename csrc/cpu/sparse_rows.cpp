@@ -4,12 +4,12 @@
 // multiplication with vectors from the row of the input that it names; sums of a row stay in
 // registers. Each result is the sum of one thread in one order: the same bits for any number of
 // threads.
+#include "sparse_rows.h"
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
-
-#include "sparse.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -23,22 +23,6 @@ namespace {
 constexpr int64_t kSlab = 49152;
 // Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
 constexpr int64_t kMostRows = 128, kFewestRows = 64;
-
-template <typename T>
-COFIRE_INLINE float widened(T v) {
-  return static_cast<float>(v);
-}
-
-template <typename Index>
-constexpr bool kDistances = std::is_same_v<Index, uint8_t>;
-
-// The column of entry j. Of distances it is their sum: `column` holds that of the entry before.
-
-template <typename Index>
-COFIRE_INLINE int64_t advance(const Index* index, int64_t j, int64_t column) {
-  if constexpr (kDistances<Index>) return column + index[j];
-  return index[j];
-}
 
 // ------------------------------------------------------------------------------------ one token
 
@@ -67,50 +51,6 @@ float dot_row(const Index* index, const Value* values, int64_t j, int64_t end, c
 }
 
 // ----------------------------------------------------------------------------------- more tokens
-
-// Adds the entries [j, end) of a row to its sums for V vectors of tokens.
-template <int V, typename Index, typename Value>
-COFIRE_INLINE void add_entries(const Index* index, const Value* values, int64_t j, int64_t end,
-                               int64_t column, const float* x, float* c) {
-  constexpr int kChains = kMostVectors / V;
-  constexpr int64_t width = V * kLanes;
-  Vec sum[kChains][V];
-  COFIRE_UNROLL
-  for (int v = 0; v < V; ++v) sum[0][v] = Vec::loadu(c + v * kLanes);
-  COFIRE_UNROLL
-  for (int i = 1; i < kChains; ++i) {
-    COFIRE_UNROLL
-    for (int v = 0; v < V; ++v) sum[i][v] = Vec(0.0f);
-  }
-  for (; j + kChains <= end; j += kChains) {
-    COFIRE_UNROLL
-    for (int i = 0; i < kChains; ++i) {
-      column = advance(index, j + i, column);
-      const Vec w(widened(values[j + i]));
-      const float* row = x + column * width;
-      COFIRE_UNROLL
-      for (int v = 0; v < V; ++v) {
-        sum[i][v] = at::vec::fmadd(w, Vec::loadu(row + v * kLanes), sum[i][v]);
-      }
-    }
-  }
-  for (; j < end; ++j) {
-    column = advance(index, j, column);
-    const Vec w(widened(values[j]));
-    const float* row = x + column * width;
-    COFIRE_UNROLL
-    for (int v = 0; v < V; ++v) {
-      sum[0][v] = at::vec::fmadd(w, Vec::loadu(row + v * kLanes), sum[0][v]);
-    }
-  }
-  COFIRE_UNROLL
-  for (int i = 1; i < kChains; ++i) {
-    COFIRE_UNROLL
-    for (int v = 0; v < V; ++v) sum[0][v] = sum[0][v] + sum[i][v];
-  }
-  COFIRE_UNROLL
-  for (int v = 0; v < V; ++v) sum[0][v].store(c + v * kLanes);
-}
 
 // Where the entries of each row begin that belong to a slab of columns, and the column of the one
 // before.
@@ -236,25 +176,15 @@ void multiply(const at::Tensor& x, const Index* index, const Value* values, cons
       with_vectors(block.vectors, [&](auto v) {
         constexpr int V = decltype(v)::value;
         by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t column) {
-          add_entries<V>(index, values, j, stop, column, tokens.of(block),
-                         c.data() + (r - n) * V * kLanes);
+          add_entries<V>(
+              index, values, j, stop, column,
+              [&](int64_t k) { return tokens.of(block) + k * V * kLanes; },
+              c.data() + (r - n) * V * kLanes);
         });
       });
       sink(c.data(), block.width(), n, to - n, block.first, block.count);
     }
   });
-}
-
-template <typename F>
-void with_index(const Weight& w, F&& f) {
-  const void* p = w.index.const_data_ptr();
-  if (w.format == "delta") {
-    f(static_cast<const uint8_t*>(p));
-  } else if (w.index.scalar_type() == at::kInt) {
-    f(static_cast<const int32_t*>(p));
-  } else {
-    f(static_cast<const uint16_t*>(p));
-  }
 }
 
 // ------------------------------------------------------------------------------------ sampled

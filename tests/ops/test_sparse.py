@@ -298,6 +298,71 @@ def test_the_transposed_index_follows_its_index() -> None:
         w.index.copy_(order.to(torch.uint16))
 
 
+# ------------------------------------------------------------------------------------------------ convolution
+
+
+def convolution(
+    shape: tuple[int, int, int, int], out: int, kernel: tuple[int, int], format: str = "csr", *, stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0), dilation: tuple[int, int] = (1, 1), groups: int = 1, bias: bool = True,
+    values: torch.dtype | None = None,
+) -> Callable[[Random], tuple[Any, ...]]:  # fmt: skip
+    def make(rand: Random) -> tuple[Any, ...]:
+        columns = shape[1] // groups * kernel[0] * kernel[1]
+        mask = rand.mask(out, columns, density=0.4)
+        w = SparseWeight.from_dense(rand.normal(out, columns), mask, format, block=(2, 3), values=values)
+        window = [list(kernel), list(stride), list(padding), list(dilation), groups]
+        return rand.normal(*shape), rand.normal(out) if bias else None, *w.arguments(), *window
+
+    return make
+
+
+def convolution_backward(*args: Any, **options: Any) -> Any:
+    def make(rand: Random) -> tuple[Any, ...]:
+        x, bias, *rest = convolution(*args, **options)(rand)
+        y = torch.ops.cofire.sparse_conv2d.reference(x, bias, *rest)
+        return rand.normal(*y.shape), x, *rest, True, True
+
+    return make
+
+
+CONV = [
+    Sample("same", convolution((2, 3, 7, 9), 5, (3, 3), padding=(1, 1))),
+    Sample("stride", convolution((1, 4, 11, 8), 3, (3, 2), stride=(2, 3), padding=(1, 0))),
+    Sample("dilation", convolution((1, 4, 12, 17), 6, (2, 3), dilation=(3, 2), padding=(2, 1), groups=2, bias=False)),
+    Sample("stride_dilation", convolution((1, 2, 13, 15), 3, (3, 3), stride=(2, 2), dilation=(3, 2), padding=(2, 3))),
+    Sample("pointwise", convolution((3, 5, 4, 4), 7, (1, 1))),
+    Sample("large", convolution((1, 3, 20, 30), 70, (5, 5), padding=(2, 2)), full=True),
+]
+CONV_PACKED = [
+    Sample("delta", convolution((1, 3, 9, 9), 5, (3, 3), "delta", padding=(1, 1))),
+    Sample("int8", convolution((1, 3, 9, 9), 5, (3, 3), values=torch.int8)),
+]
+TINY_CONV = [
+    Sample("tiny", convolution((3, 2, 4, 5), 3, (2, 2), padding=(1, 0))),
+    Sample("tiny_resized", convolution((2, 2, 5, 6), 3, (2, 2), padding=(1, 0))),
+]
+CONV_BACKWARD = [
+    Sample("same", convolution_backward((2, 3, 7, 9), 5, (3, 3), padding=(1, 1))),
+    Sample("block", convolution_backward((1, 4, 8, 8), 5, (3, 3), "block", stride=(2, 1), groups=1)),
+]
+TINY_CONV_BACKWARD = [
+    Sample("tiny", convolution_backward((3, 2, 4, 5), 3, (2, 2), padding=(1, 0))),
+    Sample("tiny_resized", convolution_backward((2, 2, 5, 6), 3, (2, 2), padding=(1, 0))),
+]
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        *check_op("sparse_conv2d", CONV, tiny=TINY_CONV, by_library=True),
+        *without_gradients(check_op("sparse_conv2d", CONV_PACKED, tiny=(), kept=("scale",), by_library=True)),
+        *check_op("sparse_conv2d_backward", CONV_BACKWARD, tiny=TINY_CONV_BACKWARD, by_library=True),
+    ],
+)
+def test_convolution(check: Callable[[], None]) -> None:
+    check()
+
+
 # -------------------------------------------------------------------------------------------------- the laws
 
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0.0, 0.1, 0.5, 1.0]), st.integers(0, 99))
@@ -392,21 +457,93 @@ REFUSALS = [
 ]  # fmt: skip
 PACKED_REFUSALS = [
     (lambda: ops.spmm(torch.ones(2, 8), packed()), ValueError, "spmm: input must have shape [..., 9], got [2, 8]"),
-    (lambda: ops.spmm(torch.ones(2, 9).int(), packed()), TypeError, "spmm: input must be a floating-point tensor, got torch.int32"),
-    (lambda: ops.spmm(torch.ones(2, 9), packed(), torch.ones(4)), ValueError, "spmm: bias must have shape [3], got [4]"),
-    (lambda: ops.spmm(torch.ones(2, 9), torch.ones(3, 9)), TypeError, "spmm: weight must be a SparseWeight, got Tensor"),
+    (
+        lambda: ops.spmm(torch.ones(2, 9).int(), packed()),
+        TypeError,
+        "spmm: input must be a floating-point tensor, got torch.int32",
+    ),
+    (
+        lambda: ops.spmm(torch.ones(2, 9), packed(), torch.ones(4)),
+        ValueError,
+        "spmm: bias must have shape [3], got [4]",
+    ),
+    (
+        lambda: ops.spmm(torch.ones(2, 9), torch.ones(3, 9)),
+        TypeError,
+        "spmm: weight must be a SparseWeight, got Tensor",
+    ),
     (lambda: ops.spmm([1.0], packed()), TypeError, "spmm: input must be a tensor, got list"),
-    (lambda: packed(format="coo"), ValueError, "SparseWeight: format must be one of csr, delta, bitmap, block, got 'coo'"),
-    (lambda: packed(offsets=torch.zeros(3, dtype=torch.int64)), ValueError, "SparseWeight: offsets must have shape [4], got [3]"),
-    (lambda: packed(index=torch.zeros(27, dtype=torch.int64)), TypeError, "SparseWeight: index must be uint16 or int32 in the format csr, got torch.int64"),
-    (lambda: packed(values=torch.zeros(27, dtype=torch.int8)), ValueError, "SparseWeight: int8 values need a scale, and others have none"),
-    (lambda: SparseWeight.from_dense(W, M.float()), ValueError, "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.float32 [3, 9]"),
-    (lambda: SparseWeight.from_dense(W, M[:2]), ValueError, "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.bool [2, 9]"),
-    (lambda: SparseWeight.from_dense(W.int(), M), ValueError, "SparseWeight.from_dense: weight must be a floating-point tensor of shape [N, K], got torch.int32 [3, 9]"),
-    (lambda: SparseWeight.from_dense(W, M, block=0), ValueError, "SparseWeight.from_dense: block must be two positive integers, got 0"),
-    (lambda: ops.sddmm(torch.ones(2, 3), torch.ones(2, 9), SparseWeight.from_dense(W, M, "bitmap")), ValueError, "sddmm: format must be one of csr, block, got 'bitmap'"),
-    (lambda: ops.sddmm(torch.ones(2, 3), torch.ones(4, 9), packed()), ValueError, "sddmm: grad and input must agree in all dimensions but the last, got [2, 3] and [4, 9]"),
-]  # fmt: skip  # noqa: E501
+    (
+        lambda: packed(format="coo"),
+        ValueError,
+        "SparseWeight: format must be one of csr, delta, bitmap, block, got 'coo'",
+    ),
+    (
+        lambda: packed(offsets=torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        "SparseWeight: offsets must have shape [4], got [3]",
+    ),
+    (
+        lambda: packed(index=torch.zeros(27, dtype=torch.int64)),
+        TypeError,
+        "SparseWeight: index must be uint16 or int32 in the format csr, got torch.int64",
+    ),
+    (
+        lambda: packed(values=torch.zeros(27, dtype=torch.int8)),
+        ValueError,
+        "SparseWeight: int8 values need a scale, and others have none",
+    ),
+    (
+        lambda: SparseWeight.from_dense(W, M.float()),
+        ValueError,
+        "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.float32 [3, 9]",
+    ),
+    (
+        lambda: SparseWeight.from_dense(W, M[:2]),
+        ValueError,
+        "SparseWeight.from_dense: mask must be bool of shape [3, 9], got torch.bool [2, 9]",
+    ),
+    (
+        lambda: SparseWeight.from_dense(W.int(), M),
+        ValueError,
+        "SparseWeight.from_dense: weight must be a floating-point tensor of shape [N, K], got torch.int32 [3, 9]",
+    ),
+    (
+        lambda: SparseWeight.from_dense(W, M, block=0),
+        ValueError,
+        "SparseWeight.from_dense: block must be two positive integers, got 0",
+    ),
+    (
+        lambda: ops.sddmm(torch.ones(2, 3), torch.ones(2, 9), SparseWeight.from_dense(W, M, "bitmap")),
+        ValueError,
+        "sddmm: format must be one of csr, block, got 'bitmap'",
+    ),
+    (
+        lambda: ops.sparse_conv2d(torch.ones(1, 1, 5, 5), packed(), kernel_size=2),
+        ValueError,
+        "sparse_conv2d: weight must have 4 columns (1 channels of 2x2), got 9",
+    ),
+    (
+        lambda: ops.sparse_conv2d(torch.ones(1, 1, 2, 5), packed(), kernel_size=3),
+        ValueError,
+        "sparse_conv2d: input must be as large as the kernel, got shape [1, 1, 2, 5]",
+    ),
+    (
+        lambda: ops.sparse_conv2d(torch.ones(1, 1, 5, 5), packed(), kernel_size=3, stride=0),
+        ValueError,
+        "sparse_conv2d: stride must be two integers of at least 1, got [0, 0]",
+    ),
+    (
+        lambda: ops.sparse_conv2d(torch.ones(1, 2, 5, 5), packed(), kernel_size=3, groups=2),
+        ValueError,
+        "sparse_conv2d: groups must divide the channels, 2 of the input and 3 of the output, got 2",
+    ),
+    (
+        lambda: ops.sddmm(torch.ones(2, 3), torch.ones(4, 9), packed()),
+        ValueError,
+        "sddmm: grad and input must agree in all dimensions but the last, got [2, 3] and [4, 9]",
+    ),
+]
 
 
 @pytest.mark.parametrize("check", refusals(REFUSALS))

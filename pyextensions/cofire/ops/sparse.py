@@ -13,13 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cofire.ops.checks import check_choice, check_device, check_float, check_number, check_same, refuse, shape_of
+from cofire.ops.checks import (
+    check_choice,
+    check_device,
+    check_float,
+    check_integer,
+    check_map,
+    check_number,
+    check_pair,
+    check_same,
+    refuse,
+    shape_of,
+)
 from cofire.ops.lowbit import rows_of
 from cofire.ops.packing import packed_bytes, unpack_bits
 from cofire.ops.sparse_weight import SparseWeight, check_sparse, dense_values, places
 from cofire.registry import Backward, Operator, register, through_reference
 
-__all__ = ["SparseWeight", "apply_mask", "masked_linear", "sddmm", "spmm"]
+__all__ = ["SparseWeight", "apply_mask", "masked_linear", "sddmm", "sparse_conv2d", "spmm"]
 
 MODES = ("invariant", "hard", "ste", "srste")
 
@@ -389,19 +400,22 @@ def _save_spmm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(input, values, index, offsets, scale)
 
 
+def _refuse_packed(operator: str, format: str, scale: Tensor | None) -> None:
+    if format not in ("csr", "block") or scale is not None:
+        what = "int8 values" if scale is not None else f"the format {format}"
+        raise RuntimeError(
+            f"{operator}: the weight is packed for inference ({what}) and has no backward; pack it as csr or block, with "
+            "floating-point values"
+        )
+
+
 def _spmm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, values, index, offsets, scale = ctx.saved_tensors
     to_input, to_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
-    format = ctx.rest[0]
-    if (to_input or to_values) and (format not in ("csr", "block") or scale is not None):
-        what = "int8 values" if scale is not None else f"the format {format}"
-        raise RuntimeError(
-            f"spmm: the weight is packed for inference ({what}) and has no backward; pack it as csr or block, with "
-            "floating-point values"
-        )
     to_x: Tensor | None = None
     to_v: Tensor | None = None
     if to_input or to_values:
+        _refuse_packed("spmm", ctx.rest[0], scale)
         x, v = _spmm_backward.overload(grad, input, values, index, offsets, scale, *ctx.rest, to_input, to_values)
         to_x, to_v = x if to_input else None, v if to_values else None
     to_bias = rows_of(grad).sum(0).to(ctx.bias) if ctx.needs_input_grad[1] else None
@@ -478,6 +492,203 @@ def spmm(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Ten
     _check_weight("spmm", weight)
     _check_product(input, bias, weight.values, *weight.shape)  # the weight itself was checked when it was made
     y: Tensor = _spmm.overload(input, bias, *weight.arguments())
+    return y
+
+
+# --------------------------------------------------------------------------------------------- sparse_conv2d
+
+WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+
+
+def _kernel_of(weight: Tensor, kernel_size: list[int]) -> Tensor:
+    taps = math.prod(kernel_size)
+    return weight.view(weight.shape[0], weight.shape[1] // taps, *kernel_size)
+
+
+def _sparse_conv2d_reference(
+    input: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, offsets: Tensor, scale: Tensor | None,
+    format: str, rows: int, columns: int, block_rows: int, block_columns: int,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> Tensor:  # fmt: skip
+    dtype = _wide(input)
+    w = dense_values(values, index, offsets, scale, format, rows, columns, block_rows, block_columns, dtype)
+    b = None if bias is None else bias.to(dtype)
+    kernel = _kernel_of(w, kernel_size)
+    y = torch.nn.functional.conv2d(input.to(dtype), kernel, b, stride, padding, dilation, groups)
+    return y.to(input.dtype).contiguous()
+
+
+def _sparse_conv2d_backward_reference(
+    grad: Tensor, input: Tensor, values: Tensor, index: Tensor, offsets: Tensor, scale: Tensor | None,
+    format: str, rows: int, columns: int, block_rows: int, block_columns: int,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    to_input: bool, to_values: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dtype = _wide(grad)
+    w = dense_values(values, index, offsets, scale, format, rows, columns, block_rows, block_columns, dtype)
+    kernel = _kernel_of(w, kernel_size)
+    to_x = to_v = _nothing(grad)
+    window = (stride, padding, dilation, groups)
+    if to_input:
+        to_x = torch.nn.grad.conv2d_input(input.shape, kernel, grad.to(dtype), *window).to(grad.dtype).contiguous()
+    if to_values:
+        dense = torch.nn.grad.conv2d_weight(input.to(dtype), kernel.shape, grad.to(dtype), *window).reshape(
+            rows, columns
+        )
+        row, column = places(index, offsets, format)
+        if format == "csr":
+            to_v = dense[row, column]
+        else:
+            margin = (0, -columns % block_columns, 0, -rows % block_rows)
+            dense = torch.nn.functional.pad(dense, margin)
+            tiles = dense.view(-1, block_rows, dense.shape[1] // block_columns, block_columns)
+            to_v = tiles[row, :, column].transpose(1, 2)
+        to_v = to_v.to(values.dtype).contiguous()
+    return to_x, to_v
+
+
+_sparse_conv2d_backward = register(
+    Operator(
+        f"sparse_conv2d_backward(Tensor grad, Tensor input, {PARTS}, {WINDOW}, bool to_input, bool to_values) "
+        "-> (Tensor input_grad, Tensor values_grad)",
+        family="sparse",
+        reference=_sparse_conv2d_backward_reference,
+        fake=lambda grad, input, values, *rest: (
+            input.new_empty(input.shape) if rest[-2] else _nothing(grad),
+            values.new_empty(values.shape) if rest[-1] else _nothing(grad),
+        ),
+        backward=through_reference(_sparse_conv2d_backward_reference),
+        cpu="the library's dense gradients, of which the stored ones are taken",
+        triton="the library's dense gradients, of which the stored ones are taken",
+    )
+)
+
+
+def _sparse_conv2d_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, values, index, offsets, scale = ctx.saved_tensors
+    to_input, to_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    to_x: Tensor | None = None
+    to_v: Tensor | None = None
+    if to_input or to_values:
+        _refuse_packed("sparse_conv2d", ctx.rest[0], scale)
+        x, v = _sparse_conv2d_backward.overload(
+            grad, input, values, index, offsets, scale, *ctx.rest, to_input, to_values
+        )
+        to_x, to_v = x if to_input else None, v if to_values else None
+    to_bias = grad.sum((0, 2, 3)).to(ctx.bias) if ctx.needs_input_grad[1] else None
+    return to_x, to_bias, to_v, *([None] * (len(ctx.rest) + 3))
+
+
+def _out_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def _validate_sparse_conv2d(
+    input: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, offsets: Tensor, scale: Tensor | None,
+    format: str, rows: int, columns: int, block_rows: int, block_columns: int,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], groups: int,
+) -> None:  # fmt: skip
+    operator = "sparse_conv2d"
+    check_sparse(operator, values, index, offsets, scale, format, rows, columns, block_rows, block_columns)
+    check_float(operator, input=input, bias=bias)
+    check_map(operator, "input", input)
+    for name, pair, least in (
+        ("kernel_size", kernel_size, 1), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1),
+    ):  # fmt: skip
+        if len(pair) != 2 or min(pair) < least:
+            refuse(operator, f"{name} must be two integers of at least {least}, got {list(pair)}")
+    if groups < 1 or input.shape[1] % groups or rows % groups:
+        refuse(
+            operator,
+            f"groups must divide the channels, {input.shape[1]} of the input and {rows} of the output, got {groups}",
+        )
+    want = input.shape[1] // groups * math.prod(kernel_size)
+    if columns != want:
+        refuse(
+            operator,
+            f"weight must have {want} columns ({input.shape[1] // groups} channels of {kernel_size[0]}x{kernel_size[1]}), "
+            f"got {columns}",
+        )
+    for d in range(2):
+        if _out_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) < 1:
+            refuse(operator, f"input must be as large as the kernel, got shape {shape_of(input)}")
+    if bias is not None and list(bias.shape) != [rows]:
+        refuse(operator, f"bias must have shape [{rows}], got {shape_of(bias)}")
+    check_device(operator, "input", input, values=values, bias=bias)
+
+
+def _conv_shape(input: Tensor, rows: int, window: tuple[list[int], ...]) -> tuple[int, ...]:
+    kernel_size, stride, padding, dilation = window
+    sizes = (_out_size(input.shape[2 + d], kernel_size[d], stride[d], padding[d], dilation[d]) for d in range(2))
+    return (input.shape[0], rows, *sizes)
+
+
+_sparse_conv2d = register(
+    Operator(
+        f"sparse_conv2d(Tensor input, Tensor? bias, {PARTS}, {WINDOW}) -> Tensor",
+        family="sparse",
+        validate=_validate_sparse_conv2d,
+        reference=_sparse_conv2d_reference,
+        fake=lambda input, bias, *rest: input.new_empty(_conv_shape(input, rest[5], rest[9:13])),
+        backward=Backward(_save_spmm, _sparse_conv2d_grad, "sparse_conv2d_backward"),
+        double_backward=True,
+        triton="decoded, then the library's convolution",
+        flops=lambda input, bias, values, *rest: (
+            2 * values.numel() * input.shape[0] * math.prod(_conv_shape(input, 1, rest[8:12])[2:])
+        ),
+        bytes=lambda input, bias, values, index, offsets, scale, format, rows, *rest: (
+            _stored(values, index, offsets)
+            + (input.numel() + math.prod(_conv_shape(input, rows, rest[3:7]))) * input.element_size()
+        ),
+    )
+)
+
+
+def sparse_conv2d(
+    input: Tensor,
+    weight: SparseWeight,
+    bias: Tensor | None = None,
+    *,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """A convolution with a compressed weight.
+
+    Args:
+        input: any float ``[B, C, H, W]``.
+        weight: a :class:`SparseWeight` ``[O, C / groups * kh * kw]``: the kernel ``[O, C / groups, kh, kw]``, a row for
+            each output channel.
+        bias: optional, any float ``[O]``.
+        kernel_size, stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; ``padding`` in numbers.
+
+    Returns:
+        ``[B, O, H', W']`` in the input's dtype, contiguous. Differentiable as :func:`spmm` is; the gradients are those of the
+        library's dense convolution, of which the stored ones are kept.
+
+    Raises:
+        TypeError: ``weight`` is no SparseWeight, or a tensor no float.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> w = torch.tensor([[[[0.0, 1.0], [0.0, 0.0]]]])
+        >>> s = SparseWeight.from_dense(w.flatten(1), w.flatten(1) != 0, "csr")
+        >>> sparse_conv2d(torch.arange(9.0).view(1, 1, 3, 3), s, kernel_size=2).tolist()
+        [[[[1.0, 2.0], [4.0, 5.0]]]]
+
+    Source: the direct convolution of Park et al. 2017 (1608.01409), section 3.1.
+    """
+    _check_weight("sparse_conv2d", weight)
+    window = [
+        check_pair("sparse_conv2d", name, value)
+        for name, value in (
+            ("kernel_size", kernel_size), ("stride", stride), ("padding", padding), ("dilation", dilation),
+        )
+    ]  # fmt: skip
+    check_integer("sparse_conv2d", groups=groups)
+    y: Tensor = _sparse_conv2d(input, bias, *weight.arguments(), *window, groups)
     return y
 
 
