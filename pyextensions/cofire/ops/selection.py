@@ -536,7 +536,8 @@ def keep_mask(
 def _keep_masks_reference(
     weights: Sequence[Tensor], others: Sequence[Tensor], keep: int, score: str, factor: float
 ) -> list[Tensor]:
-    pairs = zip(weights, others or [None] * len(weights), strict=True)
+    paired: list[Tensor | None] = list(others) or [None] * len(weights)
+    pairs = zip(weights, paired, strict=True)
     scores = [scores_of(w, o, score, factor) for w, o in pairs]
     _refuse_nan("keep_masks", scores)
     wide = torch.float64 if any(s.dtype == torch.float64 for s in scores) else torch.float32

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import grad as conv_gradients
 
 from cofire.ops.checks import (
     check_choice,
@@ -73,6 +74,11 @@ def _save_bits(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[1])
 
 
+def _apply_mask_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    masked: Tensor = torch.ops.cofire.apply_mask.default(grad, ctx.saved_tensors[0])
+    return masked, None
+
+
 _apply_mask = register(
     Operator(
         "apply_mask(Tensor weight, Tensor bits) -> Tensor",
@@ -80,9 +86,7 @@ _apply_mask = register(
         validate=lambda weight, bits: check_bits("apply_mask", weight, bits),
         reference=_apply_mask_reference,
         fake=lambda weight, bits: weight.new_empty(weight.shape),
-        backward=Backward(
-            _save_bits, lambda ctx, grad: (_apply_mask.overload(grad, ctx.saved_tensors[0]), None), "apply_mask"
-        ),
+        backward=Backward(_save_bits, _apply_mask_grad, "apply_mask"),
         double_backward=True,
         bytes=lambda weight, bits: 2 * weight.numel() * weight.element_size() + bits.numel(),
     )
@@ -530,9 +534,9 @@ def _sparse_conv2d_backward_reference(
     to_x = to_v = _nothing(grad)
     window = (stride, padding, dilation, groups)
     if to_input:
-        to_x = torch.nn.grad.conv2d_input(input.shape, kernel, grad.to(dtype), *window).to(grad.dtype).contiguous()
+        to_x = conv_gradients.conv2d_input(input.shape, kernel, grad.to(dtype), *window).to(grad.dtype).contiguous()
     if to_values:
-        dense = torch.nn.grad.conv2d_weight(input.to(dtype), kernel.shape, grad.to(dtype), *window).reshape(
+        dense = conv_gradients.conv2d_weight(input.to(dtype), kernel.shape, grad.to(dtype), *window).reshape(
             rows, columns
         )
         row, column = places(index, offsets, format)

@@ -186,7 +186,8 @@ class SparseWeight:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], **rest: Any) -> SparseWeight:
         """The way back from :meth:`tensors`; ``rest``: shape, format, block."""
-        return cls(**{name: tensors[name] for name in TENSORS if name in tensors}, **rest)
+        parts: dict[str, Any] = {name: tensors[name] for name in TENSORS if name in tensors}
+        return cls(**parts, **rest)
 
     # -------------------------------------------------------------------------------------------- using it
 
@@ -196,7 +197,8 @@ class SparseWeight:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SparseWeight:
         """The same with ``function`` applied to each tensor."""
-        return dataclasses.replace(self, **{name: function(t) for name, t in self.tensors().items()})
+        changed: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
+        return dataclasses.replace(self, **changed)
 
     def to(self, device: torch.device | str) -> SparseWeight:
         return self.map(lambda t: t.to(device))
@@ -222,12 +224,12 @@ class SparseWeight:
         """``[N, K]`` in the dtype of the values (fp32 for int8)."""
         dtype = self.values.dtype if self.values.is_floating_point() else torch.float32
         wide = torch.promote_types(dtype, torch.float32)
-        return dense_values(*self.arguments(), wide).to(dtype)
+        return dense_values(*(*self.arguments(), wide)).to(dtype)
 
     def mask(self) -> Tensor:
         """bool ``[N, K]``: where a value is stored. (In ``delta`` also the zeros that bridge a long distance.)"""
         ones = torch.ones_like(self.values, dtype=torch.float32)
-        return dense_values(ones, self.index, self.offsets, None, *self.arguments()[4:], torch.float32) != 0
+        return dense_values(*(ones, self.index, self.offsets, None, *self.arguments()[4:], torch.float32)) != 0
 
     def __repr__(self) -> str:
         total = self.shape[0] * self.shape[1]
