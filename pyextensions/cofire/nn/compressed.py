@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ __all__ = ["Compressed", "CompressedConv2d", "CompressedLinear"]
 #: Of the state of sparse and compressed layers: written into it, and compared.
 VERSION = 1
 PARTS = ("values", "index", "offsets", "scale")
+TRAINABLE = ("csr", "block")
 #: Rows of the input, in buckets: up to 1, 4, ... and beyond.
 ROWS = (1, 4, 16, 64, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -163,10 +165,15 @@ class Compressed(nn.Module):
     def sparse_weight(self) -> SparseWeight:
         """The weight as ``[N, K]``, around the layer's own tensors."""
         rows = self.shape[0]
-        columns = 1
-        for size in self.shape[1:]:
-            columns *= size
-        return SparseWeight(self.values, self.index, self.offsets, (rows, columns), self.format, self.block, self.scale)
+        return SparseWeight(
+            self.values,
+            self.index,
+            self.offsets,
+            (rows, math.prod(self.shape[1:])),
+            self.format,
+            self.block,
+            self.scale,
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -184,7 +191,7 @@ class Compressed(nn.Module):
 
     def density(self) -> float:
         """The share of the weights that is stored."""
-        return self.values.numel() / max(1, functools.reduce(int.__mul__, self.shape, 1))
+        return self.values.numel() / max(1, math.prod(self.shape))
 
     @property
     def nbytes(self) -> int:
@@ -198,7 +205,7 @@ class Compressed(nn.Module):
         """The weight ``[N, K]`` in this dtype, kept as long as none of its parts changes."""
         if not self.cache_dense or torch.compiler.is_compiling() or any(t.is_inference() for t in self._operands()):
             return self._decode(dtype)
-        key = (dtype, *((t.data_ptr(), t._version) for t in self._operands()))
+        key = (dtype, torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in self._operands()))
         if self._copy is None or self._copy[0] != key:
             self._copy = (key, self._decode(dtype))
         return self._copy[1]
@@ -304,7 +311,7 @@ class Compressed(nn.Module):
         if rows is not None:
             numbers = sorted({bucket(n) for n in ([rows] if isinstance(rows, int) else rows)})
         stored = self.sparse_weight.nbytes
-        dense = functools.reduce(int.__mul__, self.shape, 1) * torch.empty(0, dtype=dtype).element_size()
+        dense = math.prod(self.shape) * torch.empty(0, dtype=dtype).element_size()
         entries = []
         for number in numbers:
             sparse, why = self._sparse(dtype, self.cache_dense, number)
@@ -348,7 +355,15 @@ class Compressed(nn.Module):
         self._copy = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copy": None}
+        buffers = dict(self._buffers)
+        if self.index.dtype == torch.uint16:  # torch's own pickling has no storage of it
+            buffers["index"] = self.index.view(torch.int16)
+        return {**self.__dict__, "_copy": None, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.index.dtype == torch.int16:
+            self._buffers["index"] = self.index.view(torch.uint16)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, values = self.scale, self.values
@@ -381,6 +396,7 @@ class Compressed(nn.Module):
             if tuple(rest[2:]) != self.shape:
                 error_msgs.append(f"{name}: the state must be of a weight {list(self.shape)}, got one of {rest[2:]}")
                 return
+            trained = self.values.requires_grad or self.format not in TRAINABLE or self.scale is not None
             self.format, self.block = FORMATS[number], (rest[0], rest[1])
             device = self.values.device
             for part in PARTS:  # of the shapes and dtypes of what comes
@@ -391,8 +407,8 @@ class Compressed(nn.Module):
                     continue
                 fresh = torch.empty_like(there, device=device)
                 if part == "values":
-                    trained = self.values.requires_grad and fresh.is_floating_point()
-                    self.values = nn.Parameter(fresh, trained and self.format in ("csr", "block"))
+                    able = fresh.is_floating_point() and self.format in TRAINABLE
+                    self.values = nn.Parameter(fresh, trained and able)
                 else:
                     self._buffers[part] = fresh
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

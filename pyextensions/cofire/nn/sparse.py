@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -215,7 +216,7 @@ class Sparse(nn.Module):
             # the weight is not what the layer computes with
             self.register_forward_pre_hook(_runs_as_module)
         w = self.weight
-        full = torch.ones(w.shape[0], w[0].numel() if w.shape[0] else 0, dtype=torch.bool, device=w.device)
+        full = torch.ones(w.shape[0], math.prod(w.shape[1:]), dtype=torch.bool, device=w.device)
         self.register_buffer("mask_bits", pack(full))
         self.register_buffer("mask_format", torch.tensor(VERSION, device=w.device))
 
@@ -304,7 +305,7 @@ class Sparse(nn.Module):
         """
         w = apply_mask(self.weight, self.mask_bits)
         if self.mode == "invariant":
-            moved = int((w != self.weight).sum())
+            moved = int(((self.weight != 0) & ~self.mask).sum())
             if moved:
                 refuse(
                     type(self).__name__,
@@ -417,11 +418,8 @@ class Sparse(nn.Module):
             if version != VERSION or not 0 <= number < len(FORMATS):
                 return f"the format of the state must have the version {VERSION}, got {version}"
             tensors = {n: state.pop(names[n]) for n in PARTS if names[n] in state}
-            k = 1
-            for size in shape[1:]:
-                k *= size
             packed = SparseWeight.from_tensors(
-                tensors, shape=(shape[0], k), format=FORMATS[number], block=(rows, columns)
+                tensors, shape=(shape[0], math.prod(shape[1:])), format=FORMATS[number], block=(rows, columns)
             )
             state[names["weight"]] = packed.to_dense().view(shape)
             state[f"{prefix}mask_bits"] = pack(packed.mask())
