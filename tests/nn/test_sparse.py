@@ -538,6 +538,7 @@ def test_compressed_states(format: dict[str, Any], tmp_path: Path) -> None:
         packed = source.pack(**format)
         assert packed.nbytes == packed.sparse_weight.nbytes + 4 * packed.shape[0]
         assert torch.equal(packed.mask & source.mask, source.mask)
+        assert packed.state_dict()["index"].dtype == packed.sparse_weight.index.dtype != torch.int16
         safetensors.torch.save_file(packed.state_dict(), tmp_path / "state.safetensors")
         empty.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
         for twin in (empty, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):

@@ -126,7 +126,8 @@ class Compressed(nn.Module):
     Attributes:
         values: parameter, the kept weights: ``[nnz]``, of blocks ``[blocks, C, R]``. Trained if the format can be (``csr`` and
             ``block`` with floats) and the layer it was made of was.
-        index, offsets, scale: buffers, as in :class:`cofire.ops.SparseWeight`; scale is None for floats.
+        index, offsets, scale: buffers, as in :class:`cofire.ops.SparseWeight`; scale is None for floats. What is uint16 there,
+            and in the state, is int16 here, bit by bit: torch's processes exchange no uint16, and its pickle has none.
         geometry: int64 buffer: version of the format, its number, the block, and the weight's shape.
         cache_dense: whether a dense copy is kept, from the first time that it is needed, where dense products are
             faster. Else the weight is decoded each time they are.
@@ -145,7 +146,7 @@ class Compressed(nn.Module):
     def _take(self, weight: SparseWeight, shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> None:
         self.shape, self.format, self.block = shape, weight.format, weight.block
         self.values = nn.Parameter(weight.values.detach(), trained and weight.trainable)
-        self.register_buffer("index", weight.index)
+        self.register_buffer("index", signed(weight.index))
         self.register_buffer("offsets", weight.offsets)
         self.register_buffer("scale", weight.scale)
         numbers = [VERSION, FORMATS.index(weight.format), *weight.block, *shape]
@@ -349,21 +350,17 @@ class Compressed(nn.Module):
             if a is not None and a.shape != b.shape:
                 refuse(name, f"mask must keep as many values as are stored, {shape_of(a)} {part}, got {shape_of(b)}")
         for part, tensor in new.tensors().items():
-            getattr(self, part).copy_(tensor)
+            getattr(self, part).copy_(signed(tensor))
         if self.values.grad is not None:
             self.values.grad = None  # of other places
         self._copy = None
 
     def __getstate__(self) -> dict[str, Any]:
-        buffers = dict(self._buffers)
-        if self.index.dtype == torch.uint16:  # torch's own pickling has no storage of it
-            buffers["index"] = self.index.view(torch.int16)
-        return {**self.__dict__, "_copy": None, "_buffers": buffers}
+        return {**self.__dict__, "_copy": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.index.dtype == torch.int16:
-            self._buffers["index"] = self.index.view(torch.uint16)
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination[f"{prefix}index"] = unsigned(destination[f"{prefix}index"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, values = self.scale, self.values
@@ -398,6 +395,8 @@ class Compressed(nn.Module):
                 return
             trained = self.values.requires_grad or self.format not in TRAINABLE or self.scale is not None
             self.format, self.block = FORMATS[number], (rest[0], rest[1])
+            if isinstance(state.get(f"{prefix}index"), Tensor):
+                state[f"{prefix}index"] = signed(state[f"{prefix}index"])
             device = self.values.device
             for part in PARTS:  # of the shapes and dtypes of what comes
                 there, own = state.get(prefix + part), getattr(self, part)
@@ -452,6 +451,14 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, weight: Tensor) -> Tensor:
     """The packed mask as bool, of the weight's shape."""
     return apply_mask(torch.ones(weight.shape, dtype=torch.float32, device=bits.device), bits) != 0
+
+
+def signed(index: Tensor) -> Tensor:
+    return index.view(torch.int16) if index.dtype == torch.uint16 else index
+
+
+def unsigned(index: Tensor) -> Tensor:
+    return index.view(torch.uint16) if index.dtype == torch.int16 else index
 
 
 class CompressedLinear(Compressed):
