@@ -8,6 +8,7 @@ from cofire.nn.clustering import (
     PalettizedEmbedding,
     PalettizedLinear,
 )
+from cofire.nn.compressed import Compressed, CompressedConv2d, CompressedLinear
 from cofire.nn.fake_quantize import FakeQuantize, LSQConv2d, LSQLinear
 from cofire.nn.gating import (
     DeployedGatedConv2d,
@@ -26,6 +27,7 @@ from cofire.nn.palettes import (
     PackedPalettizedEmbedding,
     PackedPalettizedLinear,
 )
+from cofire.nn.sparse import Sparse, SparseConv2d, SparseLinear, check_masks_agree, masks, sparsify_
 from cofire.nn.statsq import (
     LSQActivation,
     QueryKey,
@@ -35,6 +37,9 @@ from cofire.nn.statsq import (
 )
 
 __all__ = [
+    "Compressed",
+    "CompressedConv2d",
+    "CompressedLinear",
     "DeployedGatedConv2d",
     "DeployedGatedLinear",
     "FakeQuantize",
@@ -60,8 +65,14 @@ __all__ = [
     "QuantLinear",
     "QueryKey",
     "ReparameterizedAttention",
+    "Sparse",
+    "SparseConv2d",
+    "SparseLinear",
     "StatsQLinear",
     "WeightQuantizer",
+    "check_masks_agree",
     "hessians",
+    "masks",
     "quantize_",
+    "sparsify_",
 ]

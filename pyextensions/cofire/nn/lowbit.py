@@ -270,15 +270,20 @@ def dense_weight(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 Filter = Callable[[nn.Module, str], bool]
 
 
-def linear_layers(model: nn.Module, filter: Filter | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of a model that own their weight: one that is tied to another module's stays as it is."""
+def linear_layers(
+    model: nn.Module, filter: Filter | None = None, also: tuple[type[nn.Module], ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of a model that own their weight: one that is tied to another module's stays as it is.
+
+    ``also``: other classes to take.
+    """
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
                 owners[id(p)] = owners.get(id(p), 0) + 1
     for name, module in model.named_modules():
-        plain = type(module) is nn.Linear or is_transposed(module)
+        plain = type(module) in (nn.Linear, *also) or is_transposed(module)
         # (a weight that is no parameter is computed anew by a hook, as old-style weight norm does)
         if plain and owners.get(id(module.weight)) == 1 and (filter is None or filter(module, name)):
             yield name, module

@@ -1,0 +1,658 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that store the kept weights alone, and the rule by which they compute.
+
+A product with a compressed weight reads less than a dense one and computes less of it per cycle: it wins where there are
+few rows, or few weights. ``dispatch.json`` holds, for each instruction set, dtype and format, the largest density at which
+the sparse product is taken, by the number of rows; a layer can measure its own (:meth:`Compressed.prepare`), and says
+what it does (:meth:`Compressed.explain`).
+
+Source: compressed rows: Saad, "Iterative methods for sparse linear systems" (2003), section 3.4; a layer is sparse only where
+it was measured to be faster: Nikdan et al. 2023 (SparseProp, 2302.04852), section 4.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cofire import native
+from cofire.info import kernel_for
+from cofire.nn.palettes import PackedPalettizedConv2d, PaddingMode
+from cofire.ops import SparseWeight, apply_mask, pack_mask, spmm
+from cofire.ops.checks import check_choice, check_device, check_integer, refuse, shape_of
+from cofire.ops.sparse_weight import FORMATS, PANEL, panels_of
+from cofire.registry import OPERATORS
+
+__all__ = ["Compressed", "CompressedConv2d", "CompressedLinear"]
+
+#: Of the state of sparse and compressed layers: written into it, and compared.
+VERSION = 1
+PARTS = ("values", "index", "offsets", "scale")
+TRAINABLE = ("csr", "block")
+#: Rows of the input, in buckets: up to 1, 4, ... and beyond.
+ROWS = (1, 4, 16, 64, 512)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GAIN = 1.05  #: what is not faster by so much stays dense
+
+
+# ----------------------------------------------------------------------------------------------------- dispatch
+
+
+def bucket(rows: int) -> int:
+    """The number of the bucket of so many rows."""
+    for i, most in enumerate(ROWS):
+        if rows <= most:
+            return i
+    return len(ROWS)
+
+
+def bucket_name(number: int) -> str:
+    low = 1 if number == 0 else ROWS[number - 1] + 1
+    high = ROWS[number] if number < len(ROWS) else None
+    return f">{low - 1}" if high is None else str(low) if low == high else f"{low}-{high}"
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(__file__).parent / "dispatch.json").read_text())
+    return content
+
+
+def largest_density(device: str, dtype: torch.dtype, format: str, against: str) -> list[float]:
+    """The largest density at which the sparse product is taken, by bucket of rows; zeros where nothing is known.
+
+    ``against``: "kept" (a dense copy of the weight is there), "decoded" (it is decoded anew), or "training".
+    """
+    machine = native.STATUS.variant if device == "cpu" else device
+    found = table()["densities"].get(machine, {}).get(str(dtype).removeprefix("torch."), {}).get(against, {})
+    densities: list[float] = found.get(format, [0.0] * (len(ROWS) + 1))
+    return densities
+
+
+def trains_faster(mask: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
+    """The format in which training a weight with this mask pays on its device, or None."""
+    format = trainable_format(mask, block)
+    rows = mask.shape[0]
+    where = torch.empty(0, mask.shape[1], dtype=dtype, device=mask.device)
+    weight = empty_weight(rows, mask.shape[1], format, block, dtype, mask.device)
+    if kernel_for(OPERATORS["spmm"], (where, None, *weight.arguments())).startswith("reference"):
+        return None
+    most = largest_density(mask.device.type, dtype, format, "training")[-2]
+    return format if mask.numel() and float(mask.float().mean()) <= most else None
+
+
+def trainable_format(mask: Tensor, block: tuple[int, int]) -> str:
+    """ "block" if the mask consists of whole blocks, else "csr"."""
+    rows, columns = mask.shape
+    if block == (1, 1) or rows % block[0] or columns % block[1] or not mask.numel():
+        return "csr"
+    tiles = mask.view(rows // block[0], block[0], columns // block[1], block[1])
+    return "block" if bool((tiles == tiles[:, :1, :, :1]).all()) else "csr"
+
+
+def empty_weight(
+    rows: int, columns: int, format: str, block: tuple[int, int], dtype: torch.dtype, device: Any
+) -> SparseWeight:
+    """A weight of nothing but zeros."""
+    size = {"bitmap": PANEL, "block": block[0]}.get(format, 1)
+    kinds = {"csr": torch.uint16 if columns <= 1 << 16 else torch.int32, "delta": torch.uint8, "bitmap": torch.uint16}
+    values = (0, block[1], block[0]) if format == "block" else (0,)
+    index = (panels_of(rows, PANEL), columns) if format == "bitmap" else (0,)
+    return SparseWeight(
+        torch.zeros(values, dtype=dtype, device=device),
+        torch.zeros(index, dtype=kinds.get(format, torch.int32), device=device),
+        torch.zeros(panels_of(rows, size) + 1, dtype=torch.int64, device=device),
+        (rows, columns),
+        format,
+        block if format == "block" else (1, 1),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- layers
+
+
+class Compressed(nn.Module):
+    """What the compressed layers share: the kept weights, and where they stand.
+
+    Attributes:
+        values: parameter, the kept weights: ``[nnz]``, of blocks ``[blocks, C, R]``. Trained if the format can be (``csr`` and
+            ``block`` with floats) and the layer it was made of was.
+        index, offsets, scale: buffers, as in :class:`cofire.ops.SparseWeight`; scale is None for floats. What is uint16 there,
+            and in the state, is int16 here, bit by bit: torch's processes exchange no uint16, and its pickle has none.
+        geometry: int64 buffer: version of the format, its number, the block, and the weight's shape.
+        cache_dense: whether a dense copy is kept, from the first time that it is needed, where dense products are
+            faster. Else the weight is decoded each time they are.
+    """
+
+    values: nn.Parameter
+    index: Tensor
+    offsets: Tensor
+    scale: Tensor | None
+    geometry: Tensor
+    bias: nn.Parameter | None
+    shape: tuple[int, ...]
+
+    # -------------------------------------------------------------------------------------------- its weight
+
+    def _take(self, weight: SparseWeight, shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> None:
+        self.shape, self.format, self.block = shape, weight.format, weight.block
+        self.values = nn.Parameter(weight.values.detach(), trained and weight.trainable)
+        self.register_buffer("index", signed(weight.index))
+        self.register_buffer("offsets", weight.offsets)
+        self.register_buffer("scale", weight.scale)
+        numbers = [VERSION, FORMATS.index(weight.format), *weight.block, *shape]
+        self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
+        #: Of the weight that this one stands for; follows the layer wherever it is cast to.
+        self.dtype = dtype
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was derived from the weight, or measured with it."""
+        self._copy: tuple[Any, Tensor] | None = None
+        self._prepared: set[int] | None = None
+        self._measured: dict[tuple[torch.dtype, int], tuple[float, float]] = {}
+        self._replan()
+
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        """The weight as ``[N, K]``, around the layer's own tensors."""
+        rows = self.shape[0]
+        return SparseWeight(
+            self.values,
+            self.index,
+            self.offsets,
+            (rows, math.prod(self.shape[1:])),
+            self.format,
+            self.block,
+            self.scale,
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight, anew with each call."""
+        return self.sparse_weight.to_dense().to(self.dtype).view(self.shape)
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, of the weight's shape: where a value is stored (of ``delta`` also the zeros that bridge a distance)."""
+        return self.sparse_weight.mask().view(self.shape)
+
+    @property
+    def mode(self) -> str:
+        return "compressed"
+
+    def density(self) -> float:
+        """The share of the weights that is stored."""
+        return self.values.numel() / max(1, math.prod(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight and of the bias."""
+        return self.sparse_weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def _operands(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.values, self.index, self.offsets, self.scale) if t is not None)
+
+    def _dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[N, K]`` in this dtype, kept as long as none of its parts changes."""
+        if not self.cache_dense or torch.compiler.is_compiling() or any(t.is_inference() for t in self._operands()):
+            return self._decode(dtype)
+        key = (dtype, torch.is_inference_mode_enabled(), *((t.data_ptr(), t._version) for t in self._operands()))
+        if self._copy is None or self._copy[0] != key:
+            self._copy = (key, self._decode(dtype))
+        return self._copy[1]
+
+    def _decode(self, dtype: torch.dtype) -> Tensor:
+        return self.sparse_weight.to_dense().to(dtype)
+
+    # ------------------------------------------------------------------------------------------- which product
+
+    def _replan(self) -> None:
+        """Whether the sparse product is taken, by dtype and bucket; looked up here so that nothing is on the call path."""
+        self._plans: dict[tuple[torch.dtype, bool], tuple[bool, ...]] = {}
+        for dtype in DTYPES:
+            for kept in (False, True):
+                self._plans[dtype, kept] = tuple(self._sparse(dtype, kept, i)[0] for i in range(len(ROWS) + 1))
+
+    def _kernel(self, dtype: torch.dtype) -> str:
+        x = torch.empty(0, self.sparse_weight.shape[1], dtype=dtype, device=self.values.device)
+        return kernel_for(OPERATORS["spmm"], (x, None, *self.sparse_weight.arguments()))
+
+    def _sparse(self, dtype: torch.dtype, kept: bool, number: int) -> tuple[bool, str]:
+        """Whether the sparse product is taken, and why."""
+        if self.values.is_meta:
+            return True, "nothing is computed on meta"
+        times = self._measured.get((dtype, number))
+        if times is not None:
+            return times[0] * GAIN <= times[1], f"measured here: sparse {times[0]:.4g} ms, dense {times[1]:.4g} ms"
+        kernel = self._kernel(dtype)
+        if kernel.startswith("reference"):
+            return False, f"no kernel for the sparse product ({kernel})"
+        against = "kept" if kept else "decoded"
+        most = largest_density(self.values.device.type, dtype, self.format, against)[number]
+        density = self.density()
+        sign = "at most" if density <= most else "above"
+        return density <= most, f"density {density:.3g} is {sign} {most:.3g}, the table's for {self.format} {against}"
+
+    def _takes_sparse(self, input: Tensor, rows: int) -> bool:
+        if torch.is_grad_enabled() and (self.values.requires_grad or input.requires_grad):
+            return True  # gradients are those of the stored values
+        plan = self._plans.get((input.dtype, self.cache_dense))
+        if self._prepared is not None and not torch.compiler.is_compiling() and bucket(rows) not in self._prepared:
+            self._prepared.add(bucket(rows))
+            warnings.warn(
+                f"{type(self).__name__}: prepared for other numbers of rows than {rows}; prepare({rows}) includes them "
+                "(this is said once)",
+                stacklevel=3,
+            )
+        if plan is None or all(plan):
+            return plan is not None
+        return any(plan) and plan[bucket(rows)]
+
+    def prepare(
+        self, rows: int | Iterable[int] = (1, 16, 256), *, tune: bool = False, dtype: torch.dtype | None = None
+    ) -> Any:
+        """Say for which numbers of rows the layer is used, and if asked to, measure what is faster there.
+
+        Args:
+            rows: of the inputs. Another bucket's number warns once.
+            tune: measure the sparse product and the dense one (from a kept copy or decoded, as ``cache_dense`` says), with the
+                present number of threads; the sparse one is taken where it is faster by 5 %. Else the shipped table decides.
+            dtype: of the inputs; default: the weight's.
+
+        Returns:
+            The layer.
+        """
+        name = f"{type(self).__name__}.prepare"
+        counts = [rows] if isinstance(rows, int) else list(rows)
+        check_integer(name, **{f"rows[{i}]": n for i, n in enumerate(counts)})
+        if not counts or min(counts) < 1:
+            refuse(name, f"rows must be positive, got {rows!r}")
+        self._prepared = {bucket(n) for n in counts} | (self._prepared or set())
+        dtype = self.dtype if dtype is None else dtype
+        for n in counts if tune else ():
+            self._measured[dtype, bucket(n)] = self._time(n, dtype)
+        self._replan()
+        return self
+
+    @torch.no_grad()
+    def _time(self, rows: int, dtype: torch.dtype) -> tuple[float, float]:
+        from torch.utils.benchmark import Timer
+
+        weight, like = self.sparse_weight, {"dtype": dtype, "device": self.values.device}
+        x = torch.randn(rows, weight.shape[1], **like)
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        calls = (lambda: spmm(x, weight, bias), lambda: F.linear(x, self._dense(dtype), bias))
+        found = []
+        for call in calls:
+            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+            found.append(1e3 * float(timer.blocked_autorange(min_run_time=0.02).median))
+        return found[0], found[1]
+
+    def explain(
+        self, rows: int | Iterable[int] | None = None, dtype: torch.dtype | None = None
+    ) -> list[dict[str, Any]]:
+        """What runs for so many rows (default: every bucket), and why.
+
+        Returns:
+            One entry a bucket: ``rows``, ``path`` ("sparse" or "dense"), ``kernel``, ``why``, and ``bytes``, those of
+            the weight that one forward moves.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        numbers: Iterable[int] = range(len(ROWS) + 1)
+        if rows is not None:
+            numbers = sorted({bucket(n) for n in ([rows] if isinstance(rows, int) else rows)})
+        stored = self.sparse_weight.nbytes
+        dense = math.prod(self.shape) * torch.empty(0, dtype=dtype).element_size()
+        entries = []
+        for number in numbers:
+            sparse, why = self._sparse(dtype, self.cache_dense, number)
+            entry = {"rows": bucket_name(number), "path": "sparse", "kernel": self._kernel(dtype), "why": why}
+            entry["bytes"] = stored
+            if not sparse:
+                how = "from a kept copy" if self.cache_dense else "decoded with each forward (cache_dense keeps a copy)"
+                entry |= {"path": "dense", "kernel": f"torch linear, {how}"}
+                entry["bytes"] = dense if self.cache_dense else stored + 2 * dense
+            if self.values.requires_grad:
+                entry["why"] += "; while it is trained, sparse"
+            entries.append(entry)
+        return entries
+
+    # ----------------------------------------------------------------------------------- changing, casting, loading
+
+    @torch.no_grad()
+    def update_mask(self, mask: Tensor) -> None:
+        """Store other places, as many as before, in place; what is stored newly is zero.
+
+        Args:
+            mask: bool, of the weight's shape.
+
+        Raises:
+            TypeError: ``mask`` is not bool.
+            ValueError: another shape, or another number of values (or blocks).
+        """
+        name = f"{type(self).__name__}.update_mask"
+        check_mask(name, mask, self.shape, self.values.device)
+        old = self.sparse_weight
+        dense = torch.where(mask, self.weight, 0.0).flatten(1)
+        new = SparseWeight.from_dense(dense, mask.flatten(1), self.format, block=self.block, values=self.values.dtype)
+        for part in PARTS:
+            a, b = getattr(old, part), getattr(new, part)
+            if a is not None and a.shape != b.shape:
+                refuse(name, f"mask must keep as many values as are stored, {shape_of(a)} {part}, got {shape_of(b)}")
+        for part, tensor in new.tensors().items():
+            getattr(self, part).copy_(signed(tensor))
+        if self.values.grad is not None:
+            self.values.grad = None  # of other places
+        self._copy = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copy": None}
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination[f"{prefix}index"] = unsigned(destination[f"{prefix}index"])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        scale, values = self.scale, self.values
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if scale is not None and self.scale is not None:
+            self.scale = scale.to(self.values.device)  # of few bits, it would round every weight
+        if values.device != self.values.device:
+            self._forget()
+        self._copy = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        name = prefix.removesuffix(".") or type(self).__name__
+        state = dict(state_dict)
+        if f"{prefix}weight" in state and f"{prefix}values" not in state:
+            trouble = self._compress_state(state, prefix)
+            if trouble:
+                error_msgs.append(f"{name}: {trouble}")
+                return
+        stored, values = state.get(f"{prefix}geometry"), state.get(f"{prefix}values")
+        if isinstance(stored, Tensor) and isinstance(values, Tensor) and not stored.is_meta:
+            version, number, *rest = stored.tolist() if stored.dim() == 1 and len(stored) > 4 else [0, 0, 0, 0]
+            if version != VERSION or not 0 <= number < len(FORMATS):
+                error_msgs.append(f"{name}: the format of the state must have the version {VERSION}, got {version}")
+                return
+            if tuple(rest[2:]) != self.shape:
+                error_msgs.append(f"{name}: the state must be of a weight {list(self.shape)}, got one of {rest[2:]}")
+                return
+            trained = self.values.requires_grad or self.format not in TRAINABLE or self.scale is not None
+            self.format, self.block = FORMATS[number], (rest[0], rest[1])
+            if isinstance(state.get(f"{prefix}index"), Tensor):
+                state[f"{prefix}index"] = signed(state[f"{prefix}index"])
+            device = self.values.device
+            for part in PARTS:  # of the shapes and dtypes of what comes
+                there, own = state.get(prefix + part), getattr(self, part)
+                if there is None or (own is not None and own.shape == there.shape and own.dtype == there.dtype):
+                    if there is None and part == "scale":
+                        self.scale = None
+                    continue
+                fresh = torch.empty_like(there, device=device)
+                if part == "values":
+                    able = fresh.is_floating_point() and self.format in TRAINABLE
+                    self.values = nn.Parameter(fresh, trained and able)
+                else:
+                    self._buffers[part] = fresh
+        super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._forget()
+
+    def _compress_state(self, state: dict[str, Any], prefix: str) -> str | None:
+        """Replace a dense weight and its mask by what this layer stores; or say why not."""
+        weight, bits = state[f"{prefix}weight"], state.get(f"{prefix}mask_bits")
+        if bits is None:
+            return "a dense weight needs its mask beside it (mask_bits), or say from_dense(module, mask).pack()"
+        if tuple(weight.shape) != self.shape:
+            return f"the state must be of a weight {list(self.shape)}, got one of {shape_of(weight)}"
+        mask = unpack(bits, weight)
+        values = self.values.dtype if self.scale is not None else None
+        packed = SparseWeight.from_dense(
+            weight.flatten(1), mask.flatten(1), self.format, block=self.block, values=values
+        )
+        for key in ("weight", "mask_bits", "mask_format"):
+            state.pop(prefix + key, None)
+        state.update({prefix + part: t for part, t in packed.tensors().items()})
+        state[f"{prefix}geometry"] = self.geometry.clone()
+        return None
+
+
+def check_mask(where: str, mask: Any, shape: Iterable[int], device: torch.device) -> None:
+    """The sentences of a mask that is not packed."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        grad = " that requires a gradient" if isinstance(mask, Tensor) and mask.requires_grad else ""
+        hint = "; a mask that is learned is a gate (cofire.nn.Gate)" if grad else "; mask != 0 makes one"
+        raise TypeError(f"{where}: mask must be a bool tensor, got {got}{grad}{hint}")
+    if list(mask.shape) != list(shape):
+        refuse(where, f"mask must have the shape of the weight {list(shape)}, got {shape_of(mask)}")
+    check_device(where, "the weight", torch.empty(0, device=device), mask=mask)
+
+
+def pack(mask: Tensor) -> Tensor:
+    return pack_mask(mask.flatten(1))
+
+
+def unpack(bits: Tensor, weight: Tensor) -> Tensor:
+    """The packed mask as bool, of the weight's shape."""
+    return apply_mask(torch.ones(weight.shape, dtype=torch.float32, device=bits.device), bits) != 0
+
+
+def signed(index: Tensor) -> Tensor:
+    return index.view(torch.int16) if index.dtype == torch.uint16 else index
+
+
+def unsigned(index: Tensor) -> Tensor:
+    return index.view(torch.uint16) if index.dtype == torch.int16 else index
+
+
+class CompressedLinear(Compressed):
+    """A linear layer of which only the kept weights are stored; :meth:`SparseLinear.pack` makes it.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``. A new layer is all zeros; it loads the
+            state of any other of its size, whatever its format.
+        format, block: as in :class:`cofire.ops.SparseWeight`. ``csr`` and ``block`` can be trained.
+        cache_dense: keep a dense copy where dense products are faster; see :class:`Compressed`.
+
+    Shape: as ``nn.Linear``.
+
+    Example:
+        >>> from cofire.nn import SparseLinear
+        >>> packed = SparseLinear.from_dense(nn.Linear(64, 8), density=0.25).pack()
+        >>> packed(torch.rand(3, 64)).shape, packed.values.shape
+        (torch.Size([3, 8]), torch.Size([128]))
+
+    Source: as the module.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        format: str = "csr",
+        block: tuple[int, int] = (16, 1),
+        cache_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        check_integer("CompressedLinear", in_features=in_features, out_features=out_features)
+        check_choice("CompressedLinear", "format", format, FORMATS)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.cache_dense = cache_dense
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        weight = empty_weight(out_features, in_features, format, block, dtype, device)
+        self._take(weight, (out_features, in_features), dtype, True)
+
+    @classmethod
+    def _around(
+        cls, weight: SparseWeight, bias: nn.Parameter | None, dtype: torch.dtype, trained: bool, cache_dense: bool
+    ) -> CompressedLinear:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.cache_dense, layer.bias = cache_dense, bias
+        layer._take(weight, weight.shape, dtype, trained)
+        return layer
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = input.numel() // self.in_features if self.in_features else 0
+        if self._takes_sparse(input, rows):
+            return spmm(input, self.sparse_weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self._dense(input.dtype), bias)
+
+    def to_dense(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with the same weights, zeros where none is stored."""
+        rows, columns = self.shape
+        layer = nn.Linear(columns, rows, self.bias is not None, self.values.device, self.dtype)
+        return _filled(layer, self)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"{self.sparse_weight!r}"
+        )
+
+
+class CompressedConv2d(Compressed):
+    """A convolution of which only the kept weights are stored; :meth:`SparseConv2d.pack` makes it.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as in
+            ``nn.Conv2d``.
+        format, block, cache_dense: as in :class:`CompressedLinear`.
+
+    The weight is decoded with each forward, or kept decoded.
+
+    Shape: as ``nn.Conv2d``.
+
+    Example:
+        >>> from cofire.nn import SparseConv2d
+        >>> packed = SparseConv2d.from_dense(nn.Conv2d(4, 8, 3), density=0.25).pack()
+        >>> packed(torch.rand(1, 4, 5, 5)).shape, packed.values.shape
+        (torch.Size([1, 8, 3, 3]), torch.Size([72]))
+
+    Source: as the module.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        format: str = "csr",
+        block: tuple[int, int] = (16, 1),
+        cache_dense: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choice("CompressedConv2d", "format", format, FORMATS)
+        conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, "meta"
+        )
+        self._follow(conv)
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        self.cache_dense = cache_dense
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        columns = conv.weight[0].numel()
+        weight = empty_weight(out_channels, columns, format, block, dtype, device)
+        self._take(weight, tuple(conv.weight.shape), dtype, True)
+
+    @classmethod
+    def _around(
+        cls,
+        weight: SparseWeight,
+        bias: nn.Parameter | None,
+        dtype: torch.dtype,
+        trained: bool,
+        cache_dense: bool,
+        conv: nn.Conv2d,
+    ) -> CompressedConv2d:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._follow(conv)
+        layer.cache_dense, layer.bias = cache_dense, bias
+        layer._take(weight, tuple(conv.weight.shape), dtype, trained)
+        return layer
+
+    def _follow(self, conv: Any) -> None:
+        for name in PackedPalettizedConv2d.GEOMETRY:
+            setattr(self, name, getattr(conv, name))
+
+    def _sparse(self, dtype: torch.dtype, kept: bool, number: int) -> tuple[bool, str]:
+        return False, "convolutions are dense"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.values.requires_grad:
+            weight = dense_values_of(self.sparse_weight)
+        else:
+            weight = self._dense(self.dtype)
+        weight = weight.view(self.shape)
+        output: Tensor = nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight, self.bias)
+        return output
+
+    def to_dense(self) -> nn.Conv2d:
+        """A plain ``nn.Conv2d`` with the same weights, zeros where none is stored."""
+        names = (n for n in PackedPalettizedConv2d.GEOMETRY if not n.startswith("_"))
+        layer = nn.Conv2d(
+            **{n: getattr(self, n) for n in names},
+            bias=self.bias is not None,
+            device=self.values.device,
+            dtype=self.dtype,
+        )
+        return _filled(layer, self)
+
+    def prepare(self, rows: Any = (1, 16, 256), *, tune: bool = False, dtype: torch.dtype | None = None) -> Any:
+        """There is one way: nothing is measured."""
+        return self
+
+    def extra_repr(self) -> str:
+        shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
+        return f"{shape}, padding={self.padding}, groups={self.groups}, bias={self.bias is not None}, {self.sparse_weight!r}"
+
+
+def dense_values_of(weight: SparseWeight) -> Tensor:
+    """Decoded in its own dtype; differentiable with respect to the values."""
+    return weight.to_dense()
+
+
+def _filled(layer: Any, source: Compressed) -> Any:
+    with torch.no_grad():
+        layer.weight.copy_(source.weight)
+        if source.bias is not None:
+            layer.bias.copy_(source.bias)
+    return layer.train(source.training)

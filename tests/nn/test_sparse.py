@@ -1,0 +1,948 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers with pruned weights: what they compute, what keeps pruned weights zero, their states, and their dispatch."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+from cofire.nn import (
+    Compressed,
+    CompressedConv2d,
+    CompressedLinear,
+    SparseConv2d,
+    SparseLinear,
+    check_masks_agree,
+    masks,
+    sparsify_,
+)
+from cofire.nn import compressed as dispatch
+from cofire.ops import pack_mask
+from helpers import check_examples
+
+IN, OUT = 48, 20
+GRADIENTS = ("hard", "ste", "srste")
+RULES: list[dict[str, Any]] = [
+    {"mode": "invariant"},
+    *({"mode": "masked", "gradient": gradient, "decay": 0.5} for gradient in GRADIENTS),
+]
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda r: "-".join(str(v) for v in list(r.values())[:2]))
+FORMATS: list[dict[str, Any]] = [
+    {"format": "csr"},
+    {"format": "delta"},
+    {"format": "bitmap"},
+    {"format": "block", "block": (4, 2)},
+    {"format": "bitmap", "values": torch.int8},
+]
+every_format = pytest.mark.parametrize("format", FORMATS, ids=lambda f: "-".join(map(str, f.values())))
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+}
+
+
+def a_mask(shape: tuple[int, ...] = (OUT, IN), density: float = 0.4, seed: int = 1) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+
+
+def linear(density: float = 0.4, **options: Any) -> Any:
+    return SparseLinear.from_dense(nn.Linear(IN, OUT), a_mask(density=density), **options)
+
+
+def conv(**options: Any) -> Any:
+    dense = nn.Conv2d(4, 8, 3, padding=1, stride=2, groups=2, padding_mode="reflect")
+    return SparseConv2d.from_dense(dense, a_mask((8, 2, 3, 3)), **options)
+
+
+def network(mode: str = "invariant", density: float = 0.3) -> nn.Module:
+    torch.manual_seed(3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 24), nn.Tanh(), nn.Linear(24, 3)
+    )
+    return sparsify_(model, density=density, mode=mode)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(16, 1, 4, 4, generator=generator), torch.randint(3, (16,), generator=generator)
+
+
+def holds(model: nn.Module) -> bool:
+    """Whether pruned weights are zero, and some are pruned in every layer."""
+    found = [(layer.weight, layer.mask) for _, layer in masks(model)]
+    assert found and all(not mask.all() and mask.any() for _, mask in found)
+    return all(bool((weight[~mask] == 0).all()) for weight, mask in found)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> None:
+    x, y = batch()
+    for _ in range(count):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+# -------------------------------------------------------------------------------------------------------- products
+
+
+def expected_gradient(dense: Tensor, weight: Tensor, mask: Tensor, rule: dict[str, Any]) -> Tensor:
+    """``dense``: the gradient of the weight with zeros, at all its entries."""
+    gradient = rule.get("gradient", "hard")
+    if gradient == "hard":
+        return torch.where(mask, dense, 0.0)
+    return torch.where(mask, dense, dense + rule["decay"] * weight) if gradient == "srste" else dense
+
+
+@every_rule
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_products_and_gradients(rule: dict[str, Any], kind: str) -> None:
+    layer, x = (linear(**rule), torch.randn(7, IN)) if kind == "linear" else (conv(**rule), torch.randn(2, 4, 9, 8))
+    plain = layer.to_dense()
+    assert type(plain) in (nn.Linear, nn.Conv2d) and (plain.weight[~layer.mask] == 0).all()
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = layer(a), plain(b)
+    torch.testing.assert_close(y, z)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+    wanted = expected_gradient(plain.weight.grad, layer.weight.detach(), layer.mask, rule)
+    torch.testing.assert_close(layer.weight.grad, wanted)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), z)
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    torch.testing.assert_close(frozen(x), z)
+
+
+@every_rule
+def test_what_is_pruned_does_not_matter(rule: dict[str, Any]) -> None:
+    """NaN behind the mask reaches nothing; a kept zero stays kept."""
+    for dense, mask, x in (
+        (nn.Linear(IN, OUT), a_mask(), torch.randn(3, IN)),
+        (nn.Conv2d(4, 8, 3), a_mask((8, 4, 3, 3)), torch.randn(1, 4, 5, 5)),
+    ):
+        with torch.no_grad():
+            dense.weight[~mask] = torch.nan
+            dense.weight[0] = torch.where(mask[0], 0.0, torch.nan)
+        kind: Any = SparseLinear if isinstance(dense, nn.Linear) else SparseConv2d
+        layer = kind.from_dense(dense, mask, **rule)
+        y = layer(x)
+        y.sum().backward()
+        assert y.isfinite().all() and layer.weight.grad[mask].isfinite().all()
+        assert torch.equal(layer.mask, mask) and torch.equal(layer.pack().mask, mask)
+        if rule.get("gradient", "hard") == "hard":
+            assert (layer.weight.grad[~mask] == 0).all()
+
+
+@every_rule
+def test_second_derivatives(rule: dict[str, Any]) -> None:
+    layer = SparseConv2d.from_dense(nn.Conv2d(2, 2, 2, dtype=torch.float64), a_mask((2, 2, 2, 2)), **rule)
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64)
+
+    def f(weight: Tensor) -> Tensor:
+        first = torch.autograd.grad(
+            torch.func.functional_call(layer, {"weight": weight}, (x,)).pow(3).sum(), weight, create_graph=True
+        )
+        return first[0].square().sum()
+
+    weight = layer.weight.detach().clone().requires_grad_()
+    (second,) = torch.autograd.grad(f(weight), weight)
+    eps = 1e-6
+    if rule.get("gradient", "hard") == "hard":  # the others' gradients are no derivatives
+        i = tuple(layer.mask.nonzero()[0].tolist())
+        step = torch.zeros_like(weight)
+        step[i] = eps
+        numeric = (f((weight + step).detach().requires_grad_()) - f((weight - step).detach().requires_grad_())) / (
+            2 * eps
+        )
+        torch.testing.assert_close(second[i], numeric.detach(), rtol=1e-5, atol=1e-6)
+    assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    for layer, x in ((linear(), torch.randn(3, IN)), (conv(), torch.randn(1, 4, 8, 8))):
+        cast = copy.deepcopy(layer).to(dtype)
+        packed = cast.pack()
+        assert cast.mask_bits.dtype == torch.uint8 and torch.equal(cast.mask, layer.mask)
+        y, z = cast(x.to(dtype)), packed(x.to(dtype))
+        assert y.dtype == z.dtype == packed.weight.dtype == dtype
+        torch.testing.assert_close(y, z, rtol=0.02, atol=0.02)
+        assert layer.pack(values=torch.bfloat16).values.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------------------------------------- choosing a mask
+
+
+def test_which_weights_are_kept() -> None:
+    w = nn.Linear(32, 16)
+    rows = SparseLinear.from_dense(copy.deepcopy(w), density=0.25)
+    assert (rows.mask.sum(1) == 8).all() and rows.density() == 0.25
+    top = w.weight.abs().topk(8, 1).values[:, -1:]
+    assert torch.equal(rows.mask, w.weight.detach().abs() >= top)
+    whole = SparseLinear.from_dense(copy.deepcopy(w), density=0.25, scope="tensor")
+    assert whole.mask.sum() == 128 and not torch.equal(whole.mask, rows.mask)
+    two = SparseLinear.from_dense(copy.deepcopy(w), pattern="2:4")
+    assert (two.mask.view(16, 8, 4).sum(2) == 2).all()
+    blocks = SparseLinear.from_dense(copy.deepcopy(w), pattern="4x2", density=0.5)
+    tiles = blocks.mask.view(4, 4, 16, 2).transpose(1, 2).flatten(2)
+    assert ((tiles.sum(2) == 8) | (tiles.sum(2) == 0)).all() and (tiles.any(2).sum(1) == 8).all()
+    sums = w.weight.detach().abs().view(4, 4, 16, 2).sum((1, 3))
+    assert torch.equal(tiles.any(2), sums >= sums.topk(8, 1).values[:, -1:])
+    assert blocks.pack(block=(4, 2)).format == "block" and rows.pack().format == "bitmap"
+    score = torch.arange(512.0).view(16, 32)
+    last = SparseLinear.from_dense(copy.deepcopy(w), density=0.25, score=score, scope="tensor")
+    assert torch.equal(last.mask, score >= 384)
+    norms = torch.rand(32)
+    wanda = SparseLinear.from_dense(copy.deepcopy(w), density=0.25, score="wanda", other=norms)
+    best = (w.weight.detach().abs() * norms).topk(8, 1).indices
+    assert torch.equal(wanda.mask, torch.zeros_like(wanda.mask).scatter_(1, best, True))
+    assert SparseLinear.from_dense(copy.deepcopy(w), density=1e-6).mask.sum() == 16, "at least one of each row"
+
+
+def test_a_new_layer_keeps_everything() -> None:
+    for bias in (True, False):
+        layer = SparseLinear(9, 5, bias, "cpu", torch.float64)
+        assert layer.mask.all() and layer.density() == 1 and (layer.bias is not None) == bias
+        assert layer.mask_bits.tolist() == [[255, 1]] * 5
+    assert SparseConv2d(3, 4, 3, mode="masked", gradient="ste").mask.shape == (4, 3, 3, 3)
+    assert SparseLinear(4, 0).density() == 1 and SparseLinear(4, 0)(torch.ones(2, 4)).shape == (2, 0)
+    assert "mode=masked, gradient=ste, density=1" in repr(SparseLinear(4, 4, mode="masked", gradient="ste"))
+
+
+def test_parameters_are_shared_with_the_dense_layer() -> None:
+    dense = nn.Linear(IN, OUT)
+    seen: list[int] = []
+    dense.register_forward_hook(lambda *a: seen.append(1))
+    before = dense.weight.detach().clone()
+    masked = SparseLinear.from_dense(dense, a_mask(), mode="masked")
+    assert masked.weight is dense.weight and torch.equal(masked.weight, before)
+    compressed = SparseLinear.from_dense(dense, a_mask(), mode="compressed")
+    assert torch.equal(dense.weight, before), "what is compressed is copied"
+    assert compressed.format == "csr" and compressed.values.requires_grad
+    layer = SparseLinear.from_dense(dense, a_mask())
+    assert layer.weight is dense.weight and (dense.weight[~a_mask()] == 0).all()
+    layer(torch.randn(1, IN))
+    assert seen == [1]
+
+
+def test_a_layer_that_torch_pruned() -> None:
+    dense = nn.Linear(IN, OUT)
+    prune.l1_unstructured(dense, "weight", amount=0.5)
+    x = torch.randn(3, IN)
+    expected = dense(x)
+    state = copy.deepcopy(dense.state_dict())
+    layer = SparseLinear.from_dense(dense)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.density() == 0.5 and set(layer.state_dict()) == {"weight", "bias", "mask_bits", "mask_format"}
+    fresh = SparseLinear(IN, OUT)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.mask, layer.mask) and torch.equal(fresh(x), layer(x))
+
+
+def test_auto_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    def auto(density: float) -> str:
+        return str(SparseLinear.from_dense(nn.Linear(IN, OUT), density=density, mode="auto").mode)
+
+    monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "c++")
+    monkeypatch.setattr(dispatch, "largest_density", lambda *a: [0.3] * 6)
+    assert (auto(0.25), auto(0.5)) == ("compressed", "invariant")
+    monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "reference: none")
+    assert auto(0.25) == "invariant"
+    assert SparseConv2d.from_dense(nn.Conv2d(2, 2, 3), density=0.01, mode="auto").mode == "invariant"
+
+
+# --------------------------------------------------------------------------------- what keeps pruned weights zero
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_plain_optimizers(optimizer: str) -> None:
+    """With momentum, weight decay, and clipping, whose norm is that of the kept weights' gradients."""
+    model = network()
+    first = [layer.weight.detach().clone() for _, layer in masks(model)]
+    steps(model, OPTIMIZERS[optimizer](model.parameters()))
+    assert holds(model)
+    assert all(not torch.equal(a, layer.weight) for a, (_, layer) in zip(first, masks(model)))
+
+
+def test_gradient_clipping() -> None:
+    model, plain = network(), network("masked")
+    x, y = batch()
+    for m in (model, plain):
+        F.cross_entropy(m(x), y).backward()
+    total = nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    parts = []
+    for p in plain.parameters():
+        parts.append(p.grad)
+    torch.testing.assert_close(total, torch.cat([g.flatten() for g in parts]).norm())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer.step()
+    assert holds(model)
+
+
+def test_averages() -> None:
+    model = network()
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    for _ in range(3):
+        steps(model, optimizer, 1)
+        ema.update_parameters(model)
+    assert holds(ema.module)
+    for _, layer in masks(model):
+        layer.update_mask(a_mask(tuple(layer.weight.shape), seed=7))
+    ema.update_parameters(model)
+    assert not holds(ema.module), "an average over two masks has the weights of both"
+    with pytest.raises(ValueError, match=r"must be zero in the mode 'invariant', got \d+ that are not: momentum"):
+        ema.module[3].pack()
+    for _, layer in masks(ema.module):
+        layer.update_mask(layer.mask)
+    assert holds(ema.module) and ema.module[3].pack().mode == "compressed"
+
+
+def test_autocast() -> None:
+    model = network()
+    x, y = batch()
+    optimizer = torch.optim.AdamW(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(x)
+            assert output.dtype == torch.bfloat16
+            loss = F.cross_entropy(output, y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert holds(model) and model[3].weight.dtype == torch.float32
+    for kind in ("masked", "compressed"):
+        other = network(kind)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            F.cross_entropy(other(x).float(), y).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in other.parameters())
+
+
+@every_rule
+def test_compiled_layers_see_a_new_mask(rule: dict[str, Any]) -> None:
+    torch.compiler.reset()
+    for layer, x in ((linear(**rule), torch.randn(3, IN)), (conv(**rule), torch.randn(2, 4, 8, 8))):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        compiled(x).sum().backward()  # compiled here; another mask must not do it again
+        before = layer.mask_bits.data_ptr(), layer.weight.data_ptr()
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for seed in (8, 9):
+                layer.update_mask(a_mask(tuple(layer.weight.shape), seed=seed))
+                twin = copy.deepcopy(layer)
+                layer.weight.grad = twin.weight.grad = None
+                y = compiled(x)
+                torch.testing.assert_close(y, twin(x))
+                y.square().sum().backward()
+                twin(x).square().sum().backward()
+                torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+        assert before == (layer.mask_bits.data_ptr(), layer.weight.data_ptr())
+
+
+def test_inductor_compiles_a_model() -> None:
+    model = network()
+    x, _ = batch()
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+    compiled(x).sum().backward()
+    assert all((layer.weight.grad[~layer.mask] == 0).all() for _, layer in masks(model))
+
+
+@every_rule
+def test_gradient_checkpointing(rule: dict[str, Any]) -> None:
+    for layer, x in ((linear(**rule), torch.randn(3, IN)), (conv(**rule), torch.randn(2, 4, 8, 8))):
+        x.requires_grad_()
+        layer(x).square().sum().backward()
+        found = layer.weight.grad.clone()
+        layer.weight.grad = None
+        checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+        assert torch.equal(found, layer.weight.grad)
+
+
+def test_a_new_mask_zeroes_weights_and_gradients() -> None:
+    layer = linear()
+    layer(torch.randn(3, IN)).sum().backward()
+    weight, bits, version = layer.weight, layer.mask_bits, layer.weight._version
+    mask = a_mask(seed=2)
+    layer.update_mask(mask)
+    assert layer.weight is weight and layer.mask_bits is bits and layer.weight._version > version
+    assert (layer.weight[~mask] == 0).all() and (layer.weight.grad[~mask] == 0).all()
+    assert torch.equal(layer.mask, mask)
+    layer.update_mask(pack_mask(a_mask(seed=3)))
+    assert torch.equal(layer.mask, a_mask(seed=3))
+    hidden = linear(mode="masked")
+    before = hidden.weight.detach().clone()
+    hidden.update_mask(mask)
+    assert torch.equal(hidden.weight, before), "behind the mask they live on"
+
+
+def test_momentum_from_before_a_new_mask_is_found() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    steps(model, optimizer)
+    for _, layer in masks(model):
+        layer.update_mask(a_mask(tuple(layer.weight.shape), seed=11))
+    assert holds(model)
+    steps(model, optimizer, 1)
+    assert not holds(model)
+    with pytest.raises(ValueError, match="must be zero in the mode 'invariant'"):
+        model[3].to_dense()
+
+
+def test_training_a_compressed_model() -> None:
+    """Step for step what the layers with zeros do."""
+    model, other = network(), network("compressed")
+    assert isinstance(other[0], CompressedConv2d) and isinstance(other[3], CompressedLinear)
+    for m in (model, other):
+        steps(m, torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1), 4)
+    assert torch.equal(other[3].mask, model[3].mask)
+    torch.testing.assert_close(other[3].weight, model[3].weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(other[0].weight, model[0].weight, rtol=1e-4, atol=1e-5)
+
+
+def _two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    try:
+        for mode in ("invariant", "compressed"):
+            model = network(mode)
+            check_masks_agree(model)
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+            x, y = batch()
+            for _ in range(2):
+                optimizer.zero_grad()
+                F.cross_entropy(wrapped(x[rank::2]), y[rank::2]).backward()
+                optimizer.step()
+            parts = [torch.empty_like(model[3].bias) for _ in range(2)]
+            dist.all_gather(parts, model[3].bias.detach())
+            assert torch.equal(parts[0], parts[1])
+            if mode == "invariant":
+                assert holds(model)
+                torch.save(model.state_dict(), Path(folder) / f"{rank}.pt")
+            check_masks_agree(model)
+        model = network()
+        if rank == 1:
+            model[3].update_mask(a_mask((24, 96), seed=4))
+        with pytest.raises(
+            ValueError, match="check_masks_agree: all processes must have the same masks, got others for 3"
+        ):
+            check_masks_agree(model)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="this build of torch has no gloo")
+def test_two_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_two, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    steps(model, optimizer, 2)
+    for name, value in model.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-5)
+    check_masks_agree(model)  # one process agrees with itself
+
+
+# ------------------------------------------------------------------------------------------------------- states
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=["invariant", "masked"])
+def test_states(rule: dict[str, Any], tmp_path: Path) -> None:
+    for layer, empty, plain in (
+        (linear(**rule), SparseLinear(IN, OUT, **rule), nn.Linear(IN, OUT)),
+        (conv(**rule), SparseConv2d(4, 8, 3, 2, 1, 1, 2, padding_mode="reflect", **rule), conv().to_dense()),
+    ):
+        state = layer.state_dict()
+        assert set(state) == {"weight", "bias", "mask_bits", "mask_format"}
+        assert state["weight"].shape == plain.weight.shape
+        file = tmp_path / "state.safetensors"
+        safetensors.torch.save_file(state, file)
+        loaded = safetensors.torch.load_file(file)
+        assert str(empty.load_state_dict(loaded)) == "<All keys matched successfully>"
+        found = plain.load_state_dict(loaded, strict=False)
+        assert not found.missing_keys and set(found.unexpected_keys) == {"mask_bits", "mask_format"}
+        assert torch.equal(plain.weight, layer.weight)
+        for twin in (empty, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(twin.weight, layer.weight) and torch.equal(twin.mask, layer.mask)
+            assert repr(twin) == repr(layer) and twin.weight is not layer.weight
+
+
+def test_a_dense_state_is_masked_by_the_layer() -> None:
+    dense = nn.Linear(IN, OUT).state_dict()
+    kept = dense["weight"].clone()
+    layer, masked = linear(), linear(mode="masked")
+    for one in (layer, masked):
+        assert str(one.load_state_dict(dense)) == "<All keys matched successfully>"
+        assert torch.equal(one.mask, a_mask())
+    assert torch.equal(layer.weight, torch.where(a_mask(), kept, 0.0)) and torch.equal(masked.weight, kept)
+    layer.load_state_dict(dense, assign=True)
+    assert torch.equal(dense["weight"], kept), "the state itself is left as it is"
+    assert torch.equal(layer.weight, torch.where(a_mask(), kept, 0.0))
+    empty = SparseLinear(IN, OUT, device="meta")
+    empty.load_state_dict(linear().state_dict(), assign=True)
+    assert torch.equal(empty.mask, a_mask())
+    with pytest.raises(RuntimeError, match='Missing key.*"weight"'):
+        layer.load_state_dict({"bias": dense["bias"]})
+    other = {**linear(mode="masked").state_dict(), "mask_bits": pack_mask(a_mask(seed=6))}
+    layer.load_state_dict(other)
+    assert torch.equal(layer.mask, a_mask(seed=6)) and (layer.weight[~layer.mask] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"mask_bits": torch.zeros(OUT, 7, dtype=torch.uint8)},
+            r"mask_bits must be uint8 \[20, 6\], got torch.uint8 \[20, 7\]",
+        ),
+        ({"mask_bits": torch.ones(OUT, 6)}, r"mask_bits must be uint8 \[20, 6\], got torch.float32"),
+        ({"mask_format": torch.tensor(9)}, "the format of the mask must have the version 1, got 9"),
+        ({"weight": torch.ones(3, 3)}, "size mismatch for weight"),
+    ],
+)
+def test_other_states_are_refused(change: dict[str, Tensor], sentence: str) -> None:
+    layer = linear()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=sentence):
+        layer.load_state_dict({**linear(0.6).state_dict(), **change})
+    assert torch.equal(layer.weight, before)
+
+
+@every_format
+def test_compressed_states(format: dict[str, Any], tmp_path: Path) -> None:
+    for source, empty in (
+        (linear(), CompressedLinear(IN, OUT)),
+        (conv(), CompressedConv2d(4, 8, 3, 2, 1, 1, 2, padding_mode="reflect", format="bitmap")),
+    ):
+        packed = source.pack(**format)
+        assert packed.nbytes == packed.sparse_weight.nbytes + 4 * packed.shape[0]
+        assert torch.equal(packed.mask & source.mask, source.mask)
+        assert packed.state_dict()["index"].dtype == packed.sparse_weight.index.dtype != torch.int16
+        safetensors.torch.save_file(packed.state_dict(), tmp_path / "state.safetensors")
+        empty.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
+        for twin in (empty, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+            assert torch.equal(twin.weight, packed.weight) and twin.index.dtype == packed.index.dtype
+            assert (twin.format, twin.block, twin.values.requires_grad) == (
+                packed.format,
+                packed.block,
+                packed.values.requires_grad,
+            )
+        dense = type(source)(**geometry(source))
+        dense.load_state_dict(packed.state_dict())
+        assert torch.equal(dense.weight, packed.weight) and torch.equal(dense.mask, packed.mask)
+        again = type(packed)(**geometry(source), format=packed.format, block=format.get("block", (16, 1)))
+        again.load_state_dict(source.state_dict())
+        torch.testing.assert_close(again.weight, source.weight)
+        assert torch.equal(again.to_dense().weight, again.weight)
+        if packed.scale is not None:
+            half = copy.deepcopy(packed).bfloat16()
+            assert half.scale.dtype == torch.float32 and half.weight.dtype == torch.bfloat16
+
+
+def geometry(layer: Any) -> dict[str, Any]:
+    if isinstance(layer, nn.Linear):
+        return {"in_features": IN, "out_features": OUT}
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups", "padding_mode")
+    return {name: getattr(layer, name) for name in names}
+
+
+def test_compressed_states_that_are_refused() -> None:
+    layer, state = CompressedLinear(IN, OUT), linear().pack().state_dict()
+    for change, sentence in (
+        ({"geometry": state["geometry"] + 1}, "must have the version 1, got 2"),
+        ({"geometry": torch.tensor([1, 0, 1, 1, 3, 4])}, r"must be of a weight \[20, 48\], got one of \[3, 4\]"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            layer.load_state_dict({**state, **change})
+    with pytest.raises(RuntimeError, match=r"a dense weight needs its mask beside it \(mask_bits\)"):
+        layer.load_state_dict(nn.Linear(IN, OUT).state_dict())
+    assert layer.values.numel() == 0
+
+
+# -------------------------------------------------------------------------------------------- compressed products
+
+
+@every_format
+def test_compressed_products(format: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear().pack(**format).requires_grad_(False)
+    expected = F.linear(x := torch.randn(5, IN), layer.weight, layer.bias)
+    for most in (0.0, 1.0):  # the dense product, and the sparse one
+        monkeypatch.setattr(dispatch, "largest_density", lambda *a, most=most: [most] * 6)
+        monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "c++")
+        layer._replan()
+        assert {e["path"] for e in layer.explain()} == {"sparse" if most else "dense"}
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-4, atol=1e-5)
+        assert layer(x[:0]).shape == (0, OUT)
+        torch.testing.assert_close(layer(x.bfloat16()).float(), expected, rtol=0.1, atol=0.05)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", [f for f in FORMATS if f["format"] in ("csr", "block")], ids=lambda f: f["format"])
+def test_compressed_gradients(format: dict[str, Any]) -> None:
+    source = linear()
+    layer, x = source.pack(**format), torch.randn(5, IN)
+    assert layer.values.requires_grad
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    layer(a).square().sum().backward()
+    dense = layer.weight.detach().requires_grad_()
+    F.linear(b, dense, source.bias).square().sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+    same = layer.sparse_weight.replace(values=layer.values.grad).to_dense()
+    torch.testing.assert_close(same, torch.where(layer.mask, dense.grad, 0.0), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    twin = copy.deepcopy(layer)
+    twin.zero_grad()
+    torch.compile(twin, fullgraph=True, backend="aot_eager")(x).square().sum().backward()
+    torch.testing.assert_close(twin.values.grad, layer.values.grad)
+
+
+def test_what_is_packed_for_inference_has_no_backward() -> None:
+    for options in ({"format": "bitmap"}, {"format": "delta"}, {"format": "csr", "values": torch.int8}):
+        layer = linear().pack(**options)
+        assert not any(p.requires_grad for p in layer.parameters())
+        with pytest.raises(RuntimeError, match="the weight is packed for inference"):
+            layer(torch.randn(2, IN, requires_grad=True)).sum().backward()
+
+
+def test_a_kept_copy_follows_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "largest_density", lambda *a: [0.0] * 6)
+    layer = linear().pack("csr", cache_dense=True).requires_grad_(False)
+    x = torch.randn(3, IN)
+    y = layer(x)
+    assert layer._copy is not None
+    kept = layer._copy[1]
+    layer(x)
+    assert layer._copy[1] is kept, "decoded once"
+    with torch.no_grad():
+        layer.values.mul_(2)
+    torch.testing.assert_close(layer(x) - layer.bias, 2 * (y - layer.bias))
+    with torch.inference_mode():
+        layer(x)
+    assert copy.deepcopy(layer)._copy is None and pickle.loads(pickle.dumps(layer))._copy is None
+    layer.load_state_dict(linear(0.2).pack("csr").state_dict())
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert layer.explain(3)[0]["bytes"] == 4 * IN * OUT
+    layer.cache_dense, layer._copy = False, None
+    layer(x)
+    assert layer._copy is None and "decoded with each forward" in layer.explain(3)[0]["kernel"]
+
+
+def test_a_compressed_layer_takes_a_mask_of_as_many_weights() -> None:
+    layer = linear().pack("csr")
+    values, old = layer.values, layer.weight.detach()
+    mask = a_mask().roll(1, 1)
+    layer.update_mask(mask)
+    assert layer.values is values and torch.equal(layer.mask, mask)
+    assert torch.equal(layer.weight, torch.where(mask & a_mask(), old, 0.0))
+    with pytest.raises(ValueError, match=r"update_mask: mask must keep as many values as are stored, \[\d+\] values"):
+        layer.update_mask(a_mask(density=0.9))
+
+
+def test_buckets() -> None:
+    assert [dispatch.bucket(n) for n in (0, 1, 2, 4, 5, 16, 17, 64, 65, 512, 513)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    names = [e["rows"] for e in linear().pack().explain()]
+    assert names == ["1", "2-4", "5-16", "17-64", "65-512", ">512"]
+    assert tuple(dispatch.table()["rows"]) == dispatch.ROWS
+
+
+def test_the_shipped_table() -> None:
+    """Every entry has a density for each bucket, and names that exist."""
+    for machine in dispatch.table()["densities"].values():
+        for dtype, ways in machine.items():
+            assert getattr(torch, dtype) in dispatch.DTYPES
+            for against, formats in ways.items():
+                assert against in ("kept", "decoded", "training")
+                for format, densities in formats.items():
+                    assert format in ("csr", "delta", "bitmap", "block") and len(densities) == 6
+                    assert all(0 <= d <= 1 for d in densities)
+    assert dispatch.largest_density("nowhere", torch.float32, "csr", "kept") == [0.0] * 6
+
+
+def test_preparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = linear().pack("csr").requires_grad_(False)
+    x = torch.randn(9, IN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+        assert layer.prepare(rows=(1, 2)) is layer
+        layer(x[:1])
+    with pytest.warns(UserWarning, match=r"prepared for other numbers of rows than 9; prepare\(9\) includes them"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(x)
+    for times, path in (((1.0, 1.06), "sparse"), ((1.0, 1.04), "dense")):
+        monkeypatch.setattr(Compressed, "_time", lambda self, rows, dtype, times=times: times)
+        layer.prepare(16, tune=True)
+        (entry,) = layer.explain(16)
+        assert entry["path"] == path and entry["why"].startswith("measured here: sparse 1 ms, dense 1.0")
+    monkeypatch.undo()
+    sparse, dense = layer._time(2, torch.float32)
+    assert sparse > 0 and dense > 0
+    with pytest.raises(ValueError, match="prepare: rows must be positive, got 0"):
+        layer.prepare(0)
+
+
+def test_layers_explain_themselves() -> None:
+    for layer in (linear(), linear(mode="masked", gradient="ste"), conv(), conv(mode="masked")):
+        (entry,) = layer.explain(3)
+        assert entry["path"] == "dense" and entry["rows"] == "2-4" and entry["why"].startswith(layer.mode)
+        assert len(layer.explain()) == 6 and len(layer.explain([1, 2, 3])) == 2
+
+
+# -------------------------------------------------------------------------------------------------- whole models
+
+
+def test_one_line_prunes_a_model() -> None:
+    model = network()
+    assert [type(m).__name__ for m in model] == ["SparseConv2d", "ReLU", "Flatten", "SparseLinear", "Tanh", "Linear"]
+    assert [name for name, _ in masks(model)] == ["0", "3"]
+    whole = sparsify_(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), density=0.5, include="*", scope="global")
+    assert sum(int(m.mask.sum()) for _, m in masks(whole)) == 80 and not (whole[1].mask.sum(1) == 4).all()
+    shares = sparsify_(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 4)), density={"0": 0.25, "*": 0.5})
+    assert [m.density() for _, m in masks(shares)] == [0.25, 0.5]
+    some = sparsify_(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 4)), density=0.5, exclude=["0"])
+    assert [name for name, _ in masks(some)] == ["1"]
+    given = {"1": a_mask((4, 8))}
+    only = sparsify_(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), masks=given, mode="masked")
+    assert [(n, torch.equal(m.mask, given["1"])) for n, m in masks(only)] == [("1", True)]
+    alone = sparsify_(nn.Linear(8, 4), density=0.5)
+    assert isinstance(alone, SparseLinear)
+    tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8, bias=False), nn.Linear(8, 2))
+    tied[2].weight = tied[0].weight
+    sparsify_(tied, density=0.5)
+    assert [name for name, _ in masks(tied)] == ["1"]
+    norms = {"0": torch.rand(16), "1": torch.rand(8)}
+    wanda = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4), nn.Linear(4, 4))
+    sparsify_(wanda, density=0.5, score="wanda", others=norms)
+    assert [m.density() for _, m in masks(wanda)] == [0.5, 0.5]
+
+
+def test_an_optimizer_made_before_goes_on() -> None:
+    model = nn.Sequential(nn.Linear(IN, 16), nn.ReLU(), nn.Linear(16, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsify_(model, density=0.5)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(8, IN)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight) and holds(model)
+
+
+def test_transposed_layers() -> None:
+    """GPT-2's: the state stays one that its own model loads."""
+    transformers = pytest.importorskip("transformers")
+    dense = transformers.pytorch_utils.Conv1D(16, 16)
+    state, x = copy.deepcopy(dense.state_dict()), torch.randn(3, 16)
+    layer = SparseLinear.from_dense(dense, torch.ones(16, 16, dtype=torch.bool))
+    torch.testing.assert_close(layer(x), dense(x))
+    assert torch.equal(layer.state_dict()["weight"], state["weight"])
+    assert not dense.load_state_dict(layer.state_dict(), strict=False).missing_keys
+    fresh = SparseLinear.from_dense(transformers.pytorch_utils.Conv1D(16, 16), density=0.5)
+    mask = fresh.mask
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh.weight, torch.where(mask, state["weight"].t(), 0.0))
+
+
+def test_torch_transformer_layers_take_them() -> None:
+    """In evaluation torch reads the weights of its layers itself."""
+    for mode in ("invariant", "masked", "compressed"):
+        model = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        sparsify_(model, density=0.3, include="linear*", mode=mode)
+        x = torch.randn(2, 5, 32)
+        trained = model(x)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(x), trained, rtol=1e-3, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+def dense() -> nn.Linear:
+    return nn.Linear(IN, OUT)
+
+
+def with_nan() -> nn.Linear:
+    layer = dense()
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    return layer
+
+
+def integers() -> nn.Linear:
+    layer = dense()
+    layer.weight = nn.Parameter(torch.ones(OUT, IN, dtype=torch.int32), requires_grad=False)
+    return layer
+
+
+make = SparseLinear.from_dense
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "sentence"),
+    [
+        (
+            lambda: make(dense(), a_mask((3, 4))),
+            ValueError,
+            r"mask must have the shape of the weight \[20, 48\], got \[3, 4\]",
+        ),
+        (
+            lambda: make(dense(), a_mask().float()),
+            TypeError,
+            "mask must be a bool tensor, got torch.float32; mask != 0 makes",
+        ),
+        (
+            lambda: make(dense(), a_mask().float().requires_grad_()),
+            TypeError,
+            "mask must be a bool tensor, got torch.float32 that requires a gradient; a mask that is learned is a gate",
+        ),
+        (lambda: make(dense(), [1]), TypeError, "mask must be a bool tensor, got list"),
+        (
+            lambda: make(dense(), a_mask().to("meta")),
+            ValueError,
+            r"mask must be on the device of the weight \(cpu\), got meta",
+        ),
+        (lambda: make(dense(), density=0.0), ValueError, r"density must be in \(0, 1\], got 0.0"),
+        (lambda: make(dense(), density=1.5), ValueError, r"density must be in \(0, 1\], got 1.5"),
+        (lambda: make(dense(), density="half"), TypeError, "density must be a number, got 'half'"),
+        (
+            lambda: make(dense()),
+            ValueError,
+            "density must be given where neither a mask nor a pattern N:M is, got None",
+        ),
+        (lambda: make(dense(), a_mask(), density=0.5), ValueError, "mask and density must not both be given"),
+        (
+            lambda: make(dense(), pattern="2:5"),
+            ValueError,
+            "pattern 2:5 needs rows of a multiple of 5 weights, got 48; pad",
+        ),
+        (lambda: make(dense(), pattern="5:4"), ValueError, "pattern N:M must have 1 <= N <= M, got '5:4'"),
+        (
+            lambda: make(dense(), pattern="2:4", density=0.3),
+            ValueError,
+            "density must be None, or 0.5 as the pattern says",
+        ),
+        (lambda: make(dense(), pattern="4by4"), ValueError, "pattern must be like '2:4'"),
+        (
+            lambda: make(dense(), pattern="0x4", density=0.5),
+            ValueError,
+            "pattern must be a block of at least 1x1, got '0x4'",
+        ),
+        (
+            lambda: make(dense(), pattern=(16, 1), density=0.5),
+            ValueError,
+            r"pattern 16x1 must divide the weight \[20, 48\]",
+        ),
+        (lambda: make(with_nan(), density=0.5), ValueError, "scores must be finite, got 1 weights that are not"),
+        (
+            lambda: make(dense(), density=0.5, score="wanda", other=torch.full((IN,), torch.inf)),
+            ValueError,
+            "other must be finite, got 48 NaN or infinite of 48",
+        ),
+        (
+            lambda: make(dense(), density=0.5, score=torch.ones(3)),
+            ValueError,
+            r"score must have the shape of the weight",
+        ),
+        (lambda: make(integers(), density=0.5), TypeError, "weight must be a floating-point tensor, got torch.int32"),
+        (lambda: make(integers(), a_mask()), TypeError, "weight must be a floating-point tensor, got torch.int32"),
+        (lambda: make(nn.Conv2d(1, 1, 1), density=0.5), TypeError, "module must be a Linear, got Conv2d"),
+        (
+            lambda: make(dense(), density=0.5, mode="C"),
+            ValueError,
+            "mode must be one of invariant, masked, compressed, auto",
+        ),
+        (
+            lambda: make(dense(), density=0.5, format="csr"),
+            TypeError,
+            "the option 'format' is for the modes compressed",
+        ),
+        (lambda: make(dense(), density=0.5, scope="all"), ValueError, "scope must be one of row, tensor, got 'all'"),
+        (lambda: SparseLinear(4, 4, mode="compressed"), ValueError, "got 'compressed': CompressedLinear is one"),
+        (
+            lambda: SparseLinear(4, 4, gradient="soft"),
+            ValueError,
+            "gradient must be one of hard, ste, srste, got 'soft'",
+        ),
+        (lambda: linear().pack("coo"), ValueError, "pack: format must be one of auto, csr"),
+        (
+            lambda: linear().update_mask(a_mask((2, 2))),
+            ValueError,
+            "SparseLinear.update_mask: mask must have the shape of",
+        ),
+        (
+            lambda: sparsify_(nn.ReLU(), density=0.5),
+            ValueError,
+            "model must have a linear layer or a convolution to prune",
+        ),
+        (lambda: sparsify_("x", density=0.5), TypeError, "sparsify_: model must be a torch.nn.Module, got str"),
+        (
+            lambda: sparsify_(nn.Sequential(dense()), density=0.5, pattern="16x1"),
+            ValueError,
+            r"the layer '0' cannot be pruned \(.*must divide the weight \[20, 48\].*\); exclude can leave it out",
+        ),
+        (
+            lambda: sparsify_(nn.Sequential(dense()), density={"1": 0.5}),
+            ValueError,
+            "density must have an entry that matches '0', got 1",
+        ),
+        (
+            lambda: sparsify_(nn.Sequential(dense()), masks={"1": a_mask()}),
+            ValueError,
+            "masks must be of layers that can be pruned, got one for '1'",
+        ),
+        (
+            lambda: sparsify_(nn.Sequential(dense()), density=0.5, score="wanda", others={}),
+            ValueError,
+            "others must have a tensor for the layer '0'",
+        ),
+        (
+            lambda: sparsify_(nn.Sequential(dense()), pattern="2:4", scope="global"),
+            ValueError,
+            "scope 'global' needs one density and no pattern",
+        ),
+    ],
+)
+def test_refusals(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        call()
+
+
+def test_a_model_that_cannot_be_pruned_stays_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 5), nn.Linear(5, 2))
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="the layer '1' cannot be pruned"):
+        sparsify_(model, density=0.5, pattern="16x1")
+    assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", ["sparse", "compressed"])
+def test_the_examples_of_the_docstrings(name: str) -> None:
+    module = importlib.import_module(f"cofire.nn.{name}")
+    for public in ("Sparse", "Compressed", "check_masks_agree"):
+        if public in module.__all__:
+            module.__all__.remove(public)
+    check_examples(module)
