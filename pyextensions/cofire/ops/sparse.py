@@ -17,7 +17,7 @@ from cofire.ops.checks import check_choice, check_device, check_float, check_num
 from cofire.ops.lowbit import rows_of
 from cofire.ops.packing import packed_bytes, unpack_bits
 from cofire.ops.sparse_weight import SparseWeight, check_sparse, dense_values, places
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["SparseWeight", "apply_mask", "masked_linear", "sddmm", "spmm"]
 
@@ -66,6 +66,7 @@ _apply_mask = register(
     Operator(
         "apply_mask(Tensor weight, Tensor bits) -> Tensor",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:apply_mask"),
         validate=lambda weight, bits: check_bits("apply_mask", weight, bits),
         reference=_apply_mask_reference,
         fake=lambda weight, bits: weight.new_empty(weight.shape),
@@ -137,6 +138,7 @@ _masked_linear_backward = register(
         "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor bits, str mode, float decay, "
         "bool to_input, bool to_weight) -> (Tensor input_grad, Tensor weight_grad)",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:masked_linear_backward"),
         reference=_masked_linear_backward_reference,
         fake=lambda grad, input, weight, bits, mode, decay, to_input, to_weight: (
             input.new_empty(input.shape) if to_input else _nothing(grad),
@@ -188,6 +190,7 @@ _masked_linear = register(
     Operator(
         "masked_linear(Tensor input, Tensor weight, Tensor bits, Tensor? bias, str mode, float decay) -> Tensor",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:masked_linear"),
         validate=_validate_masked_linear,
         reference=_masked_linear_reference,
         fake=lambda input, weight, *rest: input.new_empty((*input.shape[:-1], weight.shape[0])),
@@ -287,6 +290,7 @@ _sddmm = register(
         "sddmm(Tensor grad, Tensor input, Tensor index, Tensor offsets, str format, int block_rows, int block_columns) "
         "-> Tensor",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:sddmm"),
         validate=lambda *args: _validate_sddmm(*args),
         reference=_sddmm_reference,
         fake=lambda grad, input, index, offsets, format, block_rows, block_columns: grad.new_empty(
@@ -370,6 +374,7 @@ _spmm_backward = register(
         f"spmm_backward(Tensor grad, Tensor input, {PARTS}, bool to_input, bool to_values) "
         "-> (Tensor input_grad, Tensor values_grad)",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:spmm_backward"),
         reference=_spmm_backward_reference,
         fake=lambda grad, input, values, *rest: (
             grad.new_empty((*grad.shape[:-1], rest[5])) if rest[8] else _nothing(grad),
@@ -435,6 +440,8 @@ _spmm = register(
     Operator(
         f"spmm(Tensor input, Tensor? bias, {PARTS}) -> Tensor",
         family="sparse",
+        triton=Kernel("cofire_kernels.sparse:spmm"),
+        cuda=Kernel("cofire_kernels.sparse:spmm_cuda", (torch.bfloat16, torch.float16)),
         validate=_validate_spmm,
         reference=_spmm_reference,
         fake=lambda input, bias, values, index, offsets, scale, format, rows, *rest: input.new_empty(
