@@ -16,6 +16,7 @@ from cofire_kernels.sparse.product import (
     spmm_backward_plan,
     spmm_plan,
 )
+from cofire_kernels.sparse.product_cuda import spmm_cuda, spmm_cuda_plan
 
 __all__ = [
     "apply_mask",
@@ -28,5 +29,7 @@ __all__ = [
     "spmm",
     "spmm_backward",
     "spmm_backward_plan",
+    "spmm_cuda",
+    "spmm_cuda_plan",
     "spmm_plan",
 ]

@@ -19,6 +19,14 @@ PANEL = 16  # rows of a panel of a bitmap
 
 
 @triton.jit
+def stored(v, out_ptr):
+    """``v`` in the type of ``out``; int8 by way of fp32, since the interpreter holds bf16 as integers."""
+    if v.dtype == tl.int8:
+        v = v.to(tl.float32)
+    return v.to(out_ptr.dtype.element_ty)
+
+
+@triton.jit
 def decode_rows_kernel(values_ptr, index_ptr, offsets_ptr, out_ptr, columns, DELTA: tl.constexpr, BLOCK: tl.constexpr):
     """One row: its values to their columns, or (DELTA) to the sums of the distances; the others are zero already."""
     row = tl.program_id(0).to(tl.int64)
@@ -35,7 +43,7 @@ def decode_rows_kernel(values_ptr, index_ptr, offsets_ptr, out_ptr, columns, DEL
             column = before + tl.cumsum(column, 0)
             before += total
         v = tl.load(values_ptr + first + i, mask=inside, other=0)
-        tl.store(out_ptr + row * columns + column, v.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + row * columns + column, stored(v, out_ptr), mask=inside)
 
 
 @triton.jit
@@ -55,7 +63,7 @@ def decode_bitmap_kernel(
         place = (tl.cumsum(count, 0) - count)[None, :] + tl.cumsum(kept, 0) - kept
         v = tl.load(values_ptr + found + place, mask=kept != 0, other=0)
         inside = (row < rows)[:, None] & (k < columns)[None, :]
-        tl.store(out_ptr + row[:, None] * columns + k[None, :], v.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + row[:, None] * columns + k[None, :], stored(v, out_ptr), mask=inside)
         found += tl.sum(count, 0)
 
 
