@@ -26,8 +26,22 @@ __device__ __forceinline__ Address address_of(const void* p) {
   return static_cast<unsigned>(__cvta_generic_to_shared(p));
 }
 
-__device__ __forceinline__ void copy_16_bytes(Address to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+// A warp's lanes copy what is left of at most 128 units of 16 bytes, every 32nd each: as one piece,
+// so that the addresses are computed once.
+__device__ __forceinline__ void copy_units(Address to, const void* from, int left) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred p, q, r, s;\n"
+      "  setp.gt.s32 p, %2, 0;\n"
+      "  setp.gt.s32 q, %2, 32;\n"
+      "  setp.gt.s32 r, %2, 64;\n"
+      "  setp.gt.s32 s, %2, 96;\n"
+      "  @p cp.async.cg.shared.global [%0], [%1], 16;\n"
+      "  @q cp.async.cg.shared.global [%0 + 512], [%1 + 512], 16;\n"
+      "  @r cp.async.cg.shared.global [%0 + 1024], [%1 + 1024], 16;\n"
+      "  @s cp.async.cg.shared.global [%0 + 1536], [%1 + 1536], 16;\n"
+      "}" ::"r"(to),
+      "l"(from), "r"(left));
 }
 
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;"); }
@@ -38,8 +52,18 @@ __device__ __forceinline__ void await_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
-__device__ __forceinline__ unsigned from_lane_below(unsigned x, int distance) {
-  return __shfl_up_sync(0xffffffff, x, distance);
+// x, and that of the lane `distance` below, where there is one
+__device__ __forceinline__ unsigned add_lane_below(unsigned x, int distance) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred p;\n"
+      "  .reg .b32 below;\n"
+      "  shfl.sync.up.b32 below|p, %0, %1, 0, 0xffffffff;\n"
+      "  @p add.u32 %0, %0, below;\n"
+      "}"
+      : "+r"(x)
+      : "r"(distance));
+  return x;
 }
 
 __device__ __forceinline__ unsigned from_neighbour(unsigned x) {
@@ -53,21 +77,19 @@ __device__ __forceinline__ unsigned take_pair(Address& from, unsigned mask) {
   asm volatile(
       "{\n"
       "  .reg .pred p, q;\n"
-      "  .reg .b32 s;\n"
-      "  .reg .b16 lower, upper;\n"
+      "  .reg .b32 s, upper;\n"
       "  and.b32 s, %2, %3;\n"
       "  setp.ne.u32 p, s, 0;\n"
       "  and.b32 s, %2, %4;\n"
       "  setp.ne.u32 q, s, 0;\n"
-      "  mov.b16 lower, 0;\n"
-      "  mov.b16 upper, 0;\n"
-      "  @p ld.shared.b16 lower, [%1];\n"
+      "  mov.b32 %0, 0;\n"
+      "  @p ld.shared.u16 %0, [%1];\n"
       "  @p add.u32 %1, %1, 2;\n"
-      "  @q ld.shared.b16 upper, [%1];\n"
+      "  @q ld.shared.u16 upper, [%1];\n"
       "  @q add.u32 %1, %1, 2;\n"
-      "  mov.b32 %0, {lower, upper};\n"
+      "  @q prmt.b32 %0, %0, upper, 0x5410;\n"
       "}"
-      : "=r"(pair), "+r"(from)
+      : "=&r"(pair), "+r"(from)
       : "r"(mask), "n"(kFirst), "n"(kSecond));
   return pair;
 }
@@ -234,10 +256,11 @@ __device__ __forceinline__ void finish(const Share<kTiles, kPanels>& share,
   }
 }
 
-constexpr int kStages = 3, kUnits = 128;  // of 16 bytes: a slab without any zero
+constexpr int kStages = 3, kUnits = 128, kStageBytes = 16 * kUnits;  // a slab without any zero
 
-// places, two words per panel and slab and one slab more: where the slab's values begin, in units
-// of eight, and the numbers of those before tiles 1, 2 and 3, ten bits each.
+// places, two words per panel and slab, one slab more per panel and three at the end: where the
+// slab's values begin, in units of eight, and the numbers of those before tiles 1, 2 and 3, ten
+// bits each.
 template <class Kind, int kTiles, int kPanels>
 __device__ __forceinline__ void bitmap_rows(const uint2* places, const unsigned* masks,
                                             const uint4* values, const uint4* input,
@@ -248,46 +271,40 @@ __device__ __forceinline__ void bitmap_rows(const uint2* places, const unsigned*
   const Share<kTiles, kPanels> share(rows, columns, part);
   const int lane = share.lane, end = share.end;
   Input<kTiles> x(lane, samples, columns);
-  places += share.panel * (share.slabs + 1);
-  masks += share.panel * share.slabs * 32 + lane;
+  places += share.panel * (share.slabs + 1) + share.begin;
+  masks += (share.panel * share.slabs + share.begin) * 32 + lane;
   const Address mine = address_of(ring[share.warp][0]);
-  const auto copy = [&](unsigned from, unsigned until, int stage) {
-#pragma unroll
-    for (int i = 0; i < kUnits / 32; ++i)
-      if (lane + 32 * i < static_cast<int>(until - from))
-        copy_16_bytes(mine + (stage * kUnits + lane + 32 * i) * 16,
-                      values + (from + lane + 32 * i));
+  // A slab that is not there is copied as one without values, so that every step has its group.
+  const auto copy = [&](uint2 first, uint2 behind, bool present, Address stage) {
+    const int left = present ? static_cast<int>(behind.x - first.x) - lane : 0;
+    copy_units(stage + lane * 16, values + (first.x + lane), left);
     end_group();
   };
 
-  // Masks and places come two slabs ahead of their use.
+  // Masks come two slabs ahead of their use, places four; behind the last ones are some more to
+  // read in vain.
   float sums[kTiles][4] = {};
-  unsigned mask[2] = {}, tiles[2] = {};
+  unsigned mask = 0, next_mask = 0, before = 0, next_before = 0;
   uint2 next = {}, after = {};
   if (share.begin < end) {
-    const uint2 first = places[share.begin];
-    next = places[share.begin + 1];
-    after = places[share.begin + 2 < end ? share.begin + 2 : end];
-    copy(first.x, next.x, 0);
-    copy(next.x, after.x, 1);
-    tiles[0] = first.y, tiles[1] = next.y;
-    mask[0] = masks[share.begin * 32];
-    mask[1] = masks[(share.begin + 1 < end ? share.begin + 1 : share.begin) * 32];
-    next = after;
-    after = places[share.begin + 3 < end ? share.begin + 3 : end];
+    const uint2 first = places[0], second = places[1];
+    next = places[2], after = places[3];
+    copy(first, second, true, mine);
+    copy(second, next, share.begin + 1 < end, mine + kStageBytes);
+    before = first.y, next_before = second.y;
+    mask = masks[0], next_mask = masks[32];
   }
-  int stage = 0;
+  Address full = mine, filling = mine + kStageBytes, free = mine + 2 * kStageBytes;
 #pragma unroll 1
   for (int slab = share.begin; slab < end; ++slab) {
     x.load(input, slab);
     await_group<1>();
     __syncwarp();  // also: nobody reads the stage any more that is filled now
-    const int free = stage == 0 ? kStages - 1 : stage - 1;
-    copy(next.x, after.x, free);
-    const unsigned bits = mask[0], before = tiles[0];
-    mask[0] = mask[1], tiles[0] = tiles[1], tiles[1] = next.y, next = after;
-    mask[1] = masks[(slab + 2 < end ? slab + 2 : end - 1) * 32];
-    after = places[slab + 4 < end ? slab + 4 : end];
+    copy(next, after, slab + 2 < end, free);
+    const unsigned bits = mask, of_tiles = before;
+    mask = next_mask, before = next_before, next_before = next.y, next = after;
+    next_mask = masks[64], after = places[4];
+    masks += 32, ++places;
 
     // the number of bits in each byte, and their sums over the lanes before
     unsigned count = bits - ((bits >> 1) & 0x55555555u);
@@ -295,15 +312,13 @@ __device__ __forceinline__ void bitmap_rows(const uint2* places, const unsigned*
     count = (count + (count >> 4)) & 0x0f0f0f0fu;
     unsigned sum = count;  // that of all lanes may carry into the next byte, and is not used
 #pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const unsigned other = from_lane_below(sum, distance);
-      if (lane >= distance) sum += other;
-    }
+    for (int distance = 1; distance < 32; distance *= 2) sum = add_lane_below(sum, distance);
     sum -= count;
-    const Address base = mine + stage * (kUnits * 16);
-    Address from[4] = {base + (sum & 255) * 2, base + (((sum >> 8) & 255) + (before & 1023)) * 2,
-                       base + (((sum >> 16) & 255) + ((before >> 10) & 1023)) * 2,
-                       base + ((sum >> 24) + (before >> 20)) * 2};
+    const Address base = full;
+    full = filling, filling = free, free = base;
+    Address from[4] = {base + (sum & 255) * 2, base + (((sum >> 8) & 255) + (of_tiles & 1023)) * 2,
+                       base + (((sum >> 16) & 255) + ((of_tiles >> 10) & 1023)) * 2,
+                       base + ((sum >> 24) + (of_tiles >> 20)) * 2};
     unsigned w[4][4];
     // The four tiles side by side: each is a chain of additions.
     w[0][0] = take_pair<1u << 0, 1u << 1>(from[0], bits);
@@ -327,7 +342,6 @@ __device__ __forceinline__ void bitmap_rows(const uint2* places, const unsigned*
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile)
         Kind::multiply(sums[tile], w[i], x.words[tile][2 * i], x.words[tile][2 * i + 1]);
-    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   await_group<0>();
   finish<Kind>(share, sums, reinterpret_cast<float*>(ring), bias, partial, y, samples, rows);

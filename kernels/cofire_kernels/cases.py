@@ -369,8 +369,11 @@ def _masked_linear(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
     ]
 
 
-def _compressed(make: Make, format: str, block: int, sizes: Sizes) -> tuple[object, ...]:
-    """4096 rows, of which a quarter is kept: the arguments of spmm from the values on."""
+Compressed = tuple[Tensor, Tensor, Tensor, None, str, int, int, int, int]
+
+
+def _compressed(make: Make, format: str, block: int, sizes: Sizes) -> Compressed:
+    """A weight of 4096 rows, of which a quarter is kept: what spmm takes from the values on."""
     rows, columns = 4096, sizes.get("columns", 4096)
     strips, kept = {"csr": (rows, columns // 4), "delta": (rows, columns // 4), "bitmap": (256, 4 * columns)}.get(
         format, (rows // block, columns // block // 4)
@@ -391,7 +394,7 @@ def _decode_sparse(make: Make, sizes: Sizes) -> list[Call]:
 
     def call(format: str) -> Call:
         args = _compressed(make, format, 1, sizes)
-        return lambda: sparse.spmm(x, None, *args)  # type: ignore[arg-type]
+        return lambda: sparse.spmm(x, None, *args)
 
     return [call("bitmap"), call("csr"), call("delta")]
 
@@ -402,10 +405,10 @@ def _spmm_block(make: Make, sizes: Sizes, sampled: bool) -> list[Call]:
     x, grad = make.values(sizes["samples"], 4096), make.values(sizes["samples"], 4096)
     args = _compressed(make, "block", sizes["block"], sizes)
     if sampled:
-        return [lambda: sparse.spmm_backward(grad, x, *args, False, True)]  # type: ignore[arg-type]
+        return [lambda: sparse.spmm_backward(grad, x, *args, False, True)]
     return [
-        lambda: sparse.spmm(x, None, *args),  # type: ignore[arg-type]
-        lambda: sparse.spmm_backward(grad, x, *args, True, False),  # type: ignore[arg-type]
+        lambda: sparse.spmm(x, None, *args),
+        lambda: sparse.spmm_backward(grad, x, *args, True, False),
     ]
 
 

@@ -121,7 +121,10 @@ static void multiply_s8(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsign
 using Address = const char*;
 
 static Address address_of(const void* p) { return static_cast<Address>(p); }
-static void copy_16_bytes(Address to, const void* from) { std::memcpy(const_cast<char*>(to), from, 16); }
+static void copy_units(Address to, const void* from, int left) {
+  for (int i = 0; i < 4; ++i)
+    if (left > 32 * i) std::memcpy(const_cast<char*>(to) + 512 * i, static_cast<Address>(from) + 512 * i, 16);
+}
 static void end_group() {}
 template <int kLeft>
 static void await_group() {}
@@ -135,8 +138,12 @@ static unsigned exchange(unsigned x, int from) {
   pthread_barrier_wait(&warp_barriers[warp]);
   return found;
 }
-static unsigned from_lane_below(unsigned x, int distance) { return exchange(x, int(threadIdx.x % 32) - distance); }
-static unsigned from_neighbour(unsigned x) { return exchange(x, int(threadIdx.x % 32) ^ 1); }
+static unsigned add_lane_below(unsigned x, int distance) {
+  const int from = static_cast<int>(threadIdx.x % 32) - distance;
+  const unsigned below = exchange(x, from);
+  return from < 0 ? x : x + below;
+}
+static unsigned from_neighbour(unsigned x) { return exchange(x, static_cast<int>(threadIdx.x % 32) ^ 1); }
 
 template <unsigned kFirst, unsigned kSecond>
 static unsigned take_pair(Address& from, unsigned mask) {

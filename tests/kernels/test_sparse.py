@@ -69,7 +69,7 @@ def test_masks_of_every_width(columns: int) -> None:
 
 
 def test_masks_anywhere_in_memory() -> None:
-    """Bits that do not begin at a word, bits with gaps between the rows, weights of more dimensions, transposed ones."""
+    """Bits that do not begin at a word, gaps between the rows, weights of more dimensions, transposed ones."""
     kept, packed = mask_of(6, 72)
     w = torch.randn(6, 2, 4, 9).transpose(1, 2)
     expected = torch.where(kept.view(w.shape), w, 0.0)
@@ -83,8 +83,18 @@ def test_masks_anywhere_in_memory() -> None:
     assert torch.equal(sparse.apply_mask(w, memory[1 : 6 * 8 + 1].view(6, 8)), torch.where(kept, w, 0.0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["hard", "invariant", "ste", "srste"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("hard", torch.float32),
+        ("hard", torch.bfloat16),
+        ("hard", torch.float16),
+        ("invariant", torch.float32),
+        ("ste", torch.bfloat16),
+        ("srste", torch.bfloat16),
+        ("srste", torch.float32),
+    ],
+)
 def test_masked_products(narrow: None, mode: str, dtype: torch.dtype) -> None:
     """Few rows, of which several programs share the sum, in every mode."""
     kept, packed = mask_of(35, 200)
@@ -118,13 +128,13 @@ def test_nothing_to_multiply() -> None:
 # ----------------------------------------------------------------------------------------------- compressed
 
 
-def compressed(rows: int, columns: int, format: str, **options: Any) -> tuple[SparseWeight, Tensor]:
+def compressed(rows: int, columns: int, format: str, **options: Any) -> SparseWeight:
     block = options.get("block", (1, 1))
     kept = torch.rand(-(-rows // block[0]), -(-columns // block[1])) < 0.4
     kept[-1] = kept[0, -1] = False
     kept[0, 0] = True
     kept = kept.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:rows, :columns]
-    return SparseWeight.from_dense(torch.randn(rows, columns), kept, format, **options), kept
+    return SparseWeight.from_dense(torch.randn(rows, columns), kept, format, **options)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +148,7 @@ def compressed(rows: int, columns: int, format: str, **options: Any) -> tuple[Sp
 )
 def test_blocks(narrow: None, block: tuple[int, int], grid: tuple[int, int], dtype: torch.dtype) -> None:
     """Several tiles a block, blocks of no power of two, tails, empty rows of blocks; a sum is shared."""
-    w, _ = compressed(grid[0] * block[0] - 3, grid[1] * block[1] - 5, "block", block=block)
+    w = compressed(grid[0] * block[0] - 3, grid[1] * block[1] - 5, "block", block=block)
     w = w.replace(values=w.values.to(dtype))
     x, grad = torch.randn(2, 9, w.shape[1]).to(dtype), torch.randn(2, 9, w.shape[0]).to(dtype)
     launch("spmm", x, torch.randn(w.shape[0]), *w.arguments())
@@ -147,7 +157,7 @@ def test_blocks(narrow: None, block: tuple[int, int], grid: tuple[int, int], dty
 
 
 def test_blocks_as_shipped() -> None:
-    w, _ = compressed(70, 100, "block", block=(32, 32))
+    w = compressed(70, 100, "block", block=(32, 32))
     for samples in (3, 40):
         x, grad = torch.randn(samples, 100), torch.randn(samples, 70)
         launch("spmm", x, None, *w.arguments())
@@ -155,11 +165,11 @@ def test_blocks_as_shipped() -> None:
 
 
 def test_blocks_of_bytes_and_of_mixed_types() -> None:
-    w, _ = compressed(40, 50, "block", block=(16, 16), values=torch.int8)
+    w = compressed(40, 50, "block", block=(16, 16), values=torch.int8)
     x = torch.randn(5, 50)
     for dtype in DTYPES:
         launch("spmm", x.to(dtype), torch.randn(40), *w.arguments())
-    w, _ = compressed(40, 50, "block", block=(16, 16))
+    w = compressed(40, 50, "block", block=(16, 16))
     launch("spmm", x.bfloat16(), None, *w.arguments())  # fp32 weights: multiplied in fp32
     launch("spmm", x, None, *w.replace(values=w.values.bfloat16()).arguments())
 
@@ -168,7 +178,7 @@ def test_blocks_of_bytes_and_of_mixed_types() -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (17, 300), (33, 65)])
 def test_weights_come_back(narrow: None, format: str, shape: tuple[int, int]) -> None:
     """Decoded to the last bit, in whatever type; long gaps, empty rows and columns, kept zeros."""
-    w, kept = compressed(*shape, format)
+    w = compressed(*shape, format)
     for values in (w.values, w.values.bfloat16(), (w.values * 40).to(torch.int8)):
         found = decode.dense(values, w.index, w.offsets, format, *shape, 1, 1, torch.float32)
         scale = torch.ones(shape[0]) if values.dtype == torch.int8 else None
@@ -181,7 +191,7 @@ def test_weights_come_back(narrow: None, format: str, shape: tuple[int, int]) ->
 
 @pytest.mark.parametrize("format", ["csr", "delta", "bitmap"])
 def test_other_formats_take_the_library(format: str) -> None:
-    w, _ = compressed(20, 40, format)
+    w = compressed(20, 40, format)
     x, grad = torch.randn(3, 40), torch.randn(3, 20)
     for dtype in DTYPES:
         launch("spmm", x.to(dtype), torch.randn(20), *w.replace(values=w.values.to(dtype)).arguments())
@@ -193,7 +203,7 @@ def test_other_formats_take_the_library(format: str) -> None:
 
 
 def test_small_blocks_take_the_library() -> None:
-    w, _ = compressed(20, 41, "block", block=(16, 2))
+    w = compressed(20, 41, "block", block=(16, 2))
     x, grad = torch.randn(3, 41), torch.randn(3, 20)
     launch("spmm", x, None, *w.arguments())
     launch("spmm_backward", grad, x, *w.arguments(), True, True)
@@ -215,13 +225,15 @@ def test_no_values() -> None:
 def plan(name: str, args: Args) -> str:
     operator = OPERATORS[name]
     module, _, launcher = operator.triton.launcher.partition(":")
-    assert kernel_for(operator, tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)).startswith("reference")
+    assert kernel_for(operator, tuple(a.to("meta") if isinstance(a, Tensor) else a for a in args)).startswith(
+        "reference"
+    )
     return str(getattr(__import__(module, fromlist=["_"]), f"{launcher}_plan")(*args))
 
 
 def test_plans_say_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """And are true: where no masked weight is announced, none is written."""
-    kept, packed = mask_of(8, 40)
+    _, packed = mask_of(8, 40)
     w = torch.randn(8, 40)
     written: list[Tensor] = []
     apply = masked.apply_mask
@@ -254,7 +266,7 @@ def test_plans_of_compressed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         ("block", (16, 1), "decodes the weight, then the library's product: blocks of 16 x 1 are smaller than a tile"),
         ("bitmap", (1, 1), "decodes the weight, then the library's product: tensor cores multiply dense tiles faster"),
     ):
-        w, _ = compressed(32, 40, format, block=block)
+        w = compressed(32, 40, format, block=block)
         args = (torch.randn(3, 40), None, *w.arguments())
         assert plan("spmm", args).startswith(words)
         decoded.clear()

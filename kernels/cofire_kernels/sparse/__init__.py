@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with masked and compressed weights: launchers with the arguments of the operators in ``cofire.ops.sparse``."""
+"""Products with masked and compressed weights: launchers with the arguments of the operators."""
 
 from cofire_kernels.sparse.masked import (
     apply_mask,

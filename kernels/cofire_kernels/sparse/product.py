@@ -96,9 +96,7 @@ def block_gradient_kernel(
         x = tl.load(x_ptr + m[:, None] * columns + k[None, :], mask=inside, other=0)
         acc = dot(tl.trans(x), dy, acc)
     place = (split.to(tl.int64) * entries + e) * size_column * size_row + c[:, None] * size_row + r[None, :]
-    tl.store(
-        dv_ptr + place, acc.to(dv_ptr.dtype.element_ty), mask=(c < size_column)[:, None] & (r < size_row)[None, :]
-    )
+    tl.store(dv_ptr + place, acc.to(dv_ptr.dtype.element_ty), mask=(c < size_column)[:, None] & (r < size_row)[None, :])
 
 
 # ------------------------------------------------------------------------------------------------------ launching
@@ -154,7 +152,7 @@ def _plan(why: str) -> str:
 
 def spmm_plan(*args: Any) -> str:
     """What :func:`spmm` does with these arguments."""
-    return _plan(refused(args[6], *args[9:11], _common(args[0], args[2])))
+    return _plan(refused(args[6], args[9], args[10], _common(args[0], args[2])))
 
 
 def spmm(
@@ -184,7 +182,7 @@ def spmm(
 
 def spmm_backward_plan(*args: Any) -> str:
     """What :func:`spmm_backward` does with these arguments."""
-    return _plan(refused(args[6], *args[9:11], _common(args[0], args[2])))
+    return _plan(refused(args[6], args[9], args[10], _common(args[0], args[2])))
 
 
 def spmm_backward(
@@ -241,7 +239,8 @@ def sddmm(
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:
     """``a b`` in fp32 (fp64)."""
     if a.is_cuda and a.element_size() == 2:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        narrow: Tensor = torch.mm(a, b, out_dtype=torch.float32)
+        return narrow
     dtype = torch.promote_types(a.dtype, torch.float32)
     return a.to(dtype) @ b.to(dtype)
 
@@ -257,9 +256,10 @@ def _sampled(
         whole = _wide_product(dy.t(), x)
         if format == "csr":
             return whole[row, index.long()].to(dtype)
-        margin = (0, -columns % block_columns, 0, (offsets.shape[0] - 1) * block_rows - rows)
-        tiles = F.pad(whole, margin).unflatten(1, (-1, block_columns)).unflatten(0, (-1, block_rows))
-        return tiles.permute(0, 2, 3, 1)[row, index.long()].to(dtype).contiguous()
+        grid = (offsets.shape[0] - 1, -(-columns // block_columns))
+        margin = (0, grid[1] * block_columns - columns, 0, grid[0] * block_rows - rows)
+        tiles = F.pad(whole, margin).view(grid[0], block_rows, grid[1], block_columns).permute(0, 2, 3, 1)
+        return tiles[row, index.long()].to(dtype).contiguous()
     dv = torch.empty((entries, block_columns, block_rows), dtype=dtype, device=dy.device)
     tile = _tile("sddmm_block", dy, samples, block_rows, block_columns)
     programs = entries * tile["TILES"] * tile["PARTS"]

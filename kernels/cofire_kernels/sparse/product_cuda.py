@@ -2,19 +2,19 @@
 """spmm of few rows with a bitmap, in CUDA C++ (``csrc/cuda/sparse.cu``): an alternative to decoding the weight.
 
 The kernels read layouts of their own, made from the weight by torch operators at the first call and kept as long as the
-tensor of its values lives unchanged. Where no four weights in a row have more than two values (2:4, and whatever is
-sparser) that is the operand of the sparse tensor cores, 1.125 bytes a weight and nothing to decode; else bits and
-values in the order of the dense tensor cores' operand, 0.133 bytes and 2 per value.
+tensor of its values lives unchanged. Where no group of four columns has more than two values (2:4, and sparser) that is
+the operand of the sparse tensor cores, 1.125 bytes a weight and nothing to decode; else bits and values in the order of
+the dense tensor cores' operand, 0.133 bytes a weight and 2 a value.
 
 Lane ``4 g + t`` of a warp has rows ``g`` and ``g + 8`` of a panel of 16, and of a slab of 64 columns:
 
-* bitmap: the columns ``16 t + 4 i + c`` of tile ``i``, ``c`` from 0 to 3. Its word has bit ``8 i + 4 (c / 2) + 2 h + c % 2``
-  for row ``g + 8 h``. Values stand by slab (rounded up to eight), tile, lane, bit.
-* 2:4: two products of 32 columns, of which product ``s`` takes the groups of four ``8 u + 2 s + r % 2 + 4 (r / 2)`` as its
-  groups ``2 r + u``. Register ``q`` has the two values of group ``t + 4 (q / 2)``, row ``g + 8 (q % 2)``. The places of
-  these values, two bits each, the lower first: of product ``s`` in the threads ``t = 2 s`` and ``2 s + 1`` of a quad, groups
-  0 to 3 and 4 to 7, row ``g`` in the lower 16 bits and ``g + 8`` in the upper. (PTX ISA, "Matrix fragments for sparse
-  mma.m16n8k32 with .f16 and .bf16 types".)
+* bitmap: the columns ``16 t + 4 i + c`` of tile ``i``, ``c`` from 0 to 3. Its word has bit
+  ``8 i + 4 (c / 2) + 2 h + c % 2`` for row ``g + 8 h``. Values stand by slab (rounded up to eight), tile, lane, bit.
+* 2:4: two products of 32 columns, of which product ``s`` takes the groups of four ``8 u + 2 s + r % 2 + 4 (r / 2)`` as
+  its groups ``2 r + u``. Register ``q`` has the two values of group ``t + 4 (q / 2)``, row ``g + 8 (q % 2)``. Their
+  places, two bits each, the lower first: of product ``s`` in the threads ``t = 2 s`` and ``2 s + 1`` of a quad, groups
+  0 to 3 and 4 to 7, row ``g`` in the lower 16 bits and ``g + 8`` in the upper. (PTX ISA, "Matrix fragments for
+  sparse mma.m16n8k32 with .f16 and .bf16 types".)
 
 Whether they are faster than the library's product of the decoded weight has not been measured.
 """
@@ -65,8 +65,12 @@ def _as_words(bits: Tensor) -> Tensor:
 
 
 def bitmap_layout(weight: Tensor, kept: Tensor) -> Layout:
-    """Of a dense weight ``[N, K]`` and where it is kept: int32 places ``[panels, slabs + 1, 2]`` and masks ``[panels, slabs,
-    32]``, and the values."""
+    """Of a dense weight ``[N, K]`` and where it is kept.
+
+    int32 places ``[panels, slabs + 1, 2]`` (where a slab's values begin, in units of eight; ten bits each for how many
+    stand before its tiles 1, 2 and 3), int32 masks ``[panels, slabs, 32]``, both flat and with three (two) slabs
+    behind the last, and the values.
+    """
     panels, slabs = -(-weight.shape[0] // PANEL), -(-weight.shape[1] // SLAB)
 
     def by_lane(x: Tensor) -> Tensor:
@@ -91,12 +95,17 @@ def bitmap_layout(weight: Tensor, kept: Tensor) -> Layout:
     rank = flat.long().cumsum(2) - 1 + 8 * first[..., None]
     values = torch.zeros(8 * int(starts[-1]), dtype=weight.dtype, device=weight.device)
     values[rank[flat]] = w.flatten(2)[flat]
+    # The kernel reads some places and masks in vain that are behind the last ones.
+    behind = places.new_zeros(3 * 2), masks.new_zeros(2 * 32)
+    places, masks = (torch.cat([x.flatten(), more]) for x, more in zip((places, masks), behind, strict=True))
     return Layout("bitmap", (places, masks, values))
 
 
 def two_four_layout(weight: Tensor, kept: Tensor) -> Layout | None:
-    """Of a dense weight and where it is kept: int32 metadata ``[panels, slabs, 32]``, values ``[panels, slabs, 2, 32, 8]``;
-    None where some group of four has three values."""
+    """Of a dense weight and where it is kept; None where some group of four has three values.
+
+    int32 metadata ``[panels, slabs, 32]``, values ``[panels, slabs, 2, 32, 8]``.
+    """
     panels, slabs = -(-weight.shape[0] // PANEL), -(-weight.shape[1] // SLAB)
     k = _padded(kept).view(-1, slabs, 16, 4)
     count = k.sum(3)

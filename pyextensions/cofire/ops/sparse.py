@@ -66,7 +66,6 @@ _apply_mask = register(
     Operator(
         "apply_mask(Tensor weight, Tensor bits) -> Tensor",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:apply_mask"),
         validate=lambda weight, bits: check_bits("apply_mask", weight, bits),
         reference=_apply_mask_reference,
         fake=lambda weight, bits: weight.new_empty(weight.shape),
@@ -74,6 +73,7 @@ _apply_mask = register(
             _save_bits, lambda ctx, grad: (_apply_mask.overload(grad, ctx.saved_tensors[0]), None), "apply_mask"
         ),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:apply_mask"),
         bytes=lambda weight, bits: 2 * weight.numel() * weight.element_size() + bits.numel(),
     )
 )
@@ -138,13 +138,13 @@ _masked_linear_backward = register(
         "masked_linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor bits, str mode, float decay, "
         "bool to_input, bool to_weight) -> (Tensor input_grad, Tensor weight_grad)",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:masked_linear_backward"),
         reference=_masked_linear_backward_reference,
         fake=lambda grad, input, weight, bits, mode, decay, to_input, to_weight: (
             input.new_empty(input.shape) if to_input else _nothing(grad),
             weight.new_empty(weight.shape) if to_weight else _nothing(grad),
         ),
         backward=through_reference(_masked_linear_backward_reference),
+        triton=Kernel("cofire_kernels.sparse:masked_linear_backward"),
         flops=lambda grad, input, weight, bits, mode, decay, to_input, to_weight: (
             2 * grad.numel() * weight.shape[1] * (int(to_input) + int(to_weight))
         ),
@@ -190,12 +190,12 @@ _masked_linear = register(
     Operator(
         "masked_linear(Tensor input, Tensor weight, Tensor bits, Tensor? bias, str mode, float decay) -> Tensor",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:masked_linear"),
         validate=_validate_masked_linear,
         reference=_masked_linear_reference,
         fake=lambda input, weight, *rest: input.new_empty((*input.shape[:-1], weight.shape[0])),
         backward=Backward(_save_masked_linear, _masked_linear_grad, "masked_linear_backward"),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:masked_linear"),
         autocast="lower",
         flops=lambda input, weight, *rest: 2 * input.numel() * weight.shape[0],
         bytes=lambda input, weight, bits, *rest: (
@@ -290,7 +290,6 @@ _sddmm = register(
         "sddmm(Tensor grad, Tensor input, Tensor index, Tensor offsets, str format, int block_rows, int block_columns) "
         "-> Tensor",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:sddmm"),
         validate=lambda *args: _validate_sddmm(*args),
         reference=_sddmm_reference,
         fake=lambda grad, input, index, offsets, format, block_rows, block_columns: grad.new_empty(
@@ -298,6 +297,7 @@ _sddmm = register(
         ),
         backward=through_reference(_sddmm_reference),
         double_backward=False,
+        triton=Kernel("cofire_kernels.sparse:sddmm"),
         flops=lambda grad, input, index, offsets, format, block_rows, block_columns: (
             2 * math.prod(grad.shape[:-1]) * index.shape[0] * block_rows * block_columns
         ),
@@ -374,13 +374,13 @@ _spmm_backward = register(
         f"spmm_backward(Tensor grad, Tensor input, {PARTS}, bool to_input, bool to_values) "
         "-> (Tensor input_grad, Tensor values_grad)",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:spmm_backward"),
         reference=_spmm_backward_reference,
         fake=lambda grad, input, values, *rest: (
             grad.new_empty((*grad.shape[:-1], rest[5])) if rest[8] else _nothing(grad),
             values.new_empty(values.shape) if rest[9] else _nothing(grad),
         ),
         backward=through_reference(_spmm_backward_reference),
+        triton=Kernel("cofire_kernels.sparse:spmm_backward"),
         flops=lambda grad, input, values, *rest: (
             2 * math.prod(grad.shape[:-1]) * values.numel() * (int(rest[8]) + int(rest[9]))
         ),
@@ -440,8 +440,6 @@ _spmm = register(
     Operator(
         f"spmm(Tensor input, Tensor? bias, {PARTS}) -> Tensor",
         family="sparse",
-        triton=Kernel("cofire_kernels.sparse:spmm"),
-        cuda=Kernel("cofire_kernels.sparse:spmm_cuda", (torch.bfloat16, torch.float16)),
         validate=_validate_spmm,
         reference=_spmm_reference,
         fake=lambda input, bias, values, index, offsets, scale, format, rows, *rest: input.new_empty(
@@ -449,6 +447,8 @@ _spmm = register(
         ),
         backward=Backward(_save_spmm, _spmm_grad, "spmm_backward"),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:spmm"),
+        cuda=Kernel("cofire_kernels.sparse:spmm_cuda", (torch.bfloat16, torch.float16)),
         autocast=None,
         flops=lambda input, bias, values, *rest: 2 * math.prod(input.shape[:-1]) * values.numel(),
         bytes=lambda input, bias, values, index, offsets, scale, format, rows, *rest: (
