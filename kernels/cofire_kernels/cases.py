@@ -353,19 +353,18 @@ def _apply_mask(make: Make, sizes: Sizes) -> list[Call]:
     return [lambda: sparse.apply_mask(w, bits)]
 
 
-def _masked_linear(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+def _masked(make: Make, sizes: Sizes, what: str) -> list[Call]:
     if make.dtype.itemsize != sizes["element_size"]:
         return []
     m, k, n = sizes["samples"], sizes["columns"], 4096
     x, grad, w, bits = make.values(m, k), make.values(m, n), make.values(n, k), _mask(make, n, k)
-    if not backward:
-        return [
-            lambda: sparse.masked_linear(x, w, bits, None, "hard", 0.0),
-            lambda: sparse.masked_linear(x, w, bits, make.values(n), "hard", 0.0),
-        ]
+    if what == "product":
+        return [lambda: sparse.masked_linear(x, w, bits, make.values(n), "hard", 0.0)]
+    if what == "input":
+        return [lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, True, False)]
     return [
-        lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, True, True),
-        lambda: sparse.masked_linear_backward(grad, x, w, bits, "srste", 1e-4, True, True),
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, False, True),
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "srste", 1e-4, False, True),
     ]
 
 
@@ -440,9 +439,9 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "qlinear_bytes": _qlinear_bytes,
     "qlinear_backward": _qlinear_backward,
     "apply_mask": _apply_mask,
-    "masked_linear": lambda make, sizes: _masked_linear(make, sizes, backward=False),
-    "masked_input_gradient": lambda make, sizes: _masked_linear(make, sizes, backward=True),
-    "masked_weight_gradient": lambda make, sizes: _masked_linear(make, sizes, backward=True),
+    "masked_linear": lambda make, sizes: _masked(make, sizes, "product"),
+    "masked_input_gradient": lambda make, sizes: _masked(make, sizes, "input"),
+    "masked_weight_gradient": lambda make, sizes: _masked(make, sizes, "weight"),
     "decode_sparse": _decode_sparse,
     "spmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=False),
     "sddmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=True),
