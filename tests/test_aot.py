@@ -20,7 +20,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: nothing to compile")
 
 from cofire_kernels import aot
-from cofire_kernels.configs import entries
 
 PACKAGE = Path(aot.__file__).parent
 #: The kernels by name, from the sources: importing them here would find them wrapped by the interpreter.
@@ -39,6 +38,7 @@ STREAMING = [
     "scatter16_largest_kernel",
     "scatter16_add_kernel",
     "lut_apply16_kernel",
+    "apply_mask_kernel",
     "dequantize_kernel",
     "qlinear_rows_kernel",
     "sum_splits_kernel",
@@ -106,17 +106,24 @@ def test_fits_the_chip(kernel: str, chip: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kernel", ["gated_conv2d_forward_kernel", "qlinear_kernel", "qlinear_bytes_kernel", "input_gradient_kernel"]
+    ("kernel", "height"),
+    [
+        ("gated_conv2d_forward_kernel", None),
+        ("qlinear_kernel", None),
+        ("qlinear_bytes_kernel", None),
+        ("input_gradient_kernel", "BLOCK_M"),
+        ("masked_linear_kernel", None),
+        ("masked_input_gradient_kernel", "BLOCK_M"),
+        ("masked_weight_gradient_kernel", None),
+        ("block_product_kernel", "BLOCK_M"),
+        ("block_gradient_kernel", "BLOCK_K"),
+    ],
 )
-def test_products_use_the_tensor_cores_of_hopper(kernel: str) -> None:
-    """Where 16-bit floats or bytes are multiplied in tiles of 64; the gradient of few rows has no such tiles."""
+def test_products_use_the_tensor_cores_of_hopper(kernel: str, height: str | None) -> None:
+    """Where 16-bit floats or bytes are multiplied in tiles of 64; a product of few rows, or small blocks, has none."""
     narrow = [facts for facts in of("sm_90", kernel) if facts["dtype"] == "bfloat16"]
-    if kernel == "input_gradient_kernel":
-        narrow = [
-            facts
-            for facts in narrow
-            if entries("default.json")[facts["config"]][facts["entry"]]["tile"]["BLOCK_M"] >= 64
-        ]
+    if height is not None:
+        narrow = [facts for facts in narrow if facts["constants"][height] >= 64]
     assert narrow
     assert all(facts["wgmma"] for facts in narrow), narrow
 

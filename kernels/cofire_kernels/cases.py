@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import clustering, gating, lowbit, selection
+from cofire_kernels import clustering, gating, lowbit, selection, sparse
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -344,6 +344,73 @@ def _fake_quantize(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
+def _mask(make: Make, rows: int, columns: int) -> Tensor:
+    return torch.full((rows, columns // 8), 0x5A, dtype=torch.uint8, device=make.device)
+
+
+def _apply_mask(make: Make, sizes: Sizes) -> list[Call]:
+    w, bits = make.values(4096, sizes["columns"]), _mask(make, 4096, sizes["columns"])
+    return [lambda: sparse.apply_mask(w, bits)]
+
+
+def _masked(make: Make, sizes: Sizes, what: str) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    m, k, n = sizes["samples"], sizes["columns"], 4096
+    x, grad, w, bits = make.values(m, k), make.values(m, n), make.values(n, k), _mask(make, n, k)
+    if what == "product":
+        return [lambda: sparse.masked_linear(x, w, bits, make.values(n), "hard", 0.0)]
+    if what == "input":
+        return [lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, True, False)]
+    return [
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, False, True),
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "srste", 1e-4, False, True),
+    ]
+
+
+Compressed = tuple[Tensor, Tensor, Tensor, None, str, int, int, int, int]
+
+
+def _compressed(make: Make, format: str, block: int, sizes: Sizes) -> Compressed:
+    """A weight of 4096 rows, of which a quarter is kept: what spmm takes from the values on."""
+    rows, columns = 4096, sizes.get("columns", 4096)
+    strips, kept = {"csr": (rows, columns // 4), "delta": (rows, columns // 4), "bitmap": (256, 4 * columns)}.get(
+        format, (rows // block, columns // block // 4)
+    )
+    dtype = {"csr": torch.uint16, "delta": torch.uint8, "bitmap": torch.uint16}.get(format, torch.int32)
+    index = torch.full((strips * kept,), 1, dtype=dtype, device=make.device)
+    if format == "block":
+        index = (torch.arange(strips * kept, device=make.device) % kept * 4).to(torch.int32)
+    elif format == "bitmap":
+        index = torch.full((256, columns), 0x1111, dtype=torch.int32, device=make.device).to(torch.uint16)
+    offsets = torch.arange(strips + 1, device=make.device) * kept
+    values = make.values(strips * kept, block, block) if format == "block" else make.values(strips * kept)
+    return values, index, offsets, None, format, rows, columns, block, block
+
+
+def _decode_sparse(make: Make, sizes: Sizes) -> list[Call]:
+    x = make.values(16, sizes["columns"])
+
+    def call(format: str) -> Call:
+        args = _compressed(make, format, 1, sizes)
+        return lambda: sparse.spmm(x, None, *args)
+
+    return [call("bitmap"), call("csr"), call("delta")]
+
+
+def _spmm_block(make: Make, sizes: Sizes, sampled: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    x, grad = make.values(sizes["samples"], 4096), make.values(sizes["samples"], 4096)
+    args = _compressed(make, "block", sizes["block"], sizes)
+    if sampled:
+        return [lambda: sparse.spmm_backward(grad, x, *args, False, True)]
+    return [
+        lambda: sparse.spmm(x, None, *args),
+        lambda: sparse.spmm_backward(grad, x, *args, True, False),
+    ]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -371,4 +438,11 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "qlinear": _qlinear,
     "qlinear_bytes": _qlinear_bytes,
     "qlinear_backward": _qlinear_backward,
+    "apply_mask": _apply_mask,
+    "masked_linear": lambda make, sizes: _masked(make, sizes, "product"),
+    "masked_input_gradient": lambda make, sizes: _masked(make, sizes, "input"),
+    "masked_weight_gradient": lambda make, sizes: _masked(make, sizes, "weight"),
+    "decode_sparse": _decode_sparse,
+    "spmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=False),
+    "sddmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=True),
 }

@@ -29,7 +29,7 @@ from cofire.ops.checks import (
 from cofire.ops.lowbit import rows_of
 from cofire.ops.packing import packed_bytes, unpack_bits
 from cofire.ops.sparse_weight import SparseWeight, check_sparse, dense_values, places
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["SparseWeight", "apply_mask", "masked_linear", "sddmm", "sparse_conv2d", "spmm"]
 
@@ -88,6 +88,7 @@ _apply_mask = register(
         fake=lambda weight, bits: weight.new_empty(weight.shape),
         backward=Backward(_save_bits, _apply_mask_grad, "apply_mask"),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:apply_mask"),
         bytes=lambda weight, bits: 2 * weight.numel() * weight.element_size() + bits.numel(),
     )
 )
@@ -158,6 +159,7 @@ _masked_linear_backward = register(
             weight.new_empty(weight.shape) if to_weight else _nothing(grad),
         ),
         backward=through_reference(_masked_linear_backward_reference),
+        triton=Kernel("cofire_kernels.sparse:masked_linear_backward"),
         flops=lambda grad, input, weight, bits, mode, decay, to_input, to_weight: (
             2 * grad.numel() * weight.shape[1] * (int(to_input) + int(to_weight))
         ),
@@ -208,6 +210,7 @@ _masked_linear = register(
         fake=lambda input, weight, *rest: input.new_empty((*input.shape[:-1], weight.shape[0])),
         backward=Backward(_save_masked_linear, _masked_linear_grad, "masked_linear_backward"),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:masked_linear"),
         autocast="lower",
         flops=lambda input, weight, *rest: 2 * input.numel() * weight.shape[0],
         bytes=lambda input, weight, bits, *rest: (
@@ -309,6 +312,7 @@ _sddmm = register(
         ),
         backward=through_reference(_sddmm_reference),
         double_backward=False,
+        triton=Kernel("cofire_kernels.sparse:sddmm"),
         flops=lambda grad, input, index, offsets, format, block_rows, block_columns: (
             2 * math.prod(grad.shape[:-1]) * index.shape[0] * block_rows * block_columns
         ),
@@ -391,6 +395,7 @@ _spmm_backward = register(
             values.new_empty(values.shape) if rest[9] else _nothing(grad),
         ),
         backward=through_reference(_spmm_backward_reference),
+        triton=Kernel("cofire_kernels.sparse:spmm_backward"),
         flops=lambda grad, input, values, *rest: (
             2 * math.prod(grad.shape[:-1]) * values.numel() * (int(rest[8]) + int(rest[9]))
         ),
@@ -460,6 +465,8 @@ _spmm = register(
         ),
         backward=Backward(_save_spmm, _spmm_grad, "spmm_backward"),
         double_backward=True,
+        triton=Kernel("cofire_kernels.sparse:spmm"),
+        cuda=Kernel("cofire_kernels.sparse:spmm_cuda", (torch.bfloat16, torch.float16)),
         autocast=None,
         flops=lambda input, bias, values, *rest: 2 * math.prod(input.shape[:-1]) * values.numel(),
         bytes=lambda input, bias, values, index, offsets, scale, format, rows, *rest: (
