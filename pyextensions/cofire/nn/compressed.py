@@ -140,6 +140,7 @@ class Compressed(nn.Module):
     geometry: Tensor
     bias: nn.Parameter | None
     shape: tuple[int, ...]
+    cache_dense: bool
 
     # -------------------------------------------------------------------------------------------- its weight
 
@@ -165,16 +166,9 @@ class Compressed(nn.Module):
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight as ``[N, K]``, around the layer's own tensors."""
-        rows = self.shape[0]
-        return SparseWeight(
-            self.values,
-            self.index,
-            self.offsets,
-            (rows, math.prod(self.shape[1:])),
-            self.format,
-            self.block,
-            self.scale,
-        )
+        shape = (self.shape[0], math.prod(self.shape[1:]))
+        index = unsigned(self.index)
+        return SparseWeight(self.values, index, self.offsets, shape, self.format, self.block, self.scale)
 
     @property
     def weight(self) -> Tensor:
@@ -288,8 +282,8 @@ class Compressed(nn.Module):
     def _time(self, rows: int, dtype: torch.dtype) -> tuple[float, float]:
         from torch.utils.benchmark import Timer
 
-        weight, like = self.sparse_weight, {"dtype": dtype, "device": self.values.device}
-        x = torch.randn(rows, weight.shape[1], **like)
+        weight = self.sparse_weight
+        x = torch.randn(rows, weight.shape[1], dtype=dtype, device=self.values.device)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         calls = (lambda: spmm(x, weight, bias), lambda: F.linear(x, self._dense(dtype), bias))
         found = []
@@ -316,7 +310,12 @@ class Compressed(nn.Module):
         entries = []
         for number in numbers:
             sparse, why = self._sparse(dtype, self.cache_dense, number)
-            entry = {"rows": bucket_name(number), "path": "sparse", "kernel": self._kernel(dtype), "why": why}
+            entry: dict[str, Any] = {
+                "rows": bucket_name(number),
+                "path": "sparse",
+                "kernel": self._kernel(dtype),
+                "why": why,
+            }
             entry["bytes"] = stored
             if not sparse:
                 how = "from a kept copy" if self.cache_dense else "decoded with each forward (cache_dense keeps a copy)"
@@ -531,7 +530,8 @@ class CompressedLinear(Compressed):
         """A plain ``nn.Linear`` with the same weights, zeros where none is stored."""
         rows, columns = self.shape
         layer = nn.Linear(columns, rows, self.bias is not None, self.values.device, self.dtype)
-        return _filled(layer, self)
+        _fill(layer, self)
+        return layer
 
     def extra_repr(self) -> str:
         return (
@@ -634,7 +634,8 @@ class CompressedConv2d(Compressed):
             device=self.values.device,
             dtype=self.dtype,
         )
-        return _filled(layer, self)
+        _fill(layer, self)
+        return layer
 
     def prepare(self, rows: Any = (1, 16, 256), *, tune: bool = False, dtype: torch.dtype | None = None) -> Any:
         """There is one way: nothing is measured."""
@@ -650,9 +651,9 @@ def dense_values_of(weight: SparseWeight) -> Tensor:
     return weight.to_dense()
 
 
-def _filled(layer: Any, source: Compressed) -> Any:
+def _fill(layer: nn.Linear | nn.Conv2d, source: Compressed) -> None:
     with torch.no_grad():
         layer.weight.copy_(source.weight)
-        if source.bias is not None:
+        if source.bias is not None and layer.bias is not None:
             layer.bias.copy_(source.bias)
-    return layer.train(source.training)
+    layer.train(source.training)

@@ -429,7 +429,7 @@ class Sparse(nn.Module):
 
     def _check_state(self, state: Mapping[str, Any], prefix: str) -> str | None:
         version, bits = state.get(f"{prefix}mask_format"), state.get(f"{prefix}mask_bits")
-        if isinstance(version, Tensor) and not version.is_meta and version.tolist() != VERSION:
+        if isinstance(version, Tensor) and not version.is_meta and not bool((version == VERSION).all()):
             return f"the format of the mask must have the version {VERSION}, got {version.tolist()}"
         if isinstance(bits, Tensor) and (bits.dtype != torch.uint8 or bits.shape != self.mask_bits.shape):
             return f"mask_bits must be uint8 {shape_of(self.mask_bits)}, got {bits.dtype} {shape_of(bits)}"
@@ -494,7 +494,7 @@ def _finish(layer: Any, bits: Tensor, mode: str, gradient: str, decay: float, op
     return packed
 
 
-class SparseLinear(Sparse, nn.Linear):
+class SparseLinear(Sparse, nn.Linear):  # type: ignore[misc]
     """A linear layer with pruned weights.
 
     Args:
@@ -588,7 +588,8 @@ class SparseLinear(Sparse, nn.Linear):
         """A plain ``nn.Linear``, with copies: zeros where the mask is not set."""
         w = self.masked_weight()
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        return _with_parameters(layer, self, w)
+        _give_parameters(layer, self, w)
+        return layer
 
     def _around(self, weight: SparseWeight, bias: Any, dtype: torch.dtype, trained: bool, cache_dense: bool) -> Any:
         return CompressedLinear._around(weight, bias, dtype, trained, cache_dense)
@@ -604,7 +605,7 @@ class SparseLinear(Sparse, nn.Linear):
         return f"{nn.Linear.extra_repr(self)}, {self._mode_repr()}"
 
 
-class SparseConv2d(Sparse, nn.Conv2d):
+class SparseConv2d(Sparse, nn.Conv2d):  # type: ignore[misc]
     """A convolution with pruned weights.
 
     Args:
@@ -685,7 +686,8 @@ class SparseConv2d(Sparse, nn.Conv2d):
             weight = cast(Tensor, _Masked.apply(weight, self.mask_bits, self._rule, self.decay))
         elif self.mode != "invariant":
             weight = apply_mask(weight, self.mask_bits)
-        return self._conv_forward(input, weight, self.bias)
+        output: Tensor = self._conv_forward(input, weight, self.bias)
+        return output
 
     def to_dense(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d``, with copies: zeros where the mask is not set."""
@@ -702,7 +704,8 @@ class SparseConv2d(Sparse, nn.Conv2d):
             cast(Any, self.padding_mode),
             "meta",
         )
-        return _with_parameters(layer, self, w)
+        _give_parameters(layer, self, w)
+        return layer
 
     def _around(self, weight: SparseWeight, bias: Any, dtype: torch.dtype, trained: bool, cache_dense: bool) -> Any:
         return CompressedConv2d._around(weight, bias, dtype, trained, cache_dense, self)
@@ -716,11 +719,11 @@ class SparseConv2d(Sparse, nn.Conv2d):
         return f"{nn.Conv2d.extra_repr(self)}, {self._mode_repr()}"  # type: ignore[no-untyped-call]
 
 
-def _with_parameters(layer: Any, source: Sparse, weight: Tensor) -> Any:
+def _give_parameters(layer: nn.Linear | nn.Conv2d, source: Sparse, weight: Tensor) -> None:
     layer.weight = nn.Parameter(weight, source.weight.requires_grad)
     if source.bias is not None:
         layer.bias = nn.Parameter(source.bias.detach().clone(), source.bias.requires_grad)
-    return layer.train(source.training)
+    layer.train(source.training)
 
 
 # ------------------------------------------------------------------------------------------------ whole models
