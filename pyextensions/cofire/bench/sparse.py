@@ -135,7 +135,7 @@ def _spmm(
 def _trained_dense(*args: Any) -> Run:
     """A dense layer whose weight is made beforehand: of the gradient of the values, the product is dense."""
     x, _, values, index, offsets, scale, *rest = args
-    w = dense_values(values.detach(), index, offsets, scale, *rest, FLOAT)
+    w = dense_values(*(values.detach(), index, offsets, scale, *rest, FLOAT))
     row = torch.repeat_interleave(torch.arange(rest[1]), offsets.diff())
 
     class Layer(torch.autograd.Function):
