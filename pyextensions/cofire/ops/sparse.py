@@ -311,7 +311,7 @@ _sddmm = register(
             (index.shape[0],) if format == "csr" else (index.shape[0], block_columns, block_rows), dtype=_wide(grad)
         ),
         backward=through_reference(_sddmm_reference),
-        double_backward=False,
+        double_backward=True,
         triton=Kernel("cofire_kernels.sparse:sddmm"),
         flops=lambda grad, input, index, offsets, format, block_rows, block_columns: (
             2 * math.prod(grad.shape[:-1]) * index.shape[0] * block_rows * block_columns
