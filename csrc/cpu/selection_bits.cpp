@@ -42,8 +42,8 @@ void pack_row(const uint8_t* mask, int64_t columns, uint8_t* out) {
 #if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
   for (; i + 32 <= columns; i += 32) {
     const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + i));
-    const auto unset = static_cast<uint32_t>(
-        _mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+    const auto unset =
+        static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
     const uint32_t set = ~unset;
     std::memcpy(out + i / 8, &set, 4);
   }

@@ -22,8 +22,8 @@ inline namespace CPU_CAPABILITY {
 using Keys = at::vec::Vectorized<int32_t>;
 
 constexpr int32_t kPadding = std::numeric_limits<int32_t>::min();  // below every key
-constexpr int32_t kLowest = -0x7f800001;                            // the key of -inf
-constexpr int32_t kBeyond = 0x7f800001;                             // above the key of +inf
+constexpr int32_t kLowest = -0x7f800001;                           // the key of -inf
+constexpr int32_t kBeyond = 0x7f800001;                            // above the key of +inf
 constexpr int64_t kAllTies = std::numeric_limits<int64_t>::max();
 
 // Keys are stored in whole vectors; what is left of the last one is padding.
@@ -191,8 +191,9 @@ inline Cut cut_of(const int32_t* keys, int64_t n, int64_t keep, int32_t* scratch
     }
     const double share = (static_cast<double>(from_low - keep) + 0.5) /
                          static_cast<double>(from_low - from_high + 1);
-    const int64_t ahead = step % 3 == 0 ? (high - low) / 2
-                                        : static_cast<int64_t>(share * static_cast<double>(high - low));
+    const int64_t ahead = step % 3 == 0
+                              ? (high - low) / 2
+                              : static_cast<int64_t>(share * static_cast<double>(high - low));
     const int64_t pivot = low + std::clamp<int64_t>(ahead, 1, high - low - 1);
     const int64_t found = count_from(keys, n, static_cast<int32_t>(pivot));
     if (found >= keep) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// keep_mask and keep_masks: the largest scores of rows, blocks or tensors as packed masks. Scores are
-// computed where they are needed, each operation rounded by itself as in the reference
+// keep_mask and keep_masks: the largest scores of rows, blocks or tensors as packed masks. Scores
+// are computed where they are needed, each operation rounded by itself as in the reference
 // (pyextensions/cofire/ops/selection.py), and never stored as a whole.
 #include <ATen/ops/empty.h>
 
@@ -45,8 +45,8 @@ const float* as_f32(const void* data, at::ScalarType dtype, int64_t first, int64
   return buffer;
 }
 
-// The keys of n scores, in whole vectors; returns how many scores are NaN. `score(i, count)` gives a
-// vector of `count` scores and zeros.
+// The keys of n scores, in whole vectors; returns how many scores are NaN. `score(i, count)` gives
+// a vector of `count` scores and zeros.
 template <typename F>
 int64_t store_keys(int64_t n, int32_t* keys, F&& score) {
   Keys nan(0);
@@ -107,9 +107,8 @@ class Scores {
     };
     switch (score_) {
       case Score::wanda:
-        return store_keys(n, out, [=](int64_t i, int64_t m) {
-          return magnitude(i, m) * load_f32(o + i, m);
-        });
+        return store_keys(
+            n, out, [=](int64_t i, int64_t m) { return magnitude(i, m) * load_f32(o + i, m); });
       case Score::taylor:
         return store_keys(n, out, [=](int64_t i, int64_t m) { return product(i, m).abs(); });
       case Score::fisher:
@@ -123,9 +122,8 @@ class Scores {
         for (int64_t i = 0; i < n; ++i) scaled[i] = std::fabs(o[i]) * factor_;
         const float* p = scaled;
         __asm__ volatile("" : "+r"(p) : : "memory");
-        return store_keys(n, out, [=](int64_t i, int64_t m) {
-          return magnitude(i, m) + load_f32(p + i, m);
-        });
+        return store_keys(
+            n, out, [=](int64_t i, int64_t m) { return magnitude(i, m) + load_f32(p + i, m); });
       }
     }
   }
@@ -198,6 +196,59 @@ void keep_of_groups(const int32_t* keys, int64_t across, int64_t along, int32_t 
   word.store(words);
 }
 
+#if defined(COFIRE_EIGHT_KEYS)
+// The lane that is `shift` further in the group of M, round it; and -1 where that is before.
+template <int M>
+struct Turn {
+  alignas(32) int32_t lane[M][8];
+  alignas(32) int32_t before[M][8];
+  constexpr Turn() : lane(), before() {
+    for (int shift = 0; shift < M; ++shift) {
+      for (int i = 0; i < 8; ++i) {
+        lane[shift][i] = i / M * M + (i + shift) % M;
+        before[shift][i] = i % M + shift >= M ? -1 : 0;
+      }
+    }
+  }
+};
+
+// The byte of eight keys in groups of M, which stay where they are: each is compared with the
+// M - 1 others of its group as they turn past.
+template <int M>
+uint8_t keep_of_lanes(const int32_t* keys, int32_t keep) {
+  static constexpr Turn<M> turn{};
+  const auto vector = [](const int32_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  };
+  const __m256i mine = vector(keys);
+  __m256i ahead = _mm256_set1_epi32(keep);  // less those that go first
+  COFIRE_UNROLL for (int shift = 1; shift < M; ++shift) {
+    const __m256i other = _mm256_permutevar8x32_epi32(mine, vector(turn.lane[shift]));
+    // an equal key goes first if it is before
+    const __m256i than = _mm256_add_epi32(mine, vector(turn.before[shift]));
+    ahead = _mm256_add_epi32(ahead, _mm256_cmpgt_epi32(other, than));
+  }
+  const __m256i kept = _mm256_cmpgt_epi32(ahead, _mm256_setzero_si256());
+  return static_cast<uint8_t>(_mm256_movemask_ps(_mm256_castsi256_ps(kept)));
+}
+
+template <int M>
+void keep_row_of_lanes(const int32_t* keys, int64_t n, int32_t keep, uint8_t* bits) {
+  for (int64_t i = 0; i < n; i += 8) bits[i / 8] = keep_of_lanes<M>(keys + i, keep);
+  if (n % 8) bits[n / 8] &= static_cast<uint8_t>((1 << (n % 8)) - 1);
+}
+
+// Whether groups of this size are selected within a vector; then it is done.
+bool keep_by_lanes(const int32_t* keys, int64_t n, int64_t size, int32_t keep, uint8_t* bits) {
+  if (size == 2) return keep_row_of_lanes<2>(keys, n, keep, bits), true;
+  if (size == 4) return keep_row_of_lanes<4>(keys, n, keep, bits), true;
+  if (size == 8) return keep_row_of_lanes<8>(keys, n, keep, bits), true;
+  return false;
+}
+#else
+bool keep_by_lanes(const int32_t*, int64_t, int64_t, int32_t, uint8_t*) { return false; }
+#endif
+
 using KeepGroups = void (*)(const int32_t*, int64_t, int64_t, int32_t, int32_t*);
 
 template <int... M>
@@ -208,14 +259,14 @@ KeepGroups keep_groups_of(int64_t size, std::integer_sequence<int, M...>) {
 
 int64_t keep_groups(const Scores& s, int64_t size, int64_t keep, uint8_t* bits) {
   std::atomic<int64_t> nan{0};
-  const KeepGroups keep_of =
-      keep_groups_of(size, std::make_integer_sequence<int, kLargestGroup>());
+  const KeepGroups keep_of = keep_groups_of(size, std::make_integer_sequence<int, kLargestGroup>());
   const int64_t groups = s.columns / size;
   at::parallel_for(0, s.rows, grain_of(s.columns), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> keys(s.columns + kGroups * size + kLanes);
     for (int64_t r = begin; r < end; ++r) {
       nan += s.keys(r, 0, s.columns, keys.data());
       uint8_t* out = bits + r * bytes_of(s.columns);
+      if (keep_by_lanes(keys.data(), s.columns, size, static_cast<int32_t>(keep), out)) continue;
       uint64_t pending = 0;  // bits that do not fill a byte yet
       int64_t filled = 0;
       for (int64_t g = 0; g < groups; g += kGroups) {
@@ -264,7 +315,8 @@ int64_t keep_blocks(const Scores& s, int64_t height, int64_t width, int64_t keep
   const int64_t size = height * width, line = whole_vectors(width);
   const int64_t room = whole_vectors(size) + kLanes;
   at::parallel_for(0, s.rows / height, grain_of(height * s.columns), [&](int64_t from, int64_t to) {
-    std::vector<int32_t> band(height * s.columns + kLanes), keys(room), scratch(room), mine(line + kLanes);
+    std::vector<int32_t> band(height * s.columns + kLanes), keys(room), scratch(room),
+        mine(line + kLanes);
     for (int64_t b = from; b < to; ++b) {
       for (int64_t r = 0; r < height; ++r) {
         nan += s.keys(b * height + r, 0, s.columns, band.data() + r * s.columns);
@@ -308,8 +360,8 @@ struct Chunk {
   int64_t row, rows, column, columns;
 };
 
-constexpr int64_t kChunk = 1 << 18;       // entries, about; the list does not depend on the threads
-constexpr int64_t kSmall = 1 << 16;       // entries whose keys are simply stored
+constexpr int64_t kChunk = 1 << 18;  // entries, about; the list does not depend on the threads
+constexpr int64_t kSmall = 1 << 16;  // entries whose keys are simply stored
 constexpr int64_t kMostSamples = 1 << 16;
 
 std::vector<Chunk> chunks_of(const std::vector<Matrix>& matrices) {
@@ -320,8 +372,8 @@ std::vector<Chunk> chunks_of(const std::vector<Matrix>& matrices) {
     const int64_t rows = std::max<int64_t>(1, kChunk / columns);
     for (int64_t r = 0; r < m.scores.rows; r += rows) {
       for (int64_t c = 0; c < m.scores.columns; c += columns) {
-        chunks.push_back({&m, r, std::min(rows, m.scores.rows - r), c,
-                          std::min(columns, m.scores.columns - c)});
+        chunks.push_back(
+            {&m, r, std::min(rows, m.scores.rows - r), c, std::min(columns, m.scores.columns - c)});
       }
     }
   }
@@ -422,8 +474,8 @@ class Selection {
     const auto last = static_cast<int64_t>(middle + margin);
     *high = first <= 0 ? kBeyond : std::min(key_at(first), kBeyond - 1) + 1;
     *low = last >= samples ? kLowest : key_at(last);
-    const int64_t inside = count_from(keys.data(), samples, *low) -
-                           count_from(keys.data(), samples, *high);
+    const int64_t inside =
+        count_from(keys.data(), samples, *low) - count_from(keys.data(), samples, *high);
     return 8 * inside <= samples;
   }
 
@@ -458,8 +510,8 @@ class Selection {
       int64_t left = cut.ties;
       for (int64_t c = 0; c < count; ++c) {
         ties[c] = left;
-        left -= std::min<int64_t>(
-            left, std::count(all[c].keys.begin(), all[c].keys.end(), cut.key));
+        left -=
+            std::min<int64_t>(left, std::count(all[c].keys.begin(), all[c].keys.end(), cut.key));
       }
     }
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
@@ -486,17 +538,24 @@ class Selection {
   static void collect(const Chunk& chunk, int32_t low, int32_t high, Candidates& mine) {
     const uint8_t* first = first_byte(chunk);
     mine.nan = for_each_line(chunk, [&](const int32_t* keys, int64_t n, uint8_t* bits) {
+      int64_t greater = 0, found = 0;
+      int32_t inside_keys[kLine];
+      uint32_t places[kLine];
+      const auto place = static_cast<uint32_t>(8 * (bits - first));
       for (int64_t i = 0; i < n; i += 8) {
         const unsigned above = greater_of_eight(keys + i, high - 1);
         unsigned inside = greater_of_eight(keys + i, low - 1) & ~above;
         bits[i / 8] = static_cast<uint8_t>(above);
-        mine.above += __builtin_popcount(above);
+        greater += __builtin_popcount(above);
         for (; inside != 0; inside &= inside - 1) {
-          const int bit = __builtin_ctz(inside);
-          mine.keys.push_back(keys[i + bit]);
-          mine.places.push_back(static_cast<uint32_t>(8 * (bits + i / 8 - first) + bit));
+          const auto at = static_cast<uint32_t>(i + __builtin_ctz(inside));
+          inside_keys[found] = keys[at];
+          places[found++] = place + at;
         }
       }
+      mine.above += greater;
+      mine.keys.insert(mine.keys.end(), inside_keys, inside_keys + found);
+      mine.places.insert(mine.places.end(), places, places + found);
     });
   }
 
@@ -573,9 +632,9 @@ bool fits(const at::Tensor& weight, const std::optional<at::Tensor>& other) {
 }
 
 at::Tensor keep_mask(const at::Tensor& weight, const std::optional<at::Tensor>& other,
-                     const std::optional<at::Tensor>& counts, int64_t keep,
-                     c10::string_view scope, c10::string_view score, int64_t block_rows,
-                     int64_t block_columns, double factor) {
+                     const std::optional<at::Tensor>& counts, int64_t keep, c10::string_view scope,
+                     c10::string_view score, int64_t block_rows, int64_t block_columns,
+                     double factor) {
   if (!fits(weight, other)) {
     return reference("cofire::keep_mask", &keep_mask, weight, other, counts, keep, scope, score,
                      block_rows, block_columns, factor);

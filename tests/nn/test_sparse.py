@@ -601,6 +601,32 @@ def test_compressed_products(format: dict[str, Any], monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@every_format
+def test_compressed_convolutions(format: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for source, x in (
+        (conv(), torch.randn(2, 4, 9, 8)),
+        (SparseConv2d.from_dense(nn.Conv2d(3, 5, (2, 3), padding="same"), density=0.4), torch.randn(1, 3, 6, 5)),
+    ):
+        layer = source.pack(**{**format, "block": (1, 2)})
+        dense = layer.to_dense()
+        expected = dense(x)
+        expected.square().sum().backward()
+        for most in (0.0, 1.0):
+            monkeypatch.setattr(dispatch, "largest_density", lambda *a, most=most: [most] * 6)
+            monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "c++")
+            layer._replan()
+            assert {e["path"] for e in layer.explain()} == {"sparse" if most else "dense"}
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(layer(x[0]), expected[0], rtol=1e-4, atol=1e-4)
+            if layer.values.requires_grad:
+                layer.zero_grad()
+                layer(x).square().sum().backward()
+                found = layer.sparse_weight.replace(values=layer.values.grad).to_dense().view(layer.shape)
+                torch.testing.assert_close(found, torch.where(layer.mask, dense.weight.grad, 0.0), rtol=1e-3, atol=1e-3)
+            else:
+                layer(x.clone().requires_grad_()).sum().backward()
+
+
 @pytest.mark.parametrize("format", [f for f in FORMATS if f["format"] in ("csr", "block")], ids=lambda f: f["format"])
 def test_compressed_gradients(format: dict[str, Any]) -> None:
     source = linear()
@@ -675,7 +701,7 @@ def test_the_shipped_table() -> None:
         for dtype, ways in machine.items():
             assert getattr(torch, dtype) in dispatch.DTYPES
             for against, formats in ways.items():
-                assert against in ("kept", "decoded", "training")
+                assert against in ("kept", "decoded", "training", "convolution")
                 for format, densities in formats.items():
                     assert format in ("csr", "delta", "bitmap", "block") and len(densities) == 6
                     assert all(0 <= d <= 1 for d in densities)

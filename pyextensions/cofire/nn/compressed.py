@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from cofire import native
 from cofire.info import kernel_for
 from cofire.nn.palettes import PackedPalettizedConv2d, PaddingMode
-from cofire.ops import SparseWeight, apply_mask, pack_mask, spmm
+from cofire.ops import SparseWeight, apply_mask, pack_mask, sparse_conv2d, spmm
 from cofire.ops.checks import check_choice, check_device, check_integer, refuse, shape_of
 from cofire.ops.sparse_weight import FORMATS, PANEL, panels_of
 from cofire.registry import OPERATORS
@@ -70,7 +70,7 @@ def table() -> dict[str, Any]:
 def largest_density(device: str, dtype: torch.dtype, format: str, against: str) -> list[float]:
     """The largest density at which the sparse product is taken, by bucket of rows; zeros where nothing is known.
 
-    ``against``: "kept" (a dense copy of the weight is there), "decoded" (it is decoded anew), or "training".
+    ``against``: "kept" (a dense copy of the weight is there), "decoded" (it is decoded anew), "training", or "convolution".
     """
     machine = native.STATUS.variant if device == "cpu" else device
     found = table()["densities"].get(machine, {}).get(str(dtype).removeprefix("torch."), {}).get(against, {})
@@ -141,6 +141,7 @@ class Compressed(nn.Module):
     bias: nn.Parameter | None
     shape: tuple[int, ...]
     cache_dense: bool
+    product = "linear"  #: torch's, where the dense one is taken
 
     # -------------------------------------------------------------------------------------------- its weight
 
@@ -217,6 +218,10 @@ class Compressed(nn.Module):
             for kept in (False, True):
                 self._plans[dtype, kept] = tuple(self._sparse(dtype, kept, i)[0] for i in range(len(ROWS) + 1))
 
+    def _against(self, kept: bool) -> str:
+        """Which densities of the table count."""
+        return "kept" if kept else "decoded"
+
     def _kernel(self, dtype: torch.dtype) -> str:
         x = torch.empty(0, self.sparse_weight.shape[1], dtype=dtype, device=self.values.device)
         return kernel_for(OPERATORS["spmm"], (x, None, *self.sparse_weight.arguments()))
@@ -231,7 +236,7 @@ class Compressed(nn.Module):
         kernel = self._kernel(dtype)
         if kernel.startswith("reference"):
             return False, f"no kernel for the sparse product ({kernel})"
-        against = "kept" if kept else "decoded"
+        against = self._against(kept)
         most = largest_density(self.values.device.type, dtype, self.format, against)[number]
         density = self.density()
         sign = "at most" if density <= most else "above"
@@ -319,7 +324,7 @@ class Compressed(nn.Module):
             entry["bytes"] = stored
             if not sparse:
                 how = "from a kept copy" if self.cache_dense else "decoded with each forward (cache_dense keeps a copy)"
-                entry |= {"path": "dense", "kernel": f"torch linear, {how}"}
+                entry |= {"path": "dense", "kernel": f"torch {self.product}, {how}"}
                 entry["bytes"] = dense if self.cache_dense else stored + 2 * dense
             if self.values.requires_grad:
                 entry["why"] += "; while it is trained, sparse"
@@ -548,7 +553,7 @@ class CompressedConv2d(Compressed):
             ``nn.Conv2d``.
         format, block, cache_dense: as in :class:`CompressedLinear`.
 
-    The weight is decoded with each forward, or kept decoded.
+    Rows are positions of the output. Where the dense convolution is taken, the weight is decoded or kept as in a linear layer.
 
     Shape: as ``nn.Conv2d``.
 
@@ -609,18 +614,58 @@ class CompressedConv2d(Compressed):
         layer._take(weight, tuple(conv.weight.shape), dtype, trained)
         return layer
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    padding: tuple[int, int] | str
+    padding_mode: PaddingMode
+    _reversed_padding_repeated_twice: list[int]
+
     def _follow(self, conv: Any) -> None:
         for name in PackedPalettizedConv2d.GEOMETRY:
             setattr(self, name, getattr(conv, name))
 
-    def _sparse(self, dtype: torch.dtype, kept: bool, number: int) -> tuple[bool, str]:
-        return False, "convolutions are dense"
+    product = "convolution"
+
+    def _against(self, kept: bool) -> str:
+        return "convolution"
+
+    def _kernel(self, dtype: torch.dtype) -> str:
+        kernel, stride, dilation = list(self.kernel_size), list(self.stride), list(self.dilation)
+        sizes = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        x = torch.empty(1, self.in_channels, *sizes, dtype=dtype, device=self.values.device)
+        weight = self.sparse_weight.arguments()
+        return kernel_for(OPERATORS["sparse_conv2d"], (x, None, *weight, kernel, stride, [0, 0], dilation, self.groups))
+
+    def _convolve_sparse(self, input: Tensor) -> Tensor:
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        padding = (top, left)
+        if self.padding_mode != "zeros" or left != right or top != bottom:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input, padding = F.pad(input, (left, right, top, bottom), mode), (0, 0)
+        return sparse_conv2d(
+            input,
+            self.sparse_weight,
+            self.bias,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.values.requires_grad:
-            weight = dense_values_of(self.sparse_weight)
-        else:
-            weight = self._dense(self.dtype)
+        train = torch.is_grad_enabled() and self.values.requires_grad
+        frozen = torch.is_grad_enabled() and input.requires_grad and not self.sparse_weight.trainable
+        plan = self._plans.get((input.dtype, self.cache_dense), (False,))
+        if any(plan) and not frozen and input.dim() == 4:
+            positions = input.numel() // (self.in_channels * self.stride[0] * self.stride[1])
+            if all(plan) or plan[bucket(positions)]:
+                return self._convolve_sparse(input)
+        weight = self.sparse_weight.to_dense() if train else self._dense(self.dtype)
         weight = weight.view(self.shape)
         output: Tensor = nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight, self.bias)
         return output
@@ -644,11 +689,6 @@ class CompressedConv2d(Compressed):
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
         return f"{shape}, padding={self.padding}, groups={self.groups}, bias={self.bias is not None}, {self.sparse_weight!r}"
-
-
-def dense_values_of(weight: SparseWeight) -> Tensor:
-    """Decoded in its own dtype; differentiable with respect to the values."""
-    return weight.to_dense()
 
 
 def _fill(layer: nn.Linear | nn.Conv2d, source: Compressed) -> None:
