@@ -2,9 +2,10 @@
 """Training methods, one paper each, with one protocol: :mod:`cofire.methods.base`."""
 
 from cofire.methods.base import METHODS, Method, Report
+from cofire.methods.dsnot import DSnoT
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 
-__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "Method", "QLoRA", "Report"]
+__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "DSnoT", "Method", "QLoRA", "Report"]

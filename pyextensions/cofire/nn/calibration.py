@@ -25,12 +25,14 @@ class InputStatistics:
 
     Attributes:
         count: inputs seen.
+        samples: what they came from: sequences, or images.
         gram: fp32 ``[K, K]``, the sum of ``x x^T``.
         shift: fp64 ``[K]``, the first input. The sums below are about it, so that what is constant has no variance at all.
         total, squares: fp64 ``[K]``, the sums of ``x - shift`` and of its squares.
     """
 
     count: int
+    samples: int
     gram: Tensor
     shift: Tensor
     total: Tensor
@@ -38,16 +40,19 @@ class InputStatistics:
 
     @staticmethod
     def of(x: Tensor) -> InputStatistics:
-        """Those of inputs ``[T, K]``, at least one."""
-        first = x[0].double()
-        d = x.double() - first
-        wide = x.float()
-        return InputStatistics(len(x), wide.t() @ wide, first, d.sum(0), d.square().sum(0))
+        """Those of inputs ``[samples, ..., K]``, at least one."""
+        size = x.shape[-1]
+        empty = torch.zeros(size, dtype=torch.float64, device=x.device)
+        gram = torch.zeros(size, size, dtype=torch.float32, device=x.device)
+        made = InputStatistics(0, 0, gram, x.reshape(-1, size)[0].double(), empty, empty.clone())
+        made.add(x)
+        return made
 
     def add(self, x: Tensor) -> None:
-        """More inputs ``[T, K]``."""
-        d = x.double() - self.shift
-        wide = x.float()
+        """More inputs ``[samples, ..., K]``."""
+        self.samples += len(x) if x.dim() > 1 else 1
+        x = x.reshape(-1, x.shape[-1])
+        d, wide = x.double() - self.shift, x.float()
         self.count += len(x)
         self.gram += wide.t() @ wide
         self.total += d.sum(0)
@@ -115,8 +120,7 @@ def _recording(layers: Mapping[str, nn.Module], found: Found) -> Any:
     def hook(name: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            x = x.reshape(-1, x.shape[-1])
-            if len(x) == 0:
+            if x.numel() == 0:
                 return
             if name in found:
                 found[name].add(x)
