@@ -25,7 +25,7 @@ class InputStatistics:
 
     Attributes:
         count: inputs seen.
-        samples: what they came from: sequences, or images.
+        samples: sequences that they came from; a batch without sequences ``[T, K]`` counts as one.
         gram: fp32 ``[K, K]``, the sum of ``x x^T``.
         shift: fp64 ``[K]``, the first input. The sums below are about it, so that what is constant has no variance at all.
         total, squares: fp64 ``[K]``, the sums of ``x - shift`` and of its squares.
@@ -40,7 +40,7 @@ class InputStatistics:
 
     @staticmethod
     def of(x: Tensor) -> InputStatistics:
-        """Those of inputs ``[samples, ..., K]``, at least one."""
+        """Those of inputs ``[..., K]``, at least one."""
         size = x.shape[-1]
         empty = torch.zeros(size, dtype=torch.float64, device=x.device)
         gram = torch.zeros(size, size, dtype=torch.float32, device=x.device)
@@ -49,8 +49,8 @@ class InputStatistics:
         return made
 
     def add(self, x: Tensor) -> None:
-        """More inputs ``[samples, ..., K]``."""
-        self.samples += len(x) if x.dim() > 1 else 1
+        """More inputs ``[..., K]``; with three dimensions or more the first counts sequences."""
+        self.samples += len(x) if x.dim() > 2 else 1
         x = x.reshape(-1, x.shape[-1])
         d, wide = x.double() - self.shift, x.float()
         self.count += len(x)
