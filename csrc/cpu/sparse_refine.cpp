@@ -20,15 +20,20 @@ inline namespace CPU_CAPABILITY {
 namespace {
 
 constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kLeastGain = 1e-9;
-constexpr int64_t kScan = 256;  // scores that are looked at for one below the bound before each is
+constexpr double kLeastGain = 1.0 / (1 << 30);
+constexpr int64_t kSums = 1024;  // partial sums of a row
+constexpr int64_t kScan = 256;   // scores that are looked at for one below the bound before each is
 
-// Sum of x[0, size), whose second half is added to the first until one value is left; overwrites x.
-double folded_sum(double* x, int64_t size) {
+// Sum of x[0, size): elements k, k + kSums, ... one after the other, and of these sums the second
+// half is added to the first until one is left. Overwrites x.
+double ordered_sum(double* x, int64_t size) {
   if (size == 0) return 0;
-  int64_t width = 1;
-  while (width < size) width *= 2;
-  for (int64_t length = size; width > 1; length = std::min(length, width)) {
+  for (int64_t start = kSums; start < size; start += kSums) {
+    for (int64_t i = 0; i < std::min(kSums, size - start); ++i) x[i] += x[start + i];
+  }
+  int64_t length = std::min(kSums, size), width = 1;
+  while (width < length) width *= 2;
+  for (; width > 1; length = std::min(length, width)) {
     width /= 2;
     for (int64_t i = 0; i < length - width; ++i) x[i] += x[i + width];
   }
@@ -139,11 +144,11 @@ class DsnotRow {
     }
     COFIRE_ROUNDED;
     for (int64_t k = 0; k < n; ++k) score_[k] = kept[k] ? 0.0 : share_[k];
-    double error = folded_sum(score_.data(), n);
+    double error = ordered_sum(score_.data(), n);
     double limit = threshold_;
     if (!official_) {
       for (int64_t k = 0; k < n; ++k) score_[k] = std::abs(share_[k]);
-      limit = threshold_ * folded_sum(score_.data(), n) / std::sqrt(static_cast<double>(n));
+      limit = threshold_ * ordered_sum(score_.data(), n) / std::sqrt(static_cast<double>(n));
     }
     const double first = sign(error);
     if (!(std::abs(error) > limit)) return;
@@ -279,7 +284,7 @@ class GramRow {
     }
     for (int64_t k = 0; k < n; ++k) going_[k] = kept[k] ? 0.0 : w_[k] * c_[k];
     COFIRE_ROUNDED;
-    const double limit = -kLeastGain * std::abs(folded_sum(going_.data(), n));
+    const double limit = -kLeastGain * std::abs(ordered_sum(going_.data(), n));
     for (int64_t swaps = 0; swaps < max_swaps_; ++swaps) {
       for (int64_t k = 0; k < n; ++k) {
         // w * diagonal and 2 c are exact

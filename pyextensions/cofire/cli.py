@@ -180,7 +180,9 @@ def prune(
     stop: Annotated[str, typer.Option(help="Of dsnot: decrease, or official (the released loop).")] = "decrease",
     bias_correct: Annotated[bool, typer.Option(help="Correct biases by the mean of the inputs.")] = True,
     seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 1,
-    epochs: Annotated[int | None, typer.Option(help="Epochs of the dense training (default: the experiment's).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the dense training (default: the experiment's).")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("runs"),
 ) -> None:
     """Prune a trained network without training it again, beside magnitude and Wanda."""

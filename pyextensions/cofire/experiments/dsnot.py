@@ -129,7 +129,9 @@ class Digits(Classify):
     """The perceptron on pixels between 0 and 1, trained by Adam at a constant rate."""
 
     def __init__(self, images: Images, plan: Plan) -> None:
-        pixels, labels = (torch.cat(pair) for pair in ((images.train, images.test), (images.train_labels, images.test_labels)))
+        pixels, labels = (
+            torch.cat(pair) for pair in ((images.train, images.test), (images.train_labels, images.test_labels))
+        )
         order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
         first, rest = order[: plan.train_images], order[plan.train_images :]
         images = replace(
@@ -216,15 +218,14 @@ class _Run(Run):
     ) -> None:
         self.plan = plan
         found = datasets.load_text() if str(data) == TEXT else datasets.load(data, seed=0)
-        task: Task
-        if isinstance(found, Text):
-            task = Predict(found, plan)  # type: ignore[arg-type]
-        else:
-            task = Digits(found, plan) if plan.widths else Classify(found, plan)  # type: ignore[arg-type]
+        kind: Callable[..., Task] = Predict if isinstance(found, Text) else Digits if plan.widths else Classify
+        task = kind(found, plan)
         self.cells = [
             (setting, sparsity)
             for setting in plan.settings
-            for sparsity in (plan.sparsities if setting.pattern is None else (1 - setting.pattern[0] / setting.pattern[1],))
+            for sparsity in (
+                plan.sparsities if setting.pattern is None else (1 - setting.pattern[0] / setting.pattern[1],)
+            )
         ]
         settings = {"method": "dsnot", "data": task.name, "condition": task.condition, "unit": task.unit}
         super().__init__(
@@ -238,7 +239,13 @@ class _Run(Run):
             method = setting.method(1 - sparsity, self.plan.layers)
             model, start = self.network(seed), time.perf_counter()
             masks, facts = self.pruned(method, model, seed)
-            row: Results = {"setting": setting.name, **asdict(setting), "name": setting.name, "sparsity": sparsity, "seed": seed}
+            row: Results = {
+                "setting": setting.name,
+                **asdict(setting),
+                "name": setting.name,
+                "sparsity": sparsity,
+                "seed": seed,
+            }
             row["seconds"] = time.perf_counter() - start
             row["layers"] = facts
             row["weights"] = sum(mask.numel() for mask in masks)
@@ -330,7 +337,14 @@ def _plan(data: str, model: str | None, epochs: int | None, lr: float | None) ->
     if data != TEXT and (data != "digits" or model not in (None, MLP.model)):
         # another network, trained as those of the other experiments are; all layers but the output
         plan = replace(
-            MLP, model=model or MLP.model, widths=(), layers=None, lr=0.05, weight_decay=5e-4, judged=None, calibration=8
+            MLP,
+            model=model or MLP.model,
+            widths=(),
+            layers=None,
+            lr=0.05,
+            weight_decay=5e-4,
+            judged=None,
+            calibration=8,
         )
     plan = plan if epochs is None else replace(plan, epochs=epochs)
     return plan if lr is None else replace(plan, lr=lr)

@@ -88,7 +88,9 @@ def _criteria(results: Results, sparsity: float) -> Iterator[Criterion]:
         return
     uniform = sum(cell["uniform"] for cell in cells)
     yield Criterion(
-        "every row keeps exactly as many weights as the others", f"{uniform} of {len(cells)} cells", uniform == len(cells)
+        "every row keeps exactly as many weights as the others",
+        f"{uniform} of {len(cells)} cells",
+        uniform == len(cells),
     )
     compared = [cell["same_masks"] for cell in cells if "same_masks" in cell]
     yield Criterion(
@@ -126,7 +128,18 @@ def _grid(rows: list[Results], unit: str) -> Table:
 
 
 def _details(rows: list[Results], unit: str) -> Table:
-    header = ("setting", "sparsity", unit, "lost", "least", "most", "layer error", "of the first mask", "swaps a row", "s")
+    header = (
+        "setting",
+        "sparsity",
+        unit,
+        "lost",
+        "least",
+        "most",
+        "layer error",
+        "of the first mask",
+        "swaps a row",
+        "s",
+    )
     return header, [
         [
             row["setting"],

@@ -268,7 +268,9 @@ class DSnoT(Method, name="dsnot"):
             last = _gives_output(model, batch, layers)
             chosen = {n: m for n, m in layers.items() if n != last}
         if not chosen:
-            raise ValueError("DSnoT.prepare: the model must have a linear layer to prune (tied ones stay dense), got none")
+            raise ValueError(
+                "DSnoT.prepare: the model must have a linear layer to prune (tied ones stay dense), got none"
+            )
         return chosen
 
     def prepare(self, model: nn.Module, data: Iterable[Any] = ()) -> nn.Module:
@@ -354,7 +356,9 @@ class DSnoT(Method, name="dsnot"):
             output=_mean(fact.output for fact in facts),
             initial_error=_mean(fact.initial for fact in facts),
             refined_error=_mean(fact.refined for fact in facts),
-            dense_bytes=sum(layer.in_features * layer.out_features * _dtype(layer).itemsize for layer in layers.values()),
+            dense_bytes=sum(
+                layer.in_features * layer.out_features * _dtype(layer).itemsize for layer in layers.values()
+            ),
             sparse_bytes=sum(_stored(layer) for layer in layers.values()),
             by_layer=facts,
         )
@@ -411,7 +415,9 @@ def _gives_output(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module])
     finally:
         for handle in handles:
             handle.remove()
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    values = (
+        output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else [output]
+    )
     return next((outputs[id(value)] for value in values if id(value) in outputs), None)
 
 

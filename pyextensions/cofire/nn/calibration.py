@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -29,6 +30,11 @@ class InputStatistics:
         gram: fp32 ``[K, K]``, the sum of ``x x^T``.
         shift: fp64 ``[K]``, the first input. The sums below are about it, so that what is constant has no variance at all.
         total, squares: fp64 ``[K]``, the sums of ``x - shift`` and of its squares.
+
+    Example:
+        >>> found = InputStatistics.of(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
+        >>> found.mean.tolist(), found.variance.tolist(), found.norm.square().tolist()
+        ([2.0, 2.0], [1.0, 0.0], [10.0, 8.0])
     """
 
     count: int
@@ -167,7 +173,7 @@ def input_statistics(model: nn.Module, batches: Iterable[Any], layers: Mapping[s
 # ------------------------------------------------------------------------------------------------- layer by layer
 
 
-class _Stop(Exception):
+class _StopForward(Exception):  # noqa: N818 (it is no error)
     """The rest of a forward is not needed."""
 
 
@@ -234,7 +240,7 @@ def _chain(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> tup
         if any(len(calls.get(block, ())) != 1 for block in blocks):
             return None
         keys: set[int | str] = set()
-        for before, block in zip(blocks, blocks[1:], strict=False):
+        for before, block in itertools.pairwise(blocks):
             ((_, _, output),), ((args, kwargs, _),) = calls[before], calls[block]
             given = [*enumerate(args), *kwargs.items()]
             keys.add(next((k for k, value in given if value is output), ""))
@@ -350,14 +356,11 @@ def _calls(model: nn.Module, batch: Any, chain: _Chain) -> tuple[Any, list[_Call
         place[chain.key] = None
         calls.append(_Call(own, named))
         if len(calls) == len(chain.blocks):
-            raise _Stop
+            raise _StopForward
 
-    with ExitStack() as stack:
-        stack.enter_context(_hooks([b.register_forward_pre_hook(hook, with_kwargs=True) for b in chain.blocks]))
-        try:
-            run(model, batch)
-        except _Stop:
-            pass
+    handles = [b.register_forward_pre_hook(hook, with_kwargs=True) for b in chain.blocks]
+    with _hooks(handles), suppress(_StopForward):
+        run(model, batch)
     state = first[0]
     # a block may write into its input: what came first is looked at more than once
     return (state.clone() if isinstance(state, Tensor) else copy.copy(state)), calls

@@ -4,8 +4,8 @@
 Conventions: a layer is ``y = x W^T`` with ``W [N, K]``; a mask says 1 for what is kept, packed as
 :func:`cofire.ops.pack_bits` packs bits (``uint8 [N, ceil(K / 8)]``). Every row keeps as many weights as before.
 
-All arithmetic is done in fp64 and each operation is rounded by itself, in the order written here; sums are folded by
-halves (:func:`_sum`). So kernels and references decide alike: their masks are equal, not close.
+All arithmetic is done in fp64 and each operation is rounded by itself, in the order written here; sums are taken as
+:func:`_sum` does. So kernels and references decide alike: their masks are equal, not close.
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.ops.checks import check_choice, check_device, check_float, check_integer, check_number, refuse, shape_of
-from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
+from cofire.ops.packing import pack_bits, unpack_bits
+from cofire.ops.sparse import check_bits
 from cofire.registry import Kernel, Operator, register
 
 __all__ = ["corrected_bias", "dsnot_swap", "gram_swap", "pruning_error"]
 
 #: A swap must lower a row's error by more than this share of its first error. Far above the roundings of fp64, so that
 #: the search ends; far below what anybody could see in an output.
-LEAST_GAIN = 1e-9
+LEAST_GAIN = 2.0**-30
+#: Partial sums of a row.
+LANES = 1024
 #: How the search of :func:`dsnot_swap` ends.
 STOPS = ("decrease", "official")
 
@@ -37,13 +40,7 @@ Pattern = tuple[int, int]
 def _check_mask(operator: str, weight: Tensor, bits: Tensor) -> None:
     if weight.dim() != 2:
         refuse(operator, f"weight must have shape [rows, columns], got {shape_of(weight)}")
-    check_float(operator, weight=weight)
-    expected = [weight.shape[0], packed_bytes(weight.shape[1], 1)]
-    if bits.dtype != torch.uint8:
-        raise TypeError(f"{operator}: bits must be uint8 (a packed mask), got {bits.dtype}")
-    if list(bits.shape) != expected:
-        refuse(operator, f"bits must have shape {expected} (a bit per weight, rows begin at bytes), got {shape_of(bits)}")
-    check_device(operator, "weight", weight, bits=bits)
+    check_bits(operator, weight, bits)
 
 
 def _check_vectors(operator: str, weight: Tensor, **vectors: Tensor) -> None:
@@ -94,13 +91,17 @@ def _kept(bits: Tensor, columns: int) -> Tensor:
 
 
 def _sum(x: Tensor) -> Tensor:
-    """Of each row: the second half is added to the first, until one column is left; columns up to a power of two are 0."""
-    width = 1 << max(x.shape[1] - 1, 0).bit_length()
-    x = F.pad(x, (0, width - x.shape[1]))
+    """Of each row: columns k, k + 1024, ... one after the other, and of these sums the second half is added to the first,
+    until one is left."""
+    width = min(LANES, 1 << max(x.shape[1] - 1, 0).bit_length())
+    parts = F.pad(x, (0, -x.shape[1] % width)).view(len(x), -1, width).unbind(1)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
     while width > 1:
         width //= 2
-        x = x[:, :width] + x[:, width:]
-    return x[:, 0]
+        total = total[:, :width] + total[:, width:]
+    return total[:, 0]
 
 
 def _at(x: Tensor, column: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ def _dsnot_swap_reference(
     weight: Tensor, bits: Tensor, mean: Tensor, norm: Tensor, growth: Tensor,
     max_swaps: int, threshold: float, official: bool, group: int,
 ) -> Tensor:  # fmt: skip
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     kept = _kept(bits, columns)
     if weight.numel() == 0:
         return pack_bits(kept.to(torch.uint8), 1)
@@ -147,11 +148,8 @@ def _dsnot_swap_reference(
             break
         sign = error.sign()[:, None]
         grown = torch.where(may_grow, sign * gain, -torch.inf).max(1)
-        if group:
-            candidates = may_go & (block == block[grown.indices][:, None])
-        else:
-            candidates = may_go & (sign * share < 0)
-        gone = torch.where(candidates, metric, torch.inf).min(1)
+        fits = block == block[grown.indices][:, None] if group else sign * share < 0
+        gone = torch.where(may_go & fits, metric, torch.inf).min(1)
         new = error + _at(share, gone.indices) - _at(share, grown.indices)
         swap = active & (grown.values > -torch.inf) & (gone.values < torch.inf)
         if not official:
@@ -247,9 +245,7 @@ def dsnot_swap(
         growth = growth if gamma == 0 else torch.where(v > 0, growth, 0.0)
     else:
         growth = variance
-    out: Tensor = _dsnot_swap(
-        weight, bits, mean, norm, growth, max_swaps, float(threshold), stop == "official", group
-    )
+    out: Tensor = _dsnot_swap(weight, bits, mean, norm, growth, max_swaps, float(threshold), stop == "official", group)
     return out
 
 
@@ -351,7 +347,7 @@ def gram_swap(
     ``G = X^T X / T``. Pruning p and growing q changes it by ``(2 w_p c_p + w_p^2 G_pp) + (w_q^2 G_qq - 2 w_q c_q) -
     2 w_p w_q G_pq``, where ``c = G (w * pruned)`` is kept up to date. The best pair is that of the best ``candidates`` to
     go and to come by themselves; ties go to the lower p, then the lower q. A row ends when its best pair lowers the error
-    by less than 1e-9 of what it was at first, which is far above the roundings. With the covariance as G the error is that
+    by less than 2^-30 of what it was at first, which is far above the roundings. With the covariance as G the error is that
     behind a corrected bias (:func:`corrected_bias`).
 
     Args:
