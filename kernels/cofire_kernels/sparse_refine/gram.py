@@ -20,10 +20,7 @@ LEAST_GAIN = tl.constexpr(2.0**-30)  # (the value is that of cofire.ops.sparse_r
 @triton.jit
 def single(w, c, diagonal, kept, GOING: tl.constexpr):
     """How the error changes if a kept weight goes (or a pruned one comes back) alone; infinite for the others and for NaN."""
-    if GOING:
-        change = w * (2 * c + w * diagonal)
-    else:
-        change = w * (w * diagonal - 2 * c)
+    change = w * (2 * c + w * diagonal) if GOING else w * (w * diagonal - 2 * c)
     return tl.where((kept != 0) == GOING, tl.where(change < float("inf"), change, float("inf")), float("inf"))
 
 
@@ -66,9 +63,83 @@ def load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, column, inside):
 
 
 @triton.jit
+def best_pair(
+    weight_ptr, gram_ptr, diagonal_ptr, c_ptr, kept_ptr, list_ptr, columns, candidates,
+    BLOCK: tl.constexpr, LIST: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """The pair of candidates that lowers the error most, and by how much (infinite: there is none)."""
+    column = tl.arange(0, BLOCK)
+    for coming in tl.static_range(2):  # loads again: so fewer values are held at once
+        w, c, diagonal, kept = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, column, column < columns)
+        score = tl.where(column < columns, single(w, c, diagonal, kept, coming == 0), float("inf"))
+        store_least(score, column, list_ptr + coming * LIST, columns, candidates, LIST)
+    q = tl.load(list_ptr + LIST + tl.arange(0, LIST))
+    wq, cq, dq, kq = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, q, q >= 0)
+    come = single(wq, cq, dq, kq, False)
+    least = tl.full([], float("inf"), tl.float64)
+    gone = 0
+    grown = 0
+    for first in range(0, LIST, PART):  # in parts that fit into registers
+        p = tl.load(list_ptr + first + tl.arange(0, PART))
+        wp, cp, dp, kp = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, p, p >= 0)
+        go = single(wp, cp, dp, kp, True)
+        there = (p >= 0)[:, None] & (q >= 0)[None, :]
+        g = tl.load(gram_ptr + p.to(tl.int64)[:, None] * columns + q[None, :], mask=there, other=0).to(tl.float64)
+        change = (go[:, None] + come[None, :]) - ((2 * wp)[:, None] * wq[None, :]) * g
+        change = tl.where(there & (change < float("inf")), change, float("inf"))
+        best, place = tl.min(tl.reshape(change, (PART * LIST,)), 0, return_indices=True)
+        gone = tl.where(best < least, tl.load(list_ptr + first + place // LIST), gone)
+        grown = tl.where(best < least, tl.load(list_ptr + LIST + place % LIST), grown)
+        least = tl.minimum(least, best)
+    return least, gone, grown
+
+
+@triton.jit
+def best_pair_of_groups(
+    weight_ptr, gram_ptr, diagonal_ptr, c_ptr, kept_ptr, columns,
+    GROUP: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """The same of all pairs within a group; ``GROUPS`` groups at once, each in a square of ``WIDE``."""
+    least = tl.full([], float("inf"), tl.float64)
+    gone = 0
+    grown = 0
+    for first in range(0, columns // GROUP, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        inner = tl.arange(0, WIDE)
+        inside = (group < columns // GROUP)[:, None] & (inner < GROUP)[None, :]
+        column = group[:, None] * GROUP + inner[None, :]
+        w, c, diagonal, kept = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, column, inside)
+        go = tl.where(inside, single(w, c, diagonal, kept, True), float("inf"))
+        come = tl.where(inside, single(w, c, diagonal, kept, False), float("inf"))
+        there = (go < float("inf"))[:, :, None] & (come < float("inf"))[:, None, :]
+        place = column.to(tl.int64)[:, :, None] * columns + column[:, None, :]
+        g = tl.load(gram_ptr + place, mask=there, other=0).to(tl.float64)
+        change = (go[:, :, None] + come[:, None, :]) - ((2 * w)[:, :, None] * w[:, None, :]) * g
+        change = tl.where(there & (change < float("inf")), change, float("inf"))
+        best, at = tl.min(tl.reshape(change, (GROUPS * WIDE * WIDE,)), 0, return_indices=True)
+        block = first + at // (WIDE * WIDE)
+        gone = tl.where(best < least, block * GROUP + at // WIDE % WIDE, gone)
+        grown = tl.where(best < least, block * GROUP + at % WIDE, grown)
+        least = tl.minimum(least, best)
+    return least, gone, grown
+
+
+@triton.jit
+def move(weight_ptr, gram_ptr, c_ptr, p, q, end, columns):
+    """c without what p held back, and with what q does."""
+    wp, wq = tl.load(weight_ptr + p).to(tl.float64), tl.load(weight_ptr + q).to(tl.float64)
+    for start in range(0, end, LANES):
+        column = start + tl.arange(0, LANES)
+        gp = tl.load(gram_ptr + p.to(tl.int64) * columns + column, mask=column < end, other=0).to(tl.float64)
+        gq = tl.load(gram_ptr + q.to(tl.int64) * columns + column, mask=column < end, other=0).to(tl.float64)
+        c = tl.load(c_ptr + column, mask=column < end, other=0)
+        tl.store(c_ptr + column, (c + wp * gp) - wq * gq, mask=column < end)
+
+
+@triton.jit
 def gram_swap_kernel(
     weight_ptr, bits_ptr, gram_ptr, diagonal_ptr, c_ptr, kept_ptr, list_ptr, out_ptr, columns, max_swaps, candidates,
-    GROUP: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK: tl.constexpr, LIST: tl.constexpr, PART: tl.constexpr, WIDE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     weight_ptr += row * columns
@@ -89,60 +160,17 @@ def gram_swap_kernel(
     swaps = 0
     active = max_swaps > 0
     while active:
-        least = tl.full([], float("inf"), tl.float64)
-        p = 0
-        q = 0
         if GROUP == 0:
-            column = tl.arange(0, BLOCK)
-            w, c, diagonal, kept = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, column, column < columns)
-            going = tl.where(column < columns, single(w, c, diagonal, kept, True), float("inf"))
-            coming = tl.where(column < columns, single(w, c, diagonal, kept, False), float("inf"))
-            store_least(going, column, list_ptr, columns, candidates, LIST)
-            store_least(coming, column, list_ptr + LIST, columns, candidates, LIST)
-            ps, qs = tl.load(list_ptr + tl.arange(0, LIST)), tl.load(list_ptr + LIST + tl.arange(0, LIST))
-            wp, cp, dp, kp = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, ps, ps >= 0)
-            wq, cq, dq, kq = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, qs, qs >= 0)
-            go, come = single(wp, cp, dp, kp, True), single(wq, cq, dq, kq, False)
-            there = (ps >= 0)[:, None] & (qs >= 0)[None, :]
-            place = ps.to(tl.int64)[:, None] * columns + qs[None, :]
-            g = tl.load(gram_ptr + place, mask=there, other=0).to(tl.float64)
-            change = (go[:, None] + come[None, :]) - ((2 * wp)[:, None] * wq[None, :]) * g
-            change = tl.where(there & (change < float("inf")), change, float("inf"))
-            least, place = tl.min(tl.reshape(change, (LIST * LIST,)), 0, return_indices=True)
-            p, q = tl.load(list_ptr + place // LIST), tl.load(list_ptr + LIST + place % LIST)
-            p, q = tl.maximum(p, 0), tl.maximum(q, 0)
+            least, p, q = best_pair(
+                weight_ptr, gram_ptr, diagonal_ptr, c_ptr, kept_ptr, list_ptr, columns, candidates, BLOCK, LIST, PART
+            )
         else:
-            WIDE: tl.constexpr = triton.next_power_of_2(GROUP)
-            GROUPS: tl.constexpr = max(1, 2048 // (WIDE * WIDE))
-            for first in range(0, columns // GROUP, GROUPS):
-                group = first + tl.arange(0, GROUPS)
-                inner = tl.arange(0, WIDE)
-                inside = (group < columns // GROUP)[:, None] & (inner < GROUP)[None, :]
-                column = group[:, None] * GROUP + inner[None, :]
-                w, c, diagonal, kept = load_row(weight_ptr, c_ptr, diagonal_ptr, kept_ptr, column, inside)
-                go = tl.where(inside, single(w, c, diagonal, kept, True), float("inf"))
-                come = tl.where(inside, single(w, c, diagonal, kept, False), float("inf"))
-                there = (go < float("inf"))[:, :, None] & (come < float("inf"))[:, None, :]
-                place = column.to(tl.int64)[:, :, None] * columns + column[:, None, :]
-                g = tl.load(gram_ptr + place, mask=there, other=0).to(tl.float64)
-                change = (go[:, :, None] + come[:, None, :]) - ((2 * w)[:, :, None] * w[:, None, :]) * g
-                change = tl.where(there & (change < float("inf")), change, float("inf"))
-                best, at = tl.min(tl.reshape(change, (GROUPS * WIDE * WIDE,)), 0, return_indices=True)
-                block = first + at // (WIDE * WIDE)
-                p = tl.where(best < least, block * GROUP + at // WIDE % WIDE, p)
-                q = tl.where(best < least, block * GROUP + at % WIDE, q)
-                least = tl.minimum(least, best)
+            least, p, q = best_pair_of_groups(
+                weight_ptr, gram_ptr, diagonal_ptr, c_ptr, kept_ptr, columns, GROUP, WIDE, GROUPS
+            )
         swap = least < limit
-        wp, wq = tl.load(weight_ptr + p).to(tl.float64), tl.load(weight_ptr + q).to(tl.float64)
         tl.debug_barrier()
-        end = tl.where(swap, columns, 0)
-        for start in range(0, end, LANES):
-            column = start + tl.arange(0, LANES)
-            inside = column < end
-            gp = tl.load(gram_ptr + p.to(tl.int64) * columns + column, mask=inside, other=0).to(tl.float64)
-            gq = tl.load(gram_ptr + q.to(tl.int64) * columns + column, mask=inside, other=0).to(tl.float64)
-            c = tl.load(c_ptr + column, mask=inside, other=0)
-            tl.store(c_ptr + column, (c + wp * gp) - wq * gq, mask=inside)
+        move(weight_ptr, gram_ptr, c_ptr, p, q, tl.where(swap, columns, 0), columns)
         tl.store(kept_ptr + p, 0, mask=swap)
         tl.store(kept_ptr + q, 1, mask=swap)
         tl.debug_barrier()
@@ -164,7 +192,7 @@ def gram_swap(
     if weight.numel() == 0:
         return out
     candidates = min(candidates, columns)
-    size = triton.next_power_of_2(candidates)
+    size, wide = triton.next_power_of_2(candidates), triton.next_power_of_2(max(group, 1))
     g = gram.float().contiguous()
     c = correlation.clone(memory_format=torch.contiguous_format)
     kept = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
@@ -173,6 +201,7 @@ def gram_swap(
         tile = configs.tile("gram_swap", weight.device, columns=columns)
         gram_swap_kernel[(rows,)](
             weight.contiguous(), bits.contiguous(), g, g.diagonal().contiguous(), c, kept, lists, out, columns, max_swaps,
-            candidates, GROUP=group, BLOCK=triton.next_power_of_2(columns), LIST=size, enable_fp_fusion=False, **tile,
+            candidates, GROUP=group, BLOCK=triton.next_power_of_2(columns), LIST=size,
+            PART=min(size, 16), WIDE=wide, GROUPS=max(1, 2048 // wide**2), enable_fp_fusion=False, **tile,
         )  # fmt: skip
     return out
