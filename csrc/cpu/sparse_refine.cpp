@@ -22,7 +22,8 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kLeastGain = 1.0 / (1 << 30);
 constexpr int64_t kSums = 1024;  // partial sums of a row
-constexpr int64_t kScan = 256;   // scores that are looked at for one below the bound before each is
+constexpr int64_t kShort = 16;   // candidates that most rows are done with
+constexpr int64_t kScan = 64;    // scores that are looked at for one below the bound before each is
 
 // Sum of x[0, size): elements k, k + kSums, ... one after the other, and of these sums the second
 // half is added to the first until one is left. Overwrites x.
@@ -95,14 +96,22 @@ class Least {
 };
 
 void unpack_row(const uint8_t* bits, int64_t columns, uint8_t* kept) {
-  for (int64_t k = 0; k < columns; ++k) kept[k] = bits[k / 8] >> (k % 8) & 1;
+  // Each byte of the product gets its own bit of the mask, which a carry then moves to its top.
+  const auto eight = [](uint64_t byte) {
+    const uint64_t spread = byte * 0x0101010101010101ull & 0x8040201008040201ull;
+    return (spread + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;
+  };
+  for (int64_t start = 0; start < columns; start += 8) {
+    const uint64_t bytes = eight(bits[start / 8]);
+    std::memcpy(kept + start, &bytes, std::min<int64_t>(8, columns - start));
+  }
 }
 
 void pack_row(const uint8_t* kept, int64_t columns, uint8_t* bits) {
   for (int64_t start = 0; start < columns; start += 8) {
-    int byte = 0;
-    for (int64_t k = start; k < std::min(columns, start + 8); ++k) byte |= kept[k] << (k - start);
-    bits[start / 8] = static_cast<uint8_t>(byte);
+    uint64_t bytes = 0;
+    std::memcpy(&bytes, kept + start, std::min<int64_t>(8, columns - start));
+    bits[start / 8] = static_cast<uint8_t>(bytes * 0x0102040810204080ull >> 56);
   }
 }
 
@@ -154,6 +163,7 @@ class DsnotRow {
     if (!(std::abs(error) > limit)) return;
 
     std::fill(used_.begin(), used_.end(), 0);
+    limit_ = std::min(max_swaps_, kShort);
     for (int d = 0; d < 2; ++d) ready_[d] = false;
     for (int64_t swaps = 0; swaps < max_swaps_ && std::abs(error) > limit; ++swaps) {
       const int direction = error > 0;
@@ -180,19 +190,22 @@ class DsnotRow {
 
   void order(const uint8_t* kept, int direction) {
     const double s = direction ? 1.0 : -1.0;
-    for (int64_t k = 0; k < columns_; ++k) {
+    const double none = std::numeric_limits<double>::quiet_NaN();  // below no bound
+    for (int64_t k = 0; k < columns_; ++k) {                       // no branches: masks are random
       const double gain = share_[k] * growth_[k];
-      const bool may = !kept[k] && !used_[k] && growth_[k] > 0 && std::abs(gain) < kInf;
-      score_[k] = may ? -(s * gain) : kInf;
+      const bool may =
+          (kept[k] == 0) & (used_[k] == 0) & (growth_[k] > 0) & (std::abs(gain) < kInf);
+      score_[k] = may ? -(s * gain) : none;
     }
-    grow_[direction].clear(max_swaps_);
+    grow_[direction].clear(limit_);
     grow_[direction].take(score_.data(), columns_);
     grow_[direction].sort_by_score();
     if (!group_) {
       for (int64_t k = 0; k < columns_; ++k) {
-        score_[k] = kept[k] && !used_[k] && s * share_[k] < 0 ? metric_[k] : kInf;
+        const bool may = (kept[k] != 0) & (used_[k] == 0) & (s * share_[k] < 0);
+        score_[k] = may ? metric_[k] : none;
       }
-      go_[direction].clear(max_swaps_);
+      go_[direction].clear(limit_);
       go_[direction].take(score_.data(), columns_);
       go_[direction].sort_by_score();
     }
@@ -224,6 +237,7 @@ class DsnotRow {
   const double threshold_;
   const bool official_;
   const int64_t group_;
+  int64_t limit_ = 0;  // how long the lists of this row are
   std::vector<double> share_, metric_, score_;
   std::vector<uint8_t> used_;
   Least grow_[2], go_[2];  // by the sign of the error

@@ -77,14 +77,24 @@ def _statistics(rand: Random, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     return sign * mean, norm, growth
 
 
-def _dsnot(rows: int, columns: int, density: float, official: bool, quick: bool = False, overhead: bool = False) -> Case:
+def _dsnot(
+    rows: int, columns: int, density: float, official: bool, quick: bool = False, overhead: bool = False
+) -> Case:
     swaps, threshold = (50, 0.1) if official else (max(8, columns // 80), 1e-3)
 
     def of(rows: int, columns: int, swaps: int) -> Callable[[Random], Args]:
         def args(rand: Random) -> Args:
             weight = rand.normal(rows, columns)
             order = rand.uniform(rows, columns).argsort(1).argsort(1)
-            return (weight, pack_mask(order < density * columns), *_statistics(rand, columns), swaps, threshold, official, 0)
+            return (
+                weight,
+                pack_mask(order < density * columns),
+                *_statistics(rand, columns),
+                swaps,
+                threshold,
+                official,
+                0,
+            )
 
         return args
 
@@ -93,7 +103,10 @@ def _dsnot(rows: int, columns: int, density: float, official: bool, quick: bool 
         f"{rows}x{columns} keep {density:g}, {swaps} swaps{', released loop' if official else ''}",
         torch.float32,
         of(rows, columns, swaps),
-        {"eager": plain(_lockstep(by_sort)), "dense": {"sort": plain(_lockstep(by_sort)), "topk": plain(_lockstep(by_topk))}},
+        {
+            "eager": plain(_lockstep(by_sort)),
+            "dense": {"sort": plain(_lockstep(by_sort)), "topk": plain(_lockstep(by_topk))},
+        },
         of(8, 64, 4),
         quick=quick,
         overhead=overhead,
@@ -106,7 +119,9 @@ def _gram(rows: int, columns: int, density: float, swaps: int, quick: bool = Fal
         def args(rand: Random) -> Args:
             weight = rand.normal(rows, columns)
             kept = rand.uniform(rows, columns).argsort(1).argsort(1) < density * columns
-            x = rand.normal(2 * columns, columns) @ (rand.normal(columns, columns) / math.sqrt(columns)) + rand.normal(columns)
+            x = rand.normal(2 * columns, columns) @ (rand.normal(columns, columns) / math.sqrt(columns)) + rand.normal(
+                columns
+            )
             gram = x.t() @ x / len(x)
             correlation = torch.where(kept, 0.0, weight.double()) @ gram.double()
             return weight, pack_mask(kept), gram, correlation, swaps, 64, 0
