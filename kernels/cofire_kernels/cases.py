@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import clustering, gating, lowbit, selection, sparse, sparse_training
+from cofire_kernels import clustering, gating, lowbit, selection, sparse, sparse_refine, sparse_training
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -450,6 +450,29 @@ def _group_statistics(make: Make, sizes: Sizes) -> list[Call]:
     return [lambda: sparse_training.group_statistics(w, g, sizes["rows"], sizes["columns"])]
 
 
+def _dsnot_swap(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    weight, bits = make.values(1024, k), _mask(make, 1024, k)
+    vector = torch.ones(k, device=make.device)
+    return [
+        lambda: sparse_refine.dsnot_swap(weight, bits, vector, vector, vector, 51, 1e-3, False, 0),
+        lambda: sparse_refine.dsnot_swap(weight, bits, vector, vector, vector, 51, 1e-3, False, 4),
+        lambda: sparse_refine.dsnot_swap(weight, bits, vector, vector, vector, 50, 0.1, True, 0),
+        lambda: sparse_refine.dsnot_swap(weight, bits, vector, vector, vector, 50, 0.1, True, 4),
+    ]
+
+
+def _gram_swap(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    weight, bits = make.values(1024, k), _mask(make, 1024, k)
+    gram = torch.eye(k, device=make.device)
+    correlation = torch.zeros((1024, k), dtype=torch.float64, device=make.device)
+    return [
+        lambda: sparse_refine.gram_swap(weight, bits, gram, correlation, k, 64, 0),
+        lambda: sparse_refine.gram_swap(weight, bits, gram, correlation, k, 64, 4),
+    ]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -489,4 +512,6 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "prune_and_grow": _prune_and_grow,
     "activation_statistics": _activation_statistics,
     "group_statistics": _group_statistics,
+    "dsnot_swap": _dsnot_swap,
+    "gram_swap": _gram_swap,
 }

@@ -125,11 +125,11 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="What to run: edkm, ftwt, ofq, qlora, or quantize.")],
+    method: Annotated[str, typer.Argument(help="What to run: dsnot, edkm, ftwt, ofq, qlora, or quantize.")],
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, text (edkm, qlora, quantize), or a folder of images (default: the experiment's own)."
+            help="digits, text (dsnot, edkm, qlora, quantize), or a folder of images (default: the experiment's own)."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,
@@ -162,6 +162,45 @@ def train(
         head_lr=head_lr,
         lr=lr,
         validate=validate,
+        out=out,
+    )
+
+
+@app.command()
+def prune(
+    data: Annotated[str, typer.Option(help="digits, text, or a folder of images.")] = "digits",
+    model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Weights to start the training from.")] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Share of the weights to prune; may be repeated (default: several).")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="N:M: keep N of each M columns, as 2:4.")] = None,
+    initial: Annotated[str, typer.Option(help="The first mask: wanda, magnitude or sparsegpt.")] = "wanda",
+    refine: Annotated[str, typer.Option(help="How it is refined: swap1, dsnot or none.")] = "swap1",
+    stop: Annotated[str, typer.Option(help="Of dsnot: decrease, or official (the released loop).")] = "decrease",
+    bias_correct: Annotated[bool, typer.Option(help="Correct biases by the mean of the inputs.")] = True,
+    seeds: Annotated[int, typer.Option(help="Repeats with different seeds.")] = 1,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of the dense training (default: the experiment's).")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results, table and plot.")] = Path("runs"),
+) -> None:
+    """Prune a trained network without training it again, beside magnitude and Wanda."""
+    from cofire.experiments import dsnot
+
+    _sentences(
+        dsnot.prune,
+        data=data,
+        model=model,
+        weights=weights,
+        sparsities=sparsity or (),
+        pattern=pattern,
+        initial=initial,
+        refine=refine,
+        stop=stop,
+        bias_correct=bias_correct,
+        seeds=seeds,
+        epochs=epochs,
         out=out,
     )
 

@@ -6,10 +6,11 @@ also those of ``qlora.py``). They share ``training`` and ``language`` (the loops
 ``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import edkm, ftwt, ofq, qlora, quantize
+from cofire.experiments import dsnot, edkm, ftwt, ofq, qlora, quantize
 
 #: The command of each method's experiment, by the method's name.
 EXPERIMENTS = {
+    "dsnot": dsnot.command,
     "edkm": edkm.command,
     "ftwt": ftwt.command,
     "ofq": ofq.command,

@@ -2,6 +2,7 @@
 """Training methods, one paper each, with one protocol: :mod:`cofire.methods.base`."""
 
 from cofire.methods.base import METHODS, Method, Report
+from cofire.methods.dsnot import DSnoT
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 from cofire.methods.gradual_pruning import GradualPruning
@@ -9,4 +10,4 @@ from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 from cofire.methods.rigl import RigL
 
-__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "GradualPruning", "Method", "QLoRA", "Report", "RigL"]
+__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "DSnoT", "GradualPruning", "Method", "QLoRA", "Report", "RigL"]

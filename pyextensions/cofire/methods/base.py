@@ -21,13 +21,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from cofire.names import near_matches
+from cofire.nn.calibration import evaluation as evaluation
 
 
 class Methods(dict[str, "type[Method]"]):
@@ -111,18 +111,6 @@ def bare(model: nn.Module) -> nn.Module:
             model = model.get_submodule("_orig_mod")
         else:
             return model
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Within the context ``model`` is in evaluation mode; afterwards each module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def matches(names: Iterable[str], pattern: str) -> bool:

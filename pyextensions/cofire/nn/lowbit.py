@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cofire.nn.calibration import input_statistics
 from cofire.ops import QTensor, dequantize, packed_bytes, qlinear, qlora_linear, quantize_weight
 from cofire.ops.checks import check_choice, check_integer, check_module, check_number, refuse, shape_of
-from cofire.ops.lowbit import ACTIVATIONS, check_bits, rows_of
+from cofire.ops.lowbit import ACTIVATIONS, check_bits
 from cofire.ops.qtensor import NESTED, TENSORS
 from cofire.ops.quantizers import check_method
 
@@ -375,27 +376,5 @@ def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = N
     Source: Frantar et al. 2023 (GPTQ, 2210.17323), section 3.
     """
     check_module("hessians", model)
-    found: dict[str, Tensor] = {}
-    handles = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            x = rows_of((args[0] if args else kwargs["input"]).detach().float())
-            found[name] = found.get(name, 0) + x.t() @ x
-
-        return add
-
-    for name, module in linear_layers(model, filter):
-        handles.append(module.register_forward_pre_hook(hook(name), with_kwargs=True))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in training:
-            module.training = True
-    return found
+    found = input_statistics(model, batches, dict(linear_layers(model, filter)))
+    return {name: statistics.gram for name, statistics in found.items()}

@@ -166,6 +166,16 @@ def _check_hessian(hessian: Any, columns: int) -> None:
         refuse(name, "hessian must be of inputs that came, got a diagonal of zeros")
 
 
+def inverse_factor(operator: str, hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the inverse of ``hessian``, fp64 ``[K, K]``, whose diagonal is changed: ``damping`` times
+    its mean is added."""
+    hessian.diagonal().add_(damping * hessian.diagonal().mean())
+    lower, info = torch.linalg.cholesky_ex(hessian)
+    if int(info):
+        refuse(operator, f"hessian must be positive definite with damping {damping}; it is not: raise damping")
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
 def gptq(
     weight: Tensor,
     bits: int,
@@ -193,12 +203,8 @@ def gptq(
     perm = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else None
     if perm is not None:
         w, h = w[:, perm], h[perm][:, perm]
-    h.diagonal().add_(damping * h.diagonal().mean())
-    lower, info = torch.linalg.cholesky_ex(h)
-    if int(info):
-        refuse("quantize_weight", f"hessian must be positive definite with damping {damping}; it is not: raise damping")
-    # Of the upper factor of the inverse: row k tells how to make up for the error of column k.
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True).float()
+    # Row k tells how to make up for the error of column k.
+    upper = inverse_factor("quantize_weight", h, damping).float()
     codes = torch.empty_like(w)
     scales, zeros = [], []
     top, half = (1 << bits) - 1, 1 << (bits - 1)
