@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cofire.bench import sparse_refine, sparse_training
 from cofire.bench.cases import Args, Case, Provider, Random, Run, plain
 from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse import SparseWeight
@@ -337,4 +338,6 @@ CASES = [
     *(_masked_linear(m, mode) for m in (64, 256) for mode in ("invariant", "hard")),
     *(_conv(1, 256, 14, d, gradients=(0, 2) if d == 0.1 else ()) for d in (0.2, 0.1)),
     _conv(8, 64, 56, 0.1),
+    *sparse_training.CASES,
+    *sparse_refine.CASES,
 ]
