@@ -38,6 +38,8 @@ that is, a kernel may lose about as much as plain torch loses. For gradients it 
 of a random cotangent also where the cotangent of a sum is used, whose gradient may cancel to nothing. For the outputs
 named in ``sums`` it is 16 eps(dtype): the terms of a sum may cancel, and the library accumulates some in fp64, a
 kernel in fp32. Outputs that are not floats are compared exactly with r.
+An operator that writes to arguments is given copies of them, laid out as they are, and what it leaves there counts as its
+first outputs (:func:`functional`): all checks hold for them as for any other output.
 The one exception has to be declared: ``decided_by`` names outputs that follow from a float output of the same call by a
 threshold or an order (the mask of ``gate_head`` from its logits). Rounding may move a logit over the threshold or make
 two of them equal, so these outputs are compared, still exactly, with what the provider's *own* float output demands.
@@ -112,6 +114,26 @@ def each(function: Callable[[Tensor], Any], a: Any) -> Any:
     return function(a) if isinstance(a, Tensor) else a
 
 
+def _copied(x: Tensor) -> Tensor:
+    """The same values in the same layout, gaps included."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
+
+
+def functional(operator: Operator, run: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """``run`` as a function without side effects: first what it leaves in the arguments that it writes to, then what it
+    returns. Nothing stands for an optional argument that is not given."""
+
+    def call(*args: Any) -> tuple[Any, ...]:
+        own = tuple(
+            _copied(a) if i in operator.mutated and isinstance(a, Tensor) else a for i, a in enumerate(args)
+        )
+        outputs = run(*own)
+        returned = () if outputs is None else _tuple(outputs)
+        return (*(torch.empty(0) if own[i] is None else own[i] for i in operator.mutated), *returned)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Case:
     """An operator with everything the checks need to know about it."""
@@ -133,7 +155,20 @@ class Case:
     @functools.cached_property
     def outputs(self) -> list[str]:
         returns = self.operator.overload._schema.returns
-        return [r.name or f"output {i}" for i, r in enumerate(returns)]
+        written = [self.names[i] for i in self.operator.mutated]
+        return [*written, *(r.name or f"output {i}" for i, r in enumerate(returns))]
+
+    @functools.cached_property
+    def reference(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        return functional(self.operator, self.operator.reference)
+
+    @functools.cached_property
+    def dispatched(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        return functional(self.operator, self.operator.overload)
+
+    @functools.cached_property
+    def public(self) -> Callable[..., tuple[Tensor | None, ...]]:
+        return functional(self.operator, self.operator)
 
     def named(self, outputs: Sequence[Tensor]) -> list[str]:
         """A name for each output of a call; a list of tensors has as many as the call gives."""
@@ -223,15 +258,19 @@ class Provider:
 def providers(operator: Operator) -> Iterator[Provider]:
     """The ways to compute an operator in this process; those that need a GPU are marked, not left out."""
     every = (*FLOATS, torch.float64)
-    yield Provider("reference", "cpu", operator.reference, every)
-    yield Provider("cpu", "cpu", operator.overload, every)
+
+    def provider(name: str, device: str, run: Callable[..., Any], dtypes: tuple[torch.dtype, ...] = every) -> Provider:
+        return Provider(name, device, functional(operator, run), dtypes)
+
+    yield provider("reference", "cpu", operator.reference)
+    yield provider("cpu", "cpu", operator.overload)
     if REFERENCE_ONLY:
         return
-    yield Provider("cuda", "cuda", operator.overload, every)
+    yield provider("cuda", "cuda", operator.overload)
     if isinstance(operator.triton, Kernel) and os.environ.get("TRITON_INTERPRET") == "1":
-        yield Provider("triton", "cpu", lambda *a: operator.triton.launch(*a), operator.triton.dtypes)
+        yield provider("triton", "cpu", lambda *a: operator.triton.launch(*a), operator.triton.dtypes)
     if isinstance(operator.cuda, Kernel):
-        yield Provider("cuda_c", "cuda", lambda *a: operator.cuda.launch(*a), operator.cuda.dtypes)
+        yield provider("cuda_c", "cuda", lambda *a: operator.cuda.launch(*a), operator.cuda.dtypes)
 
 
 # ------------------------------------------------------------------------------------------------ comparison
@@ -300,10 +339,10 @@ def check_values(context: Context, args: Args, outputs: tuple[Tensor, ...], vari
     ``varied`` are arguments of the same scale where the results to ``args`` may cancel to nothing.
     """
     case = context.case
-    r = _tuple(case.operator.reference(*case.in_fp64(args)))
-    t = _tuple(case.operator.reference(*args))
+    r = case.reference(*case.in_fp64(args))
+    t = case.reference(*args)
     assert len(outputs) == len(r), f"{context}: {len(outputs)} outputs, expected {len(r)}"
-    sizes = r if varied is None else _tuple(case.operator.reference(*case.in_fp64(varied)))
+    sizes = r if varied is None else case.reference(*case.in_fp64(varied))
     decided = {} if case.decided_by is None else case.decided_by(args, tuple(o.cpu() for o in outputs))
     for name, o_i, r_i, t_i, size in zip(case.named(r), outputs, r, t, sizes, strict=True):
         if o_i.is_floating_point():
@@ -323,7 +362,7 @@ def check_layout(context: Context, args: Args, outputs: tuple[Tensor, ...]) -> N
     """Shape, dtype and strides are what the fake promised to the compiler."""
     with FakeTensorMode() as mode:
         fakes = tuple(each(mode.from_tensor, a) for a in args)
-        promised = _tuple(context.case.operator.overload(*fakes))
+        promised = context.case.dispatched(*fakes)
     for name, o, fake in zip(context.case.named(promised), outputs, promised, strict=True):
         assert (o.dtype, o.shape) == (fake.dtype, fake.shape), (
             f"{context}: {name} is {o.dtype} {list(o.shape)}, the fake says {fake.dtype} {list(fake.shape)}"
@@ -563,7 +602,7 @@ def check_compile(case: Case, samples: Sequence[Sample], dynamic: bool, backend:
 
     def step(args: Args, run: Callable[..., Any]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         args, wanted = _leaves(case, args) if differentiable else (args, [])
-        outputs = _tuple(run(*args))
+        outputs = functional(operator, run)(*args)
         loss = sum(o.sum() for o in outputs if o.requires_grad)
         leaves = [a for n, a in zip(case.names, args) if n in wanted]
         grads = torch.autograd.grad(loss, leaves, allow_unused=True) if differentiable else ()
@@ -602,8 +641,8 @@ def check_autocast(case: Case, sample: Sample) -> None:
             else tuple(a.to(target) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         )
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = _tuple(case.operator(*args))
-        check_repeats(context, lambda cast=cast: _tuple(case.operator(*cast)), outputs, "under autocast")
+            outputs = case.public(*args)
+        check_repeats(context, lambda cast=cast: case.public(*cast), outputs, "under autocast")
 
 
 def check_counts(case: Case, sample: Sample) -> None:
@@ -611,10 +650,10 @@ def check_counts(case: Case, sample: Sample) -> None:
     operator, args = case.operator, case.make(sample, torch.float32)
     if operator.flops is not None:
         with FlopCounterMode(display=False) as counter:
-            operator(*args)
+            case.public(*args)
         assert counter.get_total_flops() == operator.flops(*args) > 0
     if operator.bytes is not None:
-        total = sum(a.numel() * a.element_size() for a in tensors_of((*args, *_tuple(operator(*args)))))
+        total = sum(a.numel() * a.element_size() for a in tensors_of((*args, *case.public(*args))))
         assert 0 < operator.bytes(*args) <= 4 * total
 
 

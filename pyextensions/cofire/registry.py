@@ -82,7 +82,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Operator:
-    """Everything about one operator. Each callable takes the operator's arguments, in the schema's order."""
+    """Everything about one operator. Each callable takes the operator's arguments, in the schema's order.
+
+    An operator may write to arguments, ``Tensor(a!)`` in its schema: its reference writes to them too, what it returns
+    (nothing, often) is what the schema says, and its fake returns the same and writes nothing.
+    """
 
     schema: str  #: without namespace and defaults: ``"compact(Tensor mask) -> (Tensor index, Tensor count)"``
     family: str  #: the stem under which every file of the operator is found
@@ -105,6 +109,12 @@ class Operator:
     @functools.cached_property
     def overload(self) -> Any:
         return getattr(torch.ops.cofire, self.name).default
+
+    @functools.cached_property
+    def mutated(self) -> tuple[int, ...]:
+        """The positions of the arguments that it writes to."""
+        arguments = self.overload._schema.arguments
+        return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
 
     def __call__(self, *args: Any) -> Any:
         """Validate and run: what the public function of the operator returns."""
@@ -146,6 +156,8 @@ def register(operator: Operator) -> Operator:
         )
     if isinstance(operator.triton, Kernel) and HAS_TRITON and not REFERENCE_ONLY:
         LIBRARY.impl(name, _launch_or_reference(operator, operator.triton), "CUDA")
+    if operator.mutated:
+        LIBRARY.impl(name, _count_writes(operator), "ADInplaceOrView", with_keyset=True)
     # Also where nothing is cast: the library calls inside a kernel must not be cast either.
     for key, device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
         LIBRARY.impl(name, _cast_then_call(operator, device, key), key)
@@ -200,6 +212,19 @@ def refuse_second(operator: str, reason: str) -> Backward:
 def _launch_or_reference(operator: Operator, kernel: Kernel) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         return kernel.launch(*args) if kernel.covers(args) else operator.reference(*args)
+
+    return run
+
+
+def _count_writes(operator: Operator) -> Callable[..., Any]:
+    """Tells autograd of the writes, as torch's own in-place operators do: a backward that saved the old value then raises."""
+
+    def run(keys: Any, *args: Any) -> Any:
+        for i in operator.mutated:
+            if args[i] is not None:
+                torch.autograd.graph.increment_version(args[i])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
     return run
 
