@@ -14,8 +14,9 @@
 #include <limits>
 #include <vector>
 
+#include "loops.h"
 #include "pages.h"
-#include "vec.h"
+#include "philox.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -33,23 +34,6 @@ constexpr float kRangeFloor = 1e-6f, kRangeCeiling = 1e5f;
 constexpr float kStatsqCeiling = static_cast<float>(1 - 1e-6);
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Calls step(i, count) for each vector of [0, size), the last one with fewer lanes.
-template <typename F>
-inline void for_vectors(int64_t size, F&& step) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) step(i, std::integral_constant<int64_t, kLanes>{});
-  if (i < size) step(i, size - i);
-}
-
-template <typename T>
-inline Vec load(const T* p, std::integral_constant<int64_t, kLanes>) {
-  return load_f32(p);
-}
-template <typename T>
-inline Vec load(const T* p, int64_t count) {
-  return load_f32(p, count);
-}
 
 inline Vec masked(const Vec& mask, const Vec& v) { return mask & v; }
 inline Vec within(const Vec& v, const Vec& low, const Vec& high) {
@@ -779,48 +763,11 @@ struct Largest {
   }
 };
 
-// Philox-4x32-10: word w of block i is words[w][i], of the blocks that follow `block`.
-constexpr int kBlocks = 16;
-struct Philox {
-  uint32_t words[4][kBlocks];
-
-  Philox(uint64_t block, uint64_t seed) {
-    uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-    for (int i = 0; i < kBlocks; ++i) {
-      words[0][i] = static_cast<uint32_t>(block + i);
-      words[1][i] = static_cast<uint32_t>((block + i) >> 32);
-      words[2][i] = words[3][i] = 0;
-    }
-    for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < kBlocks; ++i) {
-        const uint64_t p = uint64_t{0xD2511F53} * words[0][i],
-                       q = uint64_t{0xCD9E8D57} * words[2][i];
-        words[0][i] = static_cast<uint32_t>(q >> 32) ^ words[1][i] ^ k0;
-        words[2][i] = static_cast<uint32_t>(p >> 32) ^ words[3][i] ^ k1;
-        words[1][i] = static_cast<uint32_t>(q);
-        words[3][i] = static_cast<uint32_t>(p);
-      }
-      k0 += 0x9E3779B9;
-      k1 += 0xBB67AE85;
-    }
-  }
-};
-
 // The numbers in [0, 1) of the elements from `start` on. Returns where in `out` they begin.
 const float* uniform(uint64_t seed, int64_t start, int64_t count, std::vector<float>& out) {
-  const int64_t first = start / 4, blocks = ceil_div(start + count, 4) - first;
-  out.resize(ceil_div(blocks, kBlocks) * kBlocks * 4 + kLanes);
-  for (int64_t b = 0; b < blocks; b += kBlocks) {
-    const Philox random(first + b, seed);
-    float* to = out.data() + 4 * b;
-    for (int i = 0; i < kBlocks; ++i) {
-      for (int w = 0; w < 4; ++w) {
-        to[4 * i + w] =
-            static_cast<float>(static_cast<int32_t>(random.words[w][i] >> 8)) * 0x1p-24f;
-      }
-    }
-  }
-  return out.data() + start % 4;
+  return random_numbers(seed, start, count, out, [](uint32_t word) {
+    return static_cast<float>(static_cast<int32_t>(word >> 8)) * 0x1p-24f;
+  });
 }
 
 enum class Format { kInt4, kAsymmetric, kE1M2, kE2M1, kE3M0 };

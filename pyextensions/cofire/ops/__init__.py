@@ -9,3 +9,4 @@ from cofire.ops.packing import *  # noqa: F403
 from cofire.ops.quantizers import *  # noqa: F403
 from cofire.ops.selection import *  # noqa: F403
 from cofire.ops.sparse import *  # noqa: F403
+from cofire.ops.sparse_training import *  # noqa: F403
