@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import clustering, gating, lowbit, selection, sparse
+from cofire_kernels import clustering, gating, lowbit, selection, sparse, sparse_training
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -411,6 +411,47 @@ def _spmm_block(make: Make, sizes: Sizes, sampled: bool) -> list[Call]:
     ]
 
 
+
+
+def _masked_step(make: Make, sizes: Sizes) -> list[Call]:
+    k = sizes["columns"]
+    w, g, bits = make.values(512, k), make.values(512, k), _mask(make, 512, k)
+    m, v = (torch.ones((512, k), device=make.device) for _ in range(2))
+    packed = [torch.ones(512 * k // 2, device=make.device) for _ in range(3)]
+    offsets = torch.arange(513, device=make.device) * (k // 2)
+
+    def adam(*states: Tensor | None, bits: Tensor | None, offsets: Tensor | None, clean: bool) -> Call:
+        options = (0.1, 0.9, 0.99, 1e-8, 0.01, True, False, 3, clean)
+        return lambda: sparse_training.masked_adam_(w, g, *states, bits, offsets, *options)  # type: ignore[call-arg]
+
+    return [
+        adam(m, v, None, bits=bits, offsets=None, clean=True),
+        adam(m, v, None, bits=None, offsets=None, clean=False),
+        adam(*packed, bits=bits, offsets=offsets, clean=False),
+        lambda: sparse_training.masked_sgd_(w, g, m, bits, None, 0.1, 0.9, 0.0, 0.01, True, False, False, False),
+        lambda: sparse_training.masked_sgd_(w, g, None, bits, None, 0.1, 0.0, 0.0, 0.0, False, False, False, False),
+    ]
+
+
+def _prune_and_grow(make: Make, sizes: Sizes) -> list[Call]:
+    w, g = make.values(512, sizes["columns"]), make.values(512, sizes["columns"])
+    bits = _mask(make, 512, sizes["columns"])
+    return [
+        lambda: sparse_training.prune_and_grow_(w, bits, g, None, 9, "row", 0),
+        lambda: sparse_training.prune_and_grow_(w, bits, None, g, 9, "row", 5),
+    ]
+
+
+def _activation_statistics(make: Make, sizes: Sizes) -> list[Call]:
+    x = make.values(2048, sizes["columns"])
+    return [lambda: sparse_training.activation_statistics(x)]
+
+
+def _group_statistics(make: Make, sizes: Sizes) -> list[Call]:
+    w, g = make.values(4096, 4096), make.values(4096, 4096)
+    return [lambda: sparse_training.group_statistics(w, g, sizes["rows"], sizes["columns"])]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -445,4 +486,9 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "decode_sparse": _decode_sparse,
     "spmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=False),
     "sddmm_block": lambda make, sizes: _spmm_block(make, sizes, sampled=True),
+    "masked_step": _masked_step,
+    "prune_and_grow_keys": _prune_and_grow,
+    "prune_and_grow": _prune_and_grow,
+    "activation_statistics": _activation_statistics,
+    "group_statistics": _group_statistics,
 }
