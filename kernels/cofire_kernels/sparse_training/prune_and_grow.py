@@ -58,11 +58,13 @@ def prune_and_grow_keys_kernel(
 @triton.jit
 def first_of(key, among, number):
     """The ``number`` entries of least key, of equal ones those of lower index."""
-    threshold = tl.sum(tl.zeros_like(key), 0)
-    for i in range(32):
-        higher = threshold | (tl.full([], 1, tl.uint32) << (31 - i).to(tl.uint32))
+    threshold = tl.full([], 0, tl.uint32)
+    bit = tl.full([], 0x80000000, tl.uint32)
+    for _ in range(32):
+        higher = threshold | bit
         below = tl.sum((among & (key < higher)).to(tl.int32), 0)
         threshold = tl.where(below < number, higher, threshold)
+        bit = bit >> 1
     less, equal = among & (key < threshold), (among & (key == threshold)).to(tl.int32)
     left = number - tl.sum(less.to(tl.int32), 0)
     rank = tl.cumsum(equal, 0) - equal

@@ -98,7 +98,7 @@ def masked_sgd_kernel(
     start = 0 if PACKED else tl.program_id(0) % blocks
     place = tl.load(offsets_ptr + row) if PACKED else row * 0
     for block in range(start, blocks if PACKED else start + 1):
-        column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        column = (row * 0 + block) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
         kept = read_bits(bits_ptr, row, column, inside, columns, MASKED)
         at = row * columns + column
@@ -131,7 +131,7 @@ def masked_adam_kernel(
     start = 0 if PACKED else tl.program_id(0) % blocks
     place = tl.load(offsets_ptr + row) if PACKED else row * 0
     for block in range(start, blocks if PACKED else start + 1):
-        column = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        column = (row * 0 + block) * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
         kept = read_bits(bits_ptr, row, column, inside, columns, MASKED)
         at = row * columns + column

@@ -177,7 +177,8 @@ def _validate_sgd(
     name = "masked_sgd_"
     _check_step(name, weight, grad, {"momentum_buffer": momentum_buffer}, bits, offsets, clean)
     check_number(name, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
-    if (momentum_buffer is None) != (momentum == 0):
+    needed = True if momentum != 0 else False  # noqa: SIM210  (while tracing, a comparison is no bool)
+    if (momentum_buffer is not None) != needed:
         got = "None" if momentum_buffer is None else shape_of(momentum_buffer)
         refuse(name, f"momentum_buffer must be a tensor exactly where momentum is not 0, got {got} and {momentum}")
     if nesterov and (momentum <= 0 or dampening != 0):
