@@ -295,10 +295,25 @@ def _with_backward(run: Run, leaves: list[Tensor]) -> Run:
     return call
 
 
+def _with_written(run: Run, written: Sequence[Tensor]) -> Run:
+    """What the call leaves in the arguments that it writes to comes first, then what it returns."""
+
+    def call() -> tuple[Tensor, ...]:
+        output = run()
+        return (*written, *(() if output is None else _tensors(output)))
+
+    return call
+
+
 def prepare(provider: Provider, case: Case, args: Args, mode: str) -> Run:
     """The call to time, for one provider in one mode."""
     if provider.arrange is not None:
         args = provider.arrange(*args)
+    mutated = OPERATORS[case.op].mutated
+    if mutated:  # each provider writes to tensors of its own
+        args = tuple(a.clone() if i in mutated and isinstance(a, Tensor) else a for i, a in enumerate(args))
+        written = [args[i] for i in mutated if args[i] is not None]
+        return _with_written(provider.setup(*args), written)
     if mode != "forward+backward":
         return provider.setup(*args)
     args = _leaves(args, case.gradients)
@@ -343,6 +358,8 @@ class Input:
         try:
             with mode_context(mode):
                 got = _tensors(prepare(provider, self.case, self.args, mode)())
+            if OPERATORS[self.case.op].mutated:
+                got = got[: provider.outputs]
         except Exception as error:  # a peer that cannot run here is reported, and the others go on
             words = str(error).strip() or "no message"
             return f"{type(error).__name__}: {words.splitlines()[0]}"
