@@ -10,14 +10,19 @@
 
 #include "loops.h"
 
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#include <immintrin.h>
+#endif
+
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace sparse_training {
 namespace {
 
-constexpr int64_t kWord = 32;       // entries of a word of mask: an empty one is not computed
+// Entries of a word of mask. An empty one is not loaded: with 32 of them a mask without pattern, of
+// density 0.1, has so many that the interrupted streams cost more than they save.
+constexpr int64_t kWord = 64;
 constexpr int64_t kSegment = 4096;  // entries that are worth a thread's turn
-constexpr int64_t kGather = 512;    // entries whose kept ones are brought together at a time
 
 template <int S>
 using States = std::array<float*, S>;
@@ -32,29 +37,74 @@ inline Vec lanes_of(uint32_t bits) {
   return at::vec::cast<float>((Int(static_cast<int32_t>(bits)) & each) == each);
 }
 
-// The mask of the entries from k, a multiple of 32, to at most `count` further ones.
-inline uint32_t word_of(const uint8_t* bits, int64_t k, int64_t count) {
-  uint32_t word = 0;
-  if (count >= kWord) {
-    std::memcpy(&word, bits + k / 8,
-                4);  // little-endian, like every machine that torch is built for
+// The mask of the `count` entries from k on, a multiple of 8; at most 64.
+inline uint64_t word_of(const uint8_t* bits, int64_t k, int64_t count) {
+  uint64_t word = 0;
+  if (count == kWord) {
+    std::memcpy(&word, bits + k / 8, 8);  // little-endian, like the machines torch is built for
     return word;
   }
-  for (int64_t i = 0; 8 * i < count; ++i) word |= uint32_t{bits[k / 8 + i]} << (8 * i);
-  return count > 0 ? word & ~uint32_t{0} >> (kWord - count) : 0;
+  for (int64_t i = 0; 8 * i < count; ++i) word |= uint64_t{bits[k / 8 + i]} << (8 * i);
+  return word & ((uint64_t{1} << count) - 1);
 }
 
-// One vector: `update` changes weight and states, and the mask replaces what is pruned.
-template <bool kMasked, typename T, int S, typename U, typename C>
-inline void update_vector(T* w, const T* g, const States<S>& states, C count, const Vec& mask,
-                          const U& update) {
-  Vec value = load(w, count);
-  std::array<Vec, S> state;
-  for (int j = 0; j < S; ++j) state[j] = load(states[j], count);
-  update(value, load(g, count), state);
-  store_f32(w, kMasked ? value & mask : value, count);
-  for (int j = 0; j < S; ++j) store_f32(states[j], kMasked ? state[j] & mask : state[j], count);
+// ---- states that hold the values of kept entries alone ----
+
+#if defined(CPU_CAPABILITY_AVX2)
+// Lanes to and from the positions of set bits, by the bits of a byte: eight indices of a byte each.
+struct Places {
+  uint64_t expand[256], compress[256];
+  constexpr Places() : expand(), compress() {
+    for (int bits = 0; bits < 256; ++bits) {
+      uint64_t rank = 0;
+      for (uint64_t lane = 0; lane < 8; ++lane) {
+        expand[bits] |= rank << (8 * lane);
+        if (bits >> lane & 1) compress[bits] |= lane << (8 * rank++);
+      }
+    }
+  }
+};
+constexpr Places kPlaces;
+
+inline __m256i indices(uint64_t packed) {
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(packed)));
 }
+
+inline __m256i first_lanes(int count) {
+  alignas(64) static constexpr int32_t kLimits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLimits + 8 - count));
+}
+#endif
+
+// The values from p on, in order, in the lanes whose bits are set. Nothing beyond them is read.
+inline Vec expand(const float* p, uint32_t bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), p);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m256 values = _mm256_maskload_ps(p, first_lanes(__builtin_popcount(bits)));
+  return _mm256_permutevar8x32_ps(values, indices(kPlaces.expand[bits]));
+#else
+  alignas(64) float lanes[kLanes] = {};
+  for (; bits != 0; bits &= bits - 1) lanes[__builtin_ctz(bits)] = *p++;
+  return Vec::loadu(lanes);
+#endif
+}
+
+// The lanes whose bits are set come first; what follows means nothing.
+inline Vec compress(const Vec& v, uint32_t bits) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), v);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_permutevar8x32_ps(v, indices(kPlaces.compress[bits]));
+#else
+  alignas(64) float from[kLanes], to[kLanes] = {};
+  v.store(from);
+  for (float* p = to; bits != 0; bits &= bits - 1) *p++ = from[__builtin_ctz(bits)];
+  return Vec::loadu(to);
+#endif
+}
+
+// ---- the three ways through a weight ----
 
 template <int S>
 inline States<S> moved(const States<S>& states, int64_t by) {
@@ -64,79 +114,124 @@ inline States<S> moved(const States<S>& states, int64_t by) {
 }
 
 template <typename T, int S, typename U>
-void step_all(T* w, const T* g, const States<S>& states, int64_t numel, const U& update) {
+void step_all(T* w, const T* g, const States<S>& states, int64_t numel, const U& given) {
   const int64_t segments = (numel + kSegment - 1) / kSegment;
   at::parallel_for(0, segments, 8, [&](int64_t first, int64_t last) {
+    const U update = given;  // of its own, so that no store can change it
     const int64_t begin = first * kSegment, end = std::min(last * kSegment, numel);
     for_vectors(end - begin, [&](int64_t i, auto rest) {
       const int64_t k = begin + i;
-      update_vector<false, T, S>(w + k, g + k, moved<S>(states, k), rest, Vec(), update);
+      Vec value = load(w + k, rest);
+      std::array<Vec, S> state;
+      for (int j = 0; j < S; ++j) state[j] = load(states[j] + k, rest);
+      update(value, load(g + k, rest), state);
+      store_f32(w + k, value, rest);
+      for (int j = 0; j < S; ++j) store_f32(states[j] + k, state[j], rest);
     });
   });
 }
 
+// One vector whose lanes are kept where the bits are set. A state of kept values is read from
+// `states` on and written to `out`, each of which is moved on.
+template <bool kPacked, typename T, int S, typename U, typename C>
+inline void masked_vector(T* w, const T* g, States<S>& states, States<S>& out, C count,
+                          uint32_t bits, const U& update) {
+  const Vec mask = lanes_of(bits);
+  Vec value = load(w, count);
+  std::array<Vec, S> state;
+  for (int j = 0; j < S; ++j) {
+    state[j] = kPacked ? expand(states[j], bits) : load(states[j], count);
+  }
+  update(value, load(g, count), state);
+  store_f32(w, value & mask, count);
+  for (int j = 0; j < S; ++j) {
+    if constexpr (kPacked) {
+      compress(state[j], bits).store(out[j]);
+      states[j] += __builtin_popcount(bits);
+      out[j] += __builtin_popcount(bits);
+    } else {
+      store_f32(states[j], state[j] & mask, count);
+      states[j] += kLanes;
+    }
+  }
+}
+
+// The entries [from, to) of a row; `states` stand at the first of them.
+template <bool kPacked, typename T, int S, typename U>
+void masked_run(T* w, const T* g, States<S> states, const uint8_t* bits, int64_t from, int64_t to,
+                bool clean, const U& update) {
+  constexpr uint32_t kAll = (1u << kLanes) - 1;
+  // Kept values of a word pass through here: a store of some lanes is microcoded on some CPUs, and
+  // a store of all of them would reach into what was not read yet, or is another thread's.
+  alignas(64) float passing[S == 0 ? 1 : S][kWord + kLanes];
+  for (int64_t k = from; k < to; k += kWord) {
+    const int64_t count = std::min(kWord, to - k);
+    const uint64_t word = word_of(bits, k, count);
+    if (word == 0) {
+      if (!clean) std::fill_n(w + k, count, T(0));
+      if constexpr (!kPacked) {
+        for (int j = 0; j < S; ++j) {
+          if (!clean) std::fill_n(states[j], count, 0.0f);
+          states[j] += count;
+        }
+      }
+      continue;
+    }
+    States<S> out, begin = states;
+    for (int j = 0; j < S; ++j) out[j] = passing[j];
+    if (count == kWord) {
+      COFIRE_UNROLL
+      for (int64_t i = 0; i < kWord; i += kLanes) {
+        masked_vector<kPacked, T, S>(w + k + i, g + k + i, states, out,
+                                     std::integral_constant<int64_t, kLanes>{},
+                                     static_cast<uint32_t>(word >> i) & kAll, update);
+      }
+    } else {
+      for_vectors(count, [&](int64_t i, auto rest) {
+        masked_vector<kPacked, T, S>(w + k + i, g + k + i, states, out, rest,
+                                     static_cast<uint32_t>(word >> i) & kAll, update);
+      });
+    }
+    if constexpr (kPacked) {
+      for (int j = 0; j < S; ++j) {
+        std::memcpy(begin[j], passing[j], sizeof(float) * __builtin_popcountll(word));
+      }
+    }
+  }
+}
+
 template <typename T, int S, typename U>
 void step_masked(T* w, const T* g, const States<S>& states, const uint8_t* bits, int64_t rows,
-                 int64_t columns, bool clean, const U& update) {
+                 int64_t columns, bool clean, const U& given) {
   const int64_t segments = (columns + kSegment - 1) / kSegment, bytes = (columns + 7) / 8;
   const int64_t grain = std::max<int64_t>(1, 8 * kSegment / std::min(columns, kSegment));
   at::parallel_for(0, rows * segments, grain, [&](int64_t first, int64_t last) {
+    const U update = given;
     for (int64_t task = first; task < last; ++task) {
-      const int64_t row = task / segments, from = task % segments * kSegment;
-      const int64_t to = std::min(from + kSegment, columns);
-      for (int64_t k = from; k < to; k += kWord) {
-        const int64_t count = std::min(kWord, to - k), at_ = row * columns + k;
-        const uint32_t word = word_of(bits + row * bytes, k, count);
-        if (word == 0) {
-          if (clean) continue;
-          std::fill_n(w + at_, count, T(0));
-          for (int j = 0; j < S; ++j) std::fill_n(states[j] + at_, count, 0.0f);
-          continue;
-        }
-        for_vectors(count, [&](int64_t i, auto rest) {
-          update_vector<true, T, S>(w + at_ + i, g + at_ + i, moved<S>(states, at_ + i), rest,
-                                    lanes_of(word >> i), update);
-        });
-      }
+      const int64_t row = task / segments, from = task % segments * kSegment, at_ = row * columns;
+      masked_run<false, T, S>(w + at_, g + at_, moved<S>(states, at_ + from), bits + row * bytes,
+                              from, std::min(from + kSegment, columns), clean, update);
     }
   });
 }
 
-// States hold the values of the kept entries alone: these are brought together, updated, and put
-// back.
 template <typename T, int S, typename U>
 void step_packed(T* w, const T* g, const States<S>& states, const uint8_t* bits,
                  const int64_t* offsets, int64_t values, int64_t rows, int64_t columns, bool clean,
-                 const U& update) {
+                 const U& given) {
   const int64_t bytes = (columns + 7) / 8;
   at::parallel_for(0, rows, grain_of(columns), [&](int64_t first, int64_t last) {
-    alignas(64) T weights[kGather + kLanes] = {}, grads[kGather + kLanes] = {};
-    int32_t places[kGather];
+    const U update = given;
     for (int64_t row = first; row < last; ++row) {
-      int64_t next = offsets[row];
-      const int64_t end = offsets[row + 1];
-      TORCH_CHECK(0 <= next && next <= end && end <= values, "offsets must lie within the state");
-      for (int64_t from = 0; from < columns; from += kGather) {
-        const int64_t to = std::min(from + kGather, columns), at_ = row * columns + from;
-        int64_t found = 0;
-        for (int64_t k = from; k < to; k += kWord) {
-          for (uint32_t word = word_of(bits + row * bytes, k, to - k); word != 0;
-               word &= word - 1) {
-            const int64_t place = k - from + __builtin_ctz(word);
-            places[found] = static_cast<int32_t>(place);
-            weights[found] = w[at_ + place];
-            grads[found++] = g[at_ + place];
-          }
-        }
-        TORCH_CHECK(next + found <= end, "offsets must count the kept entries of each row");
-        for_vectors(found, [&](int64_t i, auto rest) {
-          update_vector<false, T, S>(weights + i, grads + i, moved<S>(states, next + i), rest,
-                                     Vec(), update);
-        });
-        if (!clean) std::fill_n(w + at_, to - from, T(0));
-        for (int64_t i = 0; i < found; ++i) w[at_ + places[i]] = weights[i];
-        next += found;
+      const int64_t begin = offsets[row];
+      int64_t kept = 0;
+      for (int64_t k = 0; k < columns; k += kWord) {
+        kept += __builtin_popcountll(word_of(bits + row * bytes, k, std::min(kWord, columns - k)));
       }
+      TORCH_CHECK(0 <= begin && begin + kept <= values && begin + kept == offsets[row + 1],
+                  "offsets must count the kept entries of each row");
+      masked_run<true, T, S>(w + row * columns, g + row * columns, moved<S>(states, begin),
+                             bits + row * bytes, 0, columns, clean, update);
     }
   });
 }

@@ -246,7 +246,7 @@ class MaskedSGD(_Masked):
         params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
         model: where the masks are; None: no weight has one.
         sparse_state: the momentum of a masked weight is stored for kept entries alone.
-        skip_pruned: nobody else writes to pruned entries, so that runs of 32 of them need not be read or written while the
+        skip_pruned: nobody else writes to pruned entries, so that runs of 64 of them need not be read or written while the
             mask stays the same: worth it for blocks. Other writes are seen, but those through ``weight.data``.
 
     Raises:
@@ -327,7 +327,7 @@ class MaskedAdam(_Masked):
         params, lr, betas, eps, weight_decay, amsgrad, maximize: as in :class:`torch.optim.Adam`.
         model: where the masks are; None: no weight has one.
         sparse_state: the moments of a masked weight are stored for kept entries alone: 8 bytes for each.
-        skip_pruned: nobody else writes to pruned entries, so that runs of 32 of them need not be read or written while the
+        skip_pruned: nobody else writes to pruned entries, so that runs of 64 of them need not be read or written while the
             mask stays the same: worth it for blocks. Other writes are seen, but those through ``weight.data``.
 
     Raises:

@@ -45,7 +45,7 @@ def setting(rand: Random, shape: tuple[int, ...], density: float | None, pattern
     mask = rand.mask(*shape, density=density)
     if pattern == "runs":  # whole words are empty, others full
         mask = torch.zeros(shape, dtype=torch.bool)
-        mask[:, :40] = True
+        mask[:, :65] = True
         mask[0] = False
     if nan:
         w, g = torch.where(mask, w, torch.inf), torch.where(mask, g, torch.nan)

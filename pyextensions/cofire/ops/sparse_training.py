@@ -231,7 +231,7 @@ def masked_sgd_(
             the kept entries alone, in row-major order.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in :class:`torch.optim.SGD`.
         first: the buffer is empty yet and becomes the gradient, as in torch's first step.
-        clean: the caller knows that pruned entries of weight and state are zero already, so that runs of 32 pruned
+        clean: the caller knows that pruned entries of weight and state are zero already, so that runs of 64 pruned
             entries need not be touched.
 
     Raises:
@@ -351,7 +351,7 @@ def masked_adam_(
         lr, beta1, beta2, eps, weight_decay, maximize: as in :class:`torch.optim.Adam`.
         decoupled: the decay acts on the weight itself, as in :class:`torch.optim.AdamW`, not through the moments.
         step: the number of this step, from 1.
-        clean: the caller knows that pruned entries of weight and state are zero already, so that runs of 32 pruned
+        clean: the caller knows that pruned entries of weight and state are zero already, so that runs of 64 pruned
             entries need not be touched.
 
     Raises:
