@@ -124,9 +124,7 @@ def functional(operator: Operator, run: Callable[..., Any]) -> Callable[..., tup
     returns. Nothing stands for an optional argument that is not given."""
 
     def call(*args: Any) -> tuple[Any, ...]:
-        own = tuple(
-            _copied(a) if i in operator.mutated and isinstance(a, Tensor) else a for i, a in enumerate(args)
-        )
+        own = tuple(_copied(a) if i in operator.mutated and isinstance(a, Tensor) else a for i, a in enumerate(args))
         outputs = run(*own)
         returned = () if outputs is None else _tuple(outputs)
         return (*(torch.empty(0) if own[i] is None else own[i] for i in operator.mutated), *returned)

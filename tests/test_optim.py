@@ -63,7 +63,10 @@ def made(kind: str, model: nn.Module, **options: Any) -> Any:
 def test_it_trains_as_torch_does_and_zeros_stay(kind: str, sparse_state: bool) -> None:
     """Against torch's optimiser with the gradient and the weight masked by hand."""
     model, twin = network(), network()
-    optimizer, theirs = made(kind, model, sparse_state=sparse_state), KINDS[kind][1](twin.parameters(), **KINDS[kind][2])
+    optimizer, theirs = (
+        made(kind, model, sparse_state=sparse_state),
+        KINDS[kind][1](twin.parameters(), **KINDS[kind][2]),
+    )
     mask = twin[0].mask
     twin[0].weight.register_hook(lambda grad: torch.where(mask, grad, 0.0))
     steps(model, optimizer, range(5))
@@ -220,7 +223,9 @@ def test_an_optimiser_that_does_not_know_masks_is_found_out() -> None:
     optim.check_invariant(model)
     steps(model, torch.optim.SGD(model.parameters(), lr=0.1), range(1))
     pruned = int((~model[0].mask).sum())
-    with pytest.raises(RuntimeError, match=rf"0\.weight must be zero where it is pruned, got \d+ other entries of {pruned} "):
+    with pytest.raises(
+        RuntimeError, match=rf"0\.weight must be zero where it is pruned, got \d+ other entries of {pruned} "
+    ):
         optim.check_invariant(model)
     with torch.no_grad():
         model[0].weight.masked_fill_(~model[0].mask, 0)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from cofire.ops.checks import check_module
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.packing import unpack_bits
+from cofire.ops.selection import mask_offsets, unpack_mask
+from cofire.ops.sparse import apply_mask
 from cofire.ops.sparse_training import masked_adam_, masked_sgd_
 
 __all__ = [
@@ -45,14 +46,15 @@ class MaskedWeight(NamedTuple):
     def kept(self) -> Tensor:
         """bool, of the weight's shape."""
         columns = self.weight[0].numel() if self.weight.shape[0] else 0
-        return unpack_bits(self.bits, 1, columns).view(self.weight.shape).bool()
+        return unpack_mask(self.bits, columns).view(self.weight.shape)
 
 
 def masked_weights(model: nn.Module) -> Iterator[MaskedWeight]:
     """The masked weights of a model: of its modules with ``weight`` and ``mask_bits``.
 
     Modules that keep the dense weight alive beneath the mask (``mode="masked"``) are none of them: there the pruned entries
-    are trained too.
+    are trained too. But those of which a method says that it keeps them zero all the same (an attribute
+    ``pruned_are_zero``) are.
 
     Args:
         model: any module, also inside data parallelism or ``torch.compile``.
@@ -75,7 +77,8 @@ def masked_weights(model: nn.Module) -> Iterator[MaskedWeight]:
         bits, weight = getattr(module, "mask_bits", None), getattr(module, "weight", None)
         if not isinstance(bits, Tensor) or not isinstance(weight, nn.Parameter) or id(weight) in seen:
             continue
-        if getattr(module, "mode", "invariant") == "invariant":
+        alive = getattr(module, "mode", "invariant") != "invariant"
+        if not alive or getattr(module, "pruned_are_zero", False):
             seen.add(id(weight))
             yield MaskedWeight(f"{name}.weight" if name else "weight", weight, bits)
 
@@ -89,7 +92,7 @@ class _Packed:
     @property
     def kept(self) -> Tensor:
         rows = max(self.shape[0], 1)
-        return unpack_bits(self.bits, 1, self.shape.numel() // rows).view(self.shape).bool()
+        return unpack_mask(self.bits, self.shape.numel() // rows).view(self.shape)
 
     def unpack(self, values: Tensor) -> Tensor:
         kept = self.kept
@@ -97,10 +100,6 @@ class _Packed:
 
     def pack(self, dense: Tensor) -> Tensor:
         return dense[self.kept]
-
-    def offsets(self) -> Tensor:
-        counts = unpack_bits(self.bits, 1, 8 * self.bits.shape[1]).sum(1, dtype=torch.int64)
-        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 class _Masked(torch.optim.Optimizer):
@@ -166,7 +165,7 @@ class _Masked(torch.optim.Optimizer):
         if not packed:
             return None, clean
         if p not in self._offsets:
-            self._offsets[p] = _Packed(state["mask_bits"], p.shape).offsets()
+            self._offsets[p] = mask_offsets(state["mask_bits"])
         return self._offsets[p], clean
 
     def _repack(self, p: nn.Parameter, state: dict[str, Any], held: Tensor | None, bits: Tensor | None) -> None:
@@ -457,9 +456,7 @@ def reset_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, changed: 
         [False, True]
     """
     if changed.shape != parameter.shape:
-        raise ValueError(
-            f"reset_moments: changed must have shape {list(parameter.shape)}, got {list(changed.shape)}"
-        )
+        raise ValueError(f"reset_moments: changed must have shape {list(parameter.shape)}, got {list(changed.shape)}")
     for key, value in optimizer.state.get(parameter, {}).items():
         if isinstance(value, Tensor) and value.is_floating_point() and key != "step" and value.shape == changed.shape:
             value.masked_fill_(changed, 0)
@@ -507,7 +504,7 @@ def clip_grad_norm_(
 
     def counted(p: Tensor) -> Tensor:
         assert p.grad is not None
-        return torch.where(masks[id(p)].kept, p.grad, 0.0) if id(p) in masks else p.grad
+        return apply_mask(p.grad, masks[id(p)].bits) if id(p) in masks else p.grad
 
     with torch.no_grad():
         total = nn.utils.get_total_norm([counted(p) for p in given], norm_type, error_if_nonfinite)

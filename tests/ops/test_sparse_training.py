@@ -221,7 +221,11 @@ CHECKS = [
     ),
     *check_op(
         "gram",
-        [Sample("odd", activations(7, 17)), Sample("batches", activations(2, 9, 5)), Sample("no_rows", activations(0, 3))],
+        [
+            Sample("odd", activations(7, 17)),
+            Sample("batches", activations(2, 9, 5)),
+            Sample("no_rows", activations(0, 3)),
+        ],
         tiny=[Sample("tiny", activations(3, 4)), Sample("tiny_resized", activations(4, 5))],
         by_library=True,
     ),
@@ -256,9 +260,7 @@ def test_adam_is_torchs(decoupled: bool) -> None:
         g = torch.where(mask, rand.normal(6, 50), torch.nan)
         kept.grad = g[mask]
         optimizer.step()
-        ops.masked_adam_(
-            w, g, *states, bits_of(mask), lr=0.01, weight_decay=0.1, decoupled=decoupled, step=step
-        )
+        ops.masked_adam_(w, g, *states, bits_of(mask), lr=0.01, weight_decay=0.1, decoupled=decoupled, step=step)
     torch.testing.assert_close(w[mask], kept.detach(), rtol=2e-6, atol=1e-7)
     for x in (w, *states):
         assert not x[~mask].any()
@@ -321,7 +323,9 @@ def test_nan_at_what_matters_is_refused_and_nothing_is_written() -> None:
     for scope in ("row", "tensor"):
         w, g = torch.ones(3, 4), torch.ones(3, 4)
         w[1, 0] = torch.nan
-        with pytest.raises(ValueError, match=r"^prune_and_grow_: drop scores must not be NaN, got NaN at 1 kept entries"):
+        with pytest.raises(
+            ValueError, match=r"^prune_and_grow_: drop scores must not be NaN, got NaN at 1 kept entries"
+        ):
             ops.prune_and_grow_(w, bits_of(mask), g, 1, scope=scope)
         w[1, 0], g[2, 2] = 1.0, torch.nan
         with pytest.raises(ValueError, match=r"^prune_and_grow_: grow scores must not be NaN, got NaN at 1 pruned"):
@@ -355,6 +359,7 @@ def test_nan_stays_with_its_feature() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- refusals
+
 
 def w() -> Tensor:
     return torch.ones(2, 9)

@@ -102,7 +102,13 @@ def clear_changed_kernel(w_ptr, before_ptr, after_ptr, columns, blocks, BLOCK: t
 
 
 def prune_and_grow__plan(
-    weight: Tensor, bits: Tensor, grow_score: Tensor | None, drop_score: Tensor | None, count: int, scope: str, seed: int
+    weight: Tensor,
+    bits: Tensor,
+    grow_score: Tensor | None,
+    drop_score: Tensor | None,
+    count: int,
+    scope: str,
+    seed: int,
 ) -> str:
     columns = weight.numel() // max(weight.shape[0], 1)
     if scope == "tensor":
@@ -111,7 +117,13 @@ def prune_and_grow__plan(
 
 
 def prune_and_grow_(
-    weight: Tensor, bits: Tensor, grow_score: Tensor | None, drop_score: Tensor | None, count: int, scope: str, seed: int
+    weight: Tensor,
+    bits: Tensor,
+    grow_score: Tensor | None,
+    drop_score: Tensor | None,
+    count: int,
+    scope: str,
+    seed: int,
 ) -> Tensor:
     new = torch.empty_like(bits, memory_format=torch.contiguous_format)
     if weight.numel() == 0:
@@ -141,9 +153,7 @@ def prune_and_grow_(
             grown, dropped = nan.sum(0).tolist()
             for found, kind, of in ((dropped, "drop", "kept"), (grown, "grow", "pruned")):
                 if found:
-                    raise ValueError(
-                        f"prune_and_grow_: {kind} scores must not be NaN, got NaN at {found} {of} entries"
-                    )
+                    raise ValueError(f"prune_and_grow_: {kind} scores must not be NaN, got NaN at {found} {of} entries")
         size = triton.next_power_of_2(max(columns, 8))
         held = configs.tile("prune_and_grow", weight.device, columns=columns)
         prune_and_grow_kernel[(rows,)](before, key, new, columns, count, BLOCK=size, **held)

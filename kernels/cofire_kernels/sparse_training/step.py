@@ -41,14 +41,8 @@ def sgd_values(
     if DECAY:
         g = g + decay * w
     if MOMENTUM:
-        if FIRST:
-            buffer = g
-        else:
-            buffer = buffer * momentum + take * g
-        if NESTEROV:
-            g = g + momentum * buffer
-        else:
-            g = buffer
+        buffer = g if FIRST else buffer * momentum + take * g
+        g = g + momentum * buffer if NESTEROV else buffer
     return w + minus_lr * g, buffer
 
 
@@ -64,10 +58,8 @@ def adam_values(
             w = w * shrink
         else:
             g = g + decay * w
-    if FROM_START:  # torch.lerp: from the nearer end
-        m = m + near * (g - m)
-    else:
-        m = g - (g - m) * (1 - near)
+    # torch.lerp: from the nearer end
+    m = m + near * (g - m) if FROM_START else g - (g - m) * (1 - near)
     v = v * keep + take * g * g
     second = v
     if AMSGRAD:

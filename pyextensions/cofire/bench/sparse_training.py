@@ -20,7 +20,6 @@ from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plai
 from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse_training import _adam_update, _sgd_update
 
-
 FLOAT, HALF = torch.float32, torch.bfloat16
 LARGE, TINY = (4096, 4096), (8, 64)
 

@@ -4,7 +4,9 @@
 from cofire.methods.base import METHODS, Method, Report
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
+from cofire.methods.gradual_pruning import GradualPruning
 from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
+from cofire.methods.rigl import RigL
 
-__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "Method", "QLoRA", "Report"]
+__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "GradualPruning", "Method", "QLoRA", "Report", "RigL"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from cofire.ops.checks import (
 )
 from cofire.ops.fake_quantize import WORD, philox
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
+from cofire.ops.packing import pack_bits
+from cofire.ops.sparse import _kept as kept_of
+from cofire.ops.sparse import check_bits
 from cofire.registry import Kernel, Operator, register
 
 __all__ = [
@@ -46,22 +48,6 @@ SCOPES = ("row", "tensor")
 
 def _columns(weight: Tensor) -> int:
     return math.prod(weight.shape[1:])
-
-
-def _kept(weight: Tensor, bits: Tensor) -> Tensor:
-    """bool, of the weight's shape."""
-    return unpack_bits(bits, 1, _columns(weight)).view(weight.shape).bool()
-
-
-def _check_mask(operator: str, weight: Tensor, bits: Tensor) -> None:
-    if weight.dim() < 2:
-        refuse(operator, f"weight must have at least two dimensions where there is a mask, got {shape_of(weight)}")
-    if bits.dtype != torch.uint8:
-        raise TypeError(f"{operator}: bits must be uint8 (a packed mask), got {bits.dtype}")
-    want = [weight.shape[0], packed_bytes(_columns(weight), 1)]
-    if list(bits.shape) != want:
-        refuse(operator, f"bits must have shape {want} ({_columns(weight)} columns of one bit), got {shape_of(bits)}")
-    check_device(operator, "weight", weight, bits=bits)
 
 
 def _size(x: Tensor | None) -> int:
@@ -86,7 +72,7 @@ def _step_reference(
         for state, moment in zip(states, moments, strict=True):
             state.copy_(moment)
         return
-    kept = _kept(weight, bits)
+    kept = kept_of(bits, weight)
     if offsets is not None:  # one value of each state for each kept entry, in row-major order
         new, moments = update(w[kept], g[kept], list(states))
         weight.copy_(torch.zeros_like(w).masked_scatter(kept, new))
@@ -112,7 +98,7 @@ def _check_step(
     if grad.shape != weight.shape:
         refuse(operator, f"grad must have shape {shape_of(weight)}, got {shape_of(grad)}")
     if bits is not None:
-        _check_mask(operator, weight, bits)
+        check_bits(operator, weight, bits)
     if bits is None and clean:
         refuse(operator, "clean needs a mask, got bits None")
     if offsets is not None:
@@ -405,9 +391,15 @@ def _refuse_nan(name: str, scores: Tensor, among: Tensor, of: str) -> None:
 
 
 def _prune_and_grow_reference(
-    weight: Tensor, bits: Tensor, grow_score: Tensor | None, drop_score: Tensor | None, count: int, scope: str, seed: int
+    weight: Tensor,
+    bits: Tensor,
+    grow_score: Tensor | None,
+    drop_score: Tensor | None,
+    count: int,
+    scope: str,
+    seed: int,
 ) -> Tensor:
-    kept = _kept(weight, bits)
+    kept = kept_of(bits, weight)
     shape = (1, weight.numel()) if scope == "tensor" else (weight.shape[0], _columns(weight))
     mask = kept.reshape(shape)
     drop = (weight if drop_score is None else drop_score).detach().reshape(shape).abs()
@@ -425,11 +417,17 @@ def _prune_and_grow_reference(
 
 
 def _validate_prune_and_grow(
-    weight: Tensor, bits: Tensor, grow_score: Tensor | None, drop_score: Tensor | None, count: int, scope: str, seed: int
+    weight: Tensor,
+    bits: Tensor,
+    grow_score: Tensor | None,
+    drop_score: Tensor | None,
+    count: int,
+    scope: str,
+    seed: int,
 ) -> None:
     name = "prune_and_grow_"
     check_float(name, weight=weight, grow_score=grow_score, drop_score=drop_score)
-    _check_mask(name, weight, bits)
+    check_bits(name, weight, bits)
     for argument, x in (("grow_score", grow_score), ("drop_score", drop_score)):
         if x is not None and x.shape != weight.shape:
             refuse(name, f"{argument} must have shape {shape_of(weight)}, got {shape_of(x)}")
@@ -663,7 +661,9 @@ def _groups_of(x: Tensor, rows: int, columns: int) -> Tensor:
     return matrix.reshape(x.shape[0] // rows, rows, x.shape[1] // columns, columns)
 
 
-def _group_reference(weight: Tensor, grad: Tensor, block_rows: int, block_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+def _group_reference(
+    weight: Tensor, grad: Tensor, block_rows: int, block_columns: int
+) -> tuple[Tensor, Tensor, Tensor]:
     w, g = (_groups_of(x, block_rows, block_columns) for x in (weight, grad))
     return w.square().sum((1, 3)), g.square().sum((1, 3)), (w * g).sum((1, 3))
 
