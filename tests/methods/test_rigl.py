@@ -47,13 +47,17 @@ def protocol(method: Callable[[], RigL]) -> list[Any]:
     return [check for check in check_protocol(method, network, BATCH) if check.id != "loss_reaches_something"]
 
 
+#: Where random growth, whose layers are of another mode, could go another way.
+DIFFERENT = ("training_resumes_exactly", "compiles_without_a_break", "finalized_model_stands_alone")
+
+
 @pytest.mark.parametrize("check", protocol(method))
 def test_protocol(check: Callable[[], None]) -> None:
     check()
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("check", protocol(random))
+@pytest.mark.parametrize("check", [check for check in protocol(random) if check.id in DIFFERENT])
 def test_protocol_of_random_growth(check: Callable[[], None]) -> None:
     check()
 

@@ -121,8 +121,9 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         """The share that is kept after so many optimiser steps, if the masks are updated then.
 
         Example:
-            >>> [GradualPruning(density=0.2, begin=0, end=4).density_at(t) for t in (0, 2, 4)]
-            [1.0, 0.3, 0.2]
+            >>> pruning = GradualPruning(density=0.25, begin=0, end=4)
+            >>> [pruning.density_at(t) for t in (0, 2, 4)]
+            [1.0, 0.34375, 0.25]
         """
         left = 1 - (min(max(step, self.begin), self.end) - self.begin) / (self.end - self.begin)
         return self.final_density + (self.begin_density - self.final_density) * left**3
