@@ -23,6 +23,7 @@ namespace {
 // density 0.1, has so many that the interrupted streams cost more than they save.
 constexpr int64_t kWord = 64;
 constexpr int64_t kSegment = 4096;  // entries that are worth a thread's turn
+constexpr int64_t kGather = 512;    // entries whose kept ones are brought together at a time
 
 template <int S>
 using States = std::array<float*, S>;
@@ -69,24 +70,19 @@ constexpr Places kPlaces;
 inline __m256i indices(uint64_t packed) {
   return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(packed)));
 }
-
-inline __m256i first_lanes(int count) {
-  alignas(64) static constexpr int32_t kLimits[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLimits + 8 - count));
-}
 #endif
 
-// The values from p on, in order, in the lanes whose bits are set. Nothing beyond them is read.
-inline Vec expand(const float* p, uint32_t bits) {
+// Lane i of the first ones goes to the i-th lane whose bit is set; the others mean nothing.
+inline Vec expand(const Vec& v, uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_expandloadu_ps(static_cast<__mmask16>(bits), p);
+  return _mm512_maskz_expand_ps(static_cast<__mmask16>(bits), v);
 #elif defined(CPU_CAPABILITY_AVX2)
-  const __m256 values = _mm256_maskload_ps(p, first_lanes(__builtin_popcount(bits)));
-  return _mm256_permutevar8x32_ps(values, indices(kPlaces.expand[bits]));
+  return _mm256_permutevar8x32_ps(v, indices(kPlaces.expand[bits]));
 #else
-  alignas(64) float lanes[kLanes] = {};
-  for (; bits != 0; bits &= bits - 1) lanes[__builtin_ctz(bits)] = *p++;
-  return Vec::loadu(lanes);
+  alignas(64) float from[kLanes], to[kLanes] = {};
+  v.store(from);
+  for (const float* p = from; bits != 0; bits &= bits - 1) to[__builtin_ctz(bits)] = *p++;
+  return Vec::loadu(to);
 #endif
 }
 
@@ -131,72 +127,93 @@ void step_all(T* w, const T* g, const States<S>& states, int64_t numel, const U&
   });
 }
 
-// One vector whose lanes are kept where the bits are set. A state of kept values is read from
-// `states` on and written to `out`, each of which is moved on.
-template <bool kPacked, typename T, int S, typename U, typename C>
-inline void masked_vector(T* w, const T* g, States<S>& states, States<S>& out, C count,
-                          uint32_t bits, const U& update) {
-  const Vec mask = lanes_of(bits);
-  Vec value = load(w, count);
-  std::array<Vec, S> state;
-  for (int j = 0; j < S; ++j) {
-    state[j] = kPacked ? expand(states[j], bits) : load(states[j], count);
-  }
-  update(value, load(g, count), state);
-  store_f32(w, value & mask, count);
-  for (int j = 0; j < S; ++j) {
-    if constexpr (kPacked) {
-      compress(state[j], bits).store(out[j]);
-      states[j] += __builtin_popcount(bits);
-      out[j] += __builtin_popcount(bits);
-    } else {
-      store_f32(states[j], state[j] & mask, count);
-      states[j] += kLanes;
+constexpr uint32_t kAllLanes = (1u << kLanes) - 1;
+
+// Calls f(i, count, bits) for each vector of a word of mask.
+template <typename F>
+inline void for_lanes(uint64_t word, int64_t count, F&& f) {
+  if (count == kWord) {
+    COFIRE_UNROLL
+    for (int64_t i = 0; i < kWord; i += kLanes) {
+      f(i, std::integral_constant<int64_t, kLanes>{}, static_cast<uint32_t>(word >> i) & kAllLanes);
     }
+    return;
   }
+  for_vectors(count, [&](int64_t i, auto rest) {
+    f(i, rest, static_cast<uint32_t>(word >> i) & kAllLanes);
+  });
 }
 
-// The entries [from, to) of a row; `states` stand at the first of them.
-template <bool kPacked, typename T, int S, typename U>
-void masked_run(T* w, const T* g, States<S> states, const uint8_t* bits, int64_t from, int64_t to,
-                bool clean, const U& update) {
-  constexpr uint32_t kAll = (1u << kLanes) - 1;
-  // Kept values of a word pass through here: a store of some lanes is microcoded on some CPUs, and
-  // a store of all of them would reach into what was not read yet, or is another thread's.
-  alignas(64) float passing[S == 0 ? 1 : S][kWord + kLanes];
+// The entries [from, to) of a row; states have its columns.
+template <typename T, int S, typename U>
+void masked_run(T* w, const T* g, const States<S>& states, const uint8_t* bits, int64_t from,
+                int64_t to, bool clean, const U& update) {
   for (int64_t k = from; k < to; k += kWord) {
     const int64_t count = std::min(kWord, to - k);
     const uint64_t word = word_of(bits, k, count);
     if (word == 0) {
-      if (!clean) std::fill_n(w + k, count, T(0));
-      if constexpr (!kPacked) {
-        for (int j = 0; j < S; ++j) {
-          if (!clean) std::fill_n(states[j], count, 0.0f);
-          states[j] += count;
-        }
-      }
+      if (clean) continue;
+      std::fill_n(w + k, count, T(0));
+      for (int j = 0; j < S; ++j) std::fill_n(states[j] + k, count, 0.0f);
       continue;
     }
-    States<S> out, begin = states;
-    for (int j = 0; j < S; ++j) out[j] = passing[j];
-    if (count == kWord) {
-      COFIRE_UNROLL
-      for (int64_t i = 0; i < kWord; i += kLanes) {
-        masked_vector<kPacked, T, S>(w + k + i, g + k + i, states, out,
-                                     std::integral_constant<int64_t, kLanes>{},
-                                     static_cast<uint32_t>(word >> i) & kAll, update);
+    for_lanes(word, count, [&](int64_t i, auto rest, uint32_t set) {
+      const Vec mask = lanes_of(set);
+      const int64_t at_ = k + i;
+      Vec value = load(w + at_, rest);
+      std::array<Vec, S> state;
+      for (int j = 0; j < S; ++j) state[j] = load(states[j] + at_, rest);
+      update(value, load(g + at_, rest), state);
+      store_f32(w + at_, value & mask, rest);
+      for (int j = 0; j < S; ++j) store_f32(states[j] + at_, state[j] & mask, rest);
+    });
+  }
+}
+
+// A row whose states hold the values of its kept entries: weights and gradients of these are
+// brought together a segment at a time, updated beside their states, and put back.
+template <typename T, int S, typename U>
+void packed_run(T* w, const T* g, States<S> states, const uint8_t* bits, int64_t columns,
+                bool clean, const U& update) {
+  alignas(64) float weights[kGather + kLanes], grads[kGather + kLanes];
+  for (int64_t from = 0; from < columns; from += kGather) {
+    const int64_t to = std::min(from + kGather, columns);
+    const auto each_word = [&](auto&& f) {
+      for (int64_t k = from; k < to; k += kWord) {
+        const int64_t count = std::min(kWord, to - k);
+        f(k, count, word_of(bits, k, count));
       }
-    } else {
-      for_vectors(count, [&](int64_t i, auto rest) {
-        masked_vector<kPacked, T, S>(w + k + i, g + k + i, states, out, rest,
-                                     static_cast<uint32_t>(word >> i) & kAll, update);
+    };
+    int64_t found = 0;
+    each_word([&](int64_t k, int64_t count, uint64_t word) {
+      if (word == 0) return;
+      for_lanes(word, count, [&](int64_t i, auto rest, uint32_t set) {
+        compress(load(w + k + i, rest), set).store(weights + found);
+        compress(load(g + k + i, rest), set).store(grads + found);
+        found += __builtin_popcount(set);
       });
-    }
-    if constexpr (kPacked) {
-      for (int j = 0; j < S; ++j) {
-        std::memcpy(begin[j], passing[j], sizeof(float) * __builtin_popcountll(word));
+    });
+    for_vectors(found, [&](int64_t i, auto rest) {
+      Vec value = load(weights + i, rest);
+      std::array<Vec, S> state;
+      for (int j = 0; j < S; ++j) state[j] = load(states[j] + i, rest);
+      update(value, load(grads + i, rest), state);
+      value.store(weights + i);
+      for (int j = 0; j < S; ++j) store_f32(states[j] + i, state[j], rest);
+    });
+    for (int j = 0; j < S; ++j) states[j] += found;
+    found = 0;
+    each_word([&](int64_t k, int64_t count, uint64_t word) {
+      if (word == 0) {
+        if (!clean) std::fill_n(w + k, count, T(0));
+        return;
       }
-    }
+      for_lanes(word, count, [&](int64_t i, auto rest, uint32_t set) {
+        const Vec value = expand(Vec::loadu(weights + found), set);
+        store_f32(w + k + i, value & lanes_of(set), rest);
+        found += __builtin_popcount(set);
+      });
+    });
   }
 }
 
@@ -209,8 +226,8 @@ void step_masked(T* w, const T* g, const States<S>& states, const uint8_t* bits,
     const U update = given;
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / segments, from = task % segments * kSegment, at_ = row * columns;
-      masked_run<false, T, S>(w + at_, g + at_, moved<S>(states, at_ + from), bits + row * bytes,
-                              from, std::min(from + kSegment, columns), clean, update);
+      masked_run<T, S>(w + at_, g + at_, moved<S>(states, at_), bits + row * bytes, from,
+                       std::min(from + kSegment, columns), clean, update);
     }
   });
 }
@@ -230,8 +247,8 @@ void step_packed(T* w, const T* g, const States<S>& states, const uint8_t* bits,
       }
       TORCH_CHECK(0 <= begin && begin + kept <= values && begin + kept == offsets[row + 1],
                   "offsets must count the kept entries of each row");
-      masked_run<true, T, S>(w + row * columns, g + row * columns, moved<S>(states, begin),
-                             bits + row * bytes, 0, columns, clean, update);
+      packed_run<T, S>(w + row * columns, g + row * columns, moved<S>(states, begin),
+                       bits + row * bytes, columns, clean, update);
     }
   });
 }
