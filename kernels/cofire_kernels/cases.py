@@ -344,15 +344,76 @@ def _fake_quantize(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
-from cofire_kernels import clustering, gating, lowbit, selection, sparse, sparse_training
+def _mask(make: Make, rows: int, columns: int) -> Tensor:
+    return torch.full((rows, columns // 8), 0x5A, dtype=torch.uint8, device=make.device)
+
+
+def _apply_mask(make: Make, sizes: Sizes) -> list[Call]:
+    w, bits = make.values(4096, sizes["columns"]), _mask(make, 4096, sizes["columns"])
+    return [lambda: sparse.apply_mask(w, bits)]
+
+
+def _masked(make: Make, sizes: Sizes, what: str) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    m, k, n = sizes["samples"], sizes["columns"], 4096
+    x, grad, w, bits = make.values(m, k), make.values(m, n), make.values(n, k), _mask(make, n, k)
+    if what == "product":
+        return [lambda: sparse.masked_linear(x, w, bits, make.values(n), "hard", 0.0)]
+    if what == "input":
+        return [lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, True, False)]
+    return [
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, False, True),
+        lambda: sparse.masked_linear_backward(grad, x, w, bits, "srste", 1e-4, False, True),
+    ]
+
+
+Compressed = tuple[Tensor, Tensor, Tensor, None, str, int, int, int, int]
+
+
+def _compressed(make: Make, format: str, block: int, sizes: Sizes) -> Compressed:
+    """A weight of 4096 rows, of which a quarter is kept: what spmm takes from the values on."""
+    rows, columns = 4096, sizes.get("columns", 4096)
+    strips, kept = {"csr": (rows, columns // 4), "delta": (rows, columns // 4), "bitmap": (256, 4 * columns)}.get(
+        format, (rows // block, columns // block // 4)
+    )
+    dtype = {"csr": torch.uint16, "delta": torch.uint8, "bitmap": torch.uint16}.get(format, torch.int32)
+    index = torch.full((strips * kept,), 1, dtype=dtype, device=make.device)
+    if format == "block":
+        index = (torch.arange(strips * kept, device=make.device) % kept * 4).to(torch.int32)
+    elif format == "bitmap":
+        index = torch.full((256, columns), 0x1111, dtype=torch.int32, device=make.device).to(torch.uint16)
+    offsets = torch.arange(strips + 1, device=make.device) * kept
+    values = make.values(strips * kept, block, block) if format == "block" else make.values(strips * kept)
+    return values, index, offsets, None, format, rows, columns, block, block
+
+
+def _decode_sparse(make: Make, sizes: Sizes) -> list[Call]:
+    x = make.values(16, sizes["columns"])
+
+    def call(format: str) -> Call:
+        args = _compressed(make, format, 1, sizes)
+        return lambda: sparse.spmm(x, None, *args)
+
+    return [call("bitmap"), call("csr"), call("delta")]
+
+
+def _spmm_block(make: Make, sizes: Sizes, sampled: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    x, grad = make.values(sizes["samples"], 4096), make.values(sizes["samples"], 4096)
+    args = _compressed(make, "block", sizes["block"], sizes)
+    if sampled:
+        return [lambda: sparse.spmm_backward(grad, x, *args, False, True)]
+    return [
+        lambda: sparse.spmm(x, None, *args),
+        lambda: sparse.spmm_backward(grad, x, *args, True, False),
+    ]
 
 
 def _masked_step(make: Make, sizes: Sizes) -> list[Call]:
     k = sizes["columns"]
     w, g, bits = make.values(512, k), make.values(512, k), _mask(make, 512, k)
-
-
-    w, g, bits = make.values(512, k), make.values(512, k), _mask_bits(make, k)
     m, v = (torch.ones((512, k), device=make.device) for _ in range(2))
     packed = [torch.ones(512 * k // 2, device=make.device) for _ in range(3)]
     offsets = torch.arange(513, device=make.device) * (k // 2)
@@ -373,7 +434,6 @@ def _masked_step(make: Make, sizes: Sizes) -> list[Call]:
 def _prune_and_grow(make: Make, sizes: Sizes) -> list[Call]:
     w, g = make.values(512, sizes["columns"]), make.values(512, sizes["columns"])
     bits = _mask(make, 512, sizes["columns"])
-    bits = _mask_bits(make, sizes["columns"])
     return [
         lambda: sparse_training.prune_and_grow_(w, bits, g, None, 9, "row", 0),
         lambda: sparse_training.prune_and_grow_(w, bits, None, g, 9, "row", 5),
