@@ -157,15 +157,15 @@ class Case:
         return [*written, *(r.name or f"output {i}" for i, r in enumerate(returns))]
 
     @functools.cached_property
-    def reference(self) -> Callable[..., tuple[Tensor | None, ...]]:
+    def reference(self) -> Callable[..., tuple[Tensor, ...]]:
         return functional(self.operator, self.operator.reference)
 
     @functools.cached_property
-    def dispatched(self) -> Callable[..., tuple[Tensor | None, ...]]:
+    def dispatched(self) -> Callable[..., tuple[Tensor, ...]]:
         return functional(self.operator, self.operator.overload)
 
     @functools.cached_property
-    def public(self) -> Callable[..., tuple[Tensor | None, ...]]:
+    def public(self) -> Callable[..., tuple[Tensor, ...]]:
         return functional(self.operator, self.operator)
 
     def named(self, outputs: Sequence[Tensor]) -> list[str]:

@@ -132,40 +132,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> groups(const at::Tensor& weight,
   dispatch(w.scalar_type(), [&](auto type) {
     const auto* ws = w.const_data_ptr<decltype(type)>();
     const auto* gs = g.const_data_ptr<decltype(type)>();
-    at::parallel_for(0, down * blocks, grain_of(width * block_rows),
-                     [&](int64_t first, int64_t last) {
-                       std::vector<float> sums(3 * width);
-                       std::vector<double> totals(3 * width);
-                       for (int64_t task = first; task < last; ++task) {
-                         const int64_t row = task / blocks * block_rows, c = task % blocks * width;
-                         const int64_t size = std::min(width, columns - c);
-                         std::fill(totals.begin(), totals.end(), 0.0);
-                         for (int64_t r = 0; r < block_rows; r += kRows) {
-                           std::fill(sums.begin(), sums.end(), 0.0f);
-                           float *ww = sums.data(), *gg = ww + width, *wg = gg + width;
-                           for (int64_t i = r; i < std::min(r + kRows, block_rows); ++i) {
-                             const int64_t at_ = (row + i) * columns + c;
-                             for_vectors(size, [&](int64_t j, auto rest) {
-                               const Vec a = load(ws + at_ + j, rest), b = load(gs + at_ + j, rest);
-                               store_f32(ww + j, at::vec::fmadd(a, a, load(ww + j, rest)), rest);
-                               store_f32(gg + j, at::vec::fmadd(b, b, load(gg + j, rest)), rest);
-                               store_f32(wg + j, at::vec::fmadd(a, b, load(wg + j, rest)), rest);
-                             });
-                           }
-                           for (int64_t j = 0; j < 3 * width; ++j)
-                             totals[j] += static_cast<double>(sums[j]);
-                         }
-                         for (int64_t j = 0; j < size; j += block_columns) {
-                           const int64_t group = task / blocks * across + (c + j) / block_columns;
-                           for (int which = 0; which < 3; ++which) {
-                             double total = 0;
-                             for (int64_t i = j; i < j + block_columns; ++i)
-                               total += totals[which * width + i];
-                             to[which][group] = static_cast<float>(total);
-                           }
-                         }
-                       }
-                     });
+    at::parallel_for(
+        0, down * blocks, grain_of(width * block_rows), [&](int64_t first, int64_t last) {
+          std::vector<float> sums(3 * width);
+          std::vector<double> totals(3 * width);
+          for (int64_t task = first; task < last; ++task) {
+            const int64_t row = task / blocks * block_rows, c = task % blocks * width;
+            const int64_t size = std::min(width, columns - c);
+            std::fill(totals.begin(), totals.end(), 0.0);
+            for (int64_t r = 0; r < block_rows; r += kRows) {
+              std::fill(sums.begin(), sums.end(), 0.0f);
+              float *ww = sums.data(), *gg = ww + width, *wg = gg + width;
+              for (int64_t i = r; i < std::min(r + kRows, block_rows); ++i) {
+                const int64_t at_ = (row + i) * columns + c;
+                for_vectors(size, [&](int64_t j, auto rest) {
+                  const Vec a = load(ws + at_ + j, rest), b = load(gs + at_ + j, rest);
+                  store_f32(ww + j, at::vec::fmadd(a, a, load(ww + j, rest)), rest);
+                  store_f32(gg + j, at::vec::fmadd(b, b, load(gg + j, rest)), rest);
+                  store_f32(wg + j, at::vec::fmadd(a, b, load(wg + j, rest)), rest);
+                });
+              }
+              for (int64_t j = 0; j < 3 * width; ++j) totals[j] += static_cast<double>(sums[j]);
+            }
+            for (int64_t j = 0; j < size; j += block_columns) {
+              const int64_t group = task / blocks * across + (c + j) / block_columns;
+              for (int which = 0; which < 3; ++which) {
+                to[which][group] = sum(totals.data() + which * width + j, block_columns);
+              }
+            }
+          }
+        });
   });
   return {found[0], found[1], found[2]};
 }

@@ -2,8 +2,9 @@
 // Optimiser steps on masked weights: one pass over weight, gradient and state, in which kept
 // entries are updated and pruned ones become zero, whatever gradient stood there.
 //
-// The order of operations is that of torch.optim. Entries do not depend on each other, and which
-// lane computes which does not depend on the number of threads.
+// The order of operations is that of torch.optim; where a product is added, it is a fused
+// multiply-add that says so, so that every way through a weight has the same bits. Entries do not
+// depend on each other, and which lane computes which does not depend on the number of threads.
 #include <array>
 #include <cmath>
 #include <optional>
@@ -360,22 +361,23 @@ void adam(const at::Tensor& weight, const at::Tensor& grad, const at::Tensor& ex
       root(static_cast<float>(std::sqrt(1 - std::pow(beta2, power))));
   const Vec shrink(static_cast<float>(1 - lr * weight_decay)),
       decay(static_cast<float>(weight_decay)), epsilon(static_cast<float>(eps));
-  const Vec near(static_cast<float>(1 - beta1)), far(static_cast<float>(beta1)),
+  const Vec near(static_cast<float>(1 - beta1)), minus_far(static_cast<float>(-beta1)),
       keep(static_cast<float>(beta2)), take(static_cast<float>(1 - beta2));
   const bool shrinks = weight_decay != 0 && decoupled, decays = weight_decay != 0 && !decoupled;
   const bool from_start = 1 - beta1 < 0.5;  // torch.lerp: from the nearer end
   const auto update = [=](Vec& w, const Vec& grad, auto& state) {
     Vec g = maximize ? negated(grad) : grad;
-    if (shrinks) w = w * shrink;
     if (decays) g = at::vec::fmadd(w, decay, g);
     const Vec apart = g - state[0];
-    state[0] = from_start ? at::vec::fmadd(near, apart, state[0]) : g - apart * far;
+    state[0] =
+        from_start ? at::vec::fmadd(near, apart, state[0]) : at::vec::fmadd(apart, minus_far, g);
     state[1] = at::vec::fmadd(take * g, g, state[1] * keep);
     Vec second = state[1];
     if constexpr (std::tuple_size_v<std::decay_t<decltype(state)>> == 3) {
       second = state[2] = at::vec::maximum(state[2], second);
     }
-    w = w + minus_size * state[0] / (second.sqrt() / root + epsilon);
+    const Vec move = minus_size * state[0] / (second.sqrt() / root + epsilon);
+    w = shrinks ? at::vec::fmadd(w, shrink, move) : w + move;
   };
   if (max_exp_avg_sq.has_value()) {
     return step<3>(weight, grad, {exp_avg, exp_avg_sq, *max_exp_avg_sq}, bits, offsets, clean,

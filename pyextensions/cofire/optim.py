@@ -496,7 +496,7 @@ def clip_grad_norm_(
     """
     if isinstance(parameters, nn.Module):
         model = parameters if model is None else model
-        given = list(parameters.parameters())
+        given: list[Tensor] = list(parameters.parameters())
     else:
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     masks = {} if model is None else {id(m.weight): m for m in masked_weights(model)}

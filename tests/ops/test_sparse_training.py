@@ -341,7 +341,7 @@ def test_merged_statistics_are_those_of_all() -> None:
     x = Random("merge").normal(301, 5) + 1000.0
     found = ops.activation_statistics(x[:100]).merge(ops.activation_statistics(x[100:]))
     r = x.double()
-    assert found.count == 301
+    assert found.number == 301
     torch.testing.assert_close(found.variance.double(), r.var(0, correction=0), rtol=1e-3, atol=0)
     torch.testing.assert_close(found.sum.double(), r.sum(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.sum_of_squares.double(), r.square().sum(0), rtol=1e-6, atol=0)

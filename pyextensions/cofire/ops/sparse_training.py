@@ -513,37 +513,37 @@ class ActivationStatistics(NamedTuple):
     Example:
         >>> x = torch.tensor([[1.0, -5.0], [3.0, 1.0], [2.0, 1.0]])
         >>> both = activation_statistics(x[:2]).merge(activation_statistics(x[2:]))
-        >>> both.count, both.sum.tolist(), both.largest.tolist()
+        >>> both.number, both.sum.tolist(), both.largest.tolist()
         (3, [6.0, -3.0], [3.0, 5.0])
     """
 
-    count: int  #: how many vectors there were
+    number: int  #: how many vectors there were
     mean: Tensor
     deviation: Tensor  #: the sum of the squared deviations from the mean
     largest: Tensor  #: the largest magnitude
 
     @property
     def sum(self) -> Tensor:
-        return self.mean * self.count
+        return self.mean * self.number
 
     @property
     def sum_of_squares(self) -> Tensor:
-        return self.deviation + self.mean.square() * self.count
+        return self.deviation + self.mean.square() * self.number
 
     @property
     def variance(self) -> Tensor:
         """Of the vectors seen, not of what they are a sample of."""
-        return self.deviation / max(self.count, 1)
+        return self.deviation / max(self.number, 1)
 
     def merge(self, other: ActivationStatistics) -> ActivationStatistics:
         """Those of both sets together (Chan et al. 1979)."""
-        count = self.count + other.count
-        share = other.count / max(count, 1)
+        count = self.number + other.number
+        share = other.number / max(count, 1)
         delta = other.mean - self.mean
         return ActivationStatistics(
             count,
             self.mean + delta * share,
-            self.deviation + other.deviation + delta.square() * (self.count * share),
+            self.deviation + other.deviation + delta.square() * (self.number * share),
             torch.maximum(self.largest, other.largest),
         )
 
@@ -586,13 +586,13 @@ _activation_statistics = register(
 
 
 def activation_statistics(input: Tensor) -> ActivationStatistics:
-    """Count, mean, squared deviation and largest magnitude of each feature, in one pass over memory.
+    """Number, mean, squared deviation and largest magnitude of each feature, in one pass over memory.
 
     Args:
         input: any float ``[..., K]``; all dimensions but the last count vectors.
 
     Returns:
-        ``count``, and ``mean``, ``deviation`` (the sum of squared deviations) and ``largest`` (magnitude), fp32 ``[K]``
+        ``number`` (of vectors), and ``mean``, ``deviation`` (the sum of squared deviations) and ``largest`` (magnitude), fp32 ``[K]``
         each (fp64 for fp64); properties ``sum``, ``sum_of_squares``, ``variance``, and ``merge`` for several batches. A NaN
         makes the statistics of its feature NaN. Of no vectors all are zero.
 
