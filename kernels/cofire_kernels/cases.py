@@ -411,189 +411,13 @@ def _spmm_block(make: Make, sizes: Sizes, sampled: bool) -> list[Call]:
     ]
 
 
-def _bits(make: Make, sizes: Sizes) -> Tensor:
-    """16-bit weights: for fp32, bfloat16 stands in."""
-    dtype = make.dtype if make.dtype.itemsize == 2 else torch.bfloat16
-    return torch.randn(sizes["elements"], device=make.device).to(dtype)
-
-
-def _histogram16(make: Make, sizes: Sizes) -> list[Call]:
-    input = _bits(make, sizes)
-    return [lambda: clustering.histogram16(input)]
-
-
-def _scatter16(make: Make, sizes: Sizes) -> list[Call]:
-    input, source = _bits(make, sizes), make.values(sizes["elements"])
-    return [lambda: clustering.scatter16(input, source), lambda: clustering.scatter16(input, source.double())]
-
-
-def _lut_apply16(make: Make, sizes: Sizes) -> list[Call]:
-    input, source = _bits(make, sizes), make.values(sizes["elements"])
-    table, slope = (torch.randn(65536, device=make.device) for _ in range(2))
-    return [
-        lambda: clustering.lut_apply16(input, table, None, None),
-        lambda: clustering.lut_apply16(input, table, source, slope),
-    ]
-
-
-#: eps, enforce_zero, prune_threshold, keep_sparsity
-_RULES = [(1e-7, False, 0.0, False), (0.0, True, 0.01, True)]
-
-
-def _palette(clusters: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    even = torch.linspace(-2, 2, clusters, device=device)[None, :, None]
-    return even.repeat(1, 1, d), torch.full((1,), 1.2 / clusters**2, device=device)
-
-
-def _dkm_tables(make: Make, sizes: Sizes) -> list[Call]:
-    values = torch.linspace(-3, 3, 4096, dtype=torch.float32, device=make.device)
-    counts = torch.full((1, 4096), 16, dtype=torch.int32, device=make.device)
-    centroids, tau = _palette(sizes["clusters"], 1, make.device)
-
-    def both(rules: tuple[float, bool, float, bool], grad: str) -> Call:
-        def call() -> object:
-            palette = centroids[:, :, 0]
-            table, path, status = clustering.dkm_tables(values, counts, palette, tau, 3, *rules, grad, 2**-9)
-            return clustering.dkm_tables_backward(table, values, counts, path, status, tau, *rules, grad)
-
-        return call
-
-    return [both(_RULES[0], "unroll"), both(_RULES[1], "unroll"), both(_RULES[0], "implicit")]
-
-
-def _dkm(make: Make, sizes: Sizes) -> list[Call]:
-    """The numbers of a palette are those of scalars, and of vectors of four with a quarter of the centroids."""
-
-    def both(d: int, rules: tuple[float, bool, float, bool], forward: str, grad: str) -> Call:
-        weight, grad_output = make.values(4096, 256), make.values(4096, 256)
-        centroids, tau = _palette(max(sizes["clusters"] // d, 2), d, make.device)
-        size = weight.numel()
-
-        def call() -> object:
-            output, path, status = clustering.dkm(weight, centroids, tau, size, 3, *rules, forward, grad)
-            gradients = clustering.dkm_backward(grad_output, weight, path, status, tau, size, *rules, grad)
-            return output, gradients, clustering.palettize(weight, centroids, size, rules[2], rules[3])
-
-        return call
-
-    return [
-        both(1, _RULES[0], "soft", "unroll"),
-        both(4, _RULES[1], "hard_ste", "unroll"),
-        both(4, _RULES[0], "soft", "jfb"),
-    ]
-
-
-Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> Parts:
-    """Codes, scale, zero, offset and table of 4,096 rows."""
-    codes = torch.empty((4096, (columns * bits + 7) // 8), dtype=torch.uint8, device=make.device)
-    scale = torch.ones((4096, columns // group), dtype=torch.float32, device=make.device)
-    zero = torch.full((1, 1), float(1 << bits >> 1), device=make.device)
-    if not lut:
-        return codes, scale, zero, None, None
-    table = torch.ones((1, 1 << bits), device=make.device)
-    return codes, scale, None, None, table.to(torch.int8) if lut == "int8" else table
-
-
-def _dequantize(make: Make, sizes: Sizes) -> list[Call]:
-    k = sizes["columns"]
-    four, three, palette = _weight(make, 4, k, 128), _weight(make, 3, k, 128), _weight(make, 4, k, 128, "float")
-    narrow = _weight(make, 4, k, 8)
-    return [
-        lambda: lowbit.dequantize(*four, 4, 128, k),
-        lambda: lowbit.dequantize(*three, 3, 128, k),
-        lambda: lowbit.dequantize(*palette, 4, 128, k),
-        lambda: lowbit.dequantize(*narrow, 4, 8, k),
-    ]
-
-
-def _sum_splits(make: Make, sizes: Sizes) -> list[Call]:
-    parts = torch.randn((8, sizes["elements"]), device=make.device)
-    return [lambda: lowbit.sum_splits(parts, make.values(sizes["elements"]))]
-
-
-def _qlinear(make: Make, sizes: Sizes) -> list[Call]:
-    if make.dtype.itemsize != sizes.get("element_size", make.dtype.itemsize):
-        return []
-    k = sizes["columns"]
-    x, bias = make.values(sizes["samples"], k), make.values(4096)
-    a, b = make.values(16, k), make.values(4096, 16)
-    four, narrow, three = _weight(make, 4, k, 128), _weight(make, 4, k, 32), _weight(make, 3, k, 128)
-    two, palette = _weight(make, 2, k, k), _weight(make, 4, k, k, "float")
-    return [
-        lambda: lowbit.qlinear(x, *four, None, 4, 128, "exact"),
-        lambda: lowbit.qlinear(x, *narrow, bias, 4, 32, "exact"),
-        lambda: lowbit.qlinear(x, *three, None, 3, 128, "exact"),
-        lambda: lowbit.qlinear(x, *two, None, 2, k, "exact"),
-        lambda: lowbit.qlinear(x, *palette, None, 4, k, "exact"),
-        lambda: lowbit.qlora_linear(x, *four, None, a, b, 0.5, 4, 128),
-    ]
-
-
-def _qlinear_bytes(make: Make, sizes: Sizes) -> list[Call]:
-    k = sizes["columns"]
-    x = make.values(sizes["samples"], k)
-    four, eight, row = _weight(make, 4, k, 128), _weight(make, 8, k, 128), _weight(make, 4, k, k)
-    palette = _weight(make, 4, k, k, "int8")
-    return [
-        lambda: lowbit.qlinear(x, *four, None, 4, 128, "int8"),
-        lambda: lowbit.qlinear(x, *eight, None, 8, 128, "int8"),
-        lambda: lowbit.qlinear(x, *row, None, 4, k, "int8"),
-        lambda: lowbit.qlinear(x, *palette, None, 4, k, "int8"),
-    ]
-
-
-def _qlinear_backward(make: Make, sizes: Sizes) -> list[Call]:
-    if make.dtype.itemsize != sizes["element_size"]:
-        return []
-    k = sizes["columns"]
-    grad, a, b = make.values(sizes["samples"], 4096), make.values(16, k), make.values(4096, 16)
-    four, narrow, three = _weight(make, 4, k, 128), _weight(make, 4, k, 32), _weight(make, 3, k, 128)
-    palette = _weight(make, 4, k, 64, "float")
-    return [
-        lambda: lowbit.qlinear_backward(grad, None, *four, 4, 128, k, "exact", True),
-        lambda: lowbit.qlinear_backward(grad, None, *narrow, 4, 32, k, "exact", True),
-        lambda: lowbit.qlinear_backward(grad, None, *three, 3, 128, k, "exact", True),
-        lambda: lowbit.qlinear_backward(grad, None, *palette, 4, 64, k, "exact", True),
-        lambda: lowbit.qlora_linear_backward(grad, None, None, None, *four, a, b, 0.5, 4, 128, True),
-    ]
-
-
-def _fake_quantize(make: Make, sizes: Sizes) -> list[Call]:
-    k = sizes["columns"]
-    x, grad = make.values(4096, k), make.values(4096, k)
-    each, narrow, one = (torch.full((n,), 0.1, device=make.device) for n in (k, 4096, 1))
-
-    def lsq(scale: Tensor, inner: int) -> Call:
-        return lambda: (
-            lowbit.fake_quantize_lsq(x, scale, inner, -8, 7, None),
-            lowbit.fake_quantize_lsq_backward(grad, x, scale, inner, -8, 7, None),
-        )
-
-    return [
-        lsq(narrow, k),
-        lsq(each, 1),
-        lsq(one, 1),
-        lambda: lowbit.fake_quantize_affine(x, narrow, narrow, k, 4),
-        lambda: lowbit.fake_quantize_affine_backward(grad, x, narrow, narrow, k, 4),
-        lambda: lowbit.fake_quantize_minmax(x, 4, k),
-        lambda: lowbit.fake_quantize_minmax_backward(grad, x, 4, k),
-        lambda: lowbit.fake_quantize_statsq(x, 4),
-        lambda: lowbit.fake_quantize_group(x, "int4", k, 2, False, 0),
-        lambda: lowbit.fake_quantize_group(x, "e2m1", k, 2, True, 5),
-        lambda: lowbit.fake_quantize_group(x, "int4_asymmetric", k, 2, False, 0),
-    ]
-
-
-def _bits(make: Make, rows: int, columns: int) -> Tensor:
+def _packed(make: Make, rows: int, columns: int) -> Tensor:
     return torch.full((rows, (columns + 7) // 8), 0x55, dtype=torch.uint8, device=make.device)
 
 
 def _dsnot_swap(make: Make, sizes: Sizes) -> list[Call]:
     k = sizes["columns"]
-    weight, bits = make.values(1024, k), _bits(make, 1024, k)
+    weight, bits = make.values(1024, k), _packed(make, 1024, k)
     vector = torch.ones(k, device=make.device)
     return [
         lambda: sparse_refine.dsnot_swap(weight, bits, vector, vector, vector, 51, 1e-3, False, 0),
@@ -605,7 +429,7 @@ def _dsnot_swap(make: Make, sizes: Sizes) -> list[Call]:
 
 def _gram_swap(make: Make, sizes: Sizes) -> list[Call]:
     k = sizes["columns"]
-    weight, bits = make.values(1024, k), _bits(make, 1024, k)
+    weight, bits = make.values(1024, k), _packed(make, 1024, k)
     gram = torch.eye(k, device=make.device)
     correlation = torch.zeros((1024, k), dtype=torch.float64, device=make.device)
     return [
