@@ -39,7 +39,6 @@ def summary(results: Results) -> list[Results]:
                 "initial": mean(_share(cell, "initial") for cell in cells),
                 "squared": mean(_mean(cell, "refined") for cell in cells),
                 "moved": mean(_moved(cell) for cell in cells),
-                "seconds": mean(cell["seconds"] for cell in cells),
             }
         )
     return rows
@@ -149,7 +148,6 @@ def _details(rows: list[Results], unit: str) -> Table:
             f"{row['error']:.4f}",
             f"{row['initial']:.4f}",
             f"{row['moved']:.1f}",
-            f"{row['seconds']:.1f}",
         ]
         for row in rows
     ]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cofire.methods.base import Method, Report, bare, matches, replace_modules
 from cofire.names import near_matches
+from cofire.nn import SparseLinear
 from cofire.nn.calibration import InputStatistics, evaluation, in_order, run
 from cofire.nn.lowbit import dense_weight, is_transposed, linear_layers
 from cofire.ops import corrected_bias, dsnot_swap, gram_swap, keep_mask, pruning_error, unpack_mask
@@ -287,8 +288,6 @@ class DSnoT(Method, name="dsnot"):
                 inputs that are not finite; a density that keeps nothing of a row; a pattern that does not divide the
                 columns; a model that is pruned already.
         """
-        from cofire.nn import SparseLinear
-
         check_module("DSnoT.prepare", model)
         if pruned_layers(model):
             raise ValueError("DSnoT.prepare: the model is pruned already; prepare the network that it was made from")
@@ -299,7 +298,7 @@ class DSnoT(Method, name="dsnot"):
         for name, (bits, pruned) in found.items():
             layer = result.get_submodule(name)
             mask = unpack_mask(bits, pruned.shape[1])
-            sparse = SparseLinear.from_dense(_plain(layer), mask, mode="invariant").train(layer.training)
+            sparse = SparseLinear.from_dense(layer, mask, mode="invariant").train(layer.training)
             sparse.pruned = pruned
             new[id(layer)] = sparse
         return replace_modules(result, new)
@@ -322,8 +321,7 @@ class DSnoT(Method, name="dsnot"):
             ValueError: no pruned layer, or finalized already.
         """
         for layer in self._require(model, "step").values():
-            weight = layer.get_parameter("weight")
-            weight.masked_fill_(~layer.mask, 0.0)
+            layer.update_mask(layer.mask_bits)
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` in evaluation mode whose pruned layers hold the kept weights alone.
@@ -383,18 +381,6 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def _plain(layer: nn.Module) -> nn.Linear:
-    """The layer as an ``nn.Linear``, which GPT-2's is not."""
-    if isinstance(layer, nn.Linear):
-        return layer
-    weight, bias = dense_weight(layer)
-    plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
-    plain.weight = nn.Parameter(weight, layer.get_parameter("weight").requires_grad)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias, layer.get_parameter("bias").requires_grad)
-    return plain
-
-
 @torch.no_grad()
 def _gives_output(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> str | None:
     """The layer whose output is the model's."""
@@ -429,4 +415,4 @@ def _dtype(layer: Any) -> torch.dtype:
 def _stored(layer: Any) -> int:
     """Bytes of the weight, as finalize stores it."""
     packed = layer if layer.mode == "compressed" else layer.pack()
-    return int(packed.weight_nbytes)
+    return int(packed.sparse_weight.nbytes)
