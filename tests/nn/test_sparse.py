@@ -33,6 +33,7 @@ from cofire.nn import (
 )
 from cofire.nn import compressed as dispatch
 from cofire.ops import pack_mask
+from cofire.optim import check_invariant
 from helpers import check_examples
 
 IN, OUT = 48, 20
@@ -404,6 +405,8 @@ def test_momentum_from_before_a_new_mask_is_found() -> None:
     assert holds(model)
     steps(model, optimizer, 1)
     assert not holds(model)
+    with pytest.raises(RuntimeError, match="weight must be zero where it is pruned"):
+        check_invariant(model)
     with pytest.raises(ValueError, match="must be zero in the mode 'invariant'"):
         model[3].to_dense()
 

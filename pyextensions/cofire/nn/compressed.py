@@ -126,8 +126,8 @@ class Compressed(nn.Module):
     Attributes:
         values: parameter, the kept weights: ``[nnz]``, of blocks ``[blocks, C, R]``. Trained if the format can be (``csr`` and
             ``block`` with floats) and the layer it was made of was.
-        index, offsets, scale: buffers, as in :class:`cofire.ops.SparseWeight`; scale is None for floats. What is uint16 there,
-            and in the state, is int16 here, bit by bit: torch's processes exchange no uint16, and its pickle has none.
+        index, offsets, scale: buffers, as in :class:`cofire.ops.SparseWeight`; scale is None for floats. What is uint16 there
+            and in the state is twice as many bytes here: torch's processes exchange no uint16, and its pickle has none.
         geometry: int64 buffer: version of the format, its number, the block, and the weight's shape.
         cache_dense: whether a dense copy is kept, from the first time that it is needed, where dense products are
             faster. Else the weight is decoded each time they are.
@@ -148,7 +148,7 @@ class Compressed(nn.Module):
     def _take(self, weight: SparseWeight, shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> None:
         self.shape, self.format, self.block = shape, weight.format, weight.block
         self.values = nn.Parameter(weight.values.detach(), trained and weight.trainable)
-        self.register_buffer("index", signed(weight.index))
+        self.register_buffer("index", as_bytes(weight.index))
         self.register_buffer("offsets", weight.offsets)
         self.register_buffer("scale", weight.scale)
         numbers = [VERSION, FORMATS.index(weight.format), *weight.block, *shape]
@@ -168,7 +168,7 @@ class Compressed(nn.Module):
     def sparse_weight(self) -> SparseWeight:
         """The weight as ``[N, K]``, around the layer's own tensors."""
         shape = (self.shape[0], math.prod(self.shape[1:]))
-        index = unsigned(self.index)
+        index = from_bytes(self.index, self.format)
         return SparseWeight(self.values, index, self.offsets, shape, self.format, self.block, self.scale)
 
     @property
@@ -354,7 +354,7 @@ class Compressed(nn.Module):
             if a is not None and a.shape != b.shape:
                 refuse(name, f"mask must keep as many values as are stored, {shape_of(a)} {part}, got {shape_of(b)}")
         for part, tensor in new.tensors().items():
-            getattr(self, part).copy_(signed(tensor))
+            getattr(self, part).copy_(as_bytes(tensor))
         if self.values.grad is not None:
             self.values.grad = None  # of other places
         self._copy = None
@@ -364,7 +364,7 @@ class Compressed(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        destination[f"{prefix}index"] = unsigned(destination[f"{prefix}index"])
+        destination[f"{prefix}index"] = from_bytes(destination[f"{prefix}index"], self.format)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, values = self.scale, self.values
@@ -400,7 +400,7 @@ class Compressed(nn.Module):
             trained = self.values.requires_grad or self.format not in TRAINABLE or self.scale is not None
             self.format, self.block = FORMATS[number], (rest[0], rest[1])
             if isinstance(state.get(f"{prefix}index"), Tensor):
-                state[f"{prefix}index"] = signed(state[f"{prefix}index"])
+                state[f"{prefix}index"] = as_bytes(state[f"{prefix}index"])
             device = self.values.device
             for part in PARTS:  # of the shapes and dtypes of what comes
                 there, own = state.get(prefix + part), getattr(self, part)
@@ -457,12 +457,13 @@ def unpack(bits: Tensor, weight: Tensor) -> Tensor:
     return apply_mask(torch.ones(weight.shape, dtype=torch.float32, device=bits.device), bits) != 0
 
 
-def signed(index: Tensor) -> Tensor:
-    return index.view(torch.int16) if index.dtype == torch.uint16 else index
+def as_bytes(index: Tensor) -> Tensor:
+    """As buffers hold it: what is uint16, byte by byte."""
+    return index.contiguous().view(torch.uint8) if index.dtype == torch.uint16 else index
 
 
-def unsigned(index: Tensor) -> Tensor:
-    return index.view(torch.uint16) if index.dtype == torch.int16 else index
+def from_bytes(index: Tensor, format: str) -> Tensor:
+    return index.view(torch.uint16) if index.dtype == torch.uint8 and format != "delta" else index
 
 
 class CompressedLinear(Compressed):
