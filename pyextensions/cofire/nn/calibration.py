@@ -206,7 +206,7 @@ class _Chain:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Blocks of Hugging Face's models are called more than once: no keys and values must be kept."""
-    configs = [c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, "use_cache")]
+    configs: list[Any] = [c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, "use_cache")]
     before = [c.use_cache for c in configs]
     for config in configs:
         config.use_cache = False
@@ -242,7 +242,7 @@ def _chain(model: nn.Module, batch: Any, layers: Mapping[str, nn.Module]) -> tup
         keys: set[int | str] = set()
         for before, block in itertools.pairwise(blocks):
             ((_, _, output),), ((args, kwargs, _),) = calls[before], calls[block]
-            given = [*enumerate(args), *kwargs.items()]
+            given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
             keys.add(next((k for k, value in given if value is output), ""))
         key = keys.pop()
         return None if keys or key == "" else key

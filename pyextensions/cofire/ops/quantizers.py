@@ -173,7 +173,8 @@ def inverse_factor(operator: str, hessian: Tensor, damping: float) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(hessian)
     if int(info):
         refuse(operator, f"hessian must be positive definite with damping {damping}; it is not: raise damping")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factor
 
 
 def gptq(

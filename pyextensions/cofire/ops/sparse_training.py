@@ -592,8 +592,8 @@ def activation_statistics(input: Tensor) -> ActivationStatistics:
         input: any float ``[..., K]``; all dimensions but the last count vectors.
 
     Returns:
-        ``number`` (of vectors), and ``mean``, ``deviation`` (the sum of squared deviations) and ``largest`` (magnitude), fp32 ``[K]``
-        each (fp64 for fp64); properties ``sum``, ``sum_of_squares``, ``variance``, and ``merge`` for several batches. A NaN
+        ``number`` (of vectors), and ``mean``, ``deviation`` (the sum of squared deviations) and ``largest`` (magnitude), fp32
+        ``[K]`` each (fp64 for fp64); properties ``sum``, ``sum_of_squares``, ``variance``, and ``merge`` for several batches. A NaN
         makes the statistics of its feature NaN. Of no vectors all are zero.
 
     Raises:
