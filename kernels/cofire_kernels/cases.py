@@ -420,7 +420,7 @@ def _masked_step(make: Make, sizes: Sizes) -> list[Call]:
 
     def adam(*states: Tensor | None, bits: Tensor | None, offsets: Tensor | None, clean: bool) -> Call:
         options = (0.1, 0.9, 0.99, 1e-8, 0.01, True, False, 3, clean)
-        return lambda: sparse_training.masked_adam_(w, g, *states, bits, offsets, *options)  # type: ignore[arg-type]
+        return lambda: sparse_training.masked_adam_(w, g, *states, bits, offsets, *options)  # type: ignore[arg-type, call-arg]
 
     return [
         adam(m, v, None, bits=bits, offsets=None, clean=True),
