@@ -4,7 +4,11 @@
 // a broadcast and a multiplication with consecutive floats, as in a product with tokens side by
 // side. The positions run through the rows of a plane, its margins included; what comes out there
 // is dropped.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/diff.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/repeat_interleave.h>
 
 #include <algorithm>
 #include <vector>
@@ -60,11 +64,24 @@ void fill_planes(const T* image, const Geometry& g, float* planes) {
   }
 }
 
-template <typename T, typename Index, typename Value>
-void convolve(const at::Tensor& x, const at::Tensor& y, const Index* index, const Value* values,
+// Of the sums at `count` positions from `start` on, those of pixels.
+template <typename T>
+void drop_margins(const float* sums, int64_t start, int64_t count, const Geometry& g, float offset,
+                  T* out) {
+  for (int64_t row = start / g.plane_width; row < g.out_height; ++row) {
+    const int64_t at = row * g.plane_width - start;
+    if (at >= count) break;
+    const int64_t high = std::min(g.out_width, count - at);
+    for (int64_t i = std::max<int64_t>(0, -at); i < high; ++i) {
+      out[row * g.out_width + i] = static_cast<T>(sums[at + i] + offset);
+    }
+  }
+}
+
+// In fp32, whatever the input and the stored values are: the loops need not be there for each type.
+template <typename Index>
+void convolve(const at::Tensor& x, const at::Tensor& y, const Index* index, const float* values,
               const Weight& w, const Geometry& g, const float* bias) {
-  const T* from = x.const_data_ptr<T>();
-  T* to = y.mutable_data_ptr<T>();
   const int64_t images = x.size(0), all = g.channels * g.phases * g.plane();
   constexpr int64_t block = kMostVectors * kLanes;
   // The last block of positions reads on behind the last plane.
@@ -72,10 +89,14 @@ void convolve(const at::Tensor& x, const at::Tensor& y, const Index* index, cons
       empty_in_large_pages({images * all + block}, x.options().dtype(at::kFloat));
   auto* planes = scratch.mutable_data_ptr<float>();
   std::fill(planes + images * all, planes + images * all + block, 0.0f);
-  at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      fill_planes(from + i * g.channels * g.height * g.width, g, planes + i * all);
-    }
+  dispatch(x.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* from = x.const_data_ptr<T>();
+    at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        fill_planes(from + i * g.channels * g.height * g.width, g, planes + i * all);
+      }
+    });
   });
   std::vector<int64_t> start(w.columns);
   for (int64_t k = 0; k < w.columns; ++k) start[k] = g.start(k);
@@ -107,23 +128,15 @@ void convolve(const at::Tensor& x, const at::Tensor& y, const Index* index, cons
                            [&](int64_t k) { return base + start[k]; }, sums.data() + r * block);
                      }
                    });
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t n = first + r;
-        const float scale = w.scales() == nullptr ? 1.0f : w.scales()[n];
-        const float offset = bias == nullptr ? 0.0f : bias[n];
-        T* out = to + (image * w.rows + n) * area;
-        // Row of the output by row: the positions of its pixels that lie in this block.
-        const int64_t from_row = b * block / g.plane_width;
-        for (int64_t row = from_row; row < g.out_height; ++row) {
-          const int64_t at = row * g.plane_width - b * block;
-          if (at >= count) break;
-          const int64_t low = std::max<int64_t>(0, -at);
-          const int64_t high = std::min(g.out_width, count - at);
-          for (int64_t i = low; i < high; ++i) {
-            out[row * g.out_width + i] = static_cast<T>(sums[r * block + at + i] * scale + offset);
-          }
+      dispatch(y.scalar_type(), [&](auto example) {
+        using T = decltype(example);
+        T* to = y.mutable_data_ptr<T>() + image * w.rows * area;
+        for (int64_t r = 0; r < rows; ++r) {
+          const float offset = bias == nullptr ? 0.0f : bias[first + r];
+          drop_margins(sums.data() + r * block, b * block, count, g, offset,
+                       to + (first + r) * area);
         }
-      }
+      });
     }
   });
 }
@@ -172,15 +185,13 @@ at::Tensor sparse_conv2d(const at::Tensor& input, const MaybeTensor& bias, const
   const at::Tensor x = input.contiguous();
   const at::Tensor b = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   at::Tensor y = at::empty({x.size(0), rows, out[0], out[1]}, x.options());
-  dispatch(x.scalar_type(), [&](auto example) {
-    using T = decltype(example);
-    with_index(w, [&](auto* i) {
-      with_values(values.scalar_type(), [&](auto value) {
-        using V = decltype(value);
-        convolve<T>(x, y, i, w.values.const_data_ptr<V>(), w, g,
-                    b.defined() ? b.const_data_ptr<float>() : nullptr);
-      });
-    });
+  at::Tensor v = w.values.to(at::kFloat);
+  if (w.scales() != nullptr) {
+    v = v * at::repeat_interleave(w.scale, w.offsets.diff());
+  }
+  with_index(w, [&](auto* i) {
+    convolve(x, y, i, v.const_data_ptr<float>(), w, g,
+             b.defined() ? b.const_data_ptr<float>() : nullptr);
   });
   return y;
 }
