@@ -116,8 +116,8 @@ ADAM = [
     Sample("packed", adam(3, 65, packed=True)),
     Sample("unmasked", adam(5, 7, density=None, amsgrad=True, rest=(False, True, 1, False), beta1=0.25)),
     Sample("clean", adam(3, 129, pattern="runs", rest=(True, False, 2, True))),
-    Sample("runs", adam(3, 97, pattern="runs")),
-    Sample("no_columns", adam(2, 0)),
+    Sample("runs", adam(3, 97, pattern="runs"), full=True),
+    Sample("no_columns", adam(2, 0), full=True),
     Sample("packed_conv", adam(4, 3, 3, 5, packed=True, amsgrad=True, rest=(False, False, 9, False)), full=True),
     Sample("packed_runs", adam(3, 129, packed=True, pattern="runs", rest=(True, False, 2, True)), full=True),
     Sample("none_kept", adam(3, 40, density=0.0, packed=True), full=True),
@@ -157,10 +157,10 @@ MOVES = [
     Sample("ties", moving(4, 65, count=9, steps=1)),
     Sample("tensor", moving(5, 33, count=20, scope="tensor", steps=2)),
     Sample("random", moving(5, 33, count=5, grow="random", seed=(7 << 32) + 3)),
-    Sample("more_than_there_are", moving(4, 40, count=39, density=0.1)),
-    Sample("drop_score", moving(4, 3, 3, 5, count=6, drop=True)),
-    Sample("none", moving(2, 9, count=0)),
-    Sample("no_columns", moving(2, 0, count=1)),
+    Sample("more_than_there_are", moving(4, 40, count=39, density=0.1), full=True),
+    Sample("drop_score", moving(4, 3, 3, 5, count=6, drop=True), full=True),
+    Sample("none", moving(2, 9, count=0), full=True),
+    Sample("no_columns", moving(2, 0, count=1), full=True),
     Sample("random_tensor", moving(5, 33, count=9, grow="random", scope="tensor", seed=5), full=True),
     Sample("large", moving(20, 4100, count=200, density=0.1, steps=64), full=True),
     Sample("large_tensor", moving(70, 4100, count=9000, density=0.1, steps=64, scope="tensor"), full=True),
@@ -176,9 +176,9 @@ def activations(*shape: int, shift: float = 0.0) -> Make:
 ACTIVATIONS = [
     Sample("odd", activations(7, 17)),
     Sample("batches", activations(2, 65, 9, shift=3.0)),
-    Sample("vector", activations(5)),
+    Sample("vector", activations(5), full=True),
     Sample("no_rows", activations(0, 5)),
-    Sample("no_columns", activations(3, 0)),
+    Sample("no_columns", activations(3, 0), full=True),
     Sample("pieces", activations(300, 270, shift=-2.0), full=True),
 ]
 
@@ -191,7 +191,7 @@ GROUPS = [
     Sample("blocks", groups(6, 35, 2, 7)),
     Sample("rows", groups(3, 129, 1, 129)),
     Sample("columns", groups(33, 5, 33, 1)),
-    Sample("empty", groups(0, 4, 2, 2)),
+    Sample("empty", groups(0, 4, 2, 2), full=True),
     Sample("large", groups(256, 1200, 128, 300), full=True),
 ]
 
