@@ -137,7 +137,6 @@ def _details(rows: list[Results], unit: str) -> Table:
         "layer error",
         "of the first mask",
         "swaps a row",
-        "s",
     )
     return header, [
         [
