@@ -136,7 +136,7 @@ def test_criteria(swap: tuple[float, float], decrease: tuple[float, float], pass
     cells = [_cell("Wanda", 80.0, 1.0), _cell("swap1", *swap), _cell("DSnoT, decrease", *decrease)]
     found = dsnot_report.criteria(_results(*cells))
     assert [c.passed for c in found] == [*passed, True, True]
-    other = [_cell("Wanda", 0.0, 9.0, sparsity=0.9), _cell("swap1", 0.0, 9.0, pattern=[2, 4])]  # of no account
+    other = [_cell("Wanda", 0.0, 9.0, sparsity=0.9), _cell("2:4, swap1", 0.0, 9.0, pattern=[2, 4])]  # of no account
     assert [c.passed for c in dsnot_report.criteria(_results(*cells, *other))] == [*passed, True, True]
 
 

@@ -171,10 +171,15 @@ class DsnotRow {
       // mask.
       if (!ready_[direction]) order(kept, direction);
       const int64_t grown = next(grow_[direction].items(), next_grow_[direction]);
-      if (grown < 0) return;
-      const int64_t gone = group_ ? least_of_group(kept, grown / group_)
-                                  : next(go_[direction].items(), next_go_[direction]);
-      if (gone < 0) return;
+      int64_t gone = group_ ? 0 : next(go_[direction].items(), next_go_[direction]);
+      if ((grown < 0 || gone < 0) && limit_ < max_swaps_) {  // this row needs longer lists
+        limit_ = max_swaps_;
+        ready_[0] = ready_[1] = false;
+        --swaps;
+        continue;
+      }
+      if (grown >= 0 && group_) gone = least_of_group(kept, grown / group_);
+      if (grown < 0 || gone < 0) return;
       const double changed = (error + share_[gone]) - share_[grown];
       if (official_ ? group_ && !(changed * first > 0) : !(std::abs(changed) < std::abs(error))) {
         return;

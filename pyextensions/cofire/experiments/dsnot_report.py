@@ -45,17 +45,17 @@ def summary(results: Results) -> list[Results]:
 
 
 def _mean(cell: Results, key: str) -> float:
-    return mean(layer[key] for layer in cell["layers"])
+    return mean(float(layer[key]) for layer in cell["layers"])
 
 
 def _share(cell: Results, key: str) -> float:
     """Error by the mean square of the outputs, mean over the layers."""
-    return mean(layer[key] / layer["output"] for layer in cell["layers"])
+    return mean(float(layer[key] / layer["output"]) for layer in cell["layers"])
 
 
 def _moved(cell: Results) -> float:
     """Swaps of a row."""
-    return sum(layer["moved"] for layer in cell["layers"]) / sum(layer["shape"][0] for layer in cell["layers"])
+    return float(sum(layer["moved"] for layer in cell["layers"]) / sum(layer["shape"][0] for layer in cell["layers"]))
 
 
 # -------------------------------------------------------------------------------------------------------- criteria
@@ -137,7 +137,6 @@ def _details(rows: list[Results], unit: str) -> Table:
         "layer error",
         "of the first mask",
         "swaps a row",
-        "s",
     )
     return header, [
         [

@@ -33,8 +33,8 @@ class InputStatistics:
 
     Example:
         >>> found = InputStatistics.of(torch.tensor([[1.0, 2.0], [3.0, 2.0]]))
-        >>> found.mean.tolist(), found.variance.tolist(), found.norm.square().tolist()
-        ([2.0, 2.0], [1.0, 0.0], [10.0, 8.0])
+        >>> found.mean.tolist(), found.variance.tolist(), found.gram.tolist()
+        ([2.0, 2.0], [1.0, 0.0], [[10.0, 8.0], [8.0, 8.0]])
     """
 
     count: int
