@@ -170,13 +170,13 @@ COFIRE_INLINE void with_tokens(int64_t count, F&& f) {
   f(std::integral_constant<int, Most>{});
 }
 
-// c[16][stride] = the sums, a column for each token.
+// c[16][stride] = the sums, a column for each token; or they are added to it.
 template <int R>
-COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride) {
+COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride, bool add = false) {
   alignas(64) float v[16];
   for (int r = 0; r < R; ++r) {
     sum[r].store(v);
-    for (int i = 0; i < 16; ++i) c[i * stride + r] = v[i];
+    for (int i = 0; i < 16; ++i) c[i * stride + r] = add ? c[i * stride + r] + v[i] : v[i];
   }
 }
 
@@ -213,14 +213,14 @@ template <int R>
 void add_expanded(const float* panel, int64_t depth, const float* x, float* c) {
   F16 sum[R];
   COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) sum[r] = F16::load(c + r * kPanel);
+  for (int r = 0; r < R; ++r) sum[r] = F16::zero();
   for (int64_t k = 0; k < depth; ++k) {
     const F16 w = F16::load(panel + k * kPanel);
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) sum[r] = fma(w, F16::all(x[k * R + r]), sum[r]);
   }
   COFIRE_UNROLL
-  for (int r = 0; r < R; ++r) sum[r].store(c + r * kPanel);
+  for (int r = 0; r < R; ++r) (F16::load(c + r * kPanel) + sum[r]).store(c + r * kPanel);
 }
 
 template <typename T>
@@ -288,7 +288,8 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
 // The blocks [begin, end) of a row of blocks, 16 of its rows, times a tile of tokens.
 template <int R, typename T>
 void multiply_blocks_of(const int32_t* index, const T* values, int64_t begin, int64_t end,
-                        int64_t block_columns, int64_t block_rows, const float* x, float* c) {
+                        int64_t block_columns, int64_t block_rows, const float* x, float* c,
+                        bool add) {
   F16 sum[R], other[R];
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) sum[r] = other[r] = F16::zero();
@@ -317,13 +318,13 @@ void multiply_blocks_of(const int32_t* index, const T* values, int64_t begin, in
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) sum[r] = sum[r] + other[r];
   }
-  store_columns(sum, c, R);
+  store_columns(sum, c, R, add);
 }
 
 // Of blocks of one column: several at a time, each with sums of its own.
 template <int R, typename T>
 void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, int64_t end,
-                         int64_t block_rows, const float* x, float* c) {
+                         int64_t block_rows, const float* x, float* c, bool add) {
   constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;
   F16 sum[kChains][R];
   COFIRE_UNROLL
@@ -352,7 +353,7 @@ void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, i
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) sum[0][r] = sum[0][r] + sum[i][r];
   }
-  store_columns(sum[0], c, R);
+  store_columns(sum[0], c, R, add);
 }
 
 template <typename T>
@@ -373,13 +374,21 @@ void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
         for (int64_t t = 0; t < tiles.number(); ++t) {
           with_tokens<kTogether>(tiles.size(t), [&](auto r) {
             constexpr int R = decltype(r)::value;
-            if (w.block_columns == 1) {
-              multiply_columns_of<R>(index, values + h * kPanel, starts[row], starts[row + 1],
-                                     w.block_rows, tiles.of(t), c);
-            } else {
-              multiply_blocks_of<R>(index, values + h * kPanel, starts[row], starts[row + 1],
-                                    w.block_columns, w.block_rows, tiles.of(t), c);
-            }
+            // By parts: sums of a part lose less than one that goes on and on.
+            const int64_t part = std::max<int64_t>(128 / w.block_columns, 1);
+            int64_t from = starts[row];
+            do {
+              const int64_t to = std::min(from + part, starts[row + 1]);
+              const bool add = from > starts[row];
+              if (w.block_columns == 1) {
+                multiply_columns_of<R>(index, values + h * kPanel, from, to, w.block_rows,
+                                       tiles.of(t), c, add);
+              } else {
+                multiply_blocks_of<R>(index, values + h * kPanel, from, to, w.block_columns,
+                                      w.block_rows, tiles.of(t), c, add);
+              }
+              from = to;
+            } while (from < starts[row + 1]);
           });
           sink(c, tiles.size(t), n, std::min(kPanel, w.rows - n), Tiles::first(t), tiles.size(t));
         }

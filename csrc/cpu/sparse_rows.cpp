@@ -175,10 +175,10 @@ void multiply(const at::Tensor& x, const Index* index, const Value* values, cons
       std::fill(c.begin(), c.begin() + (to - n) * block.width(), 0.0f);
       with_vectors(block.vectors, [&](auto v) {
         constexpr int V = decltype(v)::value;
+        const float* from = tokens.of(block);
         by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t column) {
           add_entries<V>(
-              index, values, j, stop, column,
-              [&](int64_t k) { return tokens.of(block) + k * V * kLanes; },
+              index, values, j, stop, column, [=](int64_t k) { return from + k * V * kLanes; },
               c.data() + (r - n) * V * kLanes);
         });
       });
@@ -232,8 +232,9 @@ void sample(const at::Tensor& grad, const at::Tensor& x, const Index* index, con
         const float* mine = grads.of(grads.blocks[b]);
         with_vectors(block.vectors, [&](auto v) {
           constexpr int V = decltype(v)::value;
+          const float* from = tokens.of(block);
           by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t) {
-            sample_entries<V>(index, j, stop, mine + r * V * kLanes, tokens.of(block), out);
+            sample_entries<V>(index, j, stop, mine + r * V * kLanes, from, out);
           });
         });
       }
