@@ -197,6 +197,8 @@ TRAINED = [
     Sample("csr_full", compressed(2, 5, 65, "csr", density=1.0)),
     Sample("nobody", compressed(0, 5, 9, "csr")),
     Sample("csr_slabs", compressed(65, 70, 2100, "csr", density=0.05), full=True),
+    Sample("csr_long_sums", compressed(64, 5, 8192, "csr", density=0.5), full=True),
+    Sample("block_long_sums", compressed(7, 16, 8192, "block", density=0.5), full=True),
     Sample("block_square", compressed(65, 64, 64, "block", block=(16, 16)), full=True),
 ]
 PACKED = [
