@@ -120,7 +120,7 @@ std::tuple<at::Tensor, at::Tensor> masked_linear_backward(
     } else {
       to_w = empty_in_large_pages(weight.sizes(), weight.options());
       const at::Tensor packed = bits.contiguous();
-      // Masked while it is in the cache: a pass over it from memory costs a tenth of the product.
+      // Masked by parts, each while it is in the cache.
       const int64_t rows = std::max<int64_t>(
           64, (int64_t{1} << 22) / std::max<int64_t>(weight.size(1) * weight.element_size(), 1));
       for (int64_t n = 0; n < weight.size(0); n += rows) {

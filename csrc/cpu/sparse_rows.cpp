@@ -17,9 +17,8 @@ namespace sparse {
 
 namespace {
 
-// Floats of the tokens that a pass over some rows of the weight reads again and again: three
-// quarters of a small first-level cache. (From the second level the same product takes twice as
-// long.)
+// Floats of the tokens that a pass over some rows of the weight reads again and again: less than
+// half of a small second-level cache.
 constexpr int64_t kSlab = 49152;
 // Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
 constexpr int64_t kMostRows = 128, kFewestRows = 64;

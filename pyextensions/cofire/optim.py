@@ -188,11 +188,11 @@ class _Masked(torch.optim.Optimizer):
     def _update(
         self, p: nn.Parameter, group: dict[str, Any], bits: Tensor | None, **options: Any
     ) -> None:  # pragma: no cover
-        raise NotImplementedError
+        raise NotImplementedError  # each optimiser has its own
 
     def _begin(self, p: nn.Parameter, group: dict[str, Any]) -> None:  # pragma: no cover
         """Make the state of a parameter that has none."""
-        raise NotImplementedError
+        raise NotImplementedError  # each optimiser has its own
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

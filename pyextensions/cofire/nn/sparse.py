@@ -375,7 +375,7 @@ class Sparse(nn.Module):
         return [{"rows": bucket_name(n), **entry} for n in numbers]
 
     def _served_by(self, dtype: torch.dtype) -> str:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of layer has its own
 
     # -------------------------------------------------------------------------------------------------- its state
 
