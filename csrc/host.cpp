@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// cofire._host: what the compiled part knows about itself and this machine.
+// cofire._host: what the compiled part knows about itself and this machine, and can ask of it.
 // It links nothing of torch, so that it loads, and can tell, when the rest does not fit.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <string>
 #include <vector>
+
+#include "large_pages.h"
 
 namespace py = pybind11;
 
@@ -50,4 +52,10 @@ std::vector<std::string> cpu_features() {
 PYBIND11_MODULE(_host, m) {
   m.def("build", &build, "Compiler, torch version and CPU variants of this build.");
   m.def("cpu_features", &cpu_features, "Instruction sets of this CPU that kernels care about.");
+  m.def(
+      "ask_for_large_pages",
+      [](uintptr_t data, size_t bytes) {
+        cofire::ask_for_large_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      "For memory that nothing was written to yet: pages of 2 MB, if the system has some.");
 }

@@ -12,14 +12,12 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <array>
 #include <bit>
 #include <mutex>
 #include <unordered_map>
+
+#include "pages.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -118,21 +116,6 @@ void Stored::values_of(int64_t row, int64_t start, int64_t count, uint8_t* bytes
   }
 }
 
-namespace {
-
-// A weight that is read once, front to back, waits for its pages as well as for its bytes.
-void ask_for_large_pages([[maybe_unused]] const at::Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = uintptr_t{2} << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (begin + kPage - 1) / kPage * kPage,
-                  last = (begin + t.nbytes()) / kPage * kPage;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
-}  // namespace
-
 Packed::Packed(const Stored& w)
     : rows(w.rows),
       columns(w.columns),
@@ -141,8 +124,7 @@ Packed::Packed(const Stored& w)
       groups(w.groups),
       blocks((w.rows + kBlock - 1) / kBlock),
       steps((w.columns + kStep - 1) / kStep) {
-  codes = at::empty({blocks * steps * bits * 64}, w.codes.options());
-  ask_for_large_pages(codes);
+  codes = empty_in_large_pages({blocks * steps * bits * 64}, w.codes.options());
   auto* to = codes.mutable_data_ptr<uint8_t>();
   const int64_t padded = steps * kStep;
   at::parallel_for(0, blocks, grain_of(8 * padded), [&](int64_t begin, int64_t end) {

@@ -25,7 +25,8 @@ constexpr int kFew = 4;
 constexpr int kTogether = 2;
 constexpr int kFew = 2;
 #endif
-constexpr int64_t kDepth = 256;  // columns of a panel that are expanded at once: 16 KB
+constexpr int64_t kAhead = 2048;  // bytes whose way from memory is begun
+constexpr int64_t kDepth = 256;   // columns of a panel that are expanded at once: 16 KB
 
 // --------------------------------------------------------------------------- sixteen stored values
 
@@ -55,43 +56,79 @@ COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
-COFIRE_INLINE __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
-COFIRE_INLINE __m256 load8(const c10::BFloat16* p) {
-  const __m256i v = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16));
-}
-COFIRE_INLINE __m256 load8(const c10::Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-COFIRE_INLINE __m256 load8(const int8_t* p) {
-  return _mm256_cvtepi32_ps(
-      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
 template <typename T>
-COFIRE_INLINE F16 load16(const T* p) {
-  return {load8(p), load8(p + 8)};
+COFIRE_INLINE __m128i bytes16(const T* p) {
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+}
+COFIRE_INLINE F16 load16(const c10::BFloat16* p) {
+  const auto half = [](const c10::BFloat16* from) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bytes16(from)), 16));
+  };
+  return {half(p), half(p + 8)};
+}
+COFIRE_INLINE F16 load16(const c10::Half* p) {
+  return {_mm256_cvtph_ps(bytes16(p)), _mm256_cvtph_ps(bytes16(p + 8))};
+}
+COFIRE_INLINE F16 load16(const int8_t* p) {
+  const __m128i v = bytes16(p);
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(v, 8)))};
 }
 
-// Of each byte, for each row: which of the values it takes; negative where the row has none. (A
-// table of bytes would be a quarter as large, but widening them costs more than the cache.)
+// Of each byte of a word, 8 rows: which bytes of the values they take, and where; zero where a row
+// has none (a shuffle writes zero where the place is negative). The values are `Size` bytes, and
+// become the upper ones of the `Width` of a lane. Where values are as wide as a lane, four rows
+// take their values from 16 bytes of their own.
+template <int Size, int Width>
 struct Places {
-  alignas(64) int32_t of[256][8];
+  alignas(64) uint8_t of[256][8 * Width];
   constexpr Places() : of{} {
     for (int byte = 0; byte < 256; ++byte) {
-      int32_t next = 0;
-      for (int r = 0; r < 8; ++r) of[byte][r] = byte >> r & 1 ? next++ : -8;
+      int next = 0;
+      for (int r = 0; r < 8; ++r) {
+        if (Size == 4 && r == 4) next = 0;
+        const bool kept = byte >> r & 1;
+        for (int i = 0; i < Width; ++i) {
+          const int from = i - (Width - Size);
+          of[byte][r * Width + i] = kept && from >= 0 ? next * Size + from : 128;
+        }
+        next += kept;
+      }
     }
   }
 };
-constexpr Places kPlaces;
+template <int Size, int Width = 4>
+constexpr Places<Size, Width> kPlaces;
 
-template <typename T>
-COFIRE_INLINE __m256 expand8(uint32_t byte, const T* p) {
-  const __m256i place = _mm256_load_si256(reinterpret_cast<const __m256i*>(kPlaces.of[byte]));
-  const __m256 v = _mm256_permutevar8x32_ps(load8(p), place);
-  return _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(place));
+template <int Size>
+COFIRE_INLINE __m256i shuffled(__m256i v, uint32_t byte) {
+  const auto* place = reinterpret_cast<const __m256i*>(kPlaces<Size>.of[byte]);
+  return _mm256_shuffle_epi8(v, _mm256_load_si256(place));
+}
+COFIRE_INLINE __m256 expand8(uint32_t byte, const c10::BFloat16* p) {
+  return _mm256_castsi256_ps(shuffled<2>(_mm256_broadcastsi128_si256(bytes16(p)), byte));
+}
+COFIRE_INLINE __m256 expand8(uint32_t byte, const c10::Half* p) {
+  const auto* place = reinterpret_cast<const __m128i*>(kPlaces<2, 2>.of[byte]);
+  return _mm256_cvtph_ps(_mm_shuffle_epi8(bytes16(p), _mm_load_si128(place)));
+}
+COFIRE_INLINE __m256 expand8(uint32_t byte, const int8_t* p) {
+  const __m256i v = _mm256_broadcastsi128_si256(bytes16(p));
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(shuffled<1>(v, byte), 24));
 }
 
+COFIRE_INLINE F16 expand(uint32_t word, const float*& p) {
+  const auto join = [](const float* low, const float* high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(bytes16(low)), bytes16(high), 1);
+  };
+  const float *second = p + __builtin_popcount(word & 0xF),
+              *third = p + __builtin_popcount(word & 0xFF),
+              *fourth = p + __builtin_popcount(word & 0xFFF);
+  const F16 v{_mm256_castsi256_ps(shuffled<4>(join(p, second), word & 255)),
+              _mm256_castsi256_ps(shuffled<4>(join(third, fourth), word >> 8))};
+  p += __builtin_popcount(word);
+  return v;
+}
 template <typename T>
 COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
   const uint32_t low = word & 255;
@@ -182,6 +219,12 @@ COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride, 
 
 // ---------------------------------------------------------------------------------------- bitmaps
 
+template <typename T>
+COFIRE_INLINE void ask_for(const uint16_t* words, const T* values) {
+  __builtin_prefetch(values + kAhead / sizeof(T));
+  __builtin_prefetch(words + kAhead / sizeof(*words));
+}
+
 // A panel times a few tokens, expanded in registers.
 template <int R, typename T>
 void expand_few(const uint16_t* words, const T* values, int64_t columns, const float* x, float* c) {
@@ -190,6 +233,7 @@ void expand_few(const uint16_t* words, const T* values, int64_t columns, const f
   int64_t k = 0;
   if constexpr (R <= 2) {  // a second chain of sums
     for (; k + 2 <= columns; k += 2) {
+      ask_for(words + k, values);
       const F16 a = expand(words[k], values);
       COFIRE_UNROLL
       for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
@@ -201,6 +245,7 @@ void expand_few(const uint16_t* words, const T* values, int64_t columns, const f
     for (int r = 0; r < R; ++r) sum[r] = sum[r] + other[r];
   }
   for (; k < columns; ++k) {
+    if constexpr (R > 2) ask_for(words + k, values);
     const F16 a = expand(words[k], values);
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
@@ -260,6 +305,7 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
           for (int64_t k = 0; k < K; k += kDepth) {
             const int64_t depth = std::min(kDepth, K - k);
             for (int64_t i = 0; i < depth; ++i) {
+              ask_for(words + p * K + k + i, values);
               expand(words[p * K + k + i], values).store(panel.data() + i * kPanel);
             }
             for (int64_t t = 0; t < tiles.number(); ++t) {

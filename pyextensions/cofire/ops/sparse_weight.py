@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cofire.native import in_large_pages
 from cofire.ops.checks import check_choice, check_pair, refuse, shape_of
 
 __all__ = ["SparseWeight"]
@@ -180,6 +181,7 @@ class SparseWeight:
             v, index, offsets = _pack_blocks(w, mask, size[0], size[1])
         else:
             v, index, offsets = pack(w, mask)
+        v, index = in_large_pages(v), in_large_pages(index)
         shape = (weight.shape[0], weight.shape[1])
         return cls(v, index, offsets, shape, format, (size[0], size[1]) if format == "block" else (1, 1), scale)
 
