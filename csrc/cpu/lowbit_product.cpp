@@ -300,7 +300,9 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
   const float* shift = w.byte_shift.defined()
                            ? w.byte_shift.const_data_ptr<float>() + block * w.groups * kBlock
                            : nullptr;
-  constexpr int64_t kHeld = narrow_quads(Bits) / 8;  // steps, where 16 bits hold sums
+  // The sums of x are asked for once: what checks a tensor would empty the registers per group.
+  const float* sums = shift != nullptr ? x.sums.const_data_ptr<float>() + m * w.groups : nullptr;
+  constexpr int64_t kHeld = narrow_quads(Bits) * kChains / 8;  // steps, where 16 bits hold sums
   for (int64_t g = 0; g < w.groups; ++g) {
     W16 total[R];
     unrolled<R>([&](auto r) __attribute__((always_inline)) { total[r] = W16::zero(); });
@@ -339,7 +341,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
     unrolled<R>([&](auto r) __attribute__((always_inline)) {
       y[r] = fma(factor, to_float(total[r]), y[r]);
       if (shift != nullptr) {
-        const F16 sum = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
+        const F16 sum = F16::all(sums[r * w.groups + g]);
         y[r] = fma(F16::load(shift + g * kBlock), sum, y[r]);
       }
     });
@@ -379,6 +381,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   const float* shift = w.few_shift.defined()
                            ? w.few_shift.const_data_ptr<float>() + block * w.groups * kBlock
                            : nullptr;
+  const float* sums = shift != nullptr ? x.sums.const_data_ptr<float>() + m * w.groups : nullptr;
   const float* p[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { p[r] = x.row(m + r); });
   int64_t column = 0;
@@ -409,7 +412,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
                                 __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
       y[r] = fma(factor, sum, y[r]);
       if (shift != nullptr) {
-        const F16 total = F16::all(x.sums.const_data_ptr<float>()[(m + r) * w.groups + g]);
+        const F16 total = F16::all(sums[r * w.groups + g]);
         y[r] = fma(F16::load(shift + g * kBlock), total, y[r]);
       }
     });
