@@ -120,9 +120,10 @@ std::tuple<at::Tensor, at::Tensor> masked_linear_backward(
     } else {
       to_w = empty_in_large_pages(weight.sizes(), weight.options());
       const at::Tensor packed = bits.contiguous();
-      // Masked by parts, each while it is in the cache.
-      const int64_t rows = std::max<int64_t>(
-          64, (int64_t{1} << 22) / std::max<int64_t>(weight.size(1) * weight.element_size(), 1));
+      // Masked by parts, each while it is in the cache. But each part makes the library arrange x
+      // anew: with many rows of x that costs more than a pass over the whole.
+      const int64_t in_cache = (int64_t{1} << 23) / (weight.size(1) * weight.element_size() + 1);
+      const int64_t rows = x.size(0) < 256 ? std::max<int64_t>(64, in_cache) : weight.size(0);
       for (int64_t n = 0; n < weight.size(0); n += rows) {
         const int64_t now = std::min(rows, weight.size(0) - n);
         at::Tensor part = to_w.narrow(0, n, now);
