@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <mutex>
+#include <optional>
 #include <unordered_map>
 
 #include "pages.h"
@@ -102,15 +103,31 @@ void Sink::operator()(const float* c, int64_t stride, int64_t n, int64_t count, 
   dispatch(y.scalar_type(), [&](auto example) {
     using T = decltype(example);
     T* out = static_cast<T*>(y.mutable_data_ptr());
-    for (int64_t t = 0; t < tokens; ++t) {
+    const auto one_by_one = [&](int64_t t, int64_t from) {
       T* row = out + (m + t) * rows + n;
-      for (int64_t r = 0; r < count; ++r) {
+      for (int64_t r = from; r < count; ++r) {
         float v = c[r * stride + t];
         if (scale != nullptr) v *= scale[n + r];
         if (b != nullptr) v += b[n + r];
         row[r] = static_cast<T>(v);
       }
+    };
+    int64_t t = 0;
+    for (; t + kLanes <= tokens; t += kLanes) {
+      int64_t r = 0;
+      for (; r + kLanes <= count; r += kLanes) {
+        alignas(64) float tile[kLanes * kLanes];
+        at::vec::transpose_mxn<float, kLanes, kLanes>(c + r * stride + t, stride, tile, kLanes);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          Vec v = Vec::loadu(tile + i * kLanes);
+          if (scale != nullptr) v = v * Vec::loadu(scale + n + r);
+          if (b != nullptr) v = v + Vec::loadu(b + n + r);
+          store_f32(out + (m + t + i) * rows + n + r, v);
+        }
+      }
+      for (int64_t i = t; i < t + kLanes; ++i) one_by_one(i, r);
     }
+    for (; t < tokens; ++t) one_by_one(t, 0);
   });
 }
 
@@ -203,8 +220,9 @@ at::Tensor sddmm(const at::Tensor& grad, const at::Tensor& input, const at::Tens
   TORCH_CHECK(w.offsets.size(0) == (w.rows + size - 1) / size + 1 &&
                   w.starts()[w.offsets.size(0) - 1] == entries,
               "sddmm: offsets must end with the number of entries, ", entries);
-  return w.format == "csr" ? sampled_rows(rows_of(grad), rows_of(input), w)
-                           : sampled_blocks(rows_of(grad), rows_of(input), w);
+  return w.format == "csr"
+             ? sampled_rows(side_by_side(rows_of(grad)), side_by_side(rows_of(input)), w)
+             : sampled_blocks(rows_of(grad), rows_of(input), w);
 }
 
 namespace {
@@ -271,7 +289,8 @@ std::shared_ptr<const Transposed> transposed(const Weight& w) {
   return made;
 }
 
-at::Tensor input_gradient(const at::Tensor& grad, const Weight& w) {
+// grads: the rows of grad side by side, of more than one.
+at::Tensor input_gradient(const at::Tensor& grad, const Tokens* grads, const Weight& w) {
   const auto t = transposed(w);
   Weight back{
       at::empty_like(w.values), t->index, t->offsets, at::Tensor(), "csr", w.columns, w.rows, 1, 1};
@@ -285,7 +304,12 @@ at::Tensor input_gradient(const at::Tensor& grad, const Weight& w) {
     });
   });
   at::Tensor out = at::empty({grad.size(0), w.columns}, grad.options());
-  multiply_rows(grad, back, Sink{out, nullptr, at::Tensor(), w.columns});
+  const Sink sink{out, nullptr, at::Tensor(), w.columns};
+  if (grads != nullptr) {
+    multiply_rows(*grads, back, sink);
+  } else {
+    multiply_rows(grad, back, sink);
+  }
   return out;
 }
 
@@ -308,16 +332,19 @@ std::tuple<at::Tensor, at::Tensor> spmm_backward(const at::Tensor& grad, const a
   const Weight w =
       weight_of(values, index, offsets, scale, format, rows, columns, block_rows, block_columns);
   at::Tensor to_x = at::empty({0}, grad.options()), to_v = to_x;
+  const at::Tensor g = rows_of(grad);
+  std::optional<Tokens> grads;  // for both gradients
+  if (format == "csr" && (to_values || g.size(0) > 1)) grads = side_by_side(g);
   if (to_input) {
     auto sizes = grad.sizes().vec();
     sizes.back() = columns;
-    to_x = format == "csr" ? input_gradient(rows_of(grad), w)
-                           : input_gradient_of_blocks(rows_of(grad), w);
+    to_x = format == "csr" ? input_gradient(g, g.size(0) > 1 ? &*grads : nullptr, w)
+                           : input_gradient_of_blocks(g, w);
     to_x = to_x.view(sizes);
   }
   if (to_values) {
-    to_v = format == "csr" ? sampled_rows(rows_of(grad), rows_of(input), w)
-                           : sampled_blocks(rows_of(grad), rows_of(input), w);
+    to_v = format == "csr" ? sampled_rows(*grads, side_by_side(rows_of(input)), w)
+                           : sampled_blocks(g, rows_of(input), w);
     to_v = to_v.to(values.scalar_type());
   }
   return {to_x, to_values ? to_v : at::empty({0}, grad.options())};

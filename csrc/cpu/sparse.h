@@ -73,7 +73,8 @@ struct Sink {
 
 // csr and delta.
 void multiply_rows(const at::Tensor& x, const Weight& w, const Sink& sink);
-at::Tensor sampled_rows(const at::Tensor& grad, const at::Tensor& x, const Weight& w);
+void multiply_rows(const Tokens& tokens, const Weight& w, const Sink& sink);
+at::Tensor sampled_rows(const Tokens& grads, const Tokens& tokens, const Weight& w);
 // bitmap and block.
 void multiply_panels(const at::Tensor& x, const Weight& w, const Sink& sink);
 at::Tensor sampled_blocks(const at::Tensor& grad, const at::Tensor& x, const Weight& w);

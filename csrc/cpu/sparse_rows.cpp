@@ -17,9 +17,10 @@ namespace sparse {
 
 namespace {
 
-// Floats of the tokens that a pass over some rows of the weight reads again and again: less than
-// half of a small second-level cache.
-constexpr int64_t kSlab = 49152;
+// Floats of the tokens that a pass over some rows of the weight reads again and again: at most less
+// than half of a small second-level cache. Fewer stay in the first level for longer; but a row
+// should find some entries among them.
+constexpr int64_t kMostSlab = 49152, kLeastSlab = 12288, kEntries = 32;
 // Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
 constexpr int64_t kMostRows = 128, kFewestRows = 64;
 
@@ -127,30 +128,35 @@ COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, int64_t n, int6
   }
 }
 
-int64_t slab_columns(int vectors) { return kSlab / (vectors * kLanes); }
+int64_t slab_columns(int vectors, const Weight& w) {
+  const int64_t width = vectors * kLanes, entries = w.index.size(0);
+  int64_t slab = kLeastSlab;
+  while (slab < kMostSlab && slab / width * entries < kEntries * w.rows * w.columns) slab *= 2;
+  return slab / width;
+}
 
 template <typename Index, typename Value>
-void multiply(const at::Tensor& x, const Index* index, const Value* values, const Weight& w,
+void multiply_token(const float* token, const Index* index, const Value* values, const Weight& w,
+                    const Sink& sink) {
+  const int64_t* starts = w.starts();
+  const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
+  in_equal_parts(w.rows, 8192, work, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kRows = 64;
+    float c[kRows];
+    for (int64_t n = begin; n < end; n += kRows) {
+      const int64_t to = std::min(n + kRows, end);
+      for (int64_t r = n; r < to; ++r) {
+        c[r - n] = dot_row(index, values, starts[r], starts[r + 1], token);
+      }
+      sink(c, 1, n, to - n, 0, 1);
+    }
+  });
+}
+
+template <typename Index, typename Value>
+void multiply(const Tokens& tokens, const Index* index, const Value* values, const Weight& w,
               const Sink& sink) {
   const int64_t* starts = w.starts();
-  if (x.size(0) == 1) {
-    const at::Tensor token = x.to(at::kFloat).contiguous();
-    const auto* t = token.const_data_ptr<float>();
-    const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
-    in_equal_parts(w.rows, 8192, work, [&](int64_t begin, int64_t end) {
-      constexpr int64_t kRows = 64;
-      float c[kRows];
-      for (int64_t n = begin; n < end; n += kRows) {
-        const int64_t to = std::min(n + kRows, end);
-        for (int64_t r = n; r < to; ++r) {
-          c[r - n] = dot_row(index, values, starts[r], starts[r + 1], t);
-        }
-        sink(c, 1, n, to - n, 0, 1);
-      }
-    });
-    return;
-  }
-  const Tokens tokens = side_by_side(x);
   const auto blocks = static_cast<int64_t>(tokens.blocks.size());
   // Enough tasks for the threads; the order of a sum does not depend on it.
   const int64_t rows =
@@ -164,7 +170,7 @@ void multiply(const at::Tensor& x, const Index* index, const Value* values, cons
   };
   std::shared_ptr<const Slabs> slabs[kMostVectors + 1];
   for (const Block& block : tokens.blocks) {
-    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors));
+    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors, w));
   }
   in_equal_parts(blocks * chunks, 2048, work, [&](int64_t begin, int64_t end) {
     std::vector<float> c(rows * kMostVectors * kLanes);
@@ -189,6 +195,26 @@ void multiply(const at::Tensor& x, const Index* index, const Value* values, cons
 // ------------------------------------------------------------------------------------ sampled
 // product
 
+// Adds to out[i] the lanes of sum[i]: together four sums take fewer steps than one by one.
+COFIRE_INLINE void add_lanes(const Vec (&sum)[4], float* out) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const auto half = [](const Vec& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m512 x = v;
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+    return static_cast<__m256>(v);
+#endif
+  };
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(sum[0]), half(sum[1])),
+                                      _mm256_hadd_ps(half(sum[2]), half(sum[3])));
+  const __m128 all = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), all));
+#else
+  for (int i = 0; i < 4; ++i) out[i] += reduce_add(sum[i]);
+#endif
+}
+
 // The gradients of the entries [j, end) of a row, of V vectors of tokens: of each the dot product
 // of the row's tokens with those of the input's row.
 template <int V, typename Index>
@@ -198,29 +224,38 @@ COFIRE_INLINE void sample_entries(const Index* index, int64_t j, int64_t end, co
   Vec mine[V];
   COFIRE_UNROLL
   for (int v = 0; v < V; ++v) mine[v] = Vec::loadu(g + v * kLanes);
+  for (; j + 4 <= end; j += 4) {
+    Vec sum[4];
+    COFIRE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const float* row = x + int64_t{index[j + i]} * width;
+      sum[i] = mine[0] * Vec::loadu(row);
+      COFIRE_UNROLL
+      for (int v = 1; v < V; ++v) {
+        sum[i] = at::vec::fmadd(mine[v], Vec::loadu(row + v * kLanes), sum[i]);
+      }
+    }
+    add_lanes(sum, out + j);
+  }
   for (; j < end; ++j) {
     const float* row = x + int64_t{index[j]} * width;
-    Vec a = mine[0] * Vec::loadu(row);
-    Vec b(0.0f);
-    if constexpr (V > 1) b = mine[1] * Vec::loadu(row + kLanes);
+    Vec sum = mine[0] * Vec::loadu(row);
     COFIRE_UNROLL
-    for (int v = 2; v < V; v += 2) {
-      a = at::vec::fmadd(mine[v], Vec::loadu(row + v * kLanes), a);
-      b = at::vec::fmadd(mine[v + 1], Vec::loadu(row + (v + 1) * kLanes), b);
+    for (int v = 1; v < V; ++v) {
+      sum = at::vec::fmadd(mine[v], Vec::loadu(row + v * kLanes), sum);
     }
-    out[j] += reduce_add(a + b);
+    out[j] += reduce_add(sum);
   }
 }
 
 template <typename Index>
-void sample(const at::Tensor& grad, const at::Tensor& x, const Index* index, const Weight& w,
+void sample(const Tokens& grads, const Tokens& tokens, const Index* index, const Weight& w,
             float* out) {
-  const Tokens tokens = side_by_side(x), grads = side_by_side(grad);
   const int64_t* starts = w.starts();
   const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
   std::shared_ptr<const Slabs> slabs[kMostVectors + 1];
   for (const Block& block : tokens.blocks) {
-    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors));
+    slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors, w));
   }
   in_equal_parts(w.rows, 2048, work, [&](int64_t begin, int64_t end) {
     std::fill(out + starts[begin], out + starts[end], 0.0f);
@@ -244,21 +279,32 @@ void sample(const at::Tensor& grad, const at::Tensor& x, const Index* index, con
 }  // namespace
 
 void multiply_rows(const at::Tensor& x, const Weight& w, const Sink& sink) {
+  if (x.size(0) != 1) return multiply_rows(side_by_side(x), w, sink);
+  const at::Tensor token = x.to(at::kFloat).contiguous();
   with_index(w, [&](auto* index) {
     with_values(w.values.scalar_type(), [&](auto example) {
       using T = decltype(example);
-      multiply(x, index, w.values.const_data_ptr<T>(), w, sink);
+      multiply_token(token.const_data_ptr<float>(), index, w.values.const_data_ptr<T>(), w, sink);
     });
   });
 }
 
-at::Tensor sampled_rows(const at::Tensor& grad, const at::Tensor& x, const Weight& w) {
-  at::Tensor out = at::empty({w.index.size(0)}, grad.options().dtype(at::kFloat));
+void multiply_rows(const Tokens& tokens, const Weight& w, const Sink& sink) {
+  with_index(w, [&](auto* index) {
+    with_values(w.values.scalar_type(), [&](auto example) {
+      using T = decltype(example);
+      multiply(tokens, index, w.values.const_data_ptr<T>(), w, sink);
+    });
+  });
+}
+
+at::Tensor sampled_rows(const Tokens& grads, const Tokens& tokens, const Weight& w) {
+  at::Tensor out = at::empty({w.index.size(0)}, tokens.data.options());
   auto* p = out.mutable_data_ptr<float>();
   if (w.index.scalar_type() == at::kInt) {
-    sample(grad, x, w.index.const_data_ptr<int32_t>(), w, p);
+    sample(grads, tokens, w.index.const_data_ptr<int32_t>(), w, p);
   } else {
-    sample(grad, x, static_cast<const uint16_t*>(w.index.const_data_ptr()), w, p);
+    sample(grads, tokens, static_cast<const uint16_t*>(w.index.const_data_ptr()), w, p);
   }
   return out;
 }
