@@ -22,7 +22,7 @@ namespace {
 // should find some entries among them.
 constexpr int64_t kMostSlab = 49152, kLeastSlab = 12288, kEntries = 32;
 // Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
-constexpr int64_t kMostRows = 128, kFewestRows = 64;
+constexpr int64_t kMostRows = 512, kFewestRows = 64;
 
 // ------------------------------------------------------------------------------------ one token
 
