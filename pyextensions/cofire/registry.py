@@ -80,6 +80,19 @@ class Kernel:
         return launch
 
 
+#: The guard in which torch's own wrapper calls an operator when no gradient is wanted. (Private, so it may be gone one day.)
+_BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
+
+
+def _nothing_to_record(args: tuple[Any, ...]) -> bool:
+    """Whether a call can go past autograd, whose wrapper, written in Python, takes as long as a small kernel."""
+    if _BelowAutograd is None or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    return not torch._C._any_requires_grad(*(list(a) if isinstance(a, tuple) else a for a in args))
+
+
 @dataclass(frozen=True)
 class Operator:
     """Everything about one operator. Each callable takes the operator's arguments, in the schema's order.
@@ -125,6 +138,9 @@ class Operator:
         except AttributeError:  # what a tensor has and something else has not
             self._refuse_non_tensors(args)
             raise
+        if _nothing_to_record(args):
+            with _BelowAutograd():
+                return self.overload(*args)
         return self.overload(*args)
 
     def _refuse_non_tensors(self, args: tuple[Any, ...]) -> None:
