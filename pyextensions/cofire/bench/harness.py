@@ -40,6 +40,7 @@ from torch import Tensor
 from cofire.bench import ceilings as roofs
 from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
 from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
+from cofire.native import in_large_pages
 from cofire.registry import OPERATORS
 
 READING_MS = 1.0  #: a shorter call is repeated until a reading lasts this long
@@ -372,7 +373,7 @@ class Input:
         one that has a new copy."""
 
         def new() -> Args:
-            return tuple(a.clone() if i in self.case.cold else a for i, a in enumerate(self.args))
+            return tuple(_copy(a) if i in self.case.cold else a for i, a in enumerate(self.args))
 
         if mode == "first call":
             return lambda: prepare(provider, self.case, new(), mode)()
@@ -386,6 +387,12 @@ class Input:
             calls[-1]()  # what is made of a weight at its first use is there when time counts
         turn = itertools.cycle(calls)
         return lambda: next(turn)()
+
+
+def _copy(weight: Tensor) -> Tensor:
+    """In large pages where those who make such weights would ask for them."""
+    copy = in_large_pages(weight)
+    return weight.clone() if copy is weight else copy
 
 
 @functools.cache

@@ -28,8 +28,8 @@ COLUMNS = (*KEY, "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "peak_bytes"
 UNCOMPARED = ("overhead", "first call")  #: modes that no summary counts among the speed-ups
 #: Distributions of the peers. The environment says which were there: a peer that was not has no row.
 PEERS = (
-    *("bitsandbytes", "coremltools", "faiss-cpu", "onnxruntime", "optimum-quanto", "scikit-learn", "torchao"),
-    "zentorch",
+    *("bitsandbytes", "coremltools", "faiss-cpu", "onnxruntime", "optimum-quanto", "scikit-learn", "sparseprop"),
+    *("torchao", "zentorch"),
 )
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_bytes")  #: what a provider with a wrong answer does not get
 

@@ -2,13 +2,15 @@
 """Benchmark cases of masked and compressed weights: linear layers and convolutions, normal, masks at random.
 
 ``dense`` is the product with all weights, pruned ones as zeros, in the best dtype; ``peer:torch csr`` is torch's own CSR
-with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks. ``eager`` is the mask multiplied at every call, as
+with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks, ``peer:sparseprop`` (where installed) the layer of Nikdan
+et al. 2023 (2302.04852). ``eager`` is the mask multiplied at every call, as
 pruning is usually written.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.bench import sparse_refine, sparse_training
-from cofire.bench.cases import Args, Case, Provider, Random, Run, plain
+from cofire.bench.cases import Args, Case, Provider, Random, Run, installed, plain
 from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse import SparseWeight
 from cofire.ops.sparse_weight import dense_values
@@ -81,6 +83,15 @@ def _torch_bsr(*args: Any) -> Run:
     return lambda: torch.mm(w, x.t()).t()
 
 
+def _sparseprop(*args: Any) -> Run:
+    """SparseProp (Nikdan et al. 2023, 2302.04852): the function of its linear layer, forward and backward."""
+    x, _, values, index, offsets, *_ = args
+    layer = importlib.import_module("sparseprop.modules.functions").SparseLinearFunction
+    where = (offsets.int(), index.int())
+    rows = offsets.numel() - 1
+    return lambda: layer.apply(x, values, where, None, rows)
+
+
 def has_half(rows: int) -> bool:
     """Whether a library has bfloat16 products worth trying."""
     return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -117,6 +128,8 @@ def _spmm(
             providers["peer:torch csr"] = Provider(_torch_csr, devices=("cpu",), differentiable=False, expansion=8 / 6)
         elif format == "block" and block[0] == block[1]:
             providers["peer:torch bsr"] = Provider(_torch_bsr, devices=("cpu",), differentiable=False)
+    if dtype == FLOAT and values == FLOAT and format == "csr" and rows > 1 and installed("sparseprop"):
+        providers["peer:sparseprop"] = Provider(_sparseprop, devices=("cpu",), differentiable=backward, expansion=8 / 6)
     kind = f"{block[0]}x{block[1]} blocks" if format == "block" else format
     words = [f"M{rows}", f"{shape[0]}x{shape[1]}", pattern or f"{round(100 * (1 - density))} %", kind]
     words += ["int8 values"] if values == torch.int8 else []
