@@ -128,6 +128,12 @@ COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, int64_t n, int6
   }
 }
 
+// Enough passes for the threads; the order of a sum does not depend on it.
+int64_t rows_of_a_pass(int64_t rows) {
+  return std::clamp(rows / (4 * at::get_num_threads()) / kFewestRows * kFewestRows, kFewestRows,
+                    kMostRows);
+}
+
 int64_t slab_columns(int vectors, const Weight& w) {
   const int64_t width = vectors * kLanes, entries = w.index.size(0);
   int64_t slab = kLeastSlab;
@@ -158,10 +164,7 @@ void multiply(const Tokens& tokens, const Index* index, const Value* values, con
               const Sink& sink) {
   const int64_t* starts = w.starts();
   const auto blocks = static_cast<int64_t>(tokens.blocks.size());
-  // Enough tasks for the threads; the order of a sum does not depend on it.
-  const int64_t rows =
-      std::clamp(w.rows * blocks / (4 * at::get_num_threads()) / kFewestRows * kFewestRows,
-                 kFewestRows, kMostRows);
+  const int64_t rows = rows_of_a_pass(w.rows * blocks);
   const int64_t chunks = (w.rows + rows - 1) / rows;
   const auto row_of = [&](int64_t chunk) { return std::min(chunk * rows, w.rows); };
   const auto entries = [&](int64_t chunk) { return starts[row_of(chunk)] + 8 * row_of(chunk); };
@@ -252,15 +255,17 @@ template <typename Index>
 void sample(const Tokens& grads, const Tokens& tokens, const Index* index, const Weight& w,
             float* out) {
   const int64_t* starts = w.starts();
-  const auto work = [&](int64_t row) { return starts[row] + 8 * row; };
+  const int64_t rows = rows_of_a_pass(w.rows), passes = (w.rows + rows - 1) / rows;
+  const auto row_of = [&](int64_t pass) { return std::min(pass * rows, w.rows); };
+  const auto work = [&](int64_t pass) { return starts[row_of(pass)] + 8 * row_of(pass); };
   std::shared_ptr<const Slabs> slabs[kMostVectors + 1];
   for (const Block& block : tokens.blocks) {
     slabs[block.vectors] = slabs_of(index, w, slab_columns(block.vectors, w));
   }
-  in_equal_parts(w.rows, 2048, work, [&](int64_t begin, int64_t end) {
-    std::fill(out + starts[begin], out + starts[end], 0.0f);
-    for (int64_t n = begin; n < end; n += kMostRows) {
-      const int64_t to = std::min(n + kMostRows, end);
+  in_equal_parts(passes, 2048, work, [&](int64_t begin, int64_t end) {
+    for (int64_t pass = begin; pass < end; ++pass) {
+      const int64_t n = row_of(pass), to = row_of(pass + 1);
+      std::fill(out + starts[n], out + starts[to], 0.0f);
       for (size_t b = 0; b < tokens.blocks.size(); ++b) {
         const Block& block = tokens.blocks[b];
         const float* mine = grads.of(grads.blocks[b]);
