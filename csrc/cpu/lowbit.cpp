@@ -18,6 +18,7 @@
 #include <unordered_map>
 
 #include "pages.h"
+#include "parts.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -465,7 +466,7 @@ at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Ten
   constexpr int64_t kColumns = (kWidth % 8 == 0 ? 4 : 1) * kWidth, kDepth = 64;
   const int64_t tiles = (columns + kColumns - 1) / kColumns;
   const int64_t cost = w.rows * kColumns / 2 * count;
-  at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
+  in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     std::vector<float> tile(kDepth * kColumns), c(count * kColumns);
     std::vector<uint8_t> bytes(kColumns + 16);
     for (int64_t t = begin; t < end; ++t) {

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "lowbit.h"
+#include "parts.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -472,7 +473,7 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8) {
 
 void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
   const int64_t cost = w.steps * kStep * kBlock / 8 * x.count;
-  at::parallel_for(0, w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
+  in_parts(w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kFewRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t m = 0, now; m < x.count; m += now) {
@@ -712,7 +713,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const int64_t groups = std::max<int64_t>(std::min(at_most / steps, w.groups), 1);
   const int64_t part = std::min(steps, at_most);
   const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
-  at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
+  in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     std::vector<uint8_t> tile(64 + groups * part * kStep * kWidth * size);
     std::vector<float> c(std::min(kRowsAtOnce, x.count) * kWidth);
     std::vector<float> factor(groups * kWidth), moved(groups * kWidth);
@@ -805,7 +806,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
     });
   };
   const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
-  at::parallel_for(0, tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
+  in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
     std::vector<float> tile(kDepth * kWidth), c(std::min(kRowsAtOnce, x.count) * kWidth),
         values(kDepth);
     std::vector<uint8_t> bytes(kDepth + 16);

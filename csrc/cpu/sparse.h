@@ -5,11 +5,11 @@
 
 #include <ATen/ops/empty.h>
 
-#include <atomic>
 #include <string>
 #include <vector>
 
 #include "lanes16.h"
+#include "parts.h"
 #include "tag.h"
 
 namespace cofire {
@@ -82,15 +82,11 @@ at::Tensor sampled_blocks(const at::Tensor& grad, const at::Tensor& x, const Wei
 at::Tensor input_gradient_of_blocks(const at::Tensor& grad, const Weight& w);
 
 // Calls f(begin, end) for consecutive parts of `count` items whose work is `work(i)`, the sum of
-// that of the items before i: parts of about the same work, each at least `least`. A thread that is
-// done takes the next one: where something else runs on a core, the others do more.
+// that of the items before i: parts of about the same work, each at least `least`.
 template <typename Work, typename F>
 void in_equal_parts(int64_t count, int64_t least, Work&& work, F&& f) {
-  constexpr int64_t kPartsOfAThread = 8;
-  const int64_t total = work(count), threads = at::get_num_threads();
-  const int64_t most = std::min(count, total / std::max<int64_t>(least, 1));
-  const int64_t parts =
-      std::max<int64_t>(1, most < threads ? most : std::min(kPartsOfAThread * threads, most));
+  const int64_t total = work(count);
+  const int64_t parts = number_of_parts(std::min(count, total / std::max<int64_t>(least, 1)));
   const auto bound = [&](int64_t part) {
     if (part == parts) return count;
     int64_t low = 0, high = count;  // the first item at or behind this share of the work
@@ -104,12 +100,9 @@ void in_equal_parts(int64_t count, int64_t least, Work&& work, F&& f) {
     }
     return low;
   };
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min(parts, threads), 1, [&](int64_t, int64_t) {
-    for (int64_t part; (part = next.fetch_add(1, std::memory_order_relaxed)) < parts;) {
-      const int64_t from = bound(part), to = bound(part + 1);
-      if (from < to) f(from, to);
-    }
+  in_turns(parts, [&](int64_t part) {
+    const int64_t from = bound(part), to = bound(part + 1);
+    if (from < to) f(from, to);
   });
 }
 
