@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, lowbit, lowbit_peers, lowbit_summary, results
+from cofire.bench import ceilings, harness, lowbit, lowbit_peers, lowbit_summary, results, sparse_summary
 from cofire.bench.cases import Provider, Random
 from cofire.bench.lowbit_peers import Product
 from cofire.registry import OPERATORS
@@ -233,15 +233,33 @@ def test_summary_says_what_was_missed() -> None:
     assert "| fp32 activations, 4 bits, against torch's product | at least 20x | - |" in text
 
 
+def test_the_sparse_summary_says_what_was_missed() -> None:
+    found = made_up()
+    case, trained = "M256 4096x4096 90 % csr", "M64 4096x4096 50 %, invariant"
+    found.rows = [
+        {**row(case, provider, ms), "family": "sparse"}
+        for provider, ms in (("cofire", 10.0), ("peer:torch csr", 25.0), ("peer:sparseprop", 19.0), ("dense", 40.0))
+    ]
+    found.rows += [
+        {**row(trained, provider, ms, "forward+backward"), "family": "sparse"}
+        for provider, ms in (("cofire", 10.0), ("peer:plain layer", 9.8))
+    ]
+    text = sparse_summary.summary(found, report._markdown_table)
+    assert "| csr, many rows, against MKL's CSR | at least 2x | M = 256, 90 %: 2.5x |" in text
+    assert "| csr, many rows, against SparseProp | at least 2x | **M = 256, 90 %: 1.9x** |" in text
+    assert "| at least 0.95x | M = 64: 0.98x |" in text
+    assert "| selection, 11008x4096, against the best of torch | at least 10x | - |" in text
+
+
 def test_two_devices_have_a_section_each() -> None:
     both = [made_up(), made_up("CPU B")]
     both[1].rows = [{**r, "family": "gating"} for r in both[1].rows]
-    text = report.lowbit_tables(both)
+    text = report.family_tables("lowbit", both)
     assert "### CPU A" in text and "### CPU B" not in text
     assert "Peers: onnxruntime 1.0; not installed: torchao." in text
     assert report._devices(both) == ["cpu-a", "cpu-b"]
     assert report._devices([made_up(), made_up(threads=8)]) == ["cpu-a-2-threads", "cpu-a-8-threads"]
-    assert report.lowbit_tables([both[1]]) == "Not measured."
+    assert report.family_tables("lowbit", [both[1]]) == "Not measured."
 
 
 def test_overview_leaves_out_first_calls_and_overheads() -> None:
@@ -262,7 +280,7 @@ def test_peers_do_not_part_environments() -> None:
 
 
 @pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="not a checkout")
-@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/lowbit.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/lowbit.md", "docs/sparse.md", "README.md"])
 def test_pages_are_fresh(page: str) -> None:
     """What ``make readme`` writes is what is there: the pages show the results files of this checkout."""
     found = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
@@ -270,8 +288,8 @@ def test_pages_are_fresh(page: str) -> None:
     words = (ROOT / page).read_text(encoding="utf-8")
     if page == "README.md":
         expected = report.measured(everything)
-    elif page == "docs/lowbit.md":
-        expected = report.lowbit_tables(everything)
+    elif (family := Path(page).stem) in report.SUMMARIES:
+        expected = report.family_tables(family, everything)
     else:
         plots = {p.stem.removeprefix("benchmarks-"): p.name for p in (ROOT / "docs").glob("benchmarks-*.svg")}
         expected = report.markdown(everything, plots)

@@ -4,75 +4,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
-from cofire.bench.results import Results, Row
+from cofire.bench.results import Results
+from cofire.bench.targets import COLD, HOT, Found, Index, Key, Target, against, best_other, index_of, lines, ratio
 
-Index = dict[tuple[str, str, str, str], Row]  #: by case, dtype, mode, provider
-Found = list[tuple[str, float]]  #: where, and the number
-
-HOT, COLD = "forward", "forward, cold"
 SQUARE, TALL = "4096x4096", "11008x4096"
 ROWS = (1, 4, 8, 16, 32, 64, 256)
-
-
-def _index(results: Results) -> Index:
-    timed = (r for r in results.rows if r["family"] == "lowbit" and r["median_ms"] is not None)
-    return {(r["case"], r["dtype"], r["mode"], r["provider"]): r for r in timed}
 
 
 def _name(rows: int, weight: str, int8: bool, shape: str = SQUARE) -> str:
     return f"M{rows} {shape} {weight}{' int8 activations' if int8 else ''}"
 
 
-def _ratio(slow: Row | None, fast: Row | None) -> float | None:
-    return None if slow is None or fast is None else slow["median_ms"] / fast["median_ms"]
-
-
 def _against(
     index: Index, provider: str, rows: Sequence[int], weight: str, int8: bool, dtype: str, shape: str = SQUARE
 ) -> Found:
     """How many times as fast as a provider, with cold weights."""
-    found: Found = []
-    for m in rows:
-        key = (_name(m, weight, int8, shape), dtype, COLD)
-        value = _ratio(index.get((*key, provider)), index.get((*key, "cofire")))
-        if value is not None:
-            found.append((f"M = {m}", value))
-    return found
+    return against(index, provider, ((f"M = {m}", (_name(m, weight, int8, shape), dtype, COLD)) for m in rows))
 
 
-def _best_other(index: Index, case: str, dtype: str, mode: str) -> Row | None:
-    others = [r for (c, d, m, p), r in index.items() if (c, d, m) == (case, dtype, mode) and p != "cofire"]
-    return min(others, key=lambda r: float(r["median_ms"]), default=None)
-
-
-@dataclass(frozen=True)
-class Target:
-    what: str
-    least: float
-    unit: str
-    find: Callable[[Index, Results], Found]
-    most: bool = False  #: the number is to stay below, not above
-
-    def line(self, index: Index, results: Results) -> list[str]:
-        found = self.find(index, results)
-        cells = []
-        for where, value in found:
-            text = f"{where}{': ' if where else ''}{value:.3g}{self.unit}"
-            met = value <= self.least if self.most else value >= self.least
-            cells.append(text if met else f"**{text}**")
-        return [
-            self.what,
-            f"{'at most' if self.most else 'at least'} {self.least:g}{self.unit}",
-            ", ".join(cells) or "-",
-        ]
-
-
-def _compare_cofire(pairs: Iterable[tuple[str, tuple[str, str, str], tuple[str, str, str]]], index: Index) -> Found:
+def _compare_cofire(pairs: Iterable[tuple[str, Key, Key]], index: Index) -> Found:
     found: Found = []
     for where, other, ours in pairs:
-        value = _ratio(index.get((*other, "cofire")), index.get((*ours, "cofire")))
+        value = ratio(index.get((*other, "cofire")), index.get((*ours, "cofire")))
         if value is not None:
             found.append((where, value))
     return found
@@ -93,8 +47,8 @@ def _against_best(index: Index, results: Results) -> Found:
     found: Found = []
     for shape in (SQUARE, TALL):
         case = _name(1, "4 bits g128", True, shape)
-        best = _best_other(index, case, "float32", COLD)
-        value = _ratio(best, index.get((case, "float32", COLD, "cofire")))
+        best = best_other(index, case, "float32", COLD)
+        value = ratio(best, index.get((case, "float32", COLD, "cofire")))
         if value is not None and best is not None:
             found.append((f"{shape} ({best['provider'].removeprefix('peer:')})", value))
     return found
@@ -121,7 +75,7 @@ def _backward(index: Index, results: Results) -> Found:
     for dtype in ("float32", "bfloat16"):
         for mode in (HOT, COLD):
             key = (f"M256 {SQUARE} 4 bits g128, gradient of the input", dtype, mode)
-            value = _ratio(index.get((*key, "peer:dequantize-then-dense")), index.get((*key, "cofire")))
+            value = ratio(index.get((*key, "peer:dequantize-then-dense")), index.get((*key, "cofire")))
             if value is not None:
                 found.append((f"{dtype}{', cold' if mode == COLD else ''}", value))
     return found
@@ -184,33 +138,33 @@ KINDS = (
 
 
 def _cell(index: Index, case: str, dtype: str) -> str:
-    ours, best = index.get((case, dtype, COLD, "cofire")), _best_other(index, case, dtype, COLD)
+    ours, best = index.get((case, dtype, COLD, "cofire")), best_other(index, case, dtype, COLD)
     if ours is None:
         return ""
     text = f"{'~' if ours['noisy'] else ''}{ours['median_ms']:.3g} ms"
     if best is None:
         return text
-    ratio = best["median_ms"] / ours["median_ms"]
-    against = f"{ratio:.2f}x {best['provider'].removeprefix('peer:')}"
-    return f"{text}, {against if ratio >= 1 else f'**{against}**'}"
+    faster = best["median_ms"] / ours["median_ms"]
+    words = f"{faster:.2f}x {best['provider'].removeprefix('peer:')}"
+    return f"{text}, {words if faster >= 1 else f'**{words}**'}"
 
 
 def summary(results: Results, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> str:
     """Markdown; ``table`` draws one from headings and lines. What was missed, and what was lost, is bold."""
-    index = _index(results)
+    index = index_of(results, "lowbit")
     parts = [
         "Cold weights (each call the next of many copies), groups of 128, 4096x4096, unless stated; a target that was "
         "missed is bold.",
-        table(("what", "target", "found"), [t.line(index, results) for t in TARGETS]),
+        table(("what", "target", "found"), lines(TARGETS, index, results)),
     ]
     for title, int8, dtype in KINDS:
-        lines = []
+        weights = []
         for shape in (SQUARE, TALL):
             for weight in WEIGHTS:
                 cells = [_cell(index, _name(m, weight, int8, shape), dtype) for m in ROWS]
                 if any(cells):
-                    lines.append([f"{weight}, {shape}", *cells])
-        if lines:
+                    weights.append([f"{weight}, {shape}", *cells])
+        if weights:
             parts += [f"*{title}*, by rows of the input; beside the time the fastest of all others:"]
-            parts.append(table(("weight", *(f"M = {m}" for m in ROWS)), lines))
+            parts.append(table(("weight", *(f"M = {m}" for m in ROWS)), weights))
     return "\n\n".join(parts)

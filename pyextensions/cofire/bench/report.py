@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cofire.bench import lowbit_summary, sparse_summary
 from cofire.bench.growth import growth_plot
-from cofire.bench.lowbit_summary import summary as lowbit_summary
 from cofire.bench.memory import memory_table
 from cofire.bench.results import FOLDER, UNCOMPARED, Results, Row, geometric_mean
 from cofire.files import fill, write_atomically
@@ -21,8 +21,8 @@ MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
 #: In ``clustering.md``, if that page is there: what ``cofire bench-memory`` and ``cofire bench-growth`` measured.
 MEMORY = ("<!-- results: cofire bench-memory -->", "<!-- end of memory -->")
 GROWTH = ("<!-- results: cofire bench-growth -->", "<!-- end of growth -->")
-#: In ``lowbit.md``, if that page is there.
-LOWBIT = ("<!-- results: cofire report, lowbit -->", "<!-- end of results -->")
+#: What a family aims at, and what was found: in its own page ``<family>.md``, if that has the markers.
+SUMMARIES = {"lowbit": lowbit_summary.summary, "sparse": sparse_summary.summary}
 INTRODUCTION = """# Benchmarks
 
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
@@ -438,22 +438,28 @@ def page(all_results: Sequence[Results], drawn: dict[str, str]) -> str:
     )
 
 
-def lowbit_tables(all_results: Sequence[Results]) -> str:
-    """For ``lowbit.md``: a section for each device that measured the family."""
+def summary_markers(family: str) -> tuple[str, str]:
+    return f"<!-- results: cofire report, {family} -->", "<!-- end of results -->"
+
+
+def family_tables(family: str, all_results: Sequence[Results]) -> str:
+    """For the family's page: a section for each device that measured it."""
     parts = []
     for results in all_results:
-        if any(r["family"] == "lowbit" for r in results.rows):
+        if any(r["family"] == family for r in results.rows):
             parts += [f"### {results.environment['device']}", _environment(results) + ".", *_peers(results)]
-            parts.append(lowbit_summary(results, _markdown_table))
+            parts.append(SUMMARIES[family](results, _markdown_table))
     return "\n\n".join(parts) or "Not measured."
 
 
-def _lowbit(folder: Path, all_results: Sequence[Results]) -> list[Path]:
-    page = folder / "lowbit.md"
-    if not page.exists() or LOWBIT[0] not in page.read_text(encoding="utf-8"):
-        return []
-    fill(page, LOWBIT, lowbit_tables(all_results))
-    return [page]
+def _summaries(folder: Path, all_results: Sequence[Results]) -> list[Path]:
+    written = []
+    for family in SUMMARIES:
+        page, markers = folder / f"{family}.md", summary_markers(family)
+        if page.exists() and markers[0] in page.read_text(encoding="utf-8"):
+            fill(page, markers, family_tables(family, all_results))
+            written.append(page)
+    return written
 
 
 def _clustering(folder: Path) -> list[Path]:
@@ -515,5 +521,5 @@ def report(
     if readme is not None:
         fill(Path(readme), MEASURED, measured(all_results))
         written.append(Path(readme))
-    written += _clustering(folder) + _lowbit(folder, all_results)
+    written += _clustering(folder) + _summaries(folder, all_results)
     return written + [write_atomically(folder / names[key], svg) for key, svg in drawn.items()]
