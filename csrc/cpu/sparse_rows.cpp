@@ -20,7 +20,7 @@ namespace {
 // Floats of the tokens that a pass over some rows of the weight reads again and again: at most less
 // than half of a small second-level cache. Fewer stay in the first level for longer; but a row
 // should find some entries among them.
-constexpr int64_t kMostSlab = 49152, kLeastSlab = 12288, kEntries = 32;
+constexpr int64_t kMostSlab = 49152, kLeastSlab = 12288, kEntries = 18;
 // Rows of such a pass: their sums, and what it reads of the weight, stay in the second level.
 constexpr int64_t kMostRows = 512, kFewestRows = 64;
 
@@ -113,17 +113,46 @@ std::shared_ptr<const Slabs> slabs_of(const Index* index, const Weight& w, int64
   return kept.back();
 }
 
-// Calls f(row, first entry, end, column before) for the rows [n, to), slab of columns by slab.
-template <typename F>
-COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, int64_t n, int64_t to, F&& f) {
+// The bytes [from, to) are asked for.
+template <int Level>
+COFIRE_INLINE void ask_for(const void* from, const void* to) {
+  for (const auto* p = static_cast<const char*>(from); p < to; p += 64) {
+    __builtin_prefetch(p, 0, Level);
+  }
+}
+
+// Calls f(row, first entry, end, column before) for the rows [n, to), slab of columns by slab. A
+// row has a few entries in a slab, far from those of the next row: they are asked for two rows
+// ahead (what is read of them: index, and `values`). And row by row a piece of what the next slab
+// reads of the tokens, `width` floats per column, is fetched into the second level.
+template <typename Index, typename Value, typename F>
+COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, const Index* index,
+                            const Value* values, const float* tokens, int64_t width, int64_t n,
+                            int64_t to, F&& f) {
+  constexpr int64_t kAheadRows = 2;
   const int64_t* starts = w.starts();
   for (int64_t s = 0; s < slabs.number; ++s) {
     const int32_t* first = slabs.begin.data() + n * slabs.number + s;
     const int32_t* column = slabs.column.data() + n * slabs.number + s;
     const bool last = s + 1 == slabs.number;
+    const int64_t columns =
+        std::clamp(w.columns - (s + 1) * slabs.columns, int64_t{0}, slabs.columns);
+    const float* next = tokens + (s + 1) * slabs.columns * width;
+    const int64_t piece = (columns * width / (to - n) + 15) / 16 * 16;
+    const float* end = next + columns * width;
+    const auto stop_of = [&](int64_t r, const int32_t* at) {
+      return last ? starts[r + 1] : starts[r] + at[1];
+    };
     for (int64_t r = n; r < to; ++r, first += slabs.number, column += slabs.number) {
-      const int64_t stop = last ? starts[r + 1] : starts[r] + first[1];
-      f(r, starts[r] + first[0], stop, slabs.column.empty() ? 0 : int64_t{*column});
+      if (r + kAheadRows < to) {
+        const int32_t* ahead = first + kAheadRows * slabs.number;
+        const int64_t from = starts[r + kAheadRows] + *ahead, stop = stop_of(r + kAheadRows, ahead);
+        ask_for<3>(values + from, values + stop);
+        ask_for<3>(index + from, index + stop);
+      }
+      ask_for<2>(next, std::min(next + piece, end));
+      next += piece;
+      f(r, starts[r] + first[0], stop_of(r, first), slabs.column.empty() ? 0 : int64_t{*column});
     }
   }
 }
@@ -184,11 +213,13 @@ void multiply(const Tokens& tokens, const Index* index, const Value* values, con
       with_vectors(block.vectors, [&](auto v) {
         constexpr int V = decltype(v)::value;
         const float* from = tokens.of(block);
-        by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t column) {
-          add_entries<V>(
-              index, values, j, stop, column, [=](int64_t k) { return from + k * V * kLanes; },
-              c.data() + (r - n) * V * kLanes);
-        });
+        by_slabs(w, *slabs[V], index, values, from, V * kLanes, n, to,
+                 [&](int64_t r, int64_t j, int64_t stop, int64_t column) {
+                   add_entries<V>(
+                       index, values, j, stop, column,
+                       [=](int64_t k) { return from + k * V * kLanes; },
+                       c.data() + (r - n) * V * kLanes);
+                 });
       });
       sink(c.data(), block.width(), n, to - n, block.first, block.count);
     }
@@ -272,9 +303,10 @@ void sample(const Tokens& grads, const Tokens& tokens, const Index* index, const
         with_vectors(block.vectors, [&](auto v) {
           constexpr int V = decltype(v)::value;
           const float* from = tokens.of(block);
-          by_slabs(w, *slabs[V], n, to, [&](int64_t r, int64_t j, int64_t stop, int64_t) {
-            sample_entries<V>(index, j, stop, mine + r * V * kLanes, from, out);
-          });
+          by_slabs(w, *slabs[V], index, out, from, V * kLanes, n, to,
+                   [&](int64_t r, int64_t j, int64_t stop, int64_t) {
+                     sample_entries<V>(index, j, stop, mine + r * V * kLanes, from, out);
+                   });
         });
       }
     }
