@@ -219,38 +219,41 @@ COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride, 
 
 // ---------------------------------------------------------------------------------------- bitmaps
 
+// Of the next kTurn columns: the words, and the values where half of them are kept.
+constexpr int kTurn = 8;
 template <typename T>
 COFIRE_INLINE void ask_for(const uint16_t* words, const T* values) {
-  __builtin_prefetch(values + kAhead / sizeof(T));
   __builtin_prefetch(words + kAhead / sizeof(*words));
+  COFIRE_UNROLL
+  for (size_t i = 0; i < sizeof(T); ++i) {
+    __builtin_prefetch(values + (kAhead + 64 * i) / sizeof(T));
+  }
 }
 
 // A panel times a few tokens, expanded in registers.
 template <int R, typename T>
 void expand_few(const uint16_t* words, const T* values, int64_t columns, const float* x, float* c) {
-  F16 sum[R], other[R];
-  for (int r = 0; r < R; ++r) sum[r] = other[r] = F16::zero();
+  constexpr int kChains = R <= 2 ? 2 : 1;
+  F16 sum[kChains][R];
+  unrolled<kChains>([&](auto i) { unrolled<R>([&](auto r) { sum[i][r] = F16::zero(); }); });
+  const auto add = [&](auto i, int64_t k) __attribute__((always_inline)) {
+    const F16 column = expand(words[k], values);
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      sum[i][r] = fma(column, F16::all(x[k * R + r]), sum[i][r]);
+    });
+  };
   int64_t k = 0;
-  if constexpr (R <= 2) {  // a second chain of sums
-    for (; k + 2 <= columns; k += 2) {
-      ask_for(words + k, values);
-      const F16 a = expand(words[k], values);
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
-      const F16 b = expand(words[k + 1], values);
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) other[r] = fma(b, F16::all(x[k * R + R + r]), other[r]);
-    }
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) sum[r] = sum[r] + other[r];
+  for (; k + kTurn <= columns; k += kTurn) {
+    ask_for(words + k, values);
+    unrolled<kTurn>([&](auto i) __attribute__((always_inline)) {
+      add(std::integral_constant<int, i % kChains>{}, k + i);
+    });
   }
-  for (; k < columns; ++k) {
-    if constexpr (R > 2) ask_for(words + k, values);
-    const F16 a = expand(words[k], values);
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) sum[r] = fma(a, F16::all(x[k * R + r]), sum[r]);
+  for (; k < columns; ++k) add(std::integral_constant<int, 0>{}, k);
+  if constexpr (kChains == 2) {
+    unrolled<R>([&](auto r) { sum[0][r] = sum[0][r] + sum[1][r]; });
   }
-  store_columns(sum, c, R);
+  store_columns(sum[0], c, R);
 }
 
 // Adds some expanded columns of a panel to the sums of a tile of tokens.
@@ -305,7 +308,7 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
           for (int64_t k = 0; k < K; k += kDepth) {
             const int64_t depth = std::min(kDepth, K - k);
             for (int64_t i = 0; i < depth; ++i) {
-              ask_for(words + p * K + k + i, values);
+              if (i % kTurn == 0) ask_for(words + p * K + k + i, values);
               expand(words[p * K + k + i], values).store(panel.data() + i * kPanel);
             }
             for (int64_t t = 0; t < tiles.number(); ++t) {
