@@ -8,6 +8,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <unordered_map>
@@ -245,17 +246,22 @@ Transposed transpose(const Index* index, const int64_t* starts, int64_t rows, in
   const bool narrow = rows <= 1 << 16;
   t.index = at::empty({entries}, options.dtype(narrow ? at::kUInt16 : at::kInt));
   t.offsets = at::zeros({columns + 1}, options.dtype(at::kLong));
-  t.order = at::empty({entries}, options.dtype(at::kLong));
+  const bool few = entries <= std::numeric_limits<int32_t>::max();
+  t.order = at::empty({entries}, options.dtype(few ? at::kInt : at::kLong));
   auto* first = t.offsets.mutable_data_ptr<int64_t>();
   for (int64_t j = 0; j < entries; ++j) ++first[index[j] + 1];
   for (int64_t k = 0; k < columns; ++k) first[k + 1] += first[k];
   std::vector<int64_t> next(first, first + columns);
-  auto* order = t.order.mutable_data_ptr<int64_t>();
+  void* order = t.order.mutable_data_ptr();
   void* row = t.index.mutable_data_ptr();
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t j = starts[n]; j < starts[n + 1]; ++j) {
       const int64_t place = next[index[j]]++;
-      order[place] = j;
+      if (few) {
+        static_cast<int32_t*>(order)[place] = static_cast<int32_t>(j);
+      } else {
+        static_cast<int64_t*>(order)[place] = j;
+      }
       if (narrow) {
         static_cast<uint16_t*>(row)[place] = static_cast<uint16_t>(n);
       } else {
@@ -298,10 +304,16 @@ at::Tensor input_gradient(const at::Tensor& grad, const Tokens* grads, const Wei
     using T = decltype(example);
     const T* from = w.values.const_data_ptr<T>();
     T* to = back.values.mutable_data_ptr<T>();
-    const auto* order = t->order.const_data_ptr<int64_t>();
-    at::parallel_for(0, w.values.numel(), 32768, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) to[j] = from[order[j]];
-    });
+    const auto take = [&](const auto* order) {
+      at::parallel_for(0, w.values.numel(), 32768, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) to[j] = from[order[j]];
+      });
+    };
+    if (t->order.scalar_type() == at::kInt) {
+      take(t->order.const_data_ptr<int32_t>());
+    } else {
+      take(t->order.const_data_ptr<int64_t>());
+    }
   });
   at::Tensor out = at::empty({grad.size(0), w.columns}, grad.options());
   const Sink sink{out, nullptr, at::Tensor(), w.columns};
