@@ -1,0 +1,396 @@
+// SPDX-License-Identifier: Apache-2.0
+// A mixture of two linear experts: the choice of one per token, and the products of each expert
+// with its own tokens, which are read and written where they are.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include <vector>
+
+#include "pages.h"
+#include "parts.h"
+#include "selection.h"
+#include "tag.h"
+#include "vec.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace {
+
+// -----------------------------------------------------------------------------------------
+// moe_route
+
+constexpr int64_t kChunk = 2048;  // tokens whose probabilities are summed in fp32
+
+// The gates and choices of a chunk, and the sums of its probabilities.
+template <typename T>
+void route_chunk(const T* logits, int64_t size, T* gate, bool* dense, bool* shift, float* sums) {
+  float ahead[kChunk];  // of the shift expert
+  for (int64_t t = 0; t < size; ++t) {
+    const float a = static_cast<float>(logits[2 * t]), b = static_cast<float>(logits[2 * t + 1]);
+    ahead[t] = b - a;
+    shift[t] = b >= a;
+    dense[t] = !shift[t];
+  }
+  Vec sum[2] = {Vec(0.f), Vec(0.f)};
+  for (int64_t t = 0; t < size; t += kLanes) {
+    const int64_t n = std::min(kLanes, size - t);
+    const Vec d = Vec::loadu(ahead + t, n);
+    const Vec e = (d.abs().neg()).exp();
+    const Vec larger = Vec(1.f) / (Vec(1.f) + e), smaller = e / (Vec(1.f) + e);
+    const Vec of_shift = d >= Vec(0.f);
+    sum[0] = sum[0] + Vec::set(Vec(0.f), Vec::blendv(larger, smaller, of_shift), n);
+    sum[1] = sum[1] + Vec::set(Vec(0.f), Vec::blendv(smaller, larger, of_shift), n);
+    store_f32(gate + t, larger, n);
+  }
+  for (int e = 0; e < 2; ++e) sums[e] = reduce_add(sum[e]);
+}
+
+using Route = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Route moe_route(const at::Tensor& logits) {
+  if (!covered(logits)) return reference<Route>("cofire::moe_route", &moe_route, logits);
+  const at::Tensor l = logits.contiguous();
+  const int64_t tokens = l.size(0), chunks = (tokens + kChunk - 1) / kChunk;
+  at::Tensor gate = at::empty({tokens}, l.options());
+  at::Tensor chosen = at::empty({2, tokens}, l.options().dtype(at::kBool));
+  at::Tensor index = at::empty({2, tokens}, l.options().dtype(at::kInt));
+  at::Tensor count = at::empty({2}, l.options().dtype(at::kInt));
+  at::Tensor importance = at::empty({2}, l.options().dtype(at::kFloat));
+  bool* const mask = chosen.mutable_data_ptr<bool>();
+  std::vector<float> sums(2 * chunks);
+  dispatch(l.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* const from = l.const_data_ptr<T>();
+    T* const to = gate.mutable_data_ptr<T>();
+    at::parallel_for(0, chunks, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t t = c * kChunk;
+        route_chunk<T>(from + 2 * t, std::min(kChunk, tokens - t), to + t, mask + t,
+                       mask + tokens + t, sums.data() + 2 * c);
+      }
+    });
+  });
+  int32_t* const to_index = index.mutable_data_ptr<int32_t>();
+  int32_t* const to_count = count.mutable_data_ptr<int32_t>();
+  at::parallel_for(0, 2, tokens < 65536 ? 2 : 1, [&](int64_t begin, int64_t end) {
+    for (int64_t e = begin; e < end; ++e) {
+      to_count[e] = compact_row(mask + e * tokens, tokens, to_index + e * tokens);
+    }
+  });
+  for (int e = 0; e < 2; ++e) {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += sums[2 * c + e];
+    importance.mutable_data_ptr<float>()[e] = static_cast<float>(sum);
+  }
+  return {gate, index, count, importance};
+}
+
+// ----------------------------------------------------------------------------------------
+// moe2_linear
+
+constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
+constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
+constexpr int64_t kBlock = 48;                    // rows that share a panel from the first caches
+
+// The tokens of the two experts. Each token is in exactly one list, which is checked: no row is
+// then written twice, or not at all.
+class Tokens {
+ public:
+  Tokens(const char* op, const at::Tensor& index, const at::Tensor& count)
+      : index_(index.contiguous()), tokens_(index_.size(1)) {
+    const at::Tensor counts = count.contiguous();
+    std::vector<bool> seen(tokens_);
+    bool right = true;
+    int64_t total = 0;
+    for (int e = 0; e < 2 && right; ++e) {
+      count_[e] = counts.const_data_ptr<int32_t>()[e];
+      right = count_[e] >= 0 && count_[e] <= tokens_;
+      for (int64_t i = 0; right && i < count_[e]; ++i) {
+        const int32_t t = list(e)[i];
+        right = t >= 0 && t < tokens_ && !seen[t];
+        if (right) seen[t] = true;
+      }
+      total += count_[e];
+    }
+    TORCH_CHECK_VALUE(right && total == tokens_, op,
+                      ": index and count must list every token exactly once, as moe_route does");
+  }
+
+  const int32_t* list(int e) const { return index_.const_data_ptr<int32_t>() + e * tokens_; }
+  int64_t count(int e) const { return count_[e]; }
+
+  // Calls f(expert, begin, end) for blocks of an expert's list.
+  template <typename F>
+  void blocks(F&& f) const {
+    const int64_t first = (count_[0] + kBlock - 1) / kBlock;
+    in_turns(first + (count_[1] + kBlock - 1) / kBlock, [&](int64_t part) {
+      const int e = part >= first;
+      const int64_t begin = (part - (e ? first : 0)) * kBlock;
+      f(e, begin, std::min(count_[e], begin + kBlock));
+    });
+  }
+
+ private:
+  at::Tensor index_;
+  int64_t tokens_, count_[2] = {0, 0};
+};
+
+// Both experts' weights in fp32 panels [expert, panel, depth, kPanel], zeros behind the last
+// column. The rows of a weight are the columns of the product, or (transposed) its depth.
+template <typename T>
+class Panels {
+ public:
+  Panels(const at::Tensor (&weight)[2], bool transposed, const Tokens& tokens)
+      : depth_(weight[0].size(transposed ? 0 : 1)),
+        columns_(weight[0].size(transposed ? 1 : 0)),
+        number_((columns_ + kPanel - 1) / kPanel),
+        data_(empty_in_large_pages({2, number_, depth_, kPanel},
+                                   weight[0].options().dtype(at::kFloat))) {
+    float* const to = data_.mutable_data_ptr<float>();
+    const T* const from[2] = {weight[0].const_data_ptr<T>(), weight[1].const_data_ptr<T>()};
+    const int64_t grain = 1 + 16384 / (depth_ * kPanel + 1);
+    at::parallel_for(0, 2 * number_, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        const int e = p >= number_;
+        if (tokens.count(e) == 0) continue;
+        const int64_t column = (p - e * number_) * kPanel;
+        const int64_t n = std::min(kPanel, columns_ - column);
+        float* const panel = to + p * depth_ * kPanel;
+        if (transposed) {
+          copy(from[e] + column, columns_, 1, n, panel);
+        } else {
+          copy(from[e] + column * depth_, 1, depth_, n, panel);
+        }
+      }
+    });
+  }
+
+  int64_t depth() const { return depth_; }
+  int64_t columns() const { return columns_; }
+  int64_t number() const { return number_; }
+  const float* panel(int e, int64_t p) const {
+    return data_.const_data_ptr<float>() + (e * number_ + p) * depth_ * kPanel;
+  }
+
+ private:
+  void copy(const T* from, int64_t along_depth, int64_t along_columns, int64_t n, float* to) const {
+    for (int64_t k = 0; k < depth_; ++k, to += kPanel) {
+      for (int64_t j = 0; j < n; ++j) {
+        to[j] = static_cast<float>(from[k * along_depth + j * along_columns]);
+      }
+      std::fill(to + n, to + kPanel, 0.f);
+    }
+  }
+
+  int64_t depth_, columns_, number_;
+  at::Tensor data_;
+};
+
+// Products of `kRows` rows with a panel; finish(row, first half, second half) takes the results.
+template <typename F>
+inline void product(const float* const* rows, const float* panel, int64_t depth, F&& finish) {
+  Vec acc[kRows][2];
+  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec(0.f);
+  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+    const Vec b[2] = {Vec::loadu(panel), Vec::loadu(panel + kLanes)};
+    COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
+      const Vec a(rows[r][k]);
+      acc[r][0] = at::vec::fmadd(a, b[0], acc[r][0]);
+      acc[r][1] = at::vec::fmadd(a, b[1], acc[r][1]);
+    }
+  }
+  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) finish(r, acc[r][0], acc[r][1]);
+}
+
+// The rows of a block as fp32: where they are, or a converted copy.
+template <typename T>
+class Rows {
+ public:
+  Rows(const T* x, int64_t size, const int32_t* token, int64_t count) {
+    if constexpr (!std::is_same_v<T, float>) {
+      copy_.resize(count * size);
+      for (int64_t r = 0; r < count; ++r) {
+        for (int64_t i = 0; i < size; i += kLanes) {
+          const int64_t n = std::min(kLanes, size - i);
+          load_f32(x + token[r] * size + i, n)
+              .store(copy_.data() + r * size + i, static_cast<int>(n));
+        }
+      }
+    }
+    for (int64_t r = 0; r < kBlock; ++r) {  // the last one fills up the last tile
+      const int64_t i = std::min(r, count - 1);
+      if constexpr (std::is_same_v<T, float>) {
+        row_[r] = x + token[i] * size;
+      } else {
+        row_[r] = copy_.data() + i * size;
+      }
+    }
+  }
+  const float* const* from(int64_t r) const { return row_ + r; }
+
+ private:
+  std::vector<float> copy_;
+  const float* row_[kBlock];
+};
+
+// finish(row of the block, column, first half, second half) for all products of a block.
+template <typename T, typename F>
+void multiply(const Rows<T>& rows, int64_t count, const Panels<T>& panels, int e, F&& finish) {
+  for (int64_t p = 0; p < panels.number(); ++p) {
+    for (int64_t r = 0; r < count; r += kRows) {
+      product(rows.from(r), panels.panel(e, p), panels.depth(),
+              [&](int64_t i, const Vec& a, const Vec& b) {
+                if (r + i < count) finish(r + i, p * kPanel, a, b);
+              });
+    }
+  }
+}
+
+// A bias as fp32, zeros up to whole panels.
+std::vector<float> padded(const MaybeTensor& bias, int64_t columns) {
+  std::vector<float> result((columns + kPanel - 1) / kPanel * kPanel, 0.f);
+  if (bias.has_value()) {
+    const at::Tensor b = bias->to(at::kFloat).contiguous();
+    std::copy_n(b.const_data_ptr<float>(), columns, result.begin());
+  }
+  return result;
+}
+
+at::Tensor moe2_linear(const at::Tensor& x, const at::Tensor& dense_weight,
+                       const at::Tensor& shift_weight, const MaybeTensor& dense_bias,
+                       const MaybeTensor& shift_bias, const at::Tensor& gate,
+                       const at::Tensor& index, const at::Tensor& count) {
+  if (!covered(x)) {
+    return reference<at::Tensor>("cofire::moe2_linear", &moe2_linear, x, dense_weight, shift_weight,
+                                 dense_bias, shift_bias, gate, index, count);
+  }
+  const Tokens tokens("moe2_linear", index, count);
+  const int64_t in = x.size(1), out = dense_weight.size(0);
+  const at::Tensor input = x.contiguous(), scale = gate.contiguous();
+  const at::Tensor weight[2] = {dense_weight.contiguous(), shift_weight.contiguous()};
+  const std::vector<float> bias[2] = {padded(dense_bias, out), padded(shift_bias, out)};
+  at::Tensor y = empty_in_large_pages({x.size(0), out}, x.options());
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Panels<T> panels(weight, false, tokens);
+    const T* const from = input.const_data_ptr<T>();
+    const T* const gates = scale.const_data_ptr<T>();
+    T* const to = y.mutable_data_ptr<T>();
+    tokens.blocks([&](int e, int64_t begin, int64_t end) {
+      const int32_t* const token = tokens.list(e) + begin;
+      const Rows<T> rows(from, in, token, end - begin);
+      multiply(rows, end - begin, panels, e,
+               [&](int64_t r, int64_t column, const Vec& a, const Vec& b) {
+                 const Vec g(static_cast<float>(gates[token[r]]));
+                 T* const row = to + token[r] * out + column;
+                 const int64_t n = out - column;
+                 const float* const add = bias[e].data() + column;
+                 store_f32(row, g * (a + Vec::loadu(add)), std::min(kLanes, n));
+                 if (n > kLanes) {
+                   store_f32(row + kLanes, g * (b + Vec::loadu(add + kLanes)),
+                             std::min(kLanes, n - kLanes));
+                 }
+               });
+    });
+  });
+  return y;
+}
+
+// The rows of an expert's tokens in fp32, each times its gate if there is one.
+template <typename T>
+at::Tensor gathered(const at::Tensor& x, const Tokens& tokens, int e, const T* gate) {
+  const int64_t size = x.size(1), count = tokens.count(e);
+  at::Tensor result = at::empty({count, size}, x.options().dtype(at::kFloat));
+  const T* const from = x.const_data_ptr<T>();
+  float* const to = result.mutable_data_ptr<float>();
+  const int32_t* const token = tokens.list(e);
+  at::parallel_for(0, count, grain_of(size), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const Vec g(gate == nullptr ? 1.f : static_cast<float>(gate[token[r]]));
+      for (int64_t i = 0; i < size; i += kLanes) {
+        const int64_t n = std::min(kLanes, size - i);
+        const Vec v = g * load_f32(from + token[r] * size + i, n);
+        v.store(to + r * size + i, static_cast<int>(n));
+      }
+    }
+  });
+  return result;
+}
+
+using Gradients =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// With u = grad W, of the token's expert: grad x = gate u, and grad gate = <u, x> + <grad, bias>,
+// so that the experts' outputs are neither kept nor computed again.
+Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
+                               const at::Tensor& dense_weight, const at::Tensor& shift_weight,
+                               const MaybeTensor& dense_bias, const MaybeTensor& shift_bias,
+                               const at::Tensor& gate, const at::Tensor& index,
+                               const at::Tensor& count) {
+  if (!covered(x)) {
+    return reference<Gradients>("cofire::moe2_linear_backward", &moe2_linear_backward, grad, x,
+                                dense_weight, shift_weight, dense_bias, shift_bias, gate, index,
+                                count);
+  }
+  const Tokens tokens("moe2_linear_backward", index, count);
+  const int64_t in = x.size(1), out = dense_weight.size(0);
+  const at::Tensor dy = grad.contiguous(), input = x.contiguous(), scale = gate.contiguous();
+  const at::Tensor weight[2] = {dense_weight.contiguous(), shift_weight.contiguous()};
+  const std::vector<float> bias[2] = {padded(dense_bias, out), padded(shift_bias, out)};
+  at::Tensor dx = empty_in_large_pages({x.size(0), in}, x.options());
+  at::Tensor dgate = at::empty({x.size(0)}, gate.options());
+  at::Tensor dweight[2], dbias[2];
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Panels<T> panels(weight, true, tokens);
+    const T* const from = dy.const_data_ptr<T>();
+    const T* const inputs = input.const_data_ptr<T>();
+    const T* const gates = scale.const_data_ptr<T>();
+    T* const to = dx.mutable_data_ptr<T>();
+    T* const to_gate = dgate.mutable_data_ptr<T>();
+    const int64_t width = panels.number() * kPanel;
+    tokens.blocks([&](int e, int64_t begin, int64_t end) {
+      const int32_t* const token = tokens.list(e) + begin;
+      const Rows<T> rows(from, out, token, end - begin);
+      std::vector<float> u((end - begin) * width);
+      multiply(rows, end - begin, panels, e,
+               [&](int64_t r, int64_t column, const Vec& a, const Vec& b) {
+                 a.store(u.data() + r * width + column);
+                 b.store(u.data() + r * width + column + kLanes);
+               });
+      for (int64_t r = 0; r < end - begin; ++r) {
+        const int64_t t = token[r];
+        const Vec g(static_cast<float>(gates[t]));
+        Vec sum(0.f);
+        for (int64_t i = 0; i < in; i += kLanes) {
+          const int64_t n = std::min(kLanes, in - i);
+          const Vec v = Vec::loadu(u.data() + r * width + i);  // zeros behind the last column
+          sum = at::vec::fmadd(v, load_f32(inputs + t * in + i, n), sum);
+          store_f32(to + t * in + i, g * v, n);
+        }
+        for (int64_t i = 0; i < out; i += kLanes) {
+          const int64_t n = std::min(kLanes, out - i);
+          sum =
+              at::vec::fmadd(load_f32(from + t * out + i, n), Vec::loadu(bias[e].data() + i), sum);
+        }
+        to_gate[t] = static_cast<T>(reduce_add(sum));
+      }
+    });
+    for (int e = 0; e < 2; ++e) {
+      const at::Tensor scaled = gathered<T>(dy, tokens, e, gates);
+      dweight[e] = at::mm(scaled.t(), gathered<T>(input, tokens, e, nullptr)).to(x.scalar_type());
+      dbias[e] = scaled.sum(0).to(x.scalar_type());
+    }
+  });
+  return {dx, dweight[0], dweight[1], dbias[0], dbias[1], dgate};
+}
+
+}  // namespace
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
+
+TORCH_LIBRARY_IMPL(cofire, CPU, m) {
+  m.impl("moe_route", &cofire::moe_route);
+  m.impl("moe2_linear", &cofire::moe2_linear);
+  m.impl("moe2_linear_backward", &cofire::moe2_linear_backward);
+}

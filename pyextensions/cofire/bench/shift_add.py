@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark cases of the family: powers of two as weights, binary attention, mixtures of experts."""
+
+from __future__ import annotations
+
+from cofire.bench import shift_add_mixture
+
+CASES = [*shift_add_mixture.CASES]

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark cases of the mixture of two linear experts: weights and tokens normal, the choice at random.
+
+``eager`` is a dispatcher as it is usually written: each expert's tokens gathered, multiplied, scaled, and put back. ``dense``
+is both experts on all tokens, and a choice. Both know the lists already.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cofire.bench.cases import Args, Case, Random, plain
+from cofire.ops.gating import mask_from_index
+from cofire.ops.selection import compact
+
+
+def route_by_nonzero(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As a dispatcher does it: the lists by ``nonzero``, which synchronises on a GPU."""
+    probability = logits.softmax(1)
+    shift = logits[:, 1] >= logits[:, 0]
+    gate = torch.where(shift, probability[:, 1], probability[:, 0])
+    lists = ((~shift).nonzero()[:, 0], shift.nonzero()[:, 0])
+    index = torch.full((2, logits.shape[0]), -1, dtype=torch.int32, device=logits.device)
+    for row, found in zip(index, lists, strict=True):
+        row[: found.numel()] = found
+    count = torch.tensor([found.numel() for found in lists], dtype=torch.int32, device=logits.device)
+    return gate, index, count, probability.float().sum(0)
+
+
+def dispatcher(x: Tensor, *rest: Any) -> Tensor:
+    """A product for each expert with the tokens that it gets."""
+    dense_weight, shift_weight, dense_bias, shift_bias, gate, index, count = rest
+    y = x.new_empty(x.shape[0], dense_weight.shape[0])
+    experts = ((dense_weight, dense_bias), (shift_weight, shift_bias))
+    for (weight, bias), row, size in zip(experts, index, count.tolist(), strict=True):
+        tokens = row[:size]
+        y.index_copy_(
+            0,
+            tokens.long(),
+            F.linear(x.index_select(0, tokens), weight, bias) * gate.index_select(0, tokens)[:, None],
+        )
+    return y
+
+
+def both_experts(x: Tensor, *rest: Any) -> Tensor:
+    dense_weight, shift_weight, dense_bias, shift_bias, gate, index, count = rest
+    shift = mask_from_index(index[1:], count[1:], x.shape[0])[0, :, None]
+    y = torch.where(shift, F.linear(x, shift_weight, shift_bias), F.linear(x, dense_weight, dense_bias))
+    result: Tensor = y * gate[:, None]
+    return result
+
+
+def _route(tokens: int, *, quick: bool = False) -> Case:
+    return Case(
+        "moe_route",
+        f"{tokens} tokens",
+        torch.float32,
+        lambda rand: (rand.normal(tokens, 2),),
+        {"eager": plain(route_by_nonzero)},
+        lambda rand: (rand.normal(9, 2),),
+        gradients=(0,),
+        quick=quick,
+        overhead=quick,
+    )
+
+
+def _linear(tokens: int, k: int, n: int, *, quick: bool = False) -> Case:
+    def args(rand: Random, tokens: int, k: int, n: int) -> Args:
+        shift = torch.exp2((rand.normal(n, k) - 3).round()) * (2.0 * rand.mask(n, k, 0.5) - 1)
+        chosen = rand.uniform(tokens) < 0.6  # the share of equal times for latencies of 6 and 4
+        return (
+            rand.normal(tokens, k),
+            rand.normal(n, k) / 8,
+            shift,
+            rand.normal(n),
+            rand.normal(n),
+            0.5 + 0.5 * rand.uniform(tokens),
+            *compact(torch.stack([~chosen, chosen])),
+        )
+
+    return Case(
+        "moe2_linear",
+        f"{tokens} tokens {k}->{n}",
+        torch.float32,
+        lambda rand: args(rand, tokens, k, n),
+        {"eager": plain(dispatcher), "dense": plain(both_experts)},
+        lambda rand: args(rand, 9, 5, 7),
+        gradients=(0, 1, 2, 3, 4, 5),
+        quick=quick,
+        overhead=quick,
+    )
+
+
+CASES = [
+    _route(3136, quick=True),
+    _route(100352),
+    _linear(3136, 64, 64, quick=True),
+    _linear(3136, 128, 128),
+    _linear(3136, 256, 256),
+    _linear(3136, 512, 512),
+    _linear(3136, 64, 512),
+]
