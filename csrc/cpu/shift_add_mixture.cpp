@@ -16,8 +16,7 @@ namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// -----------------------------------------------------------------------------------------
-// moe_route
+// ---------------------------------------------------------------------------------- moe_route
 
 constexpr int64_t kChunk = 2048;  // tokens whose probabilities are summed in fp32
 
@@ -85,8 +84,48 @@ Route moe_route(const at::Tensor& logits) {
   return {gate, index, count, importance};
 }
 
-// ----------------------------------------------------------------------------------------
-// moe2_linear
+// With d how far the shift expert is ahead and s = sigmoid(|d|): the gate is s, and the
+// probabilities are s and 1 - s, all with the derivative s (1 - s), up to its sign.
+at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& grad_importance,
+                              const at::Tensor& logits) {
+  if (!covered(logits)) {
+    return reference<at::Tensor>("cofire::moe_route_backward", &moe_route_backward, grad_gate,
+                                 grad_importance, logits);
+  }
+  const at::Tensor l = logits.contiguous(), grad = grad_gate.contiguous();
+  const at::Tensor share = grad_importance.to(at::kFloat).contiguous();
+  const float more = share.const_data_ptr<float>()[1] - share.const_data_ptr<float>()[0];
+  at::Tensor result = at::empty(l.sizes(), l.options());
+  dispatch(l.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* const from = l.const_data_ptr<T>();
+    const T* const gate = grad.const_data_ptr<T>();
+    T* const to = result.mutable_data_ptr<T>();
+    at::parallel_for(0, l.size(0), 8192, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t += kLanes) {
+        const int64_t n = std::min(kLanes, end - t);
+        alignas(64) float ahead[kLanes] = {}, incoming[kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) {
+          const auto a = static_cast<float>(from[2 * (t + i)]);
+          const auto b = static_cast<float>(from[2 * (t + i) + 1]);
+          const auto g = static_cast<float>(gate[t + i]);
+          ahead[i] = b - a;
+          incoming[i] = (b >= a ? g : -g) + more;
+        }
+        const Vec e = Vec::loadu(ahead).abs().neg().exp();
+        const Vec larger = Vec(1.f) / (Vec(1.f) + e);
+        (larger * larger * e * Vec::loadu(incoming)).store(ahead);
+        for (int64_t i = 0; i < n; ++i) {
+          to[2 * (t + i)] = static_cast<T>(-ahead[i]);
+          to[2 * (t + i) + 1] = static_cast<T>(ahead[i]);
+        }
+      }
+    });
+  });
+  return result;
+}
+
+// -------------------------------------------------------------------------------- moe2_linear
 
 constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
 constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
@@ -391,6 +430,7 @@ Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("moe_route", &cofire::moe_route);
+  m.impl("moe_route_backward", &cofire::moe_route_backward);
   m.impl("moe2_linear", &cofire::moe2_linear);
   m.impl("moe2_linear_backward", &cofire::moe2_linear_backward);
 }

@@ -75,7 +75,6 @@ _moe_route_backward = register(
         reference=_moe_route_backward_reference,
         fake=lambda grad_gate, grad_importance, logits: logits.new_empty(logits.shape),
         backward=through_reference(_moe_route_backward_reference),
-        cpu="two numbers a token: torch operators",
         triton="two numbers a token: torch operators",
     )
 )
