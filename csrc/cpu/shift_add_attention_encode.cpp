@@ -15,10 +15,11 @@
 
 #include "loops.h"
 #include "parts.h"
+#include "shift_add_attention.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
-namespace shift_add_encode {
+namespace shift_add {
 namespace {
 
 using Word = at::vec::Vectorized<int32_t>;
@@ -26,8 +27,6 @@ using Word = at::vec::Vectorized<int32_t>;
 constexpr int64_t kTile = 2 * kLanes;  // tokens
 constexpr int64_t kChunk = 256;        // tokens whose sum is taken in fp32
 constexpr float kSigmaFloor = 1e-12f;
-
-inline float square_of(float x) { return x * x; }
 
 // out[r] = sum over k of w[r][k] x[k] for R rows; x and out are tiles.
 template <int R>
@@ -94,21 +93,6 @@ void from_lanes(const float* x, int64_t count, int64_t columns, T* rows) {
   }
 }
 
-template <typename F>
-void for_word(int64_t bits, F&& f) {
-  if (bits <= 16) {
-    f(int16_t{});
-  } else if (bits <= 32) {
-    f(int32_t{});
-  } else {
-    f(int64_t{});
-  }
-}
-
-at::ScalarType word_of(int64_t bits) {
-  return bits <= 16 ? at::kShort : bits <= 32 ? at::kInt : at::kLong;
-}
-
 at::Tensor nothing_of(const at::Tensor& input, int64_t bits) {
   auto sizes = input.sizes().vec();
   sizes.back() = bits;
@@ -142,7 +126,6 @@ struct Words {
   }
 };
 
-// One over the norm of a row, and its square.
 template <typename T>
 inline float squared_norm(const T* row, int64_t d) {
   Vec sum(0.0f);
@@ -364,15 +347,13 @@ std::vector<Head> heads_of(const at::Tensor& a, const float* center, const at::T
   return heads;
 }
 
-bool wide(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
-
 }  // namespace
 
 using Encoded = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Encoded hash_encode(const at::Tensor& input, const at::Tensor& anchors, const at::Tensor& center,
                     const at::Tensor& projection, double eps) {
-  if (!covered(input) || wide(anchors) || wide(center) || wide(projection)) {
+  if (!covered(input) || is_double(anchors) || is_double(center) || is_double(projection)) {
     return reference("cofire::hash_encode", &hash_encode, input, anchors, center, projection, eps);
   }
   check(input, anchors, projection);
@@ -428,13 +409,13 @@ Encoded hash_encode(const at::Tensor& input, const at::Tensor& anchors, const at
       }
     });
   });
-  return {codes, gate, sigma, nothing_of(input, bits)};
+  return {nothing_of(input, bits), codes, gate, sigma};
 }
 
 at::Tensor hash_encode_backward(const at::Tensor& grad, const at::Tensor& input,
                                 const at::Tensor& anchors, const at::Tensor& projection,
                                 const at::Tensor& gate, const at::Tensor& sigma, double eps) {
-  if (!covered(input) || wide(grad) || wide(anchors) || wide(projection) || wide(sigma)) {
+  if (!covered(input) || is_double(grad) || is_double(anchors) || is_double(projection) || is_double(sigma)) {
     return reference("cofire::hash_encode_backward", &hash_encode_backward, grad, input, anchors,
                      projection, gate, sigma, eps);
   }
@@ -471,7 +452,7 @@ using Thresholded = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 Thresholded binary_encode(const at::Tensor& input, const std::optional<at::Tensor>& threshold,
                           double eps) {
-  if (!covered(input) || (threshold && wide(*threshold))) {
+  if (!covered(input) || (threshold && is_double(*threshold))) {
     return reference("cofire::binary_encode", &binary_encode, input, threshold, eps);
   }
   TORCH_CHECK(input.dim() == 4 && input.size(3) >= 1 && input.size(3) <= 64,
@@ -540,11 +521,11 @@ Thresholded binary_encode(const at::Tensor& input, const std::optional<at::Tenso
       });
     });
   });
-  return {codes, mean, nothing_of(input, d)};
+  return {nothing_of(input, d), codes, mean};
 }
 
 at::Tensor binary_encode_backward(const at::Tensor& grad, const at::Tensor& input, double eps) {
-  if (!covered(input) || wide(grad)) {
+  if (!covered(input) || is_double(grad)) {
     return reference("cofire::binary_encode_backward", &binary_encode_backward, grad, input, eps);
   }
   TORCH_CHECK(grad.sizes() == input.sizes() && input.dim() == 4,
@@ -582,13 +563,13 @@ at::Tensor binary_encode_backward(const at::Tensor& grad, const at::Tensor& inpu
   return result;
 }
 
-}  // namespace shift_add_encode
+}  // namespace shift_add
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) {
-  m.impl("hash_encode", &cofire::shift_add_encode::hash_encode);
-  m.impl("hash_encode_backward", &cofire::shift_add_encode::hash_encode_backward);
-  m.impl("binary_encode", &cofire::shift_add_encode::binary_encode);
-  m.impl("binary_encode_backward", &cofire::shift_add_encode::binary_encode_backward);
+  m.impl("hash_encode", &cofire::shift_add::hash_encode);
+  m.impl("hash_encode_backward", &cofire::shift_add::hash_encode_backward);
+  m.impl("binary_encode", &cofire::shift_add::binary_encode);
+  m.impl("binary_encode_backward", &cofire::shift_add::binary_encode_backward);
 }

@@ -65,7 +65,7 @@ HASHED_TINY = [Sample("hash_tiny", hashed(2, 2, 5, 3, 4, 6)), Sample("hash_resiz
 def hash_backward_of(make: Callable[[Random], Args]) -> Callable[[Random], Args]:
     def backward(rand: Random) -> Args:
         input, anchors, center, projection, eps = make(rand)
-        _, gate, sigma, link = OPERATORS["hash_encode"].reference(input, anchors, center, projection, eps)
+        link, _, gate, sigma = OPERATORS["hash_encode"].reference(input, anchors, center, projection, eps)
         return rand.normal(*link.shape), input, anchors, projection, gate, sigma, eps
 
     return backward
@@ -109,11 +109,78 @@ BINARY_BACKWARD = [
     Sample("binary_ends_b", lambda rand: (rand.normal(1, 1, 3, 2), torch.tensor([[[[1.0, 0], [0, -1], [0, 0]]]]), 0.5)),
 ]
 BINARY_BACKWARD_TINY = [
-    Sample("binary_tiny_b", binary_backward(2, 1, 3, 4)),
-    Sample("binary_resized_b", binary_backward(1, 2, 5, 4)),
+    Sample("binary_tiny_b", binary_backward(2, 3, 3, 4)),
+    Sample("binary_resized_b", binary_backward(3, 2, 5, 4)),
 ]
 
+# ------------------------------------------------------------------------------------ binary_linear_attention
+
+
+def codes_of(rand: Random, bits: int, *shape: int) -> Tensor:
+    return _pack(rand.mask(*shape, bits))
+
+
+def attention(
+    b: int, h: int, n: int, d: int, bits: int, taps: int = 9, links: str = "qk", backward: bool = False
+) -> Callable[[Random], Args]:
+    """A link of 0 (no gradient goes there) is None."""
+
+    def make(rand: Random) -> Args:
+        query, key = (codes_of(rand, bits, b, h, n) for _ in range(2))
+        value = rand.normal(b, h, n, d)
+        weight = rand.normal(h, taps) if taps else None
+        zeros = [torch.zeros(b, h, n, bits) if which in links else None for which in "qk"]
+        grad = (rand.normal(b, h, n, d),) if backward else ()
+        return (*grad, query, key, value, weight, *zeros, bits, EPS)
+
+    return make
+
+
+SHAPES = {
+    "odd": (2, 3, 17, 7, 5),
+    "d8": (1, 2, 13, 8, 16),
+    "d16": (1, 2, 21, 16, 9, 5),
+    "d32": (1, 1, 30, 32, 16),
+    "d64": (1, 1, 19, 64, 17, 3),
+    "d128": (1, 1, 9, 128, 4),
+    "one": (1, 1, 1, 1, 1, 1),
+    "bits_33": (1, 1, 18, 4, 33),
+    "bits_64": (1, 1, 18, 12, 64),
+    "no_weight": (1, 2, 11, 9, 8, 0),
+    "chunks": (1, 1, 1027, 3, 6),  # more than one sum
+    "sets": (7, 1, 5, 8, 4),  # more sets than threads
+    "no_tokens": (1, 2, 0, 8, 4),
+}
+SECOND_TIER = ("d16", "d64", "bits_33", "sets")
+ATTENTION = [
+    *(Sample(f"attention_{name}", attention(*shape), full=name in SECOND_TIER) for name, shape in SHAPES.items()),
+    Sample("attention_no_links", attention(1, 2, 9, 8, 4, links="")),
+]
+ATTENTION_TINY = [
+    Sample("attention_tiny", attention(2, 2, 5, 3, 6, 3)),
+    Sample("attention_resized", attention(3, 3, 4, 2, 6, 3)),
+]
+ATTENTION_BACKWARD = [
+    *(
+        Sample(f"attention_{name}_b", attention(*shape, backward=True), full=name in SECOND_TIER)
+        for name, shape in SHAPES.items()
+    ),
+    Sample("attention_key_link_b", attention(1, 2, 9, 8, 4, links="k", backward=True)),
+]
+ATTENTION_BACKWARD_TINY = [
+    Sample("attention_tiny_b", attention(2, 2, 5, 3, 6, 3, backward=True)),
+    Sample("attention_resized_b", attention(3, 3, 4, 2, 6, 3, backward=True)),
+]
+SUMMED = ("value", "weight", "query_link", "key_link", "output 0")
+
 CHECKS = [
+    *check_op("binary_linear_attention", ATTENTION, tiny=ATTENTION_TINY, sums=SUMMED),
+    *check_op(
+        "binary_linear_attention_backward",
+        ATTENTION_BACKWARD,
+        tiny=ATTENTION_BACKWARD_TINY,
+        sums=(*SUMMED, "grad_value", "grad_weight", "grad_query_link", "grad_key_link"),
+    ),
     *check_op(
         "hash_encode",
         HASHED,
@@ -131,7 +198,15 @@ CHECKS = [
         wide=("anchors", "projection", "sigma"),
         sums={"output 0": 16},
     ),
-    *check_op("binary_encode", BINARY, tiny=BINARY_TINY, constants=("threshold",), wide=("threshold",), sums=("mean",), straight_through=True),
+    *check_op(
+        "binary_encode",
+        BINARY,
+        tiny=BINARY_TINY,
+        constants=("threshold",),
+        wide=("threshold",),
+        sums=("mean",),
+        straight_through=True,
+    ),
     *check_op("binary_encode_backward", BINARY_BACKWARD, tiny=BINARY_BACKWARD_TINY),
 ]
 
@@ -191,6 +266,49 @@ def test_words_hold_their_bits(bits: int) -> None:
     assert torch.equal(_unpack(codes, bits).bool(), features)
 
 
+def test_golden_sums() -> None:
+    """Which values a bit sums up, and which sums a code selects."""
+    codes = torch.tensor([[[1, 3, 2]]], dtype=torch.int16)
+    value = torch.tensor([[[[1.0], [2.0], [4.0]]]])
+    bits = _unpack(codes, 2).float()
+    sums = bits.transpose(-1, -2) @ value
+    assert sums.flatten().tolist() == [3, 6]
+    assert (bits @ sums).flatten().tolist() == [3, 9, 6]
+    # an eps far above the squared norms leaves t, scaled down
+    out = ops.binary_linear_attention(codes, codes, value, bits=2, eps=2.0**60) * 2.0**30
+    torch.testing.assert_close(out.flatten(), torch.tensor([1.45493, 3.86479, 3.90986]), rtol=0, atol=5e-6)
+
+
+def test_attention_trains_its_encoder() -> None:
+    """The gradient from the output through the link to the input, against straight-through features by autograd."""
+    input, anchors, center, projection, _ = hashed(2, 2, 23, 8, 6, 10)(Random("encoder"))
+    value, weight = Random("encoder values").normal(2, 2, 23, 12), Random("encoder taps").normal(2, 9)
+    cotangent = Random("encoder cotangent").normal(2, 2, 23, 12)
+    leaf = input.requires_grad_()
+    codes, link = ops.hash_encode(leaf, anchors, center, projection)
+    out = ops.binary_linear_attention(codes, codes, value, weight, bits=10, query_link=link, key_link=link)
+    (found,) = torch.autograd.grad(out, leaf, cotangent)
+
+    wide = input.detach().double().requires_grad_()
+    distance = (unit(wide)[:, :, :, None] - anchors.double()[:, None]).square().sum(-1)
+    sigma = distance.mean((-1, -2), keepdim=True)
+    y = (torch.exp(-distance / (2 * sigma)) - center.double()[:, None]) @ projection.double().transpose(-1, -2)
+    features = (y > 0).double() + torch.where((y > 0) & (y < 1), y - y.detach(), 0)
+    v = value.double()
+    t = v / 2 + features @ (features.transpose(-1, -2) @ v) / torch.pi
+    residual = torch.nn.functional.conv2d(v, weight.double()[:, None, :, None], padding=(4, 0), groups=2)
+    expected_out = t / (t.square().sum(-1, keepdim=True) + EPS).sqrt() + residual
+    (expected,) = torch.autograd.grad(expected_out, wide, cotangent.double())
+    torch.testing.assert_close(out.double(), expected_out.detach(), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def _attend(**changes: Any) -> Any:
+    codes = torch.zeros(1, 2, 3, dtype=torch.int16)
+    args = {"query": codes, "key": codes, "value": torch.ones(1, 2, 3, 4), "weight": torch.ones(2, 9), "bits": 6}
+    return ops.binary_linear_attention(**(args | changes))
+
+
 def _hash(**changes: Any) -> Any:
     args = {
         "input": torch.ones(2, 1, 3, 4),
@@ -239,6 +357,42 @@ REFUSALS = [
         "hash_encode: the bits of a code (rows of projection) must be between 1 and 64, got 65",
     ),
     Refusal("hash_eps", lambda: _hash(eps=0.0), ValueError, "hash_encode: eps must be positive and finite, got 0.0"),
+    Refusal(
+        "attention_word",
+        lambda: _attend(bits=17),
+        TypeError,
+        "binary_linear_attention: query must be torch.int32 for codes of 17 bits, got torch.int16",
+    ),
+    Refusal(
+        "attention_bits",
+        lambda: _attend(bits=65),
+        ValueError,
+        "binary_linear_attention: bits must be between 1 and 64, got 65",
+    ),
+    Refusal(
+        "attention_key",
+        lambda: _attend(key=torch.zeros(1, 2, 4, dtype=torch.int16)),
+        ValueError,
+        "binary_linear_attention: key must have shape [1, 2, 3], got [1, 2, 4]",
+    ),
+    Refusal(
+        "attention_weight",
+        lambda: _attend(weight=torch.ones(2, 8)),
+        ValueError,
+        "binary_linear_attention: weight must have shape [2, taps] with odd taps, got [2, 8]",
+    ),
+    Refusal(
+        "attention_link",
+        lambda: _attend(key_link=torch.zeros(1, 2, 3, 4)),
+        ValueError,
+        "binary_linear_attention: key_link must have shape [1, 2, 3, 6], got [1, 2, 3, 4]",
+    ),
+    Refusal(
+        "attention_dtype",
+        lambda: _attend(weight=torch.ones(2, 9, dtype=torch.float64)),
+        TypeError,
+        "binary_linear_attention: weight must have the dtype of value (torch.float32), got torch.float64",
+    ),
     Refusal(
         "binary_bits",
         lambda: ops.binary_encode(torch.ones(1, 1, 2, 65)),

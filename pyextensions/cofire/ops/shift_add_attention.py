@@ -21,13 +21,14 @@ from cofire.ops.checks import (
     check_float,
     check_integer,
     check_number,
+    check_same,
     refuse,
     shape_of,
 )
 from cofire.ops.lowbit import compute_dtype
 from cofire.registry import Backward, Operator, register, through_reference
 
-__all__ = ["binary_encode", "hash_encode"]
+__all__ = ["binary_encode", "binary_linear_attention", "hash_encode"]
 
 NO_TRITON = "the kernels are for CPUs: plain torch"
 #: The least sigma of a hash, of rows that all equal all anchors.
@@ -108,9 +109,7 @@ def _size(*tensors: Tensor | None) -> int:
 def _distances(unit: Tensor, anchors: Tensor) -> Tensor:
     """Squared distances ``[B, H, N, m]``, without the differences."""
     return (
-        unit.square().sum(-1, keepdim=True)
-        + anchors.square().sum(-1)[:, None]
-        - 2 * (unit @ anchors.transpose(-1, -2))
+        unit.square().sum(-1, keepdim=True) + anchors.square().sum(-1)[:, None] - 2 * (unit @ anchors.transpose(-1, -2))
     )
 
 
@@ -126,14 +125,12 @@ def _hash_encode_reference(
     dtype = compute_dtype(input, anchors, center, projection)
     a, c, p = (t.to(dtype) for t in (anchors, center, projection))
     unit = _normalised(input.to(dtype), eps)
-    if not input.shape[2]:  # the mean of nothing
-        sigma = unit.new_zeros(input.shape[:2])
-    else:
-        sigma = _sigma(unit, a)
+    # (the mean of nothing)
+    sigma = _sigma(unit, a) if input.shape[2] else unit.new_zeros(input.shape[:2])
     phi = torch.exp(-_distances(unit, a) / (2 * sigma[..., None, None])) - c[:, None]
     features = phi @ p.transpose(-1, -2)
     gate = (features > 0) & (features < 1)
-    return _pack(features > 0), _pack(gate), sigma.detach(), _link(features, gate, input)
+    return _link(features, gate, input), _pack(features > 0), _pack(gate), sigma.detach()
 
 
 def _hash_encode_backward_reference(
@@ -190,18 +187,18 @@ def _hash_encode_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bits, dtype = projection.shape[1], compute_dtype(input, anchors, center, projection)
     codes, gate = (input.new_empty(input.shape[:3], dtype=word_of(bits)) for _ in range(2))
-    return codes, gate, input.new_empty(input.shape[:2], dtype=dtype), _nothing_of(input, bits)
+    return _nothing_of(input, bits), codes, gate, input.new_empty(input.shape[:2], dtype=dtype)
 
 
 def _save_hash_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, anchors, _, projection, ctx.eps = inputs
-    _, gate, sigma, _ = output
-    ctx.mark_non_differentiable(*output[:3])
+    _, _, gate, sigma = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(input, anchors, projection, gate, sigma)
 
 
 def _hash_encode_formula(ctx: Any, *grads: Tensor | None) -> Any:
-    grad = grads[3]
+    grad = grads[0]
     if grad is None or not ctx.needs_input_grad[0]:
         return (None,) * 5
     return hash_encode_backward.overload(grad, *ctx.saved_tensors, ctx.eps), None, None, None, None
@@ -225,8 +222,8 @@ hash_encode_backward = register(
 
 _hash_encode = register(
     Operator(
-        "hash_encode(Tensor input, Tensor anchors, Tensor center, Tensor projection, float eps) -> (Tensor codes, "
-        "Tensor gate, Tensor sigma, Tensor link)",
+        "hash_encode(Tensor input, Tensor anchors, Tensor center, Tensor projection, float eps) -> (Tensor link, "
+        "Tensor codes, Tensor gate, Tensor sigma)",
         family="shift_add",
         validate=_validate_hash_encode,
         reference=_hash_encode_reference,
@@ -276,7 +273,7 @@ def hash_encode(
     Source: kernel-based supervised hashing (Liu et al., CVPR 2012, section 3) as ShiftAddViT encodes queries and keys
     (You et al., NeurIPS 2023, section 4.1).
     """
-    codes, _, _, link = _hash_encode(input, anchors, center, projection, eps)
+    link, codes, _, _ = _hash_encode(input, anchors, center, projection, eps)
     return codes, link
 
 
@@ -286,12 +283,9 @@ def hash_encode(
 def _binary_encode_reference(input: Tensor, threshold: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(input, threshold)
     unit = _normalised(input.to(dtype), eps)
-    if unit.numel():
-        mean = unit.mean((0, 2, 3), dtype=torch.float64).to(dtype)
-    else:
-        mean = unit.new_zeros(unit.shape[1])
+    mean = unit.mean((0, 2, 3), dtype=torch.float64).to(dtype) if unit.numel() else unit.new_zeros(unit.shape[1])
     bound = mean.double().mean().to(dtype) if threshold is None else threshold.to(dtype)[:, None, None]
-    return _pack(unit > bound), mean.detach(), _link(unit, (unit >= 0) & (unit <= 1), input)
+    return _link(unit, (unit >= 0) & (unit <= 1), input), _pack(unit > bound), mean.detach()
 
 
 def _binary_encode_backward_reference(grad: Tensor, input: Tensor, eps: float) -> Tensor:
@@ -315,14 +309,14 @@ def _validate_binary_encode(input: Tensor, threshold: Tensor | None, eps: float)
 
 def _save_binary_encode(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, _, ctx.eps = inputs
-    ctx.mark_non_differentiable(*output[:2])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(input)
 
 
 def _binary_encode_formula(ctx: Any, *grads: Tensor | None) -> Any:
-    if grads[2] is None or not ctx.needs_input_grad[0]:
+    if grads[0] is None or not ctx.needs_input_grad[0]:
         return None, None, None
-    return binary_encode_backward.overload(grads[2], *ctx.saved_tensors, ctx.eps), None, None
+    return binary_encode_backward.overload(grads[0], *ctx.saved_tensors, ctx.eps), None, None
 
 
 binary_encode_backward = register(
@@ -340,14 +334,14 @@ binary_encode_backward = register(
 
 _binary_encode = register(
     Operator(
-        "binary_encode(Tensor input, Tensor? threshold, float eps) -> (Tensor codes, Tensor mean, Tensor link)",
+        "binary_encode(Tensor input, Tensor? threshold, float eps) -> (Tensor link, Tensor codes, Tensor mean)",
         family="shift_add",
         validate=_validate_binary_encode,
         reference=_binary_encode_reference,
         fake=lambda input, threshold, eps: (
+            _nothing_of(input, input.shape[3]),
             input.new_empty(input.shape[:3], dtype=word_of(input.shape[3])),
             input.new_empty(input.shape[1:2], dtype=compute_dtype(input, threshold)),
-            _nothing_of(input, input.shape[3]),
         ),
         backward=Backward(_save_binary_encode, _binary_encode_formula, "binary_encode_backward"),
         double_backward=True,
@@ -387,5 +381,234 @@ def binary_encode(
 
     Source: ShiftAddViT (You et al., NeurIPS 2023, section 4.1), its vanilla binary quantisation of queries and keys.
     """
-    codes, mean, link = _binary_encode(input, threshold, eps)
+    link, codes, mean = _binary_encode(input, threshold, eps)
     return codes, mean, link
+
+
+# ------------------------------------------------------------------------------------ binary_linear_attention
+
+
+def _bits_of(codes: Tensor, link: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    found = _unpack(codes, bits).to(dtype)
+    return found if link is None else found + link.to(dtype)
+
+
+def _depthwise(value: Tensor, weight: Tensor) -> Tensor:
+    """Along the tokens, every head with its own weight ``[taps]``, filled up with zeros at both ends."""
+    taps = weight.shape[1]
+    padded = torch.nn.functional.pad(value, (0, 0, taps // 2, taps // 2))
+    tokens = value.shape[2]
+    return sum(
+        (weight[:, j, None, None] * padded[:, :, j : j + tokens] for j in range(taps)), start=torch.zeros_like(value)
+    )
+
+
+def _attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    query_link: Tensor | None,
+    key_link: Tensor | None,
+    bits: int,
+    eps: float,
+) -> Tensor:
+    dtype = compute_dtype(value, weight)
+    v = value.to(dtype)
+    q, k = _bits_of(query, query_link, bits, dtype), _bits_of(key, key_link, bits, dtype)
+    t = v / 2 + q @ (k.transpose(-1, -2) @ v) / math.pi
+    out = t * torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
+    if weight is not None:
+        out = out + _depthwise(v, weight.to(dtype))
+    return out.to(value.dtype).contiguous()
+
+
+def _attention_backward_reference(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    query_link: Tensor | None,
+    key_link: Tensor | None,
+    bits: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(grad, value, weight)
+    g, v = grad.to(dtype), value.to(dtype)
+    q, k = _bits_of(query, query_link, bits, dtype), _bits_of(key, key_link, bits, dtype)
+    kv = k.transpose(-1, -2) @ v
+    t = v / 2 + q @ kv / math.pi
+    scale = torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
+    direction = t * scale
+    to_t = scale * (g - direction * (direction * g).sum(-1, keepdim=True))
+    to_kv = q.transpose(-1, -2) @ to_t / math.pi
+    to_value = to_t / 2 + k @ to_kv
+    to_weight = value.new_empty((0,))
+    if weight is not None:
+        taps, tokens = weight.shape[1], v.shape[2]
+        to_value = to_value + _depthwise(g, weight.to(dtype).flip(1))
+        padded = torch.nn.functional.pad(v, (0, 0, taps // 2, taps // 2))
+        parts = [(g * padded[:, :, j : j + tokens]).sum((0, 2, 3)) for j in range(taps)]
+        to_weight = torch.stack(parts, 1).to(weight.dtype)
+
+    def linked(link: Tensor | None, gradient: Tensor) -> Tensor:
+        return value.new_empty((0,)) if link is None else gradient.to(value.dtype).contiguous()
+
+    return (
+        to_value.to(value.dtype).contiguous(),
+        to_weight,
+        linked(query_link, to_t @ kv.transpose(-1, -2) / math.pi),
+        linked(key_link, v @ to_kv.transpose(-1, -2)),
+    )
+
+
+def _check_codes(operator: str, value: Tensor, bits: int, **codes: Tensor) -> None:
+    check_integer(operator, bits=bits)
+    _check_bits(operator, "bits", bits)
+    for name, x in codes.items():
+        if x.dtype != word_of(bits):
+            raise TypeError(f"{operator}: {name} must be {word_of(bits)} for codes of {bits} bits, got {x.dtype}")
+        _check_shape(operator, name, x, list(value.shape[:3]))
+
+
+def _validate_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    query_link: Tensor | None,
+    key_link: Tensor | None,
+    bits: int,
+    eps: float,
+) -> None:
+    name = "binary_linear_attention"
+    check_float(name, value=value, weight=weight, query_link=query_link, key_link=key_link)
+    _check_tokens(name, "value", value)
+    _check_codes(name, value, bits, query=query, key=key)
+    others = {"query": query, "key": key, "weight": weight, "query_link": query_link, "key_link": key_link}
+    check_same(name, "value", value, **others)
+    if weight is not None and (weight.dim() != 2 or weight.shape[0] != value.shape[1] or weight.shape[1] % 2 == 0):
+        refuse(name, f"weight must have shape [{value.shape[1]}, taps] with odd taps, got {shape_of(weight)}")
+    for which, link in (("query_link", query_link), ("key_link", key_link)):
+        if link is not None:
+            _check_shape(name, which, link, [*value.shape[:3], bits])
+    _check_eps(name, eps)
+
+
+def _attention_backward_fake(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None,
+    query_link: Tensor | None,
+    key_link: Tensor | None,
+    bits: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def linked(link: Tensor | None) -> Tensor:
+        return value.new_empty((0,) if link is None else (*value.shape[:3], bits))
+
+    to_weight = value.new_empty((0,)) if weight is None else weight.new_empty(weight.shape)
+    return value.new_empty(value.shape), to_weight, linked(query_link), linked(key_link)
+
+
+def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, weight, query_link, key_link, ctx.bits, ctx.eps = inputs
+    # a link is there for its gradient alone
+    links = (query_link if ctx.needs_input_grad[4] else None, key_link if ctx.needs_input_grad[5] else None)
+    ctx.save_for_backward(query, key, value, weight, *links)
+
+
+def _attention_formula(ctx: Any, grad: Tensor) -> Any:
+    found = binary_linear_attention_backward.overload(grad, *ctx.saved_tensors, ctx.bits, ctx.eps)
+    to_value, to_weight, to_query, to_key = (
+        g if needed else None for g, needed in zip(found, ctx.needs_input_grad[2:6], strict=True)
+    )
+    return None, None, to_value, to_weight, to_query, to_key, None, None
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, *rest: Any) -> int:
+    """Of the products with the bits of the codes, and with the taps."""
+    taps = 0 if weight is None else weight.shape[1]
+    return 2 * value.numel() * (2 * rest[2] + taps)
+
+
+binary_linear_attention_backward = register(
+    Operator(
+        "binary_linear_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? weight, "
+        "Tensor? query_link, Tensor? key_link, SymInt bits, float eps) -> (Tensor grad_value, Tensor grad_weight, "
+        "Tensor grad_query_link, Tensor grad_key_link)",
+        family="shift_add",
+        validate=lambda grad, *args: _validate_attention(*args),
+        reference=_attention_backward_reference,
+        fake=_attention_backward_fake,
+        backward=through_reference(_attention_backward_reference),
+        triton=NO_TRITON,
+        bytes=lambda grad, query, key, value, weight, *rest: _size(grad, query, key, value, value, *rest[:2]),
+    )
+)
+
+_attention = register(
+    Operator(
+        "binary_linear_attention(Tensor query, Tensor key, Tensor value, Tensor? weight, Tensor? query_link, "
+        "Tensor? key_link, SymInt bits, float eps) -> Tensor",
+        family="shift_add",
+        validate=_validate_attention,
+        reference=_attention_reference,
+        fake=lambda query, key, value, *rest: value.new_empty(value.shape),
+        backward=Backward(_save_attention, _attention_formula, "binary_linear_attention_backward"),
+        double_backward=True,
+        triton=NO_TRITON,
+        flops=_attention_flops,
+        bytes=lambda query, key, value, *rest: _size(query, key, value, value),
+    )
+)
+
+
+def binary_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor | None = None,
+    *,
+    bits: int,
+    query_link: Tensor | None = None,
+    key_link: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Linear attention whose queries and keys are binary: its products are sums of the selected values.
+
+    With Q and K the bits of the codes, T = V / 2 + Q (K^T V) / pi and row t of T, the output is t / sqrt(|t|^2 + eps)
+    plus a depthwise convolution of the values along the tokens.
+
+    Args:
+        query: codes ``[B, H, N]`` of ``bits`` bits each, from :func:`hash_encode` or :func:`binary_encode`.
+        key: codes ``[B, H, N]``; the same tensor where queries and keys are shared.
+        value: float ``[B, H, N, d]``.
+        weight: float ``[H, taps]``, an odd number of taps, centred; None for no convolution.
+        bits: of a code, 1 to 64.
+        query_link: zeros ``[B, H, N, bits]`` in the dtype of ``value`` that take the gradient of Q to the encoder; their
+            values are not read. None for no such gradient.
+        key_link: the same of the keys.
+        eps: added to the squared norm.
+
+    Returns:
+        ``[B, H, N, d]`` in the dtype of ``value``.
+
+    Raises:
+        TypeError: codes of another dtype than their bits demand, or floats of different dtypes.
+        ValueError: a shape that does not fit, bits out of range, ``eps`` not positive.
+
+    Example:
+        >>> codes = torch.tensor([[[1, 3, 2]]], dtype=torch.int16)
+        >>> value = torch.tensor([[[[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]]]])
+        >>> binary_linear_attention(codes, codes, value, bits=2)[0, 0, 2].tolist()  # a quarter of a turn
+        [0.0, 0.9999997019767761]
+
+    Source: ShiftAddViT (You et al., NeurIPS 2023, section 4.1); linear-angular attention (Castling-ViT, You et al., CVPR
+    2023, section 4).
+    """
+    result: Tensor = _attention(query, key, value, weight, query_link, key_link, bits, eps)
+    return result
