@@ -4,18 +4,22 @@
 // (the method of four Russians): a row is added once for four bits.
 //
 // Sums over tokens are taken over chunks of fixed size and merged in order.
+#include "shift_add_attention.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <numbers>
 #include <optional>
+#include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "loops.h"
 #include "parts.h"
-#include "shift_add_attention.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -77,8 +81,9 @@ struct Workspace {
 };
 
 template <typename W>
-void widen(const W* codes, int64_t count, uint64_t* out) {
-  for (int64_t n = 0; n < count; ++n) out[n] = static_cast<uint64_t>(codes[n]);
+void widen(const W* codes, int64_t count, int64_t bits, uint64_t* out) {
+  const uint64_t mask = mask_of(bits);
+  for (int64_t n = 0; n < count; ++n) out[n] = static_cast<uint64_t>(codes[n]) & mask;
 }
 
 // sums[i] += the rows of the tokens with bit i set, i < 4 groups. Even and odd tokens have tables
@@ -279,7 +284,7 @@ void set_backward(const Width<NV>& w, const T* g, const W* query, const W* key, 
   const auto for_chunks = [&](const W* codes, auto&& f) {
     for (int64_t n = 0; n < tokens; n += kChunk) {
       const int64_t count = std::min(kChunk, tokens - n);
-      widen(codes + n, count, ws.codes.data());
+      widen(codes + n, count, bits, ws.codes.data());
       f(n, count);
     }
   };
@@ -290,8 +295,7 @@ void set_backward(const Width<NV>& w, const T* g, const W* query, const W* key, 
   for_chunks(query, [&](int64_t n, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       Vec t[Width<NV>::kSpace];
-      const float scale =
-          angle(w, tables.data(), groups, ws.codes[i], value + (n + i) * d, eps, t);
+      const float scale = angle(w, tables.data(), groups, ws.codes[i], value + (n + i) * d, eps, t);
       Vec along(0.0f);
       for (int64_t v = 0; v < w.vectors(); ++v) {
         t[v] = t[v] * Vec(scale);
@@ -387,12 +391,12 @@ at::Tensor binary_linear_attention(const at::Tensor& query, const at::Tensor& ke
     const auto sum = [&](int64_t set, int64_t chunk, Workspace& ws, float* sums) {
       const int64_t first = set * tokens + chunk * kChunk,
                     count = std::min(kChunk, tokens - chunk * kChunk);
-      widen(k.const_data_ptr<W>() + first, count, ws.codes.data());
+      widen(k.const_data_ptr<W>() + first, count, bits, ws.codes.data());
       accumulate(w, ws, data + first * d, count, groups, sums);
     };
     const auto select = [&](int64_t set, int64_t chunk, Workspace& ws, const float* tables) {
       const int64_t n = chunk * kChunk, end = std::min(n + kChunk, tokens);
-      widen(q.const_data_ptr<W>() + set * tokens + n, end - n, ws.codes.data());
+      widen(q.const_data_ptr<W>() + set * tokens + n, end - n, bits, ws.codes.data());
       attend(w, ws, tables, groups, data + set * tokens * d, tokens, n, end,
              tap + set % heads * size, size, small, out + set * tokens * d);
     };
@@ -460,8 +464,7 @@ AttentionGradients binary_linear_attention_backward(const at::Tensor& grad, cons
     return wanted ? at::empty(shape, value.options()) : at::empty({0}, value.options());
   };
   at::Tensor to_value = at::empty(value.sizes(), value.options());
-  at::Tensor to_query = link_grad(query_link.has_value()),
-             to_key = link_grad(key_link.has_value());
+  at::Tensor to_query = link_grad(query_link.has_value()), to_key = link_grad(key_link.has_value());
   std::vector<double> to_taps(sets * size);
   const float* tap = taps.const_data_ptr<float>();
   dispatch(x.scalar_type(), [&](auto t) {
@@ -491,11 +494,50 @@ AttentionGradients binary_linear_attention_backward(const at::Tensor& grad, cons
   return {to_value, sum.to(weight->scalar_type()), to_query, to_key};
 }
 
+at::Tensor hamming_similarity(const at::Tensor& query, const at::Tensor& key, int64_t bits,
+                              std::string_view kind) {
+  TORCH_CHECK(bits >= 1 && bits <= 64 && query.scalar_type() == word_of(bits) &&
+                  key.scalar_type() == word_of(bits) && query.dim() >= 1 &&
+                  query.dim() == key.dim() &&
+                  query.sizes().slice(0, query.dim() - 1) == key.sizes().slice(0, key.dim() - 1),
+              "hamming_similarity: query and key do not fit");
+  const at::Tensor q = query.contiguous(), k = key.contiguous();
+  const int64_t rows = q.numel(), from = q.size(-1), columns = k.size(-1);
+  auto shape = q.sizes().vec();
+  shape.push_back(columns);
+  at::Tensor result = at::empty(shape, q.options().dtype(at::kInt));
+  int32_t* out = result.data_ptr<int32_t>();
+  const bool common = kind == "binary";
+  const uint64_t mask = mask_of(bits);
+  for_word(bits, [&](auto c) {
+    using W = decltype(c);
+    using U = std::conditional_t<sizeof(W) == 8, uint64_t, uint32_t>;
+    const W *codes = q.const_data_ptr<W>(), *others = k.const_data_ptr<W>();
+    in_parts(columns == 0 ? 0 : rows, 1 + 16384 / (columns + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const W* row = others + r / from * columns;
+        const auto code = static_cast<U>(codes[r]) & static_cast<U>(mask);
+        int32_t* p = out + r * columns;
+        if (common) {
+          for (int64_t j = 0; j < columns; ++j) p[j] = std::popcount(code & static_cast<U>(row[j]));
+        } else {
+          for (int64_t j = 0; j < columns; ++j) {
+            const U differ = (code ^ static_cast<U>(row[j])) & static_cast<U>(mask);
+            p[j] = static_cast<int32_t>(bits) - 2 * std::popcount(differ);
+          }
+        }
+      }
+    });
+  });
+  return result;
+}
+
 }  // namespace shift_add
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("binary_linear_attention", &cofire::shift_add::binary_linear_attention);
+  m.impl("hamming_similarity", &cofire::shift_add::hamming_similarity);
   m.impl("binary_linear_attention_backward", &cofire::shift_add::binary_linear_attention_backward);
 }

@@ -23,6 +23,9 @@ void for_word(int64_t bits, F&& f) {
   }
 }
 
+// The bits of a word that are a code's; others are ignored.
+inline uint64_t mask_of(int64_t bits) { return ~uint64_t{0} >> (64 - bits); }
+
 inline bool is_double(const at::Tensor& t) { return t.scalar_type() == at::kDouble; }
 
 }  // namespace shift_add

@@ -204,7 +204,9 @@ struct Tile {
   Vec inverse[2], norm[2];
 
   explicit Tile(const Head& h)
-      : scratch(kTile * std::max(h.d, h.bits)), x(kTile * h.d), distance(kTile * h.m),
+      : scratch(kTile * std::max(h.d, h.bits)),
+        x(kTile * h.d),
+        distance(kTile * h.m),
         features(kTile * std::max(h.bits, h.m)) {}
 
   template <typename T>
@@ -301,7 +303,8 @@ void hash_backward(const Head& h, const T* g, const T* x, const W* gate, int64_t
     }
     from_lanes(tile_grad.data(), some, h.d, to_unit.data() + t * h.d);
   }
-  // d sigma: the same for every distance, so of every row 2 (m u - the sum of the anchors) times it.
+  // d sigma: the same for every distance, so of every row 2 (m u - the sum of the anchors) times
+  // it.
   const double each =
       floored ? 0 : through_sigma / (2 * static_cast<double>(sigma) * sigma) / tokens;
   std::vector<float> constant(h.d);
@@ -357,9 +360,9 @@ Encoded hash_encode(const at::Tensor& input, const at::Tensor& anchors, const at
     return reference("cofire::hash_encode", &hash_encode, input, anchors, center, projection, eps);
   }
   check(input, anchors, projection);
-  TORCH_CHECK(center.dim() == 2 && center.size(0) == anchors.size(0) &&
-                  center.size(1) == anchors.size(1),
-              "hash_encode: center does not fit anchors");
+  TORCH_CHECK(
+      center.dim() == 2 && center.size(0) == anchors.size(0) && center.size(1) == anchors.size(1),
+      "hash_encode: center does not fit anchors");
   const at::Tensor x = input.contiguous(), a = anchors.to(at::kFloat).contiguous(),
                    c = center.to(at::kFloat).contiguous(),
                    p = projection.to(at::kFloat).contiguous();
@@ -373,49 +376,51 @@ Encoded hash_encode(const at::Tensor& input, const at::Tensor& anchors, const at
   const auto small = static_cast<float>(eps);
   std::vector<double> sums(sets * chunks * (d + 1));
   const auto size_of = [&](int64_t chunk) { return std::min(kChunk, tokens - chunk * kChunk); };
-  if (tokens > 0) dispatch(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const T* data = x.const_data_ptr<T>();
-    for_word(bits, [&](auto w) {
-      using W = decltype(w);
-      W *code = codes.data_ptr<W>(), *pass = gate.data_ptr<W>();
-      const auto sum = [&](int64_t set, int64_t chunk) {
-        sum_chunk(data + (set * tokens + chunk * kChunk) * d, size_of(chunk), d, small,
-                  sums.data() + (set * chunks + chunk) * (d + 1));
-      };
-      const auto merge = [&](int64_t set) {
-        sigmas[set] =
-            sigma_of(shared[set % heads], sums.data() + set * chunks * (d + 1), chunks, tokens);
-      };
-      const auto encode = [&](int64_t set, int64_t chunk, Tile& tile) {
-        const int64_t first = set * tokens + chunk * kChunk;
-        encode_chunk(shared[set % heads], tile, data + first * d, size_of(chunk), sigmas[set],
-                     small, code + first, pass + first);
-      };
-      if (sets >= 2 * at::get_num_threads()) {  // while the rows are in a cache
-        in_turns(sets, [&](int64_t set) {
-          Tile tile(shared[set % heads]);
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) sum(set, chunk);
-          merge(set);
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) encode(set, chunk, tile);
-        });
-      } else {
-        in_turns(sets * chunks, [&](int64_t i) { sum(i / chunks, i % chunks); });
-        for (int64_t set = 0; set < sets; ++set) merge(set);
-        in_turns(sets * chunks, [&](int64_t i) {
-          Tile tile(shared[i / chunks % heads]);
-          encode(i / chunks, i % chunks, tile);
-        });
-      }
+  if (tokens > 0)
+    dispatch(x.scalar_type(), [&](auto t) {
+      using T = decltype(t);
+      const T* data = x.const_data_ptr<T>();
+      for_word(bits, [&](auto w) {
+        using W = decltype(w);
+        W *code = codes.data_ptr<W>(), *pass = gate.data_ptr<W>();
+        const auto sum = [&](int64_t set, int64_t chunk) {
+          sum_chunk(data + (set * tokens + chunk * kChunk) * d, size_of(chunk), d, small,
+                    sums.data() + (set * chunks + chunk) * (d + 1));
+        };
+        const auto merge = [&](int64_t set) {
+          sigmas[set] =
+              sigma_of(shared[set % heads], sums.data() + set * chunks * (d + 1), chunks, tokens);
+        };
+        const auto encode = [&](int64_t set, int64_t chunk, Tile& tile) {
+          const int64_t first = set * tokens + chunk * kChunk;
+          encode_chunk(shared[set % heads], tile, data + first * d, size_of(chunk), sigmas[set],
+                       small, code + first, pass + first);
+        };
+        if (sets >= 2 * at::get_num_threads()) {  // while the rows are in a cache
+          in_turns(sets, [&](int64_t set) {
+            Tile tile(shared[set % heads]);
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) sum(set, chunk);
+            merge(set);
+            for (int64_t chunk = 0; chunk < chunks; ++chunk) encode(set, chunk, tile);
+          });
+        } else {
+          in_turns(sets * chunks, [&](int64_t i) { sum(i / chunks, i % chunks); });
+          for (int64_t set = 0; set < sets; ++set) merge(set);
+          in_turns(sets * chunks, [&](int64_t i) {
+            Tile tile(shared[i / chunks % heads]);
+            encode(i / chunks, i % chunks, tile);
+          });
+        }
+      });
     });
-  });
   return {nothing_of(input, bits), codes, gate, sigma};
 }
 
 at::Tensor hash_encode_backward(const at::Tensor& grad, const at::Tensor& input,
                                 const at::Tensor& anchors, const at::Tensor& projection,
                                 const at::Tensor& gate, const at::Tensor& sigma, double eps) {
-  if (!covered(input) || is_double(grad) || is_double(anchors) || is_double(projection) || is_double(sigma)) {
+  if (!covered(input) || is_double(grad) || is_double(anchors) || is_double(projection) ||
+      is_double(sigma)) {
     return reference("cofire::hash_encode_backward", &hash_encode_backward, grad, input, anchors,
                      projection, gate, sigma, eps);
   }
@@ -439,8 +444,8 @@ at::Tensor hash_encode_backward(const at::Tensor& grad, const at::Tensor& input,
         const int64_t first = set * tokens;
         const float value = s.const_data_ptr<float>()[set];
         hash_backward(shared[set % heads], g.const_data_ptr<T>() + first * bits,
-                      x.const_data_ptr<T>() + first * d, passed.const_data_ptr<W>() + first,
-                      tokens, value, value <= kSigmaFloor, static_cast<float>(eps),
+                      x.const_data_ptr<T>() + first * d, passed.const_data_ptr<W>() + first, tokens,
+                      value, value <= kSigmaFloor, static_cast<float>(eps),
                       result.data_ptr<T>() + first * d);
       });
     });
@@ -480,9 +485,8 @@ Thresholded binary_encode(const at::Tensor& input, const std::optional<at::Tenso
         for (int64_t n = first; n < first + count; ++n) {
           Vec sum(0.0f);
           const Vec norm(std::max(std::sqrt(squared_norm(data + n * d, d)), small));
-          for_vectors(d, [&](int64_t k, auto rest) {
-            sum = sum + load(data + n * d + k, rest) / norm;
-          });
+          for_vectors(
+              d, [&](int64_t k, auto rest) { sum = sum + load(data + n * d + k, rest) / norm; });
           total += reduce_add(sum);
         }
         sums[i] = total;

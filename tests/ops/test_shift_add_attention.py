@@ -173,7 +173,30 @@ ATTENTION_BACKWARD_TINY = [
 ]
 SUMMED = ("value", "weight", "query_link", "key_link", "output 0")
 
+# ----------------------------------------------------------------------------------------- hamming_similarity
+
+
+def similar(bits: int, kind: str, *shape: int, keys: int = 5) -> Callable[[Random], Args]:
+    return lambda rand: (codes_of(rand, bits, *shape), codes_of(rand, bits, *shape[:-1], keys), bits, kind)
+
+
+SIMILAR = [
+    *(
+        Sample(f"similar_{bits}_{kind}", similar(bits, kind, 2, 3, 7))
+        for bits in (1, 16, 17, 64)
+        for kind in ("sign", "binary")
+    ),
+    Sample("similar_parts", similar(16, "sign", 70, keys=1025)),
+    Sample("similar_no_keys", similar(16, "sign", 3, keys=0)),
+    Sample("similar_no_queries", similar(33, "binary", 2, 0)),
+]
+SIMILAR_TINY = [
+    Sample("similar_tiny", similar(9, "sign", 2, 3)),
+    Sample("similar_resized", similar(9, "sign", 3, 4, keys=6)),
+]
+
 CHECKS = [
+    *check_op("hamming_similarity", SIMILAR, tiny=SIMILAR_TINY),
     *check_op("binary_linear_attention", ATTENTION, tiny=ATTENTION_TINY, sums=SUMMED),
     *check_op(
         "binary_linear_attention_backward",
@@ -277,6 +300,20 @@ def test_golden_sums() -> None:
     # an eps far above the squared norms leaves t, scaled down
     out = ops.binary_linear_attention(codes, codes, value, bits=2, eps=2.0**60) * 2.0**30
     torch.testing.assert_close(out.flatten(), torch.tensor([1.45493, 3.86479, 3.90986]), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("bits", [5, 17, 33])
+def test_other_bits_of_a_word_are_ignored(bits: int) -> None:
+    rand = Random(f"other bits {bits}")
+    codes, value = codes_of(rand, bits, 1, 1, 9), rand.normal(1, 1, 9, 8)
+    noisy = codes | ~torch.zeros_like(codes) << bits
+    assert not torch.equal(noisy, codes)
+    for function in (
+        lambda c: ops.binary_linear_attention(c, c, value, bits=bits),
+        lambda c: ops.hamming_similarity(c, codes, bits=bits),
+        lambda c: ops.hamming_similarity(codes, c, bits=bits, kind="binary"),
+    ):
+        assert torch.equal(function(noisy), function(codes))
 
 
 def test_attention_trains_its_encoder() -> None:
@@ -392,6 +429,28 @@ REFUSALS = [
         lambda: _attend(weight=torch.ones(2, 9, dtype=torch.float64)),
         TypeError,
         "binary_linear_attention: weight must have the dtype of value (torch.float32), got torch.float64",
+    ),
+    Refusal(
+        "similar_kind",
+        lambda: ops.hamming_similarity(
+            torch.zeros(3, dtype=torch.int16), torch.zeros(3, dtype=torch.int16), bits=3, kind="x"
+        ),
+        ValueError,
+        "hamming_similarity: kind must be one of binary, sign, got 'x'",
+    ),
+    Refusal(
+        "similar_word",
+        lambda: ops.hamming_similarity(torch.zeros(3, dtype=torch.int16), torch.zeros(3, dtype=torch.int32), bits=3),
+        TypeError,
+        "hamming_similarity: key must be torch.int16 for codes of 3 bits, got torch.int32",
+    ),
+    Refusal(
+        "similar_shape",
+        lambda: ops.hamming_similarity(
+            torch.zeros(2, 3, dtype=torch.int16), torch.zeros(3, 3, dtype=torch.int16), bits=3
+        ),
+        ValueError,
+        "hamming_similarity: key must have shape [2, M], got [3, 3]",
     ),
     Refusal(
         "binary_bits",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cofire.ops.checks import (
+    check_choice,
     check_device,
     check_float,
     check_integer,
@@ -28,7 +29,7 @@ from cofire.ops.checks import (
 from cofire.ops.lowbit import compute_dtype
 from cofire.registry import Backward, Operator, register, through_reference
 
-__all__ = ["binary_encode", "binary_linear_attention", "hash_encode"]
+__all__ = ["binary_encode", "binary_linear_attention", "hamming_similarity", "hash_encode"]
 
 NO_TRITON = "the kernels are for CPUs: plain torch"
 #: The least sigma of a hash, of rows that all equal all anchors.
@@ -611,4 +612,75 @@ def binary_linear_attention(
     2023, section 4).
     """
     result: Tensor = _attention(query, key, value, weight, query_link, key_link, bits, eps)
+    return result
+
+
+# ----------------------------------------------------------------------------------------- hamming_similarity
+
+KINDS = ("binary", "sign")
+
+
+def _similarity_reference(query: Tensor, key: Tensor, bits: int, kind: str) -> Tensor:
+    q, k = _unpack(query, bits), _unpack(key, bits)
+    if kind == "sign":
+        q, k = 2 * q - 1, 2 * k - 1
+    # integers up to 64 are exact in any float
+    return (q.float() @ k.float().transpose(-1, -2)).to(torch.int32)
+
+
+def _validate_similarity(query: Tensor, key: Tensor, bits: int, kind: str) -> None:
+    name = "hamming_similarity"
+    check_integer(name, bits=bits)
+    _check_bits(name, "bits", bits)
+    check_choice(name, "kind", kind, KINDS)
+    for which, x in (("query", query), ("key", key)):
+        if x.dtype != word_of(bits):
+            raise TypeError(f"{name}: {which} must be {word_of(bits)} for codes of {bits} bits, got {x.dtype}")
+        if x.dim() == 0:
+            refuse(name, f"{which} must have at least one dimension, got shape []")
+    check_device(name, "query", query, key=key)
+    if query.shape[:-1] != key.shape[:-1]:
+        refuse(name, f"key must have shape [{''.join(f'{n}, ' for n in query.shape[:-1])}M], got {shape_of(key)}")
+
+
+_hamming_similarity = register(
+    Operator(
+        "hamming_similarity(Tensor query, Tensor key, SymInt bits, str kind) -> Tensor",
+        family="shift_add",
+        validate=_validate_similarity,
+        reference=_similarity_reference,
+        fake=lambda query, key, bits, kind: query.new_empty((*query.shape, key.shape[-1]), dtype=torch.int32),
+        backward="codes have no gradient",
+        cpu=(torch.int16, torch.int32, torch.int64),
+        triton=NO_TRITON,
+        bytes=lambda query, key, bits, kind: _size(query, key) + 4 * query.numel() * key.shape[-1],
+    )
+)
+
+
+def hamming_similarity(query: Tensor, key: Tensor, *, bits: int, kind: str = "sign") -> Tensor:
+    """How alike codes are, every query with every key: the products of their bits, by counting.
+
+    Args:
+        query: codes ``[..., N]`` of ``bits`` bits, int16, int32 or int64 (see :func:`binary_encode`).
+        key: codes ``[..., M]``, the leading dimensions those of ``query``.
+        bits: of a code, 1 to 64; other bits of a word are ignored.
+        kind: ``"sign"``: bits stand for -1 and 1, the product is ``bits`` less twice the Hamming distance;
+            ``"binary"``: for 0 and 1, the product is the number of common ones.
+
+    Returns:
+        int32 ``[..., N, M]``.
+
+    Raises:
+        TypeError: codes of another dtype than their bits demand.
+        ValueError: a shape that does not fit, an unknown kind, bits out of range.
+
+    Example:
+        >>> query, key = torch.tensor([0b101], dtype=torch.int16), torch.tensor([0b101, 0b110, 0b010], dtype=torch.int16)
+        >>> hamming_similarity(query, key, bits=3).tolist(), hamming_similarity(query, key, bits=3, kind="binary").tolist()
+        ([[3, -1, -3]], [[2, 1, 0]])
+
+    Source: XNOR-Net (Rastegari et al., ECCV 2016, section 3.2): products of signs as exclusive or and bit count.
+    """
+    result: Tensor = _hamming_similarity(query, key, bits, kind)
     return result
