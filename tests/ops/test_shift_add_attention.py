@@ -121,7 +121,7 @@ def codes_of(rand: Random, bits: int, *shape: int) -> Tensor:
 
 
 def attention(
-    b: int, h: int, n: int, d: int, bits: int, taps: int = 9, links: str = "qk", backward: bool = False
+    b: int, h: int, n: int, d: int, bits: int, taps: int = 9, *, links: str = "qk", backward: bool = False
 ) -> Callable[[Random], Args]:
     """A link of 0 (no gradient goes there) is None."""
 
@@ -136,7 +136,7 @@ def attention(
     return make
 
 
-SHAPES = {
+SHAPES: dict[str, tuple[Any, ...]] = {
     "odd": (2, 3, 17, 7, 5),
     "d8": (1, 2, 13, 8, 16),
     "d16": (1, 2, 21, 16, 9, 5),
@@ -342,12 +342,18 @@ def test_attention_trains_its_encoder() -> None:
 
 def _attend(**changes: Any) -> Any:
     codes = torch.zeros(1, 2, 3, dtype=torch.int16)
-    args = {"query": codes, "key": codes, "value": torch.ones(1, 2, 3, 4), "weight": torch.ones(2, 9), "bits": 6}
+    args: dict[str, Any] = {
+        "query": codes,
+        "key": codes,
+        "value": torch.ones(1, 2, 3, 4),
+        "weight": torch.ones(2, 9),
+        "bits": 6,
+    }
     return ops.binary_linear_attention(**(args | changes))
 
 
 def _hash(**changes: Any) -> Any:
-    args = {
+    args: dict[str, Any] = {
         "input": torch.ones(2, 1, 3, 4),
         "anchors": torch.ones(1, 5, 4),
         "center": torch.zeros(1, 5),

@@ -24,11 +24,14 @@ def pack(features: Tensor) -> Tensor:
     return (features * powers).sum(-1).to(word_of(bits))
 
 
-def pack_by_product(features: Tensor) -> Tensor:
-    """The same as a product with the powers of two, in fp32, for up to 16 bits."""
-    bits = features.shape[-1]
-    powers = torch.arange(bits, device=features.device, dtype=torch.float32).exp2_()
-    return (features.to(torch.float32) @ powers).to(torch.int32).to(word_of(bits))
+def pack_by_words(features: Tensor) -> Tensor:
+    """Eight bools as one word, whose product with a constant has their bits in its last byte; whole bytes alone."""
+    bytes_ = ((features.contiguous().view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8)
+    return bytes_.view(word_of(features.shape[-1])).squeeze(-1)
+
+
+def _packs_words(bits: int) -> bool:
+    return bits in (16, 32, 64)
 
 
 def unpack(codes: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -58,7 +61,7 @@ def hash_by_products(input: Tensor, anchors: Tensor, center: Tensor, projection:
     sigma = squares.mean(-1) - 2 * (unit.mean(2) * anchors.mean(1)).sum(-1)
     phi = torch.matmul(unit, anchors.transpose(-1, -2)).sub_(squares[:, None] / 2).div_(sigma[..., None, None]).exp_()
     features = phi.sub_(center[:, None]) @ projection.transpose(-1, -2)
-    return _encoded(features, sigma, packed=pack_by_product if projection.shape[1] <= 16 else pack)
+    return _encoded(features, sigma, packed=pack_by_words if _packs_words(projection.shape[1]) else pack)
 
 
 def _hash(b: int, h: int, n: int, d: int, m: int, bits: int, **options: Any) -> Case:
@@ -95,11 +98,11 @@ def binary_by_comparison(input: Tensor, threshold: Tensor | None, eps: float) ->
     return link, pack(unit > bound), unit.mean((0, 2, 3))
 
 
-def binary_by_product(input: Tensor, threshold: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+def binary_by_words(input: Tensor, threshold: Tensor | None, eps: float) -> tuple[Tensor, ...]:
     unit = F.normalize(input, dim=-1, eps=eps)
     mean = unit.mean((0, 2, 3))
     bound = mean.mean() if threshold is None else threshold[:, None, None]
-    packed = pack_by_product if unit.shape[-1] <= 16 else pack
+    packed = pack_by_words if _packs_words(unit.shape[-1]) else pack
     return unit.new_zeros(()).expand(unit.shape), packed(unit > bound), mean
 
 
@@ -114,7 +117,7 @@ def _binary(b: int, h: int, n: int, d: int, **options: Any) -> Case:
         args(b, n),
         {
             "eager": plain(binary_by_comparison),
-            "dense": {"comparison": plain(binary_by_comparison), "product": plain(binary_by_product)},
+            "dense": {"comparison": plain(binary_by_comparison), "words": plain(binary_by_words)},
             "compile": compiled(binary_by_comparison),
         },
         args(1, 9),

@@ -89,7 +89,8 @@ def _check_eps(operator: str, eps: float) -> None:
 
 
 def _normalised(x: Tensor, eps: float) -> Tensor:
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+    unit: Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps)
+    return unit
 
 
 def _normalised_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
@@ -97,7 +98,8 @@ def _normalised_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     unit = x / norm.clamp(min=eps)
     along = torch.where(norm >= eps, (unit * grad).sum(-1, keepdim=True), 0)
-    return (grad - unit * along) / norm.clamp(min=eps)
+    result: Tensor = (grad - unit * along) / norm.clamp(min=eps)
+    return result
 
 
 def _size(*tensors: Tensor | None) -> int:
@@ -533,7 +535,7 @@ def _attention_formula(ctx: Any, grad: Tensor) -> Any:
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, *rest: Any) -> int:
     """Of the products with the bits of the codes, and with the taps."""
     taps = 0 if weight is None else weight.shape[1]
-    return 2 * value.numel() * (2 * rest[2] + taps)
+    return int(2 * value.numel() * (2 * rest[2] + taps))
 
 
 binary_linear_attention_backward = register(
