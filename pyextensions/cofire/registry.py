@@ -3,8 +3,9 @@
 
 One :class:`Operator` per schema holds everything there is to know about it. :func:`register` hands the parts to
 ``torch.library``; after that the PyTorch dispatcher alone chooses the kernel, and nothing here is on the call path
-but the validation of the public function. The C++ kernels of ``csrc/cpu`` attach themselves when their library is
-loaded (``cofire.native``); the Triton kernels are imported with their first launch.
+but the validation of the public function and the question whether a gradient is recorded. The C++ kernels of
+``csrc/cpu`` attach themselves when their library is loaded (``cofire.native``); the Triton kernels are imported with
+their first launch.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ def _many_rows(provider: str, rows: Sequence[int], *shares: str) -> Callable[[In
     return lambda index, _: against(index, provider, cases)
 
 
-def _case(provider: str, case: str, mode: str = HOT, dtype: str = "float32") -> Callable[[Index, Results], Found]:
-    return lambda index, _: against(index, provider, [("", (case, dtype, mode))])
+def _case(provider: str, case: str, mode: str = HOT) -> Callable[[Index, Results], Found]:
+    return lambda index, _: against(index, provider, [("", (case, "float32", mode))])
 
 
 def _blocks(index: Index, results: Results) -> Found:
@@ -31,9 +31,9 @@ def _blocks(index: Index, results: Results) -> Found:
     return against(index, "peer:torch bsr", cases)
 
 
-def _selection(provider: str) -> Callable[[Index, Results], Found]:
+def _selection(index: Index, results: Results) -> Found:
     cases = [(f"per {s}", (f"11008x4096 {s} keep 0.5 magnitude", "float32", HOT)) for s in ("row", "tensor")]
-    return lambda index, results: against(index_of(results, "selection"), provider, cases)
+    return against(index_of(results, "selection"), "dense", cases)
 
 
 def _training(index: Index, results: Results) -> Found:
@@ -61,7 +61,7 @@ TARGETS = (
            _case("peer:torch sampled_addmm", f"M512 {TRAINED} 90 %")),
     Target("square blocks, 256 rows, 90 %, against torch's BSR", 2.5, "x", _blocks),
     Target("the mode invariant, forward and backward, against the layer without a mask", 0.95, "x", _training),
-    Target("selection, 11008x4096, against the best of torch", 10, "x", _selection("eager")),
+    Target("selection, 11008x4096, against the best of torch", 10, "x", _selection),
 )  # fmt: skip
 
 
