@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import doctest
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
@@ -161,7 +163,7 @@ def test_straight_through_gradients(format: str, activations: str) -> None:
     }
     for name, (found, wanted) in expected.items():
         assert found is not None, name
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5, msg=name)
     dead = sign.detach().round() == 0
     assert dead.any() and shift.grad is not None and not shift.grad[dead].any()
 
@@ -179,7 +181,7 @@ REFUSALS = [
     (lambda: ops.pack_shift(torch.zeros(1, 1), INTEGERS), TypeError, "exponent must be a tensor of integers"),
     (lambda: ops.pack_shift(INTEGERS, INTEGERS, format="S6"), ValueError, "format must be one of S5, S4, S8"),
     (lambda: ops.unpack_shift(QTensor.from_codes(INTEGERS, None, bits=4)), ValueError, "must come from pack_shift"),
-    (lambda: ops.shift_linear(torch.ones(1, 4), torch.ones(2, 4)), TypeError, "weight must be a QTensor, got Tensor"),
+    (lambda: ops.shift_linear(torch.ones(1, 4), cast(Any, torch.ones(2, 4))), TypeError, "weight must be a QTensor, got Tensor"),
     (lambda: ops.shift_linear(torch.ones(1, 4), PACKED, activations="int8"), ValueError, "need a weight of format S4"),
     (lambda: ops.shift_linear(torch.ones(1, 3), PACKED, latent=(torch.ones(2, 3),) * 2), ValueError, "shape of the weight"),
     (lambda: ops.shift_linear(torch.ones(1, 9), PACKED), ValueError, "qlinear: input must have shape"),
@@ -187,6 +189,6 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("call", "error", "sentence"), REFUSALS, ids=[r[2] for r in REFUSALS])
-def test_refused(call, error: type[Exception], sentence: str) -> None:  # type: ignore[no-untyped-def]
+def test_refused(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         call()
