@@ -8,6 +8,7 @@ from cofire.ops.lowbit import *  # noqa: F403
 from cofire.ops.packing import *  # noqa: F403
 from cofire.ops.quantizers import *  # noqa: F403
 from cofire.ops.selection import *  # noqa: F403
+from cofire.ops.shift_add import *  # noqa: F403
 from cofire.ops.shift_add_attention import *  # noqa: F403
 from cofire.ops.shift_add_mixture import *  # noqa: F403
 from cofire.ops.sparse import *  # noqa: F403
