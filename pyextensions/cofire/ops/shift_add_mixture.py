@@ -18,7 +18,7 @@ from torch import Tensor
 from cofire.ops.checks import check_device, check_float, check_same, refuse, shape_of
 from cofire.ops.gating import mask_from_index
 from cofire.ops.selection import compact
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["balance_loss", "load_probability", "moe2_linear", "moe_route"]
 
@@ -75,7 +75,7 @@ _moe_route_backward = register(
         reference=_moe_route_backward_reference,
         fake=lambda grad_gate, grad_importance, logits: logits.new_empty(logits.shape),
         backward=through_reference(_moe_route_backward_reference),
-        triton="two numbers a token: torch operators",
+        triton=Kernel("cofire_kernels.shift_add_mixture:moe_route_backward"),
     )
 )
 
@@ -98,7 +98,7 @@ _moe_route = register(
         fake=_moe_route_fake,
         backward=Backward(_save_moe_route, _moe_route_grad, "moe_route_backward"),
         double_backward=True,
-        triton="torch operators around compact",
+        triton=Kernel("cofire_kernels.shift_add_mixture:moe_route"),
         bytes=lambda logits: logits.numel() * (logits.element_size() + 4) + logits.shape[0] * logits.element_size(),
     )
 )
@@ -240,7 +240,7 @@ _moe2_linear_backward = register(
             gate.new_empty(gate.shape),
         ),
         backward=through_reference(_moe2_linear_backward_reference),
-        triton="the library's products of both experts with all tokens, and a choice",
+        triton=Kernel("cofire_kernels.shift_add_mixture:moe2_linear_backward"),
     )
 )
 
@@ -271,7 +271,7 @@ _moe2_linear = register(
         fake=lambda x, dense_weight, *rest: x.new_empty((x.shape[0], dense_weight.shape[0])),
         backward=Backward(_save_moe2_linear, _moe2_linear_grad, "moe2_linear_backward"),
         double_backward=True,
-        triton="the library's products of both experts with all tokens, and a choice",
+        triton=Kernel("cofire_kernels.shift_add_mixture:moe2_linear"),
         autocast="lower",
         flops=lambda x, dense_weight, *rest: 2 * x.shape[0] * dense_weight.numel(),
         bytes=_moe2_linear_bytes,
