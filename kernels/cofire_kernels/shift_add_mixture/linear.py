@@ -44,6 +44,14 @@ def tile_of(count_ptr, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def load_rows(ptr, token, inside, size, column):
+    """The given columns of gathered rows of ``size`` values; 0 outside."""
+    return tl.load(
+        ptr + token[:, None] * size + column[None, :], mask=inside[:, None] & (column < size)[None, :], other=0
+    )
+
+
+@triton.jit
 def load_bias(dense_ptr, shift_ptr, expert, n, inside):
     """The expert's bias in fp32; either may be missing."""
     bias = tl.zeros(n.shape, tl.float32)
@@ -69,7 +77,7 @@ def moe2_linear_forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, columns, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptr + token[:, None] * columns + k[None, :], mask=listed_[:, None] & (k < columns)[None, :], other=0)
+        x = load_rows(x_ptr, token, listed_, columns, k)
         inside = (k < columns)[:, None] & (n < rows)[None, :]
         w = tl.load(w_ptr + n[None, :].to(tl.int64) * columns + k[:, None], mask=inside, other=0)
         acc = dot(x, w, acc)
@@ -94,7 +102,7 @@ def moe2_linear_input_gradient_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for start in range(0, rows, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        dy = tl.load(dy_ptr + token[:, None] * rows + n[None, :], mask=listed_[:, None] & (n < rows)[None, :], other=0)
+        dy = load_rows(dy_ptr, token, listed_, rows, n)
         inside = (n < rows)[:, None] & (k < columns)[None, :]
         w = tl.load(w_ptr + n[:, None].to(tl.int64) * columns + k[None, :], mask=inside, other=0)
         acc = dot(dy, w, acc)
@@ -102,12 +110,11 @@ def moe2_linear_input_gradient_kernel(
     inside = listed_[:, None] & (k < columns)[None, :]
     gate = tl.load(gate_ptr + token, mask=listed_, other=0).to(tl.float32)
     tl.store(dx_ptr + place, (acc * gate[:, None]).to(dx_ptr.dtype.element_ty), mask=inside)
-    dgate = tl.sum(acc * tl.load(x_ptr + place, mask=inside, other=0).to(tl.float32), 1)
+    dgate = tl.sum(acc * load_rows(x_ptr, token, listed_, columns, k).to(tl.float32), 1)
     if (dense_bias_ptr is not None) or (shift_bias_ptr is not None):
         for start in range(0, tl.where(tl.program_id(0) == 0, rows, 0), BLOCK_N):
             n = start + tl.arange(0, BLOCK_N)
-            in_rows = listed_[:, None] & (n < rows)[None, :]
-            dy = tl.load(dy_ptr + token[:, None] * rows + n[None, :], mask=in_rows, other=0).to(tl.float32)
+            dy = load_rows(dy_ptr, token, listed_, rows, n).to(tl.float32)
             dgate += tl.sum(dy * load_bias(dense_bias_ptr, shift_bias_ptr, expert, n, n < rows)[None, :], 1)
     to = dgate_ptr + tl.program_id(0).to(tl.int64) * tokens + token
     tl.store(to, dgate.to(dgate_ptr.dtype.element_ty), mask=listed_)
@@ -131,10 +138,10 @@ def moe2_linear_weight_gradient_kernel(
     for tile in range(split * each, tl.minimum(split * each + each, tiles)):
         token, listed_ = listed(index_ptr, count_ptr, expert, tokens, tile * BLOCK_M + tl.arange(0, BLOCK_M))
         gate = tl.load(gate_ptr + token, mask=listed_, other=0).to(tl.float32)
-        dy = tl.load(dy_ptr + token[:, None] * rows + n[None, :], mask=listed_[:, None] & (n < rows)[None, :], other=0)
+        dy = load_rows(dy_ptr, token, listed_, rows, n)
         scaled = dy.to(tl.float32) * gate[:, None]
         sums += tl.sum(scaled, 0)
-        x = tl.load(x_ptr + token[:, None] * columns + k[None, :], mask=listed_[:, None] & (k < columns)[None, :], other=0)
+        x = load_rows(x_ptr, token, listed_, columns, k)
         acc = dot(tl.trans(scaled.to(dy.dtype)), x, acc)
     skipped = split.to(tl.int64) * stride_split
     to = tl.where(expert == 0, dense_ptr, shift_ptr) + skipped + n[:, None].to(tl.int64) * columns + k[None, :]
