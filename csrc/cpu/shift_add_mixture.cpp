@@ -130,6 +130,7 @@ at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& gra
 constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
 constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
 constexpr int64_t kBlock = 48;                    // rows that share a panel from the first caches
+constexpr int64_t kSlab = 256;                    // its depth that stays in the first one
 
 // The tokens of the two experts. Each token is in exactly one list, which is checked: no row is
 // then written twice, or not at all.
@@ -138,16 +139,17 @@ class Tokens {
   Tokens(const char* op, const at::Tensor& index, const at::Tensor& count)
       : index_(index.contiguous()), tokens_(index_.size(1)) {
     const at::Tensor counts = count.contiguous();
-    std::vector<bool> seen(tokens_);
+    std::vector<char> seen(tokens_);
     bool right = true;
     int64_t total = 0;
     for (int e = 0; e < 2 && right; ++e) {
       count_[e] = counts.const_data_ptr<int32_t>()[e];
       right = count_[e] >= 0 && count_[e] <= tokens_;
+      const int32_t* const token = list(e);
       for (int64_t i = 0; right && i < count_[e]; ++i) {
-        const int32_t t = list(e)[i];
+        const int32_t t = token[i];
         right = t >= 0 && t < tokens_ && !seen[t];
-        if (right) seen[t] = true;
+        if (right) seen[t] = 1;
       }
       total += count_[e];
     }
@@ -225,12 +227,15 @@ class Panels {
   at::Tensor data_;
 };
 
-// Products of `kRows` rows with a panel; finish(row, first half, second half) takes the results.
-template <typename F>
-inline void product(const float* const* rows, const float* panel, int64_t depth, F&& finish) {
+// to += the products of `kRows` rows with a panel, from `from`, whose rows may all be the same one.
+inline void product(const float* const* rows, int64_t begin, int64_t end, const float* panel,
+                    const float* from, int64_t stride, float* to) {
   Vec acc[kRows][2];
-  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec(0.f);
-  for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
+  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
+    acc[r][0] = Vec::loadu(from + r * stride);
+    acc[r][1] = Vec::loadu(from + r * stride + kLanes);
+  }
+  for (int64_t k = begin; k < end; ++k, panel += kPanel) {
     const Vec b[2] = {Vec::loadu(panel), Vec::loadu(panel + kLanes)};
     COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
       const Vec a(rows[r][k]);
@@ -238,7 +243,10 @@ inline void product(const float* const* rows, const float* panel, int64_t depth,
       acc[r][1] = at::vec::fmadd(a, b[1], acc[r][1]);
     }
   }
-  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) finish(r, acc[r][0], acc[r][1]);
+  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
+    acc[r][0].store(to + r * kPanel);
+    acc[r][1].store(to + r * kPanel + kLanes);
+  }
 }
 
 // The rows of a block as fp32: where they are, or a converted copy.
@@ -272,16 +280,25 @@ class Rows {
   const float* row_[kBlock];
 };
 
-// finish(row of the block, column, first half, second half) for all products of a block.
+// finish(column, products [kBlock, kPanel]) for each panel; what they are added to is the same in
+// all rows.
 template <typename T, typename F>
-void multiply(const Rows<T>& rows, int64_t count, const Panels<T>& panels, int e, F&& finish) {
+void multiply(const Rows<T>& rows, int64_t count, const Panels<T>& panels, int e, const float* add,
+              F&& finish) {
+  float products[kBlock * kPanel];
   for (int64_t p = 0; p < panels.number(); ++p) {
-    for (int64_t r = 0; r < count; r += kRows) {
-      product(rows.from(r), panels.panel(e, p), panels.depth(),
-              [&](int64_t i, const Vec& a, const Vec& b) {
-                if (r + i < count) finish(r + i, p * kPanel, a, b);
-              });
-    }
+    const float* const panel = panels.panel(e, p);
+    const float* from = add + p * kPanel;
+    int64_t stride = 0, begin = 0;
+    do {
+      const int64_t end = std::min(panels.depth(), begin + kSlab);
+      for (int64_t r = 0; r < count; r += kRows) {
+        product(rows.from(r), begin, end, panel + begin * kPanel, from + r * stride, stride,
+                products + r * kPanel);
+      }
+      from = products, stride = kPanel, begin = end;
+    } while (begin < panels.depth());
+    finish(p * kPanel, products);
   }
 }
 
@@ -318,16 +335,17 @@ at::Tensor moe2_linear(const at::Tensor& x, const at::Tensor& dense_weight,
     tokens.blocks([&](int e, int64_t begin, int64_t end) {
       const int32_t* const token = tokens.list(e) + begin;
       const Rows<T> rows(from, in, token, end - begin);
-      multiply(rows, end - begin, panels, e,
-               [&](int64_t r, int64_t column, const Vec& a, const Vec& b) {
-                 const Vec g(static_cast<float>(gates[token[r]]));
-                 T* const row = to + token[r] * out + column;
+      multiply(rows, end - begin, panels, e, bias[e].data(),
+               [&](int64_t column, const float* products) {
                  const int64_t n = out - column;
-                 const float* const add = bias[e].data() + column;
-                 store_f32(row, g * (a + Vec::loadu(add)), std::min(kLanes, n));
-                 if (n > kLanes) {
-                   store_f32(row + kLanes, g * (b + Vec::loadu(add + kLanes)),
-                             std::min(kLanes, n - kLanes));
+                 for (int64_t r = 0; r < end - begin; ++r, products += kPanel) {
+                   const Vec g(static_cast<float>(gates[token[r]]));
+                   T* const row = to + token[r] * out + column;
+                   store_f32(row, g * Vec::loadu(products), std::min(kLanes, n));
+                   if (n > kLanes) {
+                     store_f32(row + kLanes, g * Vec::loadu(products + kLanes),
+                               std::min(kLanes, n - kLanes));
+                   }
                  }
                });
     });
@@ -387,32 +405,34 @@ Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
     const T* const gates = scale.const_data_ptr<T>();
     T* const to = dx.mutable_data_ptr<T>();
     T* const to_gate = dgate.mutable_data_ptr<T>();
-    const int64_t width = panels.number() * kPanel;
+    const std::vector<float> nothing(panels.number() * kPanel);
     tokens.blocks([&](int e, int64_t begin, int64_t end) {
       const int32_t* const token = tokens.list(e) + begin;
       const Rows<T> rows(from, out, token, end - begin);
-      std::vector<float> u((end - begin) * width);
-      multiply(rows, end - begin, panels, e,
-               [&](int64_t r, int64_t column, const Vec& a, const Vec& b) {
-                 a.store(u.data() + r * width + column);
-                 b.store(u.data() + r * width + column + kLanes);
-               });
+      Vec sums[kBlock];
       for (int64_t r = 0; r < end - begin; ++r) {
-        const int64_t t = token[r];
-        const Vec g(static_cast<float>(gates[t]));
         Vec sum(0.f);
-        for (int64_t i = 0; i < in; i += kLanes) {
-          const int64_t n = std::min(kLanes, in - i);
-          const Vec v = Vec::loadu(u.data() + r * width + i);  // zeros behind the last column
-          sum = at::vec::fmadd(v, load_f32(inputs + t * in + i, n), sum);
-          store_f32(to + t * in + i, g * v, n);
-        }
         for (int64_t i = 0; i < out; i += kLanes) {
           const int64_t n = std::min(kLanes, out - i);
-          sum =
-              at::vec::fmadd(load_f32(from + t * out + i, n), Vec::loadu(bias[e].data() + i), sum);
+          const Vec v = load_f32(from + token[r] * out + i, n);
+          sum = at::vec::fmadd(v, Vec::loadu(bias[e].data() + i), sum);
         }
-        to_gate[t] = static_cast<T>(reduce_add(sum));
+        sums[r] = sum;
+      }
+      multiply(rows, end - begin, panels, e, nothing.data(), [&](int64_t column, const float* u) {
+        for (int64_t r = 0; r < end - begin; ++r, u += kPanel) {
+          const Vec g(static_cast<float>(gates[token[r]]));
+          const int64_t at = token[r] * in + column;
+          for (int64_t i = 0; i < std::min(kPanel, in - column); i += kLanes) {
+            const int64_t n = std::min(kLanes, in - column - i);
+            const Vec v = Vec::loadu(u + i);  // zeros behind the last column
+            sums[r] = at::vec::fmadd(v, load_f32(inputs + at + i, n), sums[r]);
+            store_f32(to + at + i, g * v, n);
+          }
+        }
+      });
+      for (int64_t r = 0; r < end - begin; ++r) {
+        to_gate[token[r]] = static_cast<T>(reduce_add(sums[r]));
       }
     });
     for (int e = 0; e < 2; ++e) {
