@@ -48,6 +48,8 @@ using Route = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Route moe_route(const at::Tensor& logits) {
   if (!covered(logits)) return reference<Route>("cofire::moe_route", &moe_route, logits);
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) == 2,
+                    "moe_route: logits must have shape [tokens, 2], got ", logits.sizes());
   const at::Tensor l = logits.contiguous();
   const int64_t tokens = l.size(0), chunks = (tokens + kChunk - 1) / kChunk;
   at::Tensor gate = at::empty({tokens}, l.options());
@@ -92,6 +94,9 @@ at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& gra
     return reference<at::Tensor>("cofire::moe_route_backward", &moe_route_backward, grad_gate,
                                  grad_importance, logits);
   }
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) == 2 && grad_importance.numel() == 2 &&
+                        grad_gate.sizes() == logits.sizes().slice(0, 1),
+                    "moe_route_backward: the gradients do not fit logits ", logits.sizes());
   const at::Tensor l = logits.contiguous(), grad = grad_gate.contiguous();
   const at::Tensor share = grad_importance.to(at::kFloat).contiguous();
   const float more = share.const_data_ptr<float>()[1] - share.const_data_ptr<float>()[0];
@@ -312,6 +317,24 @@ std::vector<float> padded(const MaybeTensor& bias, int64_t columns) {
   return result;
 }
 
+// What the kernels read and write by: the public function says more of it.
+void check_shapes(const char* op, const at::Tensor& x, const at::Tensor& dense_weight,
+                  const at::Tensor& shift_weight, const MaybeTensor& dense_bias,
+                  const MaybeTensor& shift_bias, const at::Tensor& gate, const at::Tensor& index,
+                  const at::Tensor& count) {
+  TORCH_CHECK_VALUE(x.dim() == 2 && dense_weight.dim() == 2 && dense_weight.size(1) == x.size(1) &&
+                        shift_weight.sizes() == dense_weight.sizes(),
+                    op, ": the weights do not fit x, ", x.sizes());
+  for (const MaybeTensor& bias : {dense_bias, shift_bias}) {
+    TORCH_CHECK_VALUE(!bias || bias->sizes() == dense_weight.sizes().slice(0, 1), op,
+                      ": a bias does not fit its weight, ", dense_weight.sizes());
+  }
+  TORCH_CHECK_VALUE(gate.sizes() == x.sizes().slice(0, 1) &&
+                        index.sizes() == at::IntArrayRef({2, x.size(0)}) &&
+                        count.sizes() == at::IntArrayRef({2}),
+                    op, ": gate, index and count do not fit x, ", x.sizes());
+}
+
 at::Tensor moe2_linear(const at::Tensor& x, const at::Tensor& dense_weight,
                        const at::Tensor& shift_weight, const MaybeTensor& dense_bias,
                        const MaybeTensor& shift_bias, const at::Tensor& gate,
@@ -320,6 +343,8 @@ at::Tensor moe2_linear(const at::Tensor& x, const at::Tensor& dense_weight,
     return reference<at::Tensor>("cofire::moe2_linear", &moe2_linear, x, dense_weight, shift_weight,
                                  dense_bias, shift_bias, gate, index, count);
   }
+  check_shapes("moe2_linear", x, dense_weight, shift_weight, dense_bias, shift_bias, gate, index,
+               count);
   const Tokens tokens("moe2_linear", index, count);
   const int64_t in = x.size(1), out = dense_weight.size(0);
   const at::Tensor input = x.contiguous(), scale = gate.contiguous();
@@ -393,6 +418,11 @@ Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
                                 dense_weight, shift_weight, dense_bias, shift_bias, gate, index,
                                 count);
   }
+  check_shapes("moe2_linear_backward", x, dense_weight, shift_weight, dense_bias, shift_bias, gate,
+               index, count);
+  TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef({x.size(0), dense_weight.size(0)}),
+                    "moe2_linear_backward: grad does not fit x and the weights, got ",
+                    grad.sizes());
   const Tokens tokens("moe2_linear_backward", index, count);
   const int64_t in = x.size(1), out = dense_weight.size(0);
   const at::Tensor dy = grad.contiguous(), input = x.contiguous(), scale = gate.contiguous();
