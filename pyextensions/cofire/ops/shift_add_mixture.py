@@ -341,7 +341,8 @@ def balance_loss(load: Tensor, latency: Sequence[float] | Tensor) -> Tensor:
 
     Raises:
         TypeError: ``load`` is no floating-point tensor.
-        ValueError: another shape, or latencies that are not two positive finite numbers.
+        ValueError: another shape, or latencies that are not two positive finite numbers (of tensors: on a CPU, and not
+            while tracing).
 
     Example:
         >>> balance_loss(torch.tensor([40.0, 60.0]), (6, 4)).item()
@@ -359,7 +360,9 @@ def balance_loss(load: Tensor, latency: Sequence[float] | Tensor) -> Tensor:
     if load.dim() not in (1, 2) or load.shape[-1] != EXPERTS:
         refuse(op, f"load must have shape [2] or [tokens, 2], got {shape_of(load)}")
     alpha = torch.as_tensor(latency, dtype=_wide(load), device=load.device)
-    if list(alpha.shape) != [EXPERTS] or not bool((alpha.isfinite() & (alpha > 0)).all()):
+    # A tensor may be traced, or lie on a device that would have to be waited for.
+    visible = not isinstance(latency, Tensor) or (latency.device.type == "cpu" and not torch.compiler.is_compiling())
+    if list(alpha.shape) != [EXPERTS] or (visible and not bool((alpha.isfinite() & (alpha > 0)).all())):
         refuse(op, f"latency must be two positive finite numbers, got {latency!r}")
     total = load.to(alpha.dtype).sum(0) if load.dim() == 2 else load.to(alpha.dtype)
     time = alpha * total
