@@ -605,7 +605,9 @@ class MixtureOfPrimitives(nn.Module):
     Attributes:
         dense: the dense expert, an ``nn.Linear``.
         shift: the shift expert, a :class:`ShiftLinear`.
-        router, noise: ``nn.Linear`` to two logits and to their noise, without bias, zero at the start; noise may be None.
+        router: ``nn.Linear`` to two logits, zero at the start. It has a bias: without one, tokens whose mean is 0 would be
+            shared evenly whatever the latencies are.
+        noise: ``nn.Linear`` without bias to the logits' noise, zero at the start, or None.
         latency: fp32 buffer ``[2]``, moving average of measured latencies in microseconds; equal ones until measured.
         measured: int64 buffer, how often it was measured.
         balance_loss: scalar with a graph, of the last forward in training: how far both experts are from taking equally
@@ -654,11 +656,11 @@ class MixtureOfPrimitives(nn.Module):
         self.alpha = None if alpha is None else (float(alpha[0]), float(alpha[1]))
         self.dense, self.shift = dense, shift
         where: dict[str, Any] = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        self.router = nn.Linear(self.in_features, 2, False, **where)
+        self.router = nn.Linear(self.in_features, 2, **where)
         self.noise = nn.Linear(self.in_features, 2, False, **where) if noise else None
         for layer in (self.router, self.noise):
-            if layer is not None:
-                nn.init.zeros_(layer.weight)
+            for p in () if layer is None else layer.parameters():
+                nn.init.zeros_(p)
         self.register_buffer("latency", torch.ones(2, dtype=torch.float32, device=dense.weight.device))
         self.register_buffer("measured", torch.zeros((), dtype=torch.int64, device=dense.weight.device))
         self.balance_loss: Tensor | None = None
