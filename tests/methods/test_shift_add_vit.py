@@ -267,16 +267,34 @@ def test_step_keeps_shifts_in_range_and_moves_thresholds():
     assert not torch.equal(attention.threshold, before) and attention.threshold_count == 0
 
 
+def test_noise_falls_to_nothing():
+    method = ShiftAddViT(stage=3, alpha=(6, 4), noise_steps=4, **HASH)
+    model = method.prepare(network(), X)
+    layers = [m for m in model.modules() if isinstance(m, MixtureOfPrimitives)]
+    for left in (0.75, 0.5, 0.25, 0.0, 0.0):
+        method.step(model)
+        assert [float(m.noise_scale) for m in layers] == [left] * 5
+    x = torch.randn(50, 16)
+    with torch.no_grad():
+        layers[0].router.weight.normal_()
+    layers[0].train()
+    torch.testing.assert_close(layers[0](x), layers[0].eval()(x), rtol=0.1, atol=0.05)
+    plain = ShiftAddViT(stage=3, alpha=(6, 4), **HASH)
+    kept = plain.prepare(network(), X)
+    plain.step(kept)
+    assert all(m.noise_scale == 1 for m in kept.modules() if isinstance(m, MixtureOfPrimitives))
+
+
 def test_parameter_groups_hold_each_parameter_once():
     method = ShiftAddViT(stage=3, alpha=(6, 4), **HASH)
     model = method.prepare(network(), X)
-    groups = method.parameter_groups(model, lr=1e-3, shift_lr=1e-2)
+    groups = method.parameter_groups(model, lr=1e-3, shift_lr=1e-2, router_lr=1e-1)
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.05), (1e-3, 0.0), (1e-2, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(1e-3, 0.05), (1e-3, 0), (1e-2, 0), (1e-1, 0)]
     layer = model.blocks[0].up
     assert {id(layer.shift.shift), id(layer.shift.sign)} <= {id(p) for p in groups[2]["params"]}
-    assert {id(layer.router.weight), id(layer.noise.weight)} <= {id(p) for p in groups[1]["params"]}
+    assert {id(layer.router.weight), id(layer.noise.weight)} <= {id(p) for p in groups[3]["params"]}
 
 
 def test_latencies_are_measured_when_it_is_prepared():
@@ -372,6 +390,7 @@ def test_int8_activations_reach_the_deployed_network():
         ({"bits": 65}, ValueError, "bits must be between 1 and 64, got 65"),
         ({"format": "S3"}, ValueError, "format must be one of S5, S4, S8"),
         ({"activations": "int8"}, ValueError, "int8 activations need stage 2 and format S4, got 3, 'S5'"),
+        ({"noise_steps": 0}, ValueError, "noise_steps must be at least 1, or None, got 0"),
         ({"alpha": (1, 2, 3)}, ValueError, "alpha must be two positive numbers"),
         ({"balance": -1}, ValueError, "balance must not be negative, got -1"),
         ({"balance": math.inf}, ValueError, "balance must not be negative"),

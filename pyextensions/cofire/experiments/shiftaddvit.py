@@ -68,6 +68,7 @@ class Plan:
     batch: int
     dense_lr: float
     lr: float  #: of every training that follows
+    router_lr: float = 1e-2
     cells: tuple[Cell, ...] = CELLS
     bits: int = 16
     anchors: int = 12
@@ -82,7 +83,7 @@ class Plan:
     validate: bool = False
 
 
-DIGITS = Plan(model="digits_vit", dense_epochs=30, epochs=15, batch=32, dense_lr=2e-3, lr=1e-3)
+DIGITS = Plan(model="digits_vit", dense_epochs=30, epochs=10, batch=32, dense_lr=2e-3, lr=1e-3)
 #: For larger images: a short training on few of them.
 IMAGES = Plan(
     model="vit_patch8", dense_epochs=15, epochs=5, batch=64, dense_lr=1e-3, lr=1e-3, images=4_000, test_images=2_000
@@ -171,6 +172,8 @@ class Run:
     def method(self, cell: Cell) -> ShiftAddViT:
         plan = self.plan
         options: dict[str, Any] = {"bits": plan.bits, "anchors": plan.anchors, "topk": plan.topk}
+        if cell.stage == 3:
+            options["noise_steps"] = plan.epochs * steps_per_epoch(self.images, plan.batch)
         return ShiftAddViT(cell.stage, cell.encoder, balance=plan.balance, alpha=cell.alpha, **options)
 
     # ------------------------------------------------------------------------------------------------ cells
@@ -205,7 +208,7 @@ class Run:
         if method is None:
             groups = _groups(model, plan.lr, plan.weight_decay)
         else:
-            groups = method.parameter_groups(model, plan.lr, plan.weight_decay)
+            groups = method.parameter_groups(model, plan.lr, plan.weight_decay, router_lr=plan.router_lr)
         watch = _Watch(model, self.example, plan.epochs * steps_per_epoch(self.images, plan.batch))
         torch.manual_seed(seed)  # of the routers' noise
         self._fit(model, groups, plan.epochs, seed + 1, method, self._each(f"{cell.name}, seed {seed}"), watch=watch)

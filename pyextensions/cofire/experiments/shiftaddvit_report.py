@@ -195,7 +195,8 @@ def conditions(results: Results) -> str:
         f"{settings['condition']} Network {plan['model']}, from {start}; {plan['dense_epochs']} epochs in full precision at a",
         f"rate of {plan['dense_lr']:g}, then {plan['epochs']} with attention of additions ({plan['bits']} bits, {plan['anchors']}",
         f"anchors, fitted to {plan['fitted']} images), and from there as many with shifts or mixtures, at a rate of",
-        f"{plan['lr']:g}, in batches of {plan['batch']}; balance {plan['balance']:g}. *continued* is the network in full precision",
+        f"{plan['lr']:g} ({plan['router_lr']:g} for routers, whose noise falls to nothing), in batches of {plan['batch']}; balance",
+        f"{plan['balance']:g}. *continued* is the network in full precision",
         "trained on for as many epochs as attention of additions. A mixture's latencies are given, not measured, so that its",
         f"share can be compared with what they imply. {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
     )

@@ -87,6 +87,8 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         balance: weight of the mixtures' balance losses, each of which counts fully.
         alpha: what a token costs in the dense and in the shift expert; None: latencies, which :meth:`prepare` measures.
         noise: whether routers get noise in training.
+        noise_steps: so many calls of :meth:`step` take the noise linearly to nothing, so that in the end the balance is that
+            of the deployed network's choices; None: it stays.
         keep_attention: names or patterns of attentions that stay as they are, their linear layers included, as the paper
             leaves those of a pyramid's last stage.
         skip: names or patterns of linear layers that stay dense.
@@ -119,6 +121,7 @@ class ShiftAddViT(Method, name="shiftaddvit"):
     balance: float = 0.01
     alpha: Sequence[float] | None = None
     noise: bool = True
+    noise_steps: int | None = None
     keep_attention: Sequence[str] = ()
     skip: Sequence[str] = ()
 
@@ -133,6 +136,10 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         if self.activations == "int8" and (self.stage != 2 or self.format != "S4"):
             raise ValueError(f"{name}: int8 activations need stage 2 and format S4, got {self.stage}, {self.format!r}")
         check_alpha(name, self.alpha)
+        if self.noise_steps is not None:
+            check_integer(name, noise_steps=self.noise_steps)
+            if self.noise_steps < 1:
+                raise ValueError(f"{name}: noise_steps must be at least 1, or None, got {self.noise_steps}")
         check_number(name, balance=self.balance)
         if not 0 <= self.balance < float("inf"):
             raise ValueError(f"{name}: balance must not be negative, got {self.balance}")
@@ -212,12 +219,14 @@ class ShiftAddViT(Method, name="shiftaddvit"):
 
     @torch.no_grad()
     def step(self, model: nn.Module) -> None:
-        """Keep shifts in their range, and move the running thresholds of a "binary" encoder."""
+        """Keep shifts in their range, move the running thresholds of a "binary" encoder, lower the noise."""
         for module in self._require(model, "step").values():
             if isinstance(module, ShiftLinear):
                 module.clamp_()
             elif isinstance(module, BinaryLinearAttention):
                 module.step()
+            elif isinstance(module, MixtureOfPrimitives) and self.noise_steps is not None:
+                module.noise_scale.sub_(1 / self.noise_steps).clamp_(min=0)
 
     def measure(self, model: nn.Module, batch: Any) -> None:
         """Time the experts of every mixture, with as many tokens as it gets of ``batch``, and average the latencies in.
@@ -254,17 +263,23 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         return replace_modules(result, new).eval().requires_grad_(False)
 
     def parameter_groups(
-        self, model: nn.Module, lr: float = 5e-5, weight_decay: float = 0.05, shift_lr: float | None = None
+        self,
+        model: nn.Module,
+        lr: float = 5e-5,
+        weight_decay: float = 0.05,
+        shift_lr: float | None = None,
+        router_lr: float | None = None,
     ) -> list[dict[str, Any]]:
         """Parameter groups for ``torch.optim.AdamW``.
 
-        Matrices; then everything without weight decay: vectors, and routers; then shifts and signs, which decay would make
-        large and dead.
+        Matrices, the only ones with weight decay; vectors; shifts and signs, which decay would make large and dead; routers and
+        their noise.
 
         Args:
             model: prepared.
             lr, weight_decay: of the matrices.
             shift_lr: of shifts and signs; default: ``lr``.
+            router_lr: of routers; default: ``lr``.
         """
         modules = self._require(model, "parameter_groups")
         layers = [m for m in modules.values() if isinstance(m, ShiftLinear)]
@@ -281,8 +296,9 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         return [
             {"params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
-            {"params": [*(p for p in others if p.dim() <= 1), *routers], "lr": lr, "weight_decay": 0.0},
+            {"params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
             {"params": powers, "lr": lr if shift_lr is None else shift_lr, "weight_decay": 0.0},
+            {"params": routers, "lr": lr if router_lr is None else router_lr, "weight_decay": 0.0},
         ]
 
     # ------------------------------------------------------------------------------------------------ report

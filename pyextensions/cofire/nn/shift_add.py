@@ -617,6 +617,8 @@ class MixtureOfPrimitives(nn.Module):
         noise: ``nn.Linear`` without bias to the logits' noise, zero at the start, or None.
         latency: fp32 buffer ``[2]``, moving average of measured latencies in microseconds; equal ones until measured.
         measured: int64 buffer, how often it was measured.
+        noise_scale: fp32 buffer, a factor of the learned deviation, 1 at the start. The balance is one of noisy choices; where
+            it falls to 0 in the course of training, the balance becomes that of the choices without noise.
         balance_loss: scalar with a graph, of the last forward in training: how far both experts are from taking equally
             long, by the sums of the probabilities and (with noise) by the smooth count of tokens. None before; copies and
             pickles drop it.
@@ -638,6 +640,7 @@ class MixtureOfPrimitives(nn.Module):
 
     latency: Tensor
     measured: Tensor
+    noise_scale: Tensor
 
     def __init__(
         self,
@@ -670,6 +673,7 @@ class MixtureOfPrimitives(nn.Module):
                 nn.init.zeros_(p)
         self.register_buffer("latency", torch.ones(2, dtype=torch.float32, device=dense.weight.device))
         self.register_buffer("measured", torch.zeros((), dtype=torch.int64, device=dense.weight.device))
+        self.register_buffer("noise_scale", torch.ones((), dtype=torch.float32, device=dense.weight.device))
         self.balance_loss: Tensor | None = None
 
     @classmethod
@@ -741,7 +745,7 @@ class MixtureOfPrimitives(nn.Module):
         clean = noisy = self.router(x)
         deviation = None
         if self.training and self.noise is not None:
-            deviation = F.softplus(self.noise(x)) + LEAST_NOISE
+            deviation = F.softplus(self.noise(x)) * self.noise_scale + LEAST_NOISE
             noisy = clean + torch.randn_like(clean) * deviation
         gate, index, count, importance = ops.moe_route(noisy)
         if self.training:
