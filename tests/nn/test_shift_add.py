@@ -391,6 +391,30 @@ def test_forms_of_the_attention():
         assert attention()(x).isfinite().all()
 
 
+@pytest.mark.parametrize("encoder", ["hash", "binary"])
+def test_rows_without_a_direction_are_finite_or_refused(encoder):
+    layer = attention(encoder, bias=False, check=True)
+    x = torch.randn(2, 7, 16)
+    x[0, 3] = 0
+    with pytest.raises(ValueError, match=r"quer.* must be finite and not 0, got 2 rows that are not, of 28"):
+        layer(x)
+    layer.check = False
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad.isfinite().all()
+    layer.check = True
+    with pytest.raises(ValueError, match=r"values must be finite, got 28 rows that are not, of 28"):
+        layer(torch.full((2, 7, 16), math.inf))
+
+
+def test_a_packed_state_of_another_version_is_refused():
+    packed = mixture().pack()
+    state = packed.state_dict()
+    state["shift.geometry"] = torch.cat([state["shift.geometry"], torch.ones(1, dtype=torch.int64)])
+    with pytest.raises(RuntimeError, match=r"shift: the state must be of a weight \[6, 8\], got one of \[6, 8\]"):
+        packed.load_state_dict(state)
+
+
 def _fit_on_two(rank, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.manual_seed(0)

@@ -270,6 +270,8 @@ class BinaryLinearAttention(nn.Module):
         kernel_size: odd, of the convolution; 0: none.
         momentum: of the running thresholds.
         project: with a projection ``proj`` of the result.
+        check: refuse queries, keys and values that are not finite, and queries and keys that are 0, which have no direction;
+            it waits for the device. Without it, what is not finite stays so, and what is 0 has the code of a direction of zeros.
 
     Attributes:
         anchors, center, projection: buffers of the hash, ``[heads, m, d]``, ``[heads, m]``, ``[heads, bits, m]``.
@@ -316,6 +318,7 @@ class BinaryLinearAttention(nn.Module):
         kernel_size: int = 9,
         momentum: float = 0.1,
         project: bool = True,
+        check: bool = False,
     ) -> None:
         super().__init__()
         check_integer("BinaryLinearAttention", embed_dim=embed_dim, num_heads=num_heads)
@@ -331,7 +334,7 @@ class BinaryLinearAttention(nn.Module):
             )
         self.embed_dim, self.num_heads, self.encoder = embed_dim, num_heads, encoder
         self.bits = bits if encoder == "hash" else head
-        self.topk, self.kernel_size, self.momentum = topk, kernel_size, momentum
+        self.topk, self.kernel_size, self.momentum, self.check = topk, kernel_size, momentum, check
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         if encoder == "hash":
             self.qk = nn.Linear(embed_dim, embed_dim, bias, **where)
@@ -473,16 +476,30 @@ class BinaryLinearAttention(nn.Module):
     def _codes(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes and links of queries and keys."""
         if self.encoder == "hash":
-            codes, link = ops.hash_encode(self._heads(self.qk(x)), self.anchors, self.center, self.projection)
+            z = self._heads(self.qk(x))
+            self._examine(z, "queries and keys")
+            codes, link = ops.hash_encode(z, self.anchors, self.center, self.projection)
             link = link.to(dtype)
             return codes, codes, link, link
-        q, q_mean, q_link = ops.binary_encode(self._heads(self.q(x)), self.threshold[0])
-        k, k_mean, k_link = ops.binary_encode(self._heads(self.k(x)), self.threshold[1])
+        query, key = self._heads(self.q(x)), self._heads(self.k(x))
+        self._examine(query, "queries")
+        self._examine(key, "keys")
+        q, q_mean, q_link = ops.binary_encode(query, self.threshold[0])
+        k, k_mean, k_link = ops.binary_encode(key, self.threshold[1])
         if self.training and not self.deployed:
             with torch.no_grad():
                 self.threshold_sum += torch.stack((q_mean, k_mean))
                 self.threshold_count += 1
         return q, k, q_link.to(dtype), k_link.to(dtype)
+
+    def _examine(self, rows: Tensor, what: str, zero: bool = False) -> None:
+        if not self.check:
+            return
+        norm = torch.linalg.vector_norm(rows.detach(), dim=-1)
+        wrong = int((~norm.isfinite()).sum() if zero else (~norm.isfinite() | (norm == 0)).sum())
+        if wrong:
+            kind = "finite" if zero else "finite and not 0"
+            refuse("BinaryLinearAttention", f"{what} must be {kind}, got {wrong} rows that are not, of {norm.numel()}")
 
     def forward(self, input: Tensor, *size: Any) -> Tensor:
         self._check(input)
@@ -494,6 +511,7 @@ class BinaryLinearAttention(nn.Module):
                 )
         self._require_fitted()
         v = self._heads(self.v(input))
+        self._examine(v, "values", zero=True)
         q, k, q_link, k_link = self._codes(input, v.dtype)
         mix = None if self.mix is None else self.mix.to(v.dtype)
         links = (q_link, k_link) if q_link.requires_grad or k_link.requires_grad else (None, None)
