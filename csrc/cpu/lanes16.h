@@ -85,6 +85,7 @@ COFIRE_INLINE W16 shift_right_signed(W16 a) {
   return {_mm512_srai_epi32(a.v, S)};
 }
 COFIRE_INLINE F16 as_float(W16 a) { return {_mm512_castsi512_ps(a.v)}; }
+COFIRE_INLINE float sum_of(F16 a) { return reduce_add(Vec(a.v)); }
 COFIRE_INLINE F16 to_float(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 COFIRE_INLINE W16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
 // Keeps a product from being fused into the addition that follows it.
@@ -102,6 +103,33 @@ struct Table16 {
   COFIRE_INLINE F16 operator[](W16 i) const { return {_mm512_permutexvar_ps(i.v, v)}; }
 };
 COFIRE_INLINE F16 gather(const float* table, W16 i) { return {_mm512_i32gather_ps(i.v, table, 4)}; }
+// The same of eight floats, which takes one instruction everywhere; the lowest three bits count.
+struct Table8 {
+  __m512 v;
+  explicit COFIRE_INLINE Table8(const float* p) : v(_mm512_broadcast_f32x8(_mm256_loadu_ps(p))) {}
+  COFIRE_INLINE F16 operator[](W16 i) const { return {_mm512_permutexvar_ps(i.v, v)}; }
+};
+// Of each of 64 bytes.
+COFIRE_INLINE W16 add_bytes(W16 a, W16 b) { return {_mm512_add_epi8(a.v, b.v)}; }
+COFIRE_INLINE W16 min_bytes(W16 a, W16 b) { return {_mm512_min_epu8(a.v, b.v)}; }
+COFIRE_INLINE int least_byte(W16 a) {
+  const __m256i half =
+      _mm256_min_epu8(_mm512_castsi512_si256(a.v), _mm512_extracti64x4_epi64(a.v, 1));
+  const __m128i x = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i pairs = _mm_min_epu8(_mm_srli_epi16(x, 8), _mm_and_si128(x, _mm_set1_epi16(255)));
+  return _mm_cvtsi128_si32(_mm_minpos_epu16(pairs)) & 255;
+}
+COFIRE_INLINE W16 subtract_bytes(W16 a, W16 b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+// Numbers of 16 bits whose low bytes are those of a and whose high bytes are those of b: one half
+// of them and the other, in an order of their own.
+COFIRE_INLINE W16 first_pairs(W16 a, W16 b) { return {_mm512_unpacklo_epi8(a.v, b.v)}; }
+COFIRE_INLINE W16 second_pairs(W16 a, W16 b) { return {_mm512_unpackhi_epi8(a.v, b.v)}; }
+// Products of fractions of 15 bits and a sign, rounded.
+COFIRE_INLINE W16 fraction_products(W16 a, W16 b) { return {_mm512_mulhrs_epi16(a.v, b.v)}; }
+// acc + the two products of signed 16-bit numbers in each lane.
+COFIRE_INLINE W16 dot_pairs(W16 acc, W16 a, W16 b) {
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
+}
 // Table of 16 bytes for each of 64 bytes below 16.
 struct Bytes16 {
   __m512i v;
@@ -232,6 +260,7 @@ COFIRE_INLINE W16 shift_right_signed(W16 x) {
   return {_mm256_srai_epi32(x.a, S), _mm256_srai_epi32(x.b, S)};
 }
 COFIRE_INLINE F16 as_float(W16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+COFIRE_INLINE float sum_of(F16 x) { return reduce_add(Vec(_mm256_add_ps(x.a, x.b))); }
 COFIRE_INLINE F16 to_float(W16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 COFIRE_INLINE F16 rounded(F16 x) {
 #ifndef _MSC_VER
@@ -268,6 +297,58 @@ COFIRE_INLINE __m256i in_order(__m256i x) {
   asm("" : "+x"(x));
 #endif
   return x;
+}
+struct Table8 {
+  __m256 v;
+  explicit COFIRE_INLINE Table8(const float* p) : v(_mm256_loadu_ps(p)) {}
+  COFIRE_INLINE F16 operator[](W16 i) const {
+    return {_mm256_permutevar8x32_ps(v, i.a), _mm256_permutevar8x32_ps(v, i.b)};
+  }
+};
+// acc + x by bytes, and by words: compilers would make trees of such sums, or exchange them for
+// others in memory.
+COFIRE_INLINE __m256i added_bytes(__m256i acc, __m256i x) {
+#ifndef _MSC_VER
+  asm("vpaddb %1, %0, %0" : "+x"(acc) : "x"(x));
+  return acc;
+#else
+  return _mm256_add_epi8(acc, x);
+#endif
+}
+COFIRE_INLINE __m256i added(__m256i acc, __m256i x) {
+#ifndef _MSC_VER
+  asm("vpaddd %1, %0, %0" : "+x"(acc) : "x"(x));
+  return acc;
+#else
+  return _mm256_add_epi32(acc, x);
+#endif
+}
+COFIRE_INLINE W16 add_bytes(W16 acc, W16 x) {
+  return {added_bytes(acc.a, x.a), added_bytes(acc.b, x.b)};
+}
+COFIRE_INLINE W16 min_bytes(W16 x, W16 y) {
+  return {_mm256_min_epu8(x.a, y.a), _mm256_min_epu8(x.b, y.b)};
+}
+COFIRE_INLINE int least_byte(W16 a) {
+  const __m256i half = _mm256_min_epu8(a.a, a.b);
+  const __m128i x = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const __m128i pairs = _mm_min_epu8(_mm_srli_epi16(x, 8), _mm_and_si128(x, _mm_set1_epi16(255)));
+  return _mm_cvtsi128_si32(_mm_minpos_epu16(pairs)) & 255;
+}
+COFIRE_INLINE W16 subtract_bytes(W16 x, W16 y) {
+  return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)};
+}
+COFIRE_INLINE W16 first_pairs(W16 x, W16 y) {
+  return {_mm256_unpacklo_epi8(x.a, y.a), _mm256_unpacklo_epi8(x.b, y.b)};
+}
+COFIRE_INLINE W16 second_pairs(W16 x, W16 y) {
+  return {_mm256_unpackhi_epi8(x.a, y.a), _mm256_unpackhi_epi8(x.b, y.b)};
+}
+COFIRE_INLINE W16 fraction_products(W16 x, W16 y) {
+  return {_mm256_mulhrs_epi16(x.a, y.a), _mm256_mulhrs_epi16(x.b, y.b)};
+}
+COFIRE_INLINE W16 dot_pairs(W16 acc, W16 x, W16 y) {
+  return {added(acc.a, _mm256_madd_epi16(x.a, y.a)), added(acc.b, _mm256_madd_epi16(x.b, y.b))};
 }
 template <Bytes Kind>
 COFIRE_INLINE __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
@@ -346,8 +427,12 @@ COFIRE_INLINE F16 operator+(F16 a, F16 b){
     COFIRE_LANES(F16, a.v[i] - b.v[i])} COFIRE_INLINE F16 operator*(F16 a, F16 b){
     COFIRE_LANES(F16, a.v[i] * b.v[i])} COFIRE_INLINE F16 fma(F16 a, F16 b, F16 c){
     COFIRE_LANES(F16, a.v[i] * b.v[i] + c.v[i])} COFIRE_INLINE W16 operator|(W16 a, W16 b){
-    COFIRE_LANES(W16, a.v[i] | b.v[i])} COFIRE_INLINE W16 operator&(W16 a, W16 b) {
-  COFIRE_LANES(W16, a.v[i] & b.v[i])
+    COFIRE_LANES(W16, a.v[i] | b.v[i])} COFIRE_INLINE W16 operator&(W16 a, W16 b){
+    COFIRE_LANES(W16, a.v[i] & b.v[i])} COFIRE_INLINE float sum_of(F16 a) {
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  }
+  return a.v[0];
 }
 template <int S>
 COFIRE_INLINE W16 shift_right(W16 a) {
@@ -393,6 +478,61 @@ struct Bytes16 {
     COFIRE_LANES(W16, byte(j.v[i], 0) | byte(j.v[i], 8) | byte(j.v[i], 16) | byte(j.v[i], 24))
   }
 };
+struct Table8 {
+  float v[8];
+  explicit COFIRE_INLINE Table8(const float* p) { std::memcpy(v, p, sizeof(v)); }
+  COFIRE_INLINE F16 operator[](W16 j) const { COFIRE_LANES(F16, v[j.v[i] & 7]) }
+};
+template <typename F>
+COFIRE_INLINE W16 by_bytes(W16 a, W16 b, F&& f) {
+  uint8_t x[64], y[64];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < 64; ++i) x[i] = f(x[i], y[i]);
+  return W16::load(x);
+}
+COFIRE_INLINE W16 add_bytes(W16 a, W16 b) {
+  return by_bytes(a, b, [](uint8_t x, uint8_t y) { return static_cast<uint8_t>(x + y); });
+}
+COFIRE_INLINE W16 min_bytes(W16 a, W16 b) {
+  return by_bytes(a, b, [](uint8_t x, uint8_t y) { return x < y ? x : y; });
+}
+COFIRE_INLINE int least_byte(W16 a) {
+  uint8_t x[64];
+  a.store(x);
+  uint8_t least = x[0];
+  for (const uint8_t e : x) least = e < least ? e : least;
+  return least;
+}
+COFIRE_INLINE W16 subtract_bytes(W16 a, W16 b) {
+  return by_bytes(a, b, [](uint8_t x, uint8_t y) { return static_cast<uint8_t>(x - y); });
+}
+COFIRE_INLINE W16 pairs_from(W16 a, W16 b, int first) {
+  uint8_t x[64], y[64], z[64];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < 32; ++i) {
+    z[2 * i] = x[first + i];
+    z[2 * i + 1] = y[first + i];
+  }
+  return W16::load(z);
+}
+COFIRE_INLINE W16 first_pairs(W16 a, W16 b) { return pairs_from(a, b, 0); }
+COFIRE_INLINE W16 second_pairs(W16 a, W16 b) { return pairs_from(a, b, 32); }
+COFIRE_INLINE W16 fraction_products(W16 a, W16 b) {
+  int16_t x[32], y[32];
+  a.store(x);
+  b.store(y);
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<int16_t>((x[i] * y[i] + (1 << 14)) >> 15);
+  return W16::load(x);
+}
+COFIRE_INLINE W16 dot_pairs(W16 acc, W16 a, W16 b) {
+  int16_t x[32], y[32];
+  a.store(x);
+  b.store(y);
+  COFIRE_LANES(W16,
+               acc.v[i] + static_cast<uint32_t>(x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1]))
+}
 template <Bytes Kind>
 COFIRE_INLINE W16 dot(W16 acc, W16 w, W16 x) {
   const auto product = [](uint32_t u, uint32_t s, int shift) {

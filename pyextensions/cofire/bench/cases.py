@@ -123,6 +123,8 @@ class Case:
     backward_cost: Callable[..., tuple[int, int]] | None = None  #: default: twice the forward
     #: the same maths as the operator's reference, for inputs on which that would not fit into memory
     reference: Callable[..., Any] | None = None
+    #: the dtype whose rounding an answer may have, where the operator is asked for less than its input's
+    rounding: torch.dtype | None = None
     bits: tuple[int, ...] = ()  #: positions of what is read bit by bit: the fp64 reference gets it as it is
     family: str = ""
 

@@ -366,7 +366,7 @@ class Input:
             return f"{type(error).__name__}: {words.splitlines()[0]}"
         if self.case.compared is not None:
             got, *answers = (self.case.compared(a, self.args) for a in (got, *answers))
-        return disagreement(got, answers[0], answers[1:], self.case.dtype, gradients, slack)
+        return disagreement(got, answers[0], answers[1:], self.case.rounding or self.case.dtype, gradients, slack)
 
     def runs(self, provider: Provider, mode: str) -> Run:
         """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time, for ``first call``

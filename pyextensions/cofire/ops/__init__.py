@@ -11,6 +11,7 @@ from cofire.ops.selection import *  # noqa: F403
 from cofire.ops.shift_add import *  # noqa: F403
 from cofire.ops.shift_add_attention import *  # noqa: F403
 from cofire.ops.shift_add_mixture import *  # noqa: F403
+from cofire.ops.shift_add_softmax import *  # noqa: F403
 from cofire.ops.sparse import *  # noqa: F403
 from cofire.ops.sparse_refine import *  # noqa: F403
 from cofire.ops.sparse_training import *  # noqa: F403

@@ -67,17 +67,18 @@ def _link(features: Tensor, passes: Tensor, input: Tensor) -> Tensor:
     return (kept - kept.detach()).to(input.dtype)
 
 
-def _check_tokens(operator: str, name: str, x: Tensor, last: str = "d") -> None:
+def check_tokens(operator: str, name: str, x: Tensor, count: str = "N", last: str = "d") -> None:
     if x.dim() != 4:
-        refuse(operator, f"{name} must have shape [B, H, N, {last}], got {shape_of(x)}")
+        refuse(operator, f"{name} must have shape [B, H, {count}, {last}], got {shape_of(x)}")
 
 
-def _check_shape(operator: str, name: str, x: Tensor, shape: list[int]) -> None:
+def check_shape(operator: str, name: str, x: Tensor, shape: list[int]) -> None:
     if list(x.shape) != shape:
         refuse(operator, f"{name} must have shape {shape}, got {shape_of(x)}")
 
 
-def _check_bits(operator: str, what: str, bits: int) -> None:
+def check_bits(operator: str, what: str, bits: int) -> None:
+    check_integer(operator, bits=bits)
     if not 1 <= bits <= MOST_BITS:
         refuse(operator, f"{what} must be between 1 and {MOST_BITS}, got {bits}")
 
@@ -102,7 +103,7 @@ def _normalised_backward(grad: Tensor, x: Tensor, eps: float) -> Tensor:
     return result
 
 
-def _size(*tensors: Tensor | None) -> int:
+def size_of(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
@@ -167,17 +168,17 @@ def _validate_hash(
 ) -> None:
     check_float(name, input=input, anchors=anchors, center=center, projection=projection)
     check_device(name, "input", input, anchors=anchors, center=center, projection=projection)
-    _check_tokens(name, "input", input)
+    check_tokens(name, "input", input)
     heads, width = input.shape[1], input.shape[3]
     if width == 0:
         refuse(name, f"input must have at least one feature, got {shape_of(input)}")
     if anchors.dim() != 3 or anchors.shape[0] != heads or anchors.shape[2] != width or anchors.shape[1] == 0:
         refuse(name, f"anchors must have shape [{heads}, m, {width}] with m at least 1, got {shape_of(anchors)}")
     if center is not None:
-        _check_shape(name, "center", center, list(anchors.shape[:2]))
+        check_shape(name, "center", center, list(anchors.shape[:2]))
     if projection.dim() != 3 or projection.shape[0] != heads or projection.shape[2] != anchors.shape[1]:
         refuse(name, f"projection must have shape [{heads}, b, {anchors.shape[1]}], got {shape_of(projection)}")
-    _check_bits(name, "the bits of a code (rows of projection)", projection.shape[1])
+    check_bits(name, "the bits of a code (rows of projection)", projection.shape[1])
     _check_eps(name, eps)
 
 
@@ -219,7 +220,7 @@ hash_encode_backward = register(
         fake=lambda grad, input, *rest: torch.empty_like(input, memory_format=torch.contiguous_format),
         backward=through_reference(_hash_encode_backward_reference),
         triton=NO_TRITON,
-        bytes=lambda grad, input, *rest: _size(grad, input, input, rest[2]),
+        bytes=lambda grad, input, *rest: size_of(grad, input, input, rest[2]),
     )
 )
 
@@ -235,7 +236,7 @@ _hash_encode = register(
         double_backward=True,
         triton=NO_TRITON,
         bytes=lambda input, anchors, center, projection, eps: (
-            _size(input) + 2 * word_of(projection.shape[1]).itemsize * input[..., 0].numel()
+            size_of(input) + 2 * word_of(projection.shape[1]).itemsize * input[..., 0].numel()
         ),
     )
 )
@@ -303,10 +304,10 @@ def _validate_binary_encode(input: Tensor, threshold: Tensor | None, eps: float)
     name = "binary_encode"
     check_float(name, input=input, threshold=threshold)
     check_device(name, "input", input, threshold=threshold)
-    _check_tokens(name, "input", input)
-    _check_bits(name, "the bits of a code (features of input)", input.shape[3])
+    check_tokens(name, "input", input)
+    check_bits(name, "the bits of a code (features of input)", input.shape[3])
     if threshold is not None:
-        _check_shape(name, "threshold", threshold, [input.shape[1]])
+        check_shape(name, "threshold", threshold, [input.shape[1]])
     _check_eps(name, eps)
 
 
@@ -326,12 +327,12 @@ binary_encode_backward = register(
     Operator(
         "binary_encode_backward(Tensor grad, Tensor input, float eps) -> Tensor",
         family="shift_add",
-        validate=lambda grad, input, eps: _check_tokens("binary_encode_backward", "input", input),
+        validate=lambda grad, input, eps: check_tokens("binary_encode_backward", "input", input),
         reference=_binary_encode_backward_reference,
         fake=lambda grad, input, eps: torch.empty_like(input, memory_format=torch.contiguous_format),
         backward=through_reference(_binary_encode_backward_reference),
         triton=NO_TRITON,
-        bytes=lambda grad, input, eps: _size(grad, input, input),
+        bytes=lambda grad, input, eps: size_of(grad, input, input),
     )
 )
 
@@ -349,7 +350,7 @@ _binary_encode = register(
         backward=Backward(_save_binary_encode, _binary_encode_formula, "binary_encode_backward"),
         double_backward=True,
         triton=NO_TRITON,
-        bytes=lambda input, threshold, eps: _size(input) + word_of(input.shape[3]).itemsize * input[..., 0].numel(),
+        bytes=lambda input, threshold, eps: size_of(input) + word_of(input.shape[3]).itemsize * input[..., 0].numel(),
     )
 )
 
@@ -391,7 +392,7 @@ def binary_encode(
 # ------------------------------------------------------------------------------------ binary_linear_attention
 
 
-def _bits_of(codes: Tensor, link: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+def bits_of(codes: Tensor, link: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     found = _unpack(codes, bits).to(dtype)
     return found if link is None else found + link.to(dtype)
 
@@ -418,7 +419,7 @@ def _attention_reference(
 ) -> Tensor:
     dtype = compute_dtype(value, weight)
     v = value.to(dtype)
-    q, k = _bits_of(query, query_link, bits, dtype), _bits_of(key, key_link, bits, dtype)
+    q, k = bits_of(query, query_link, bits, dtype), bits_of(key, key_link, bits, dtype)
     t = v / 2 + q @ (k.transpose(-1, -2) @ v) / math.pi
     out = t * torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
     if weight is not None:
@@ -439,7 +440,7 @@ def _attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(grad, value, weight)
     g, v = grad.to(dtype), value.to(dtype)
-    q, k = _bits_of(query, query_link, bits, dtype), _bits_of(key, key_link, bits, dtype)
+    q, k = bits_of(query, query_link, bits, dtype), bits_of(key, key_link, bits, dtype)
     kv = k.transpose(-1, -2) @ v
     t = v / 2 + q @ kv / math.pi
     scale = torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
@@ -467,12 +468,11 @@ def _attention_backward_reference(
 
 
 def _check_codes(operator: str, value: Tensor, bits: int, **codes: Tensor) -> None:
-    check_integer(operator, bits=bits)
-    _check_bits(operator, "bits", bits)
+    check_bits(operator, "bits", bits)
     for name, x in codes.items():
         if x.dtype != word_of(bits):
             raise TypeError(f"{operator}: {name} must be {word_of(bits)} for codes of {bits} bits, got {x.dtype}")
-        _check_shape(operator, name, x, list(value.shape[:3]))
+        check_shape(operator, name, x, list(value.shape[:3]))
 
 
 def _validate_attention(
@@ -487,7 +487,7 @@ def _validate_attention(
 ) -> None:
     name = "binary_linear_attention"
     check_float(name, value=value, weight=weight, query_link=query_link, key_link=key_link)
-    _check_tokens(name, "value", value)
+    check_tokens(name, "value", value)
     _check_codes(name, value, bits, query=query, key=key)
     others = {"query": query, "key": key, "weight": weight, "query_link": query_link, "key_link": key_link}
     check_same(name, "value", value, **others)
@@ -495,7 +495,7 @@ def _validate_attention(
         refuse(name, f"weight must have shape [{value.shape[1]}, taps] with odd taps, got {shape_of(weight)}")
     for which, link in (("query_link", query_link), ("key_link", key_link)):
         if link is not None:
-            _check_shape(name, which, link, [*value.shape[:3], bits])
+            check_shape(name, which, link, [*value.shape[:3], bits])
     _check_eps(name, eps)
 
 
@@ -549,7 +549,7 @@ binary_linear_attention_backward = register(
         fake=_attention_backward_fake,
         backward=through_reference(_attention_backward_reference),
         triton=NO_TRITON,
-        bytes=lambda grad, query, key, value, weight, *rest: _size(grad, query, key, value, value, *rest[:2]),
+        bytes=lambda grad, query, key, value, weight, *rest: size_of(grad, query, key, value, value, *rest[:2]),
     )
 )
 
@@ -565,7 +565,7 @@ _attention = register(
         double_backward=True,
         triton=NO_TRITON,
         flops=_attention_flops,
-        bytes=lambda query, key, value, *rest: _size(query, key, value, value),
+        bytes=lambda query, key, value, *rest: size_of(query, key, value, value),
     )
 )
 
@@ -632,8 +632,7 @@ def _similarity_reference(query: Tensor, key: Tensor, bits: int, kind: str) -> T
 
 def _validate_similarity(query: Tensor, key: Tensor, bits: int, kind: str) -> None:
     name = "hamming_similarity"
-    check_integer(name, bits=bits)
-    _check_bits(name, "bits", bits)
+    check_bits(name, "bits", bits)
     check_choice(name, "kind", kind, KINDS)
     for which, x in (("query", query), ("key", key)):
         if x.dtype != word_of(bits):
@@ -655,7 +654,7 @@ _hamming_similarity = register(
         backward="codes have no gradient",
         cpu=(torch.int16, torch.int32, torch.int64),
         triton=NO_TRITON,
-        bytes=lambda query, key, bits, kind: _size(query, key) + 4 * query.numel() * key.shape[-1],
+        bytes=lambda query, key, bits, kind: size_of(query, key) + 4 * query.numel() * key.shape[-1],
     )
 )
 
