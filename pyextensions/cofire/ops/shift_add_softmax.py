@@ -174,7 +174,6 @@ binary_softmax_attention_backward = register(
         reference=_attention_backward_reference,
         fake=_backward_fake,
         backward=through_reference(_attention_backward_reference),
-        cpu="products of the library, in plain torch",
         triton=NO_TRITON,
         bytes=lambda grad, query, key, value, *rest: size_of(grad, query, key, value, value, *rest[:2]),
     )
