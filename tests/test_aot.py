@@ -51,6 +51,7 @@ STREAMING = [
     "fake_quantize_minmax_backward_kernel",
     "fake_quantize_statsq_kernel",
     "fake_quantize_group_kernel",
+    "moe2_linear_sums_kernel",
 ]
 CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.full) for chip in aot.SHARED_MEMORY if chip != "sm_90")]
 NVIDIA = CHIPS[:-1]  # gfx942 comes last
@@ -117,6 +118,9 @@ def test_fits_the_chip(kernel: str, chip: str) -> None:
         ("masked_weight_gradient_kernel", None),
         ("block_product_kernel", "BLOCK_M"),
         ("block_gradient_kernel", "BLOCK_K"),
+        ("moe2_linear_forward_kernel", None),
+        ("moe2_linear_input_gradient_kernel", None),
+        ("moe2_linear_weight_gradient_kernel", None),
     ],
 )
 def test_products_use_the_tensor_cores_of_hopper(kernel: str, height: str | None) -> None:

@@ -114,7 +114,7 @@ def test_what_is_not_installed_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_peer_with_wrong_scales_gets_no_number() -> None:
-    case = lowbit._qlinear(4, dtype=HALF)
+    case = lowbit.qlinear_case(4, dtype=HALF)
     given = harness.Input(case, "cpu", tiny=True)
 
     def wrong(*args: Any) -> Any:
@@ -158,7 +158,7 @@ def test_a_first_call_has_weights_that_were_never_seen() -> None:
         seen.append((args[1].data_ptr(), args[1]))
         return lambda: args[0]
 
-    case = replace(lowbit._qlinear(1), first=True)
+    case = replace(lowbit.qlinear_case(1), first=True)
     assert case.modes == ["forward", "forward, cold", "first call"]
     given = harness.Input(case, "cpu", tiny=True)
     run = given.runs(Provider(setup), "first call")
@@ -171,7 +171,7 @@ def test_a_first_call_has_weights_that_were_never_seen() -> None:
 
 
 def test_copies_are_counted_by_what_a_provider_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = lowbit._qlinear(1)
+    case = lowbit.qlinear_case(1)
     given = harness.Input(case, "cpu", tiny=True)
     size = sum(given.args[i].nbytes for i in case.cold)
     monkeypatch.setattr(harness, "cold_bytes", lambda device: 16 * size)

@@ -143,7 +143,34 @@ def test_attention_of_the_vit_is_softmax_of_products() -> None:
     torch.testing.assert_close(layer(x), layer.proj(mixed))
 
 
+def test_pvt_reduces_keys_and_values_by_stage() -> None:
+    torch.manual_seed(0)
+    model = models.pvt().eval()
+    grids, keys = [], []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda module, args, y: grids.append(tuple(y.shape)))
+        attention = stage.blocks[0].attn
+        attention.kv.register_forward_pre_hook(lambda module, args: keys.append(args[0].shape[1]))
+    x = torch.randn(2, 3, 32, 32)
+    y = model(x)
+    assert grids == [(2, 32, 8, 8), (2, 64, 4, 4), (2, 128, 2, 2)]
+    assert keys == [4, 4, 4]
+    far = x.clone()
+    far[:, :, 28:, 28:] += 1
+    assert not torch.allclose(model(far), y)
+    small = models.pvt(8, 1, widths=(16, 24), depths=(2, 1), heads=(2, 3), reductions=(2, 1), in_channels=1)
+    assert small(torch.randn(2, 1, 8, 8)).shape == (2, 10) and len(small.stages[0].blocks) == 2
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match="pvt: stage 1 cannot divide 8 pixels a side by 2, and then by 3"):
+        models.pvt(reductions=(1, 3, 1))
+    with pytest.raises(ValueError, match="must have an entry for each stage"):
+        models.pvt(widths=(8, 8))
+    with pytest.raises(ValueError, match=r"pvt: depths\[1\] must be at least 1, got 0"):
+        models.pvt(depths=(1, 0, 1))
+    with pytest.raises(ValueError, match="widths must be multiples of heads, got 32 and 3 in stage 0"):
+        models.pvt(heads=(3, 2, 4))
     with pytest.raises(ValueError, match=r"vit: image must be a multiple of patch \(3\), got 8"):
         models.vit(8, 3)
     with pytest.raises(ValueError, match=r"vit: width must be a multiple of heads \(3\), got 64"):

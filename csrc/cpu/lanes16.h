@@ -4,6 +4,7 @@
 // bytes, and tables in registers.
 #pragma once
 
+#include <bit>
 #include <utility>
 
 #include "vec.h"
@@ -74,6 +75,16 @@ COFIRE_INLINE W16 byte_of(W16 a) {
   if constexpr (I == 3) return shift_right<24>(a);
   return shift_right<8 * I>(a) & W16::all(255);
 }
+// Byte I of each lane as its highest one, zeros below.
+template <int I>
+COFIRE_INLINE W16 byte_on_top(W16 a) {
+  return shift_left<24 - 8 * I>(a) & W16::all(0xff000000u);
+}
+template <int S>
+COFIRE_INLINE W16 shift_right_signed(W16 a) {
+  return {_mm512_srai_epi32(a.v, S)};
+}
+COFIRE_INLINE F16 as_float(W16 a) { return {_mm512_castsi512_ps(a.v)}; }
 COFIRE_INLINE float sum_of(F16 a) { return reduce_add(Vec(a.v)); }
 COFIRE_INLINE F16 to_float(W16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
 COFIRE_INLINE W16 bits_of(F16 a) { return {_mm512_castps_si512(a.v)}; }
@@ -157,10 +168,11 @@ COFIRE_INLINE F16 dot_bf16(F16 acc, W16 w, W16 x) {
 
 // The rows and blocks of a tile; the rows that are multiplied while decoding, and up to how many
 // they are taken in such parts, of floats and of bytes; the size of a tile of bytes or pairs; their
-// sums in registers; whether a table beats a conversion.
+// sums in registers; whether a table of floats beats a conversion, and a table of bytes and a
+// conversion beats one of floats.
 constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kSums = 16;
 constexpr int kFewFloats = 4, kFewBytes = 4, kTileBytes = 24 << 10;
-constexpr bool kLookup = true;
+constexpr bool kLookup = true, kByteTables = false;
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
@@ -235,6 +247,19 @@ COFIRE_INLINE W16 byte_of(W16 x) {
       _mm_setr_epi32(none + I, none + I + 4, none + I + 8, none + I + 12));
   return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
 }
+template <int I>
+COFIRE_INLINE W16 byte_on_top(W16 x) {
+  if constexpr (I == 0) return shift_left<24>(x);
+  constexpr int none = 0x00808080;
+  const __m256i pick = _mm256_broadcastsi128_si256(_mm_setr_epi32(
+      none | I << 24, none | (I + 4) << 24, none | (I + 8) << 24, none | (I + 12) << 24));
+  return {_mm256_shuffle_epi8(x.a, pick), _mm256_shuffle_epi8(x.b, pick)};
+}
+template <int S>
+COFIRE_INLINE W16 shift_right_signed(W16 x) {
+  return {_mm256_srai_epi32(x.a, S), _mm256_srai_epi32(x.b, S)};
+}
+COFIRE_INLINE F16 as_float(W16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
 COFIRE_INLINE float sum_of(F16 x) { return reduce_add(Vec(_mm256_add_ps(x.a, x.b))); }
 COFIRE_INLINE F16 to_float(W16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 COFIRE_INLINE F16 rounded(F16 x) {
@@ -354,7 +379,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 
 constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
 constexpr int kFewFloats = 8, kFewBytes = 4, kTileBytes = 24 << 10;
-constexpr bool kLookup = false;
+constexpr bool kLookup = false, kByteTables = true;
 
 #else
 
@@ -418,9 +443,21 @@ COFIRE_INLINE W16 byte_of(W16 a) {
   COFIRE_LANES(W16, a.v[i] >> (8 * I) & 255)
 }
 template <int S>
-COFIRE_INLINE W16 shift_left(W16 a){COFIRE_LANES(W16, a.v[i] << S)} COFIRE_INLINE F16
-    to_float(W16 a){
-        COFIRE_LANES(F16, static_cast<float>(static_cast<int32_t>(a.v[i])))} COFIRE_INLINE F16
+COFIRE_INLINE W16 shift_left(W16 a) {
+  COFIRE_LANES(W16, a.v[i] << S)
+}
+template <int I>
+COFIRE_INLINE W16 byte_on_top(W16 a) {
+  COFIRE_LANES(W16, a.v[i] << (24 - 8 * I) & 0xff000000u)
+}
+template <int S>
+COFIRE_INLINE W16 shift_right_signed(W16 a){
+    COFIRE_LANES(W16, static_cast<uint32_t>(static_cast<int32_t>(a.v[i]) >> S))} COFIRE_INLINE F16
+    as_float(W16 a) {
+  return std::bit_cast<F16>(a);
+}
+COFIRE_INLINE F16 to_float(W16 a){
+    COFIRE_LANES(F16, static_cast<float>(static_cast<int32_t>(a.v[i])))} COFIRE_INLINE F16
     rounded(F16 a) {
 #ifndef _MSC_VER
   asm("" : "+m"(a.v));
@@ -513,7 +550,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 
 constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kSums = 1;
 constexpr int kFewFloats = 2, kFewBytes = 2, kTileBytes = 16 << 10;
-constexpr bool kLookup = false;
+constexpr bool kLookup = false, kByteTables = false;
 
 #endif
 

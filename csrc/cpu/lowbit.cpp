@@ -172,6 +172,23 @@ Packed::Packed(const Stored& w)
   set_scales(w);
 }
 
+// See Packed::exponents.
+at::Tensor exponents_of(const Stored& w) {
+  if (!w.lut.defined() || w.bits != 5) return {};
+  const int64_t tables = w.lut.size(0);
+  at::Tensor found = at::empty({tables, 16}, w.codes.options());
+  for (int64_t p = 0; p < tables; ++p) {
+    const float* values = w.lut.const_data_ptr<float>() + p * 32;
+    for (int i = 0; i < 16; ++i) {
+      const auto bits = std::bit_cast<uint32_t>(values[i]);
+      const bool power = (bits & ~(127u << 23)) == 0 && bits != 0;
+      if (!(power || values[i] == 0) || values[i + 16] != -values[i]) return {};
+      found.mutable_data_ptr<uint8_t>()[p * 16 + i] = power ? bits >> 23 : 0;
+    }
+  }
+  return found;
+}
+
 void Packed::set_scales(const Stored& w) {
   const int64_t entries = 1 << bits;
   const auto floats = w.codes.options().dtype(at::kFloat);
@@ -202,11 +219,14 @@ void Packed::set_scales(const Stored& w) {
                           : static_cast<float>(i % entries);
     }
   }
-  bytes = w.int8_lut ? (table + 128).to(at::kByte) : at::Tensor();
+  above = w.int8_lut ? -std::min<int64_t>(table.min().item<float>(), 0) : 0;
+  most = w.int8_lut ? table.max().item<float>() + above : entries - 1;
+  bytes = w.int8_lut ? (table + above).to(at::kByte) : at::Tensor();
+  exponents = exponents_of(w);
   middle = uniform && w.one_zero && w.zero.defined() ? w.zero_of(0, 0) : 0.0f;
   few_shift = middle == 0.0f ? shift : w.offset.defined() ? shift + scale * middle : at::Tensor();
   byte_shift = shift;
-  if (w.int8_lut) byte_shift = moved ? shift - scale * 128 : scale * -128;
+  if (above > 0) byte_shift = moved ? shift - scale * above : scale * -above;
   partition_blocks = tables == 1 ? std::max<int64_t>(blocks, 1) : w.partition_rows / kBlock;
 }
 
@@ -412,6 +432,16 @@ Stored without_scales(const at::Tensor& codes, const MaybeTensor& lut, int64_t b
   return {codes, {}, {}, {}, lut, bits, group_size, columns};
 }
 
+// The packed layout, or nothing: where the product reads the weight as it is stored, `w` becomes
+// the whole of it.
+std::shared_ptr<const Packed> layout_of(Stored& w, const at::Tensor& codes,
+                                        const MaybeTensor& scale, const MaybeTensor& zero,
+                                        const MaybeTensor& offset, const MaybeTensor& lut) {
+  if (can_pack(w)) return packed(codes, scale, zero, offset, lut, w);
+  w = Stored(codes, scale, zero, offset, lut, w.bits, w.group, w.columns);
+  return nullptr;
+}
+
 at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
                    const MaybeTensor& zero, const MaybeTensor& offset, const MaybeTensor& lut,
                    const MaybeTensor& bias, int64_t bits, int64_t group_size,
@@ -426,14 +456,10 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
   shape.back() = w.rows;
   at::Tensor y = at::empty(shape, input.options());
   if (y.numel() == 0) return y;
-  std::shared_ptr<const Packed> layout;
-  if (can_pack(w)) {
-    layout = packed(codes, scale, zero, offset, lut, w);
-  } else {
-    w = Stored(codes, scale, zero, offset, lut, bits, group_size, columns);
-  }
+  const at::Tensor x = rows_of(input);
   const bool int8 = activations == "int8";
-  multiply(rows_of(input), w, layout.get(), bias, {}, int8, y.view({y.numel() / w.rows, w.rows}));
+  const auto layout = layout_of(w, codes, scale, zero, offset, lut);
+  multiply(x, w, layout.get(), bias, {}, int8, y.view({y.numel() / w.rows, w.rows}));
   return y;
 }
 
@@ -583,12 +609,7 @@ std::tuple<at::Tensor, at::Tensor> qlora_linear(const at::Tensor& input, const a
   const at::Tensor x = rows_of(input);
   const at::Tensor low = at::linear(x, lora_a.to(input.scalar_type())).reshape(shape).contiguous();
   if (y.numel() == 0) return {y, low};
-  std::shared_ptr<const Packed> layout;
-  if (can_pack(w)) {
-    layout = packed(codes, scale, zero, offset, lut, w);
-  } else {
-    w = Stored(codes, scale, zero, offset, lut, bits, group_size, columns);
-  }
+  const auto layout = layout_of(w, codes, scale, zero, offset, lut);
   LowRank term;
   if (rank > 0) term = {rows_of(low).to(at::kFloat), across(lora_b, alpha)};
   multiply(x, w, layout.get(), bias, term, false, y.view({y.numel() / w.rows, w.rows}));

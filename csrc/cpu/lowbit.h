@@ -76,17 +76,21 @@ struct Packed {
   at::Tensor codes;         // uint8
   at::Tensor scale, shift;  // fp32 [blocks, groups, 16]: y += scale sum(V x) + shift sum(x)
   at::Tensor table;         // fp32 [P, max(16, 2^bits)]: V
-  at::Tensor bytes;         // uint8, of the same shape: V + 128 where V are bytes, else undefined
-  bool uniform;             // V is the code itself
+  at::Tensor bytes;         // uint8, of the same shape: V + above where V are bytes, else undefined
+  int64_t above, most;      // what makes bytes unsigned, and the largest that there then is
+  // Of tables of 32 powers of two up to 1, the second half the first one's negatives: uint8 [P,
+  // 16], the fields of the exponent (0: a zero). Else undefined.
+  at::Tensor exponents;
+  bool uniform;  // V is the code itself
   // With few rows the zero point, where all are equal, comes off each code: sums of codes that it
   // is taken off afterwards would cancel. `few_shift` is what is left of `shift`.
   float middle;
   at::Tensor few_shift;
-  at::Tensor byte_shift;     // `shift` with bytes: V + 128 moves it by -128 scale
+  at::Tensor byte_shift;     // `shift` with bytes: V + above moves it by -above scale
   int64_t partition_blocks;  // blocks that share a row of the tables
 };
 
-// Whether products read the packed layout: groups of whole steps and, where there are several
+// Whether there is a packed layout: groups of whole steps and, where there are several
 // tables, one for each block.
 inline bool can_pack(const Stored& w) {
   const bool steps = w.groups == 1 || w.group % kStep == 0;
@@ -230,9 +234,9 @@ constexpr int64_t kApart = 128;
 at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
 
 // The ways to multiply: by codes that are decoded in registers, by a tile of the weight decoded to
-// bytes, to pairs of bf16 (where the machine multiplies those) or to floats, or by one decoded from
-// the weight as it is stored.
-enum class Way { kFew, kBytes, kPairs, kFloats, kStored };
+// bytes, to pairs of bf16 (where the machine multiplies those) or to floats, by one decoded from
+// the weight as it is stored, or by slabs decoded to floats and the library.
+enum class Way { kFew, kBytes, kPairs, kFloats, kStored, kLibrary };
 
 // The way for `count` rows of a dtype; `plan_of` says it in words.
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);

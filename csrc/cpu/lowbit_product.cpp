@@ -6,10 +6,15 @@
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight alone, so results do not depend on the number of threads.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+
 #include <bit>
 #include <cmath>
 
 #include "lowbit.h"
+#include "pages.h"
 #include "parts.h"
 
 namespace cofire {
@@ -37,6 +42,8 @@ namespace {
 }
 
 constexpr int64_t kRowsAtOnce = 64;  // of x, multiplied by one tile of the weight
+constexpr int64_t kLibraryRows =
+    512;  // from which on the library's product is worth a decoded weight
 
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
@@ -51,14 +58,15 @@ struct Rows {
   at::Tensor sums;              // fp32 [count, groups]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
 
-  // The end of the panels that are multiplied by one tile, of which `from` is the first.
-  int64_t panels_from(int64_t from) const {
-    int64_t to = from + 1;
-    while (to + 1 < static_cast<int64_t>(panels.size()) &&
-           panels[to + 1] - panels[from] <= kRowsAtOnce) {
-      ++to;
+  // The panels that are multiplied by one tile each time, and the number of panels.
+  std::vector<int64_t> pieces() const {
+    const int64_t all = static_cast<int64_t>(panels.size()) - 1;
+    std::vector<int64_t> firsts{0};
+    for (int64_t to = 1; to < all; ++to) {
+      if (panels[to + 1] - panels[firsts.back()] > kRowsAtOnce) firsts.push_back(to);
     }
-    return to;
+    firsts.push_back(all);
+    return firsts;
   }
   const float* row(int64_t m) const { return values.const_data_ptr<float>() + m * stride; }
   // The panel whose first row is m, from a column on.
@@ -219,17 +227,22 @@ struct Sink {
       T* to = y.mutable_data_ptr<T>() + m * all + n;
       const float* added = bias.defined() ? bias.const_data_ptr<float>() + n : nullptr;
       const int64_t used = std::min(width, all - n);
+      const float* scales = scaled ? rows.scales.const_data_ptr<float>() + m : nullptr;
       for (int64_t r = 0; r < count; ++r) {
-        const float a = scaled ? rows.scales.const_data_ptr<float>()[m + r] : 1.0f;
+        const float a = scaled ? scales[r] : 1.0f;
         int64_t j = 0;
         for (; j + 16 <= used; j += 16) {
           F16 value = F16::load(c + r * kWidth + j);
           if (scaled) value = rounded(value * F16::all(a));
           if (added != nullptr) value = value + F16::load(added + j);
-          alignas(64) float lanes[16];
-          value.store(lanes);
-          for (int i = 0; i < 16; i += kLanes) {
-            store_f32(to + r * all + j + i, Vec::loadu(lanes + i));
+          if constexpr (std::is_same_v<T, float>) {
+            value.store(to + r * all + j);
+          } else {
+            alignas(64) float lanes[16];
+            value.store(lanes);
+            for (int i = 0; i < 16; i += kLanes) {
+              store_f32(to + r * all + j + i, Vec::loadu(lanes + i));
+            }
           }
         }
         for (; j < used; ++j) {
@@ -255,8 +268,9 @@ COFIRE_INLINE void ask_for(const uint8_t* codes) {
 
 // ------------------------------------------------------------------------------------ few rows
 
-// How a code becomes a float.
-enum class Value { kTable, kConvert, kGather };
+// How a code becomes a float: by a table of floats, as the number that it is, as a byte from a
+// table, as a power of two, or from a table in memory.
+enum class Value { kTable, kConvert, kByte, kPower, kGather };
 
 // Calls f with the number of bits of a weight and the way in which its codes become floats.
 template <typename F>
@@ -264,10 +278,17 @@ void with_value(const Packed& w, F&& f) {
   with_bits(w.bits, [&](auto bits) {
     constexpr int B = bits;
     if (w.uniform && !(kLookup && B <= 4)) {
-      f(bits, std::integral_constant<Value, Value::kConvert>{});
-    } else if constexpr (B <= 4) {
+      return f(bits, std::integral_constant<Value, Value::kConvert>{});
+    }
+    if constexpr (B <= 4) {
+      if constexpr (kByteTables) {
+        if (w.bytes.defined()) return f(bits, std::integral_constant<Value, Value::kByte>{});
+      }
       f(bits, std::integral_constant<Value, Value::kTable>{});
     } else {
+      if constexpr (B == 5) {
+        if (w.exponents.defined()) return f(bits, std::integral_constant<Value, Value::kPower>{});
+      }
       f(bits, std::integral_constant<Value, Value::kGather>{});
     }
   });
@@ -350,31 +371,75 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
 
-template <int Bits, Value How, int Q, int I>
-COFIRE_INLINE F16 value_of(const Planes<Bits>& planes, const W16& quad, const Table16& table,
-                           const float* entries) {
-  if constexpr (How == Value::kTable && (Bits == 4 || Bits == 2 || Bits == 1)) {
-    // Straight from the plane: bits of the next codes choose among equal entries.
-    constexpr int fields = 8 / Bits;
-    return table[shift_right<8 * I + Bits*(Q % fields)>(planes.vector(Q / fields))];
-  } else if constexpr (How == Value::kTable) {
-    return table[shift_right<8 * I>(quad)];
-  } else {
-    const W16 code = byte_of<I>(quad);
-    return How == Value::kConvert ? to_float(code) : gather(entries, code);
+// Codes to floats. What a way does not need takes no register.
+template <int Bits, Value How>
+struct Decoder {
+  const float* entries;
+  Table16 floats;
+  Bytes16 bytes;
+  F16 middle;
+
+  // For one block. `middle`: what comes off each value.
+  Decoder(const Packed& w, int64_t block, float middle = 0)
+      : Decoder(w, block / w.partition_blocks, middle,
+                w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1)) {}
+
+  // What a quad has in common.
+  COFIRE_INLINE W16 prepared(const W16& quad) const {
+    if constexpr (How == Value::kByte) return bytes[quad];
+    if constexpr (How == Value::kPower) {
+      return bytes[quad] | (shift_left<3>(quad) & W16::all(0x80808080u));
+    }
+    return quad;
   }
-}
+
+  // Byte I of quad Q, prepared; `Centred`: without the middle.
+  template <int Q, int I, bool Centred = false>
+  COFIRE_INLINE F16 value(const Planes<Bits>& planes, const W16& quad) const {
+    if constexpr (How == Value::kTable && (Bits == 4 || Bits == 2 || Bits == 1)) {
+      // Straight from the plane: bits of the next codes choose among equal entries.
+      constexpr int fields = 8 / Bits;
+      return floats[shift_right<8 * I + Bits*(Q % fields)>(planes.vector(Q / fields))];
+    } else if constexpr (How == Value::kTable) {
+      return floats[shift_right<8 * I>(quad)];
+    } else if constexpr (How == Value::kPower) {
+      // The sign shifted in is the sign; the next bit is the highest of the exponent, which is 0.
+      return as_float(shift_right_signed<1>(byte_on_top<I>(quad)) & W16::all(0xbfffffffu));
+    } else {
+      const W16 code = byte_of<I>(quad);
+      if constexpr (How == Value::kGather) return gather(entries, code);
+      const F16 number = to_float(code);
+      return How == Value::kByte || Centred ? number - middle : number;
+    }
+  }
+
+ private:
+  Decoder(const Packed& w, int64_t p, float middle, const float* table)
+      : entries(table),
+        floats(Shifted(table, middle).values),
+        bytes(bytes_of(w, p)),
+        middle(F16::all(How == Value::kByte ? static_cast<float>(w.above) : middle)) {}
+
+  struct Shifted {
+    alignas(64) float values[16];
+    Shifted(const float* table, float middle) {
+      for (int i = 0; i < 16; ++i) values[i] = table[i] - middle;
+    }
+  };
+
+  static const uint8_t* bytes_of(const Packed& w, int64_t p) {
+    static constexpr uint8_t nothing[16] = {};
+    if constexpr (How == Value::kByte) return w.bytes.const_data_ptr<uint8_t>() + p * 16;
+    if constexpr (How == Value::kPower) return w.exponents.const_data_ptr<uint8_t>() + p * 16;
+    return nothing;
+  }
+};
 
 template <int Bits, int R, Value How>
 void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
   constexpr int kChains = std::clamp(kSums / R, 1, 4);
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
-  const float* entries =
-      w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1);
-  alignas(64) float centred[16];
-  for (int i = 0; i < 16; ++i) centred[i] = entries[i] - w.middle;
-  const Table16 table(centred);
-  const F16 middle = F16::all(w.middle);
+  const Decoder<Bits, How> decoder(w, block, w.middle);
   F16 y[R];
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
   const uint8_t* codes = w.step(block, 0);
@@ -395,10 +460,9 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
       ask_for<Bits>(codes + kAhead);
       const Planes<Bits> planes(codes);
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
-        const W16 quad = planes.template quad<q>();
+        const W16 quad = decoder.prepared(planes.template quad<q>());
         unrolled<4>([&](auto i) __attribute__((always_inline)) {
-          F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
-          if constexpr (How == Value::kConvert) value = value - middle;
+          const F16 value = decoder.template value<q, i, true>(planes, quad);
           unrolled<R>([&](auto r) __attribute__((always_inline)) {
             F16& sum = acc[r][i % kChains];
             sum = fma(value, F16::all(p[r][column + 4 * q + i]), sum);
@@ -436,10 +500,10 @@ void with_kind(const Packed& w, F&& f) {
 #if defined(CPU_CAPABILITY_AVX512)
   if (has_vnni()) return f(std::integral_constant<Bytes, Bytes::kVnni>{});
 #elif defined(CPU_CAPABILITY_AVX2)
-  if (!w.bytes.defined() && w.bits <= 4) {
+  if (w.bits <= 4 && w.most < int64_t{1} << w.bits) {
     return f(std::integral_constant<Bytes, Bytes::kNarrow>{});
   }
-  if (!w.bytes.defined() && w.bits <= 7) return f(std::integral_constant<Bytes, Bytes::kPairs>{});
+  if (w.most <= 128) return f(std::integral_constant<Bytes, Bytes::kPairs>{});
 #endif
   f(std::integral_constant<Bytes, Bytes::kWide>{});
 }
@@ -458,11 +522,9 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8) {
       with_kind(w, [&](auto kind) {
         constexpr int B = bits;
         constexpr Bytes K = kind;
-        if constexpr (K == Bytes::kNarrow && B > 4)
-          return;
-        else if (!w.bytes.defined())
-          found = few_bytes<B, R, K, false>;
-        else if constexpr (B <= 4 && K != Bytes::kNarrow && K != Bytes::kPairs) {
+        if (!w.bytes.defined()) {
+          if constexpr (!(K == Bytes::kNarrow && B > 4)) found = few_bytes<B, R, K, false>;
+        } else if constexpr (B <= 4) {
           found = few_bytes<B, R, K, true>;
         }
       });
@@ -605,15 +667,14 @@ void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float*
 // Decodes one step of a block into a tile of pairs: codes, and the bytes of tables, are exact in
 // bf16.
 template <int Bits, Value How>
-void step_to_pairs(const uint8_t* codes, const float* entries, uint8_t* tile) {
+void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint8_t* tile) {
   ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
-  const Table16 table(entries);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
-    const W16 quad = planes.template quad<q>();
+    const W16 quad = decoder.prepared(planes.template quad<q>());
     unrolled<2>([&](auto h) __attribute__((always_inline)) {
-      const F16 low = value_of<Bits, How, q, 2 * h>(planes, quad, table, entries);
-      const F16 high = value_of<Bits, How, q, 2 * h + 1>(planes, quad, table, entries);
+      const F16 low = decoder.template value<q, 2 * h>(planes, quad);
+      const F16 high = decoder.template value<q, 2 * h + 1>(planes, quad);
       const W16 pair = shift_right<16>(bits_of(low)) | (bits_of(high) & W16::all(0xffff0000u));
       pair.store(tile + (2 * q + h) * 4 * kWidth);
     });
@@ -662,9 +723,28 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
   });
 }
 
+// Calls f(first, used, from, to), in parts, for each tile of kTileBlocks blocks and each of x's
+// pieces of panels. A small weight stays in the cache while x goes by; else x does, tile by tile.
+template <typename Start>
+void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Start& start) {
+  constexpr int64_t kSmall = 1 << 17;  // bytes
+  const std::vector<int64_t> pieces = x.pieces();
+  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
+  const int64_t all = static_cast<int64_t>(pieces.size()) - 1;
+  const bool small = w != nullptr && w->codes.numel() <= kSmall;
+  in_parts(tiles * all, grain_of(cost / all), [&](int64_t begin, int64_t end) {
+    auto multiply = start();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t tile = small ? i % tiles : i / all, piece = small ? i / tiles : i % all;
+      const int64_t first = tile * kTileBlocks;
+      multiply(first, std::min<int64_t>(kTileBlocks, blocks - first), pieces[piece],
+               pieces[piece + 1]);
+    }
+  });
+}
+
 // By tiles of bytes, or of pairs of bf16.
 void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
-  const int64_t tiles = (w.blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
   const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
@@ -685,11 +765,10 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
     if (pairs) {
       return with_value(w, [&](auto bits, auto how) {
         for (int64_t b = 0; b < used; ++b) {
-          const float* entries =
-              w.table.const_data_ptr<float>() + (first + b) / w.partition_blocks * w.table.size(1);
+          const Decoder<bits, how> decoder(w, first + b);
           for (int64_t i = 0; i < piece; ++i) {
-            step_to_pairs<bits, how>(w.step(first + b, at + i), entries,
-                                     tile + i * kStep * kWidth * 2 + 64 * b);
+            step_to_pairs(w.step(first + b, at + i), decoder,
+                          tile + i * kStep * kWidth * 2 + 64 * b);
           }
         }
       });
@@ -712,11 +791,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const int64_t at_most = kTileBytes / (kStep * kWidth * size);
   const int64_t groups = std::max<int64_t>(std::min(at_most / steps, w.groups), 1);
   const int64_t part = std::min(steps, at_most);
-  const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
-  in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
-    std::vector<uint8_t> tile(64 + groups * part * kStep * kWidth * size);
-    std::vector<float> c(std::min(kRowsAtOnce, x.count) * kWidth);
-    std::vector<float> factor(groups * kWidth), moved(groups * kWidth);
+  by_tiles(x, &w, w.blocks, cost, [&] {
     // Of the groups from g on, for the blocks from `first` on.
     const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,
                             int64_t used, std::vector<float>& to) {
@@ -727,124 +802,171 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
         }
       }
     };
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * kTileBlocks,
-                    used = std::min<int64_t>(kTileBlocks, w.blocks - first);
-      for (int64_t from = 0, to; from < panels; from = to) {
-        const int64_t m = x.panels[from];
-        to = x.panels_from(from);
-        const int64_t rows = x.panels[to] - m;
-        std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
-        for (int64_t g = 0; g < w.groups; g += groups) {
-          const int64_t now = std::min(groups, w.groups - g);
-          gather(w.scale, g, now, first, used, factor);
-          if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
-          for (int64_t s = 0; s < steps; s += part) {
-            const int64_t length = std::min(part, steps - s), at = g * steps + s;
-            decode(first, used, at, now * length, tile.data());
-            // The shift of a group is added with its first part.
-            const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
-            const Piece piece{tile.data(), now,     length * kStep / 4 * size, held, factor.data(),
-                              shift,       w.groups};
-            for (int64_t i = from; i < to; ++i) {
-              const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-              const float* sums =
-                  shift != nullptr ? x.sums.const_data_ptr<float>() + r * w.groups + g : nullptr;
-              kernel(together)(piece, x.panel(r, together, at * kStep), sums,
-                               c.data() + (r - m) * kWidth);
-            }
+    return [&, gather, tile = std::vector<uint8_t>(64 + groups * part * kStep * kWidth * size),
+            c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
+            factor = std::vector<float>(groups * kWidth),
+            moved = std::vector<float>(groups * kWidth)](int64_t first, int64_t used, int64_t from,
+                                                         int64_t to) mutable {
+      const int64_t m = x.panels[from], rows = x.panels[to] - m;
+      std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+      for (int64_t g = 0; g < w.groups; g += groups) {
+        const int64_t now = std::min(groups, w.groups - g);
+        gather(w.scale, g, now, first, used, factor);
+        if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
+        for (int64_t s = 0; s < steps; s += part) {
+          const int64_t length = std::min(part, steps - s), at = g * steps + s;
+          decode(first, used, at, now * length, tile.data());
+          // The shift of a group is added with its first part.
+          const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
+          const float* all_sums = shift != nullptr ? x.sums.const_data_ptr<float>() : nullptr;
+          const Piece piece{tile.data(), now,     length * kStep / 4 * size, held, factor.data(),
+                            shift,       w.groups};
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+            const float* sums = shift != nullptr ? all_sums + r * w.groups + g : nullptr;
+            kernel(together)(piece, x.panel(r, together, at * kStep), sums,
+                             c.data() + (r - m) * kWidth);
           }
         }
-        sink(c.data(), m, rows, first * kBlock, kWidth);
       }
-    }
+      sink(c.data(), m, rows, first * kBlock, kWidth);
+    };
   });
 }
 
-// Decodes one step of a block to the weight itself: [32][kWidth] floats.
+// Decodes one step of a block to the weight itself: [32][apart] floats.
 template <int Bits, Value How>
-void step_to_floats(const uint8_t* codes, const float* entries, F16 factor, F16 moved,
-                    float* tile) {
+void step_to_floats(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 factor, F16 moved,
+                    float* tile, int64_t apart) {
   ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
-  const Table16 table(entries);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
-    const W16 quad = planes.template quad<q>();
+    const W16 quad = decoder.prepared(planes.template quad<q>());
     unrolled<4>([&](auto i) __attribute__((always_inline)) {
-      const F16 value = value_of<Bits, How, q, i>(planes, quad, table, entries);
-      fma(value, factor, moved).store(tile + (4 * q + i) * kWidth);
+      const F16 value = decoder.template value<q, i>(planes, quad);
+      fma(value, factor, moved).store(tile + (4 * q + i) * apart);
     });
+  });
+}
+
+// The same for columns [k, k + depth) of some blocks: [depth][apart] floats, blocks side by side.
+void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, int64_t depth,
+                   float* to, int64_t apart) {
+  with_value(w, [&](auto bits, auto how) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      const Decoder<bits, how> decoder(w, first + b);
+      const int64_t block = (first + b) * w.groups * kBlock;
+      const float* scale = w.scale.const_data_ptr<float>() + block;
+      const float* shift = w.shift.defined() ? w.shift.const_data_ptr<float>() + block : nullptr;
+      const uint8_t* codes = w.step(first + b, k / kStep);
+      for (int64_t i = 0; i < depth;) {
+        const int64_t g = w.groups == 1 ? 0 : (k + i) / w.group;
+        const int64_t end = w.groups == 1 ? depth : std::min(depth, (g + 1) * w.group - k);
+        const F16 factor = F16::load(scale + g * kBlock);
+        const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
+        for (; i < end; i += kStep, codes += 64 * bits) {
+          step_to_floats(codes, decoder, factor, moved, to + i * apart + kBlock * b, apart);
+        }
+      }
+    }
   });
 }
 
 void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
-  const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
   constexpr int64_t kDepth = kTileBytes / (4 * kWidth) / kStep * kStep;  // columns of a tile
   const int64_t cost = x.stride * kWidth / 2 * x.count;
-  // Columns [k, k + depth) of the blocks from `first` on.
-  const auto decode = [&](int64_t first, int64_t used, int64_t k, int64_t depth, float* tile) {
-    with_value(*w, [&](auto bits, auto how) {
-      for (int64_t b = 0; b < used; ++b) {
-        const float* entries =
-            w->table.const_data_ptr<float>() + (first + b) / w->partition_blocks * w->table.size(1);
-        const int64_t block = (first + b) * w->groups * kBlock;
-        const float* scale = w->scale.const_data_ptr<float>() + block;
-        const float* shift =
-            w->shift.defined() ? w->shift.const_data_ptr<float>() + block : nullptr;
-        const uint8_t* codes = w->step(first + b, k / kStep);
-        for (int64_t i = 0; i < depth;) {
-          const int64_t g = w->groups == 1 ? 0 : (k + i) / w->group;
-          const int64_t end = w->groups == 1 ? depth : std::min(depth, (g + 1) * w->group - k);
-          const F16 factor = F16::load(scale + g * kBlock);
-          const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
-          for (; i < end; i += kStep, codes += 64 * bits) {
-            step_to_floats<bits, how>(codes, entries, factor, moved, tile + i * kWidth + 16 * b);
+  by_tiles(x, w, blocks, cost, [&] {
+    return [&, tile = std::vector<float>(kDepth * kWidth),
+            c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
+            values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
+               int64_t first, int64_t used, int64_t from, int64_t to) mutable {
+      const int64_t m = x.panels[from], rows = x.panels[to] - m;
+      std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+      for (int64_t k = 0; k < x.columns; k += kDepth) {
+        const int64_t depth = std::min(kDepth, x.columns - k);
+        if (w == nullptr) {
+          const int64_t last = std::min(stored.rows, (first + used) * kBlock);
+          for (int64_t n = first * kBlock; n < last; ++n) {
+            stored.values_of(n, k, depth, bytes.data(), values.data());
+            float* column = tile.data() + (n - first * kBlock);
+            for (int64_t i = 0; i < depth; ++i) column[i * kWidth] = values[i];
           }
+        } else {
+          decode_floats(*w, first, used, k, depth, tile.data(), kWidth);
         }
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+          const auto* p = reinterpret_cast<const float*>(x.panel(r, together, k));
+          product_of<true>(together)(p, 0, 0, tile.data(), kWidth, c.data() + (r - m) * kWidth,
+                                     kWidth, depth);
+        }
+      }
+      sink(c.data(), m, rows, first * kBlock, kWidth);
+    };
+  });
+}
+
+// By slabs of the weight, decoded, and the library's product of them by pieces of x, each by one
+// thread: the results are the same for any number of threads.
+void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w,
+                      const MaybeTensor& bias, const LowRank& low_rank, const at::Tensor& y) {
+  constexpr int64_t kSlab = 1 << 20;  // floats: half of a small third-level cache
+  const bool as_it_is = x.scalar_type() == at::kFloat && x.is_contiguous();
+  const at::Tensor rows = as_it_is ? x : float_rows(x, 1);
+  const at::Tensor added = bias.has_value() ? bias->to(at::kFloat) : at::Tensor();
+  const int64_t columns = stored.columns, blocks = (stored.rows + kBlock - 1) / kBlock;
+  const int64_t most = std::clamp<int64_t>(kSlab / (columns + 1) / kBlock, 1, blocks);
+  const int64_t pieces =
+      std::max<int64_t>(x.size(0) / std::clamp<int64_t>(x.size(0) / 8, 128, 512), 2);
+  // Of a packed weight [columns][width and a block that keeps rows apart], else [width][columns].
+  const int64_t width = most * kBlock, apart = w != nullptr ? width + kBlock : columns;
+  const int64_t depth = round_up(columns, kStep);
+  const at::Tensor slab =
+      empty_in_large_pages({w != nullptr ? depth : width, apart}, rows.options());
+  auto* values = slab.mutable_data_ptr<float>();
+  for (int64_t first = 0; first < blocks; first += most) {
+    const int64_t now = std::min(most, blocks - first), n = first * kBlock;
+    const int64_t used = std::min(width, stored.rows - n);
+    in_parts(now, grain_of(kBlock * columns), [&](int64_t begin, int64_t end) {
+      if (w != nullptr) {
+        return decode_floats(*w, first + begin, end - begin, 0, depth, values + begin * kBlock,
+                             apart);
+      }
+      std::vector<uint8_t> bytes(columns + 16);
+      for (int64_t i = begin * kBlock; i < std::min(end * kBlock, used); ++i) {
+        stored.values_of(n + i, 0, columns, bytes.data(), values + i * columns);
       }
     });
-  };
-  const int64_t panels = static_cast<int64_t>(x.panels.size()) - 1;
-  in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(kDepth * kWidth), c(std::min(kRowsAtOnce, x.count) * kWidth),
-        values(kDepth);
-    std::vector<uint8_t> bytes(kDepth + 16);
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t first = t * kTileBlocks, used = std::min<int64_t>(kTileBlocks, blocks - first);
-      for (int64_t from = 0, to; from < panels; from = to) {
-        const int64_t m = x.panels[from];
-        to = x.panels_from(from);
-        const int64_t rows = x.panels[to] - m;
-        std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
-        for (int64_t k = 0; k < x.columns; k += kDepth) {
-          const int64_t depth = std::min(kDepth, x.columns - k);
-          if (w == nullptr) {
-            const int64_t last = std::min(stored.rows, (first + used) * kBlock);
-            for (int64_t n = first * kBlock; n < last; ++n) {
-              stored.values_of(n, k, depth, bytes.data(), values.data());
-              float* column = tile.data() + (n - first * kBlock);
-              for (int64_t i = 0; i < depth; ++i) column[i * kWidth] = values[i];
-            }
-          } else {
-            decode(first, used, k, depth, tile.data());
-          }
-          for (int64_t i = from; i < to; ++i) {
-            const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-            const auto* p = reinterpret_cast<const float*>(x.panel(r, together, k));
-            product_of<true>(together)(p, 0, 0, tile.data(), kWidth, c.data() + (r - m) * kWidth,
-                                       kWidth, depth);
-          }
-        }
-        sink(c.data(), m, rows, first * kBlock, kWidth);
+    const at::Tensor weight =
+        w != nullptr ? slab.narrow(0, 0, columns).narrow(1, 0, used) : slab.narrow(0, 0, used).t();
+    in_turns(pieces, [&](int64_t piece) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;  // of this thread
+      const int64_t m = x.size(0) * piece / pieces;
+      const int64_t count = x.size(0) * (piece + 1) / pieces - m;
+      const at::Tensor to = y.narrow(0, m, count).narrow(1, n, used);
+      at::Tensor out =
+          y.scalar_type() == at::kFloat ? to : at::empty({count, used}, rows.options());
+      const at::Tensor from = rows.narrow(0, m, count);
+      if (added.defined()) {
+        at::addmm_out(out, added.narrow(0, n, used), from, weight);
+      } else {
+        at::mm_out(out, from, weight);
       }
-    }
-  });
+      if (low_rank.low.defined()) {
+        out.addmm_(low_rank.low.narrow(0, m, count), low_rank.b.narrow(1, n, used));
+      }
+      if (!out.is_same(to)) to.copy_(out);
+    });
+  }
 }
 
 }  // namespace
 
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+  if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
+    return Way::kLibrary;
+  }
   if (!can_pack(w)) return Way::kStored;
   // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
   const bool looked_up = int8 && w.int8_lut && w.bits > 4;
@@ -867,6 +989,9 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
       return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit;
     case Way::kFloats:
       return "tiles of the weight decoded to floats: " + rows + ", more than " + limit;
+    case Way::kLibrary:
+      return "slabs of the weight decoded to floats, and the library's product: " + rows + ", " +
+             std::to_string(kLibraryRows) + " or more";
     case Way::kStored:
       break;
   }
@@ -878,6 +1003,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
   const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
+  if (way == Way::kLibrary) return multiply_library(x, stored, w, bias, low_rank, y);
   const at::Tensor* shift = w == nullptr       ? nullptr
                             : int8             ? &w->byte_shift
                             : way == Way::kFew ? &w->few_shift

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cofire_kernels import clustering, gating, lowbit, selection, sparse, sparse_refine, sparse_training
+from cofire_kernels import (
+    clustering,
+    gating,
+    lowbit,
+    selection,
+    shift_add_mixture,
+    sparse,
+    sparse_refine,
+    sparse_training,
+)
 from cofire_kernels.selection.positions import positions
 
 Call = Callable[[], object]
@@ -473,6 +482,33 @@ def _gram_swap(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
+def _moe_route(make: Make, sizes: Sizes) -> list[Call]:
+    logits, grad = make.values(sizes["tokens"], 2), make.values(sizes["tokens"])
+    return [
+        lambda: shift_add_mixture.moe_route(logits),
+        lambda: shift_add_mixture.moe_route_backward(grad, torch.ones(2, device=make.device), logits),
+    ]
+
+
+def _moe2_linear(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    tokens, n = sizes["tokens"], sizes["features"]
+    x, dense, shift = make.values(tokens, n), make.values(n, n), make.values(n, n)
+    grad, gate, bias = make.values(tokens, n), make.values(tokens), make.values(n)
+    index = torch.full((2, tokens), -1, dtype=torch.int32, device=make.device)
+    index[:, : tokens // 2] = torch.arange(tokens, dtype=torch.int32, device=make.device).view(-1, 2).t()
+    count = torch.full((2,), tokens // 2, dtype=torch.int32, device=make.device)
+
+    def call(biases: tuple[Tensor | None, Tensor | None]) -> Call:
+        args = (x, dense, shift, *biases, gate, index, count)
+        if backward:
+            return lambda: shift_add_mixture.moe2_linear_backward(grad, *args)
+        return lambda: shift_add_mixture.moe2_linear(*args)
+
+    return [call((bias, bias)), call((None, bias)), call((None, None))]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -514,4 +550,8 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "group_statistics": _group_statistics,
     "dsnot_swap": _dsnot_swap,
     "gram_swap": _gram_swap,
+    "moe_route": _moe_route,
+    "moe2_linear": lambda make, sizes: _moe2_linear(make, sizes, backward=False),
+    "moe2_input_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
+    "moe2_weight_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
 }

@@ -125,7 +125,9 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 
 @app.command()
 def train(
-    method: Annotated[str, typer.Argument(help="What to run: dsnot, edkm, ftwt, ofq, qlora, or quantize.")],
+    method: Annotated[
+        str, typer.Argument(help="What to run: dsnot, edkm, ftwt, ofq, qlora, quantize, or shiftaddvit.")
+    ],
     data: Annotated[
         str | None,
         typer.Option(

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cofire import ops
+from cofire import native, ops
 from cofire.ops import shift_add_mixture
 from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
 
@@ -61,7 +63,7 @@ def linear_of(
 def samples(grad: bool) -> list[Sample]:
     return [
         Sample("odd", linear_of(19, 13, 37, grad=grad)),
-        Sample("blocks", linear_of(131, 40, 70, 0.6, grad=grad)),
+        Sample("blocks", linear_of(300, 70, 40, 0.6, grad=grad)),
         Sample("dense_only", linear_of(13, 9, 16, 0.0, (True, False), grad=grad)),
         Sample("shift_only", linear_of(13, 9, 16, 1.0, (False, True), grad=grad)),
         Sample("no_tokens", linear_of(0, 5, 7, grad=grad)),
@@ -83,7 +85,13 @@ CHECKS = [
         wide=("grad_importance",),
     ),
     *check_op("moe2_linear", samples(False), tiny=tiny(False)),
-    *check_op("moe2_linear_backward", samples(True), tiny=tiny(True), by_library=True),
+    *check_op(
+        "moe2_linear_backward",
+        samples(True),
+        tiny=tiny(True),
+        sums={"grad_dense_weight": 4, "grad_shift_weight": 4},
+        by_library=True,
+    ),
 ]
 
 
@@ -197,7 +205,30 @@ REFUSALS = [
         lambda: ops.balance_loss(torch.ones(2), (6, 0)),
         ValueError,
         "balance_loss: latency must be two positive finite numbers, got (6, 0)",
-        data=True,
+    ),
+    Refusal(
+        "latencies",
+        lambda: ops.balance_loss(torch.ones(2), (6, 4, 2)),
+        ValueError,
+        "balance_loss: latency must be two positive finite numbers, got (6, 4, 2)",
+    ),
+    Refusal(
+        "latency_tensor",
+        lambda: ops.balance_loss(torch.ones(2), torch.ones(3)),
+        ValueError,
+        "balance_loss: latency must be two positive finite numbers, got shape [3]",
+    ),
+    Refusal(
+        "load_int",
+        lambda: ops.balance_loss(torch.ones(2, dtype=torch.int32), (6, 4)),
+        TypeError,
+        "balance_loss: load must be a floating-point tensor, got torch.int32",
+    ),
+    Refusal(
+        "deviation",
+        lambda: ops.load_probability(torch.ones(3, 2), torch.ones(3, 2), torch.ones(2, 3, 2)),
+        ValueError,
+        "load_probability: deviation must have a shape that broadcasts to [3, 2], got [2, 3, 2]",
     ),
     Refusal(
         "noisy",
@@ -235,14 +266,59 @@ def test_each_token_goes_through_its_expert() -> None:
         torch.testing.assert_close(y[t], chance[t, e] * F.linear(x[t], *experts[e]))
 
 
-def test_an_expert_without_tokens_is_not_read() -> None:
-    """Equal logits choose the shift expert, and what the other one holds does no harm."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # a kernel's and the reference's
+@pytest.mark.parametrize("unused", [0, 1])
+def test_an_expert_without_tokens_is_not_read(unused: int, dtype: torch.dtype) -> None:
+    """What it holds does no harm, forward or backward; equal logits choose the shift expert."""
     rand = Random("unread")
-    x, shift = rand.normal(29, 6), rand.normal(5, 6).sign()
-    gate, index, count, _ = ops.moe_route(torch.zeros(29, 2))
-    assert count.tolist() == [0, 29]
-    y = ops.moe2_linear(x, torch.full((5, 6), torch.nan), shift, None, None, gate, index, count)
-    torch.testing.assert_close(y, 0.5 * F.linear(x, shift))
+    x, used = rand.normal(29, 6).to(dtype).requires_grad_(), rand.normal(5, 6).sign().to(dtype).requires_grad_()
+    weights = [used, used]
+    weights[unused] = torch.full((5, 6), torch.nan, dtype=dtype, requires_grad=True)
+    logits = torch.tensor([1.0, 1.0] if unused == 0 else [9.0, 0.0], dtype=dtype).expand(29, 2)
+    gate, index, count, _ = ops.moe_route(logits)
+    assert count[unused] == 0 and count.sum() == 29
+    y = ops.moe2_linear(x, *weights, None, None, gate, index, count)
+    expected = gate[0] * F.linear(x, used)
+    torch.testing.assert_close(y, expected)
+    cotangent = rand.normal(29, 5).to(dtype)
+    found = torch.autograd.grad(y, [x, used, weights[unused]], cotangent)
+    torch.testing.assert_close(found[:2], torch.autograd.grad(expected, [x, used], cotangent))
+    assert not found[2].any()
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason="no compiled kernels")
+@pytest.mark.parametrize("wrong", range(9))
+def test_the_kernels_do_not_trust_shapes(wrong: int) -> None:
+    """Called past the public function, a kernel reads nothing that is not there."""
+    grad, *args = linear_of(7, 4, 6, grad=True)(Random("shapes"))
+    backward, whole = torch.ops.cofire.moe2_linear_backward, [grad, *args]
+    backward(*whole)
+    whole[wrong] = whole[wrong][..., :-1].contiguous()
+    with pytest.raises(ValueError, match="^moe2_linear_backward: .* (do|does) not fit "):
+        backward(*whole)
+    if wrong > 0:
+        with pytest.raises(ValueError, match="^moe2_linear: .* (do|does) not fit "):
+            torch.ops.cofire.moe2_linear(*whole[1:])
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason="no compiled kernels")
+def test_the_router_does_not_trust_shapes() -> None:
+    with pytest.raises(ValueError, match=r"^moe_route: logits must have shape \[tokens, 2\], got "):
+        torch.ops.cofire.moe_route(torch.ones(4, 3))
+    with pytest.raises(ValueError, match="^moe_route_backward: the gradients do not fit logits "):
+        torch.ops.cofire.moe_route_backward(torch.ones(3), torch.ones(2), torch.ones(4, 2))
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off")
+def test_lists_of_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More chunks than a program reads at a time: their numbers are summed over several reads."""
+    from cofire_kernels import configs, shift_add_mixture
+
+    monkeypatch.setitem(configs.forced, "moe_route", {"BLOCK": 16, "num_warps": 1})
+    logits = Random("chunks").normal(16 * 65 + 3, 2)
+    found, expected = shift_add_mixture.moe_route(logits), ops.moe_route(logits)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+    torch.testing.assert_close((found[0], found[3]), (expected[0], expected[3]))
 
 
 def test_balance_golden() -> None:
@@ -251,6 +327,18 @@ def test_balance_golden() -> None:
     assert ops.balance_loss(torch.tensor([40.0, 60.0]), (6, 4)).item() == 0
     chances = torch.tensor([[0.25, 0.75], [0.35, 0.65]], dtype=torch.float64)
     assert ops.balance_loss(chances, torch.tensor([6.0, 4.0])).item() == pytest.approx(5000 / 230**2, rel=1e-9)
+
+
+def test_balance_loss_compiles_and_moves_nothing_between_devices() -> None:
+    """Latencies become constants: a tensor made of them on a GPU, or a look at one there, would synchronise each step."""
+    load = torch.tensor([30.0, 70.0], requires_grad=True)
+    compiled = torch.compile(ops.balance_loss, fullgraph=True, backend="eager")
+    for latency in ((6, 4), torch.tensor([6.0, 4.0])):
+        assert compiled(load, latency).item() == ops.balance_loss(load, latency).item()
+    meta = ops.balance_loss(torch.ones(2, device="meta"), torch.tensor([6.0, 4.0]))
+    assert (meta.device.type, meta.shape) == ("meta", ())
+    with FakeTensorMode():
+        assert ops.balance_loss(torch.ones(2), (6, 4)).shape == ()
 
 
 def test_load_probability_is_a_chance() -> None:

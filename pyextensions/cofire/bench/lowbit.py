@@ -30,6 +30,7 @@ from cofire.bench.lowbit_peers import (
 from cofire.ops.lowbit import _dequantize_reference, int8_activations
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import NF4, quantize_weight
+from cofire.ops.shift_add import pack_shift, shift_from_weight, shift_quantize
 from cofire.registry import OPERATORS, Kernel
 
 FLOAT, HALF = torch.float32, torch.bfloat16
@@ -46,6 +47,8 @@ def weight(shape: tuple[int, int], bits: int, group_size: int | None, format: st
     rows, columns = shape
     group_size = group_size or columns
     w = Random(f"weight {shape} {bits} {group_size} {format}").normal(rows, columns).mul_(0.02)
+    if format in ("S4", "S5"):  # powers of two
+        return pack_shift(*shift_quantize(*shift_from_weight(w)), format=format)
     if format in ("uniform", "minmax"):
         q = quantize_weight(w, "absmax" if format == "uniform" else "minmax", bits=bits, group_size=group_size)
         scale = q.scales()
@@ -152,7 +155,7 @@ def _args(
     return (x.to(dtype), *_parts(q), None, q.bits, q.group_size, activations)
 
 
-def _qlinear(
+def qlinear_case(
     rows: int,
     bits: int = 4,
     group_size: int | None = 128,
@@ -178,7 +181,9 @@ def _qlinear(
         # our own CUDA C++, which the dispatcher leaves to Triton until a GPU has compared them
         providers["peer:cofire CUDA C++"] = plain(_cuda, devices=("cuda",), differentiable=False)
     kind = {"uniform": f"{bits} bits", "minmax": f"{bits} bits with zero points", "palette": "palette of 16 bytes"}
-    words = [f"{shape[0]}x{shape[1]}", kind.get(format, format), f"g{group_size}" if group_size else "by rows"]
+    kind |= {"S4": "shifts of 4 bits", "S5": "shifts of 5 bits"}
+    words = [f"{shape[0]}x{shape[1]}", kind.get(format, format)]
+    words += [] if format in ("S4", "S5") else [f"g{group_size}" if group_size else "by rows"]
     words += ["int8 activations"] if activations == "int8" else []
     tiny_group = None if group_size is None else min(group_size, 128)
 
@@ -192,7 +197,7 @@ def _qlinear(
         lambda rand: _args(rand, shape, rows, bits, group_size, dtype, activations, format),
         providers,
         tiny,
-        cold=(1, 2) if cold else (),
+        cold=((1,) if format == "S5" else (1, 2)) if cold else (),
         reference=reference,
         arithmetic="int8" if activations == "int8" else None,
         **options,
@@ -200,7 +205,7 @@ def _qlinear(
 
 
 def _int8(rows: int, *args: Any, **options: Any) -> Case:
-    return _qlinear(rows, *args, activations="int8", **options)
+    return qlinear_case(rows, *args, activations="int8", **options)
 
 
 # Ordered by weight, which is made once for its neighbours.
@@ -217,16 +222,16 @@ INTEGERS = [
     *(_int8(m, shape=TALL) for m in (1, 16, 256)),
 ]
 EXACT = [
-    *(_qlinear(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
-    *(_qlinear(m, dtype=HALF, quick=m == 32, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
-    *(_qlinear(m, group_size=32, dtype=HALF) for m in (4, 64)),
-    _qlinear(1, 2),
-    _qlinear(64, 3),
-    _qlinear(1, 8),
-    *(_qlinear(m, 8, None, dtype=HALF) for m in (1, 32)),
-    *(_qlinear(m, 4, 64, format="nf4") for m in (1, 16, 256)),
-    _qlinear(1, 4, 64, format="nf4", dtype=HALF),
-    *(_qlinear(m, dtype=HALF, shape=TALL) for m in (4, 16, 64, 256)),
+    *(qlinear_case(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
+    *(qlinear_case(m, dtype=HALF, quick=m == 32, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
+    *(qlinear_case(m, group_size=32, dtype=HALF) for m in (4, 64)),
+    qlinear_case(1, 2),
+    qlinear_case(64, 3),
+    qlinear_case(1, 8),
+    *(qlinear_case(m, 8, None, dtype=HALF) for m in (1, 32)),
+    *(qlinear_case(m, 4, 64, format="nf4") for m in (1, 16, 256)),
+    qlinear_case(1, 4, 64, format="nf4", dtype=HALF),
+    *(qlinear_case(m, dtype=HALF, shape=TALL) for m in (4, 16, 64, 256)),
 ]
 
 # -------------------------------------------------------------------------------------------------- training

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from cofire.bench.cases import Provider, Run, installed
 from cofire.ops.lowbit import _dequantize_reference, int8_activations
+from cofire.ops.qtensor import QTensor
+from cofire.ops.quantizers import quantize_weight
+from cofire.registry import OPERATORS
 
 HALF, WIDE = torch.bfloat16, torch.float64
 
@@ -129,7 +132,26 @@ def clear_of_halves(x: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     return x
 
 
-# ---------------------------------------------------------------------------------------------- torch
+def _of_four_bits(p: Product) -> QTensor:
+    return quantize_weight(decoded(p).float(), "absmax", bits=4, group_size=min(128, p.shape[1]))
+
+
+def of_four_bits(*args: Any) -> Tensor:
+    """With the weight rounded to our own 4 bits, by groups of 128."""
+    p = Product(*args)
+    w = _of_four_bits(p).dequantize().to(decoded(p).dtype)
+    return (p.input.to(w.dtype) @ w.t()).to(p.input.dtype)
+
+
+# --------------------------------------------------------------------------------------- torch and ourselves
+
+
+def four_bits(*args: Any) -> Run:
+    """Our own product with 4 bits, for formats that claim to be as fast."""
+    p = Product(*args)
+    q = _of_four_bits(p)
+    parts = (q.codes, q.scale, q.zero, q.offset, q.lut, p.bias, q.bits, q.group_size, p.activations)
+    return functools.partial(OPERATORS["qlinear"], p.input, *parts)
 
 
 def _levels(p: Product) -> Tensor:
@@ -140,7 +162,9 @@ def _levels(p: Product) -> Tensor:
 
 
 def _signed(p: Product) -> Tensor:
-    """int8 ``[N, K]``: codes minus their middle, the zero point of a symmetric weight."""
+    """int8 ``[N, K]``: what the scales multiply, an entry of the table or a code minus the middle of all."""
+    if p.lut is not None:
+        return p.lut[0][_levels(p).long()]
     return (_levels(p).short() - (1 << (p.bits - 1))).to(torch.int8)
 
 
@@ -306,6 +330,12 @@ def peers(
     if format == "nf4":
         if activations == "exact":
             add("bitsandbytes", bitsandbytes, "bitsandbytes")
+        return found
+    if format in ("S4", "S5"):
+        if activations == "int8" and dtype == torch.float32:
+            add("torch-dynamic", dynamic, reference=seven_bits)
+        if activations == "exact" and rows == 1:
+            add("cofire 4 bits", four_bits, reference=of_four_bits)
         return found
     if format != "uniform":
         return found

@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from cofire.bench import shift_add_attention, shift_add_mixture, shift_add_softmax
+from cofire.bench import shift_add_attention, shift_add_linear, shift_add_mixture, shift_add_softmax
 
-CASES = [*shift_add_attention.CASES, *shift_add_softmax.CASES, *shift_add_mixture.CASES]
+CASES = [*shift_add_linear.CASES, *shift_add_attention.CASES, *shift_add_softmax.CASES, *shift_add_mixture.CASES]

@@ -6,7 +6,7 @@ also those of ``qlora.py``). They share ``training`` and ``language`` (the loops
 ``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import dsnot, edkm, ftwt, ofq, qlora, quantize
+from cofire.experiments import dsnot, edkm, ftwt, ofq, qlora, quantize, shiftaddvit
 
 #: The command of each method's experiment, by the method's name.
 EXPERIMENTS = {
@@ -16,6 +16,7 @@ EXPERIMENTS = {
     "ofq": ofq.command,
     "qlora": qlora.command,
     "quantize": quantize.command,
+    "shiftaddvit": shiftaddvit.command,
 }
 
 __all__ = ["EXPERIMENTS"]

@@ -9,5 +9,18 @@ from cofire.methods.gradual_pruning import GradualPruning
 from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 from cofire.methods.rigl import RigL
+from cofire.methods.shift_add_vit import ShiftAddViT
 
-__all__ = ["EDKM", "FTWT", "METHODS", "OFQ", "DSnoT", "GradualPruning", "Method", "QLoRA", "Report", "RigL"]
+__all__ = [
+    "EDKM",
+    "FTWT",
+    "METHODS",
+    "OFQ",
+    "DSnoT",
+    "GradualPruning",
+    "Method",
+    "QLoRA",
+    "Report",
+    "RigL",
+    "ShiftAddViT",
+]

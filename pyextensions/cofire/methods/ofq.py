@@ -13,15 +13,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofire.methods.attention import KEY_HEADS, OBSTACLES, edges_of
 from cofire.methods.base import Method, Report, bare, evaluation, first_input, matches, replace_modules
-from cofire.methods.timing import interleaved
+from cofire.methods.deployed import Timing, deployed_error, latency_of
 from cofire.names import near_matches
 from cofire.nn.lowbit import linear_layers
 from cofire.nn.statsq import (
@@ -41,17 +41,6 @@ OSCILLATING = 0.02
 #: An input that stays above minus this share of its maximum (as GELU's does) counts as unsigned.
 NEGATIVE_SHARE = 0.25
 
-#: Attributes of an attention that mean that its logits are not ``q k^T``, by what they are.
-OBSTACLES = {
-    "rotary positions": ("rope", "rotary", "rotary_emb", "rotary_embedding", "rotary_pos_emb"),
-    "a relative bias": (
-        "relative_position_bias_table", "relative_position_bias", "relative_attention_bias", "rel_pos", "rel_pos_bias",
-        "rel_pos_h", "rel_pos_w",
-    ),
-    "a norm of queries or keys": ("q_norm", "k_norm"),
-}  # fmt: skip
-KEY_HEADS = ("num_kv_heads", "num_key_value_heads", "kv_heads", "num_kv")
-
 
 @dataclass(frozen=True)
 class OFQLayer(Report):
@@ -65,20 +54,6 @@ class OFQLayer(Report):
     packed_bytes: int
     oscillating: float  #: share of the weights whose moving average of reversals is above 0.02
     near_boundary: float  #: share of the weights that annealing lets move
-
-
-@dataclass(frozen=True)
-class Timing(Report):
-    """Medians in milliseconds on one input; dense is the teacher."""
-
-    dense_ms: float
-    packed_ms: float
-    shape: tuple[int, ...]
-    threads: int
-
-    @property
-    def speedup(self) -> float:
-        return self.dense_ms / self.packed_ms
 
 
 @dataclass(frozen=True)
@@ -327,11 +302,11 @@ class OFQ(Method, name="ofq"):
         final = self.finalize(model) if all(a.initialized for a in _activations(student).values()) else None
         error, equal, timing = None, None, None
         if inputs and final is not None:
-            error, equal = _deployed_error(student, final, inputs)
+            error, equal = deployed_error(student, final, inputs)
         if latency:
             if not isinstance(root, Distilled) or not inputs or final is None:
                 raise ValueError("OFQ.report: latency needs a teacher to compare with (distill), and a batch")
-            timing = _latency(root.teacher, final, inputs[0])
+            timing = latency_of(root.teacher, final, inputs[0])
         dense, packed = sum(layer.dense_bytes for layer in layers), sum(layer.packed_bytes for layer in layers)
         everything = _layers(student).values()
         count = sum(layer.weights for layer in everything)
@@ -386,7 +361,7 @@ class OFQ(Method, name="ofq"):
         for name, parts in attentions.items():
             seen.check(name, model.get_submodule(name), parts)
             new[id(model.get_submodule(name))] = self._reparameterized(name, parts, seen)
-        edges = _edges(model, attentions) if self.edge_bits is not None else set()
+        edges = edges_of(model, attentions) if self.edge_bits is not None else set()
         for name, module in linear.items():
             assert isinstance(module, nn.Linear)
             new[id(module)] = self._linear(module, name, seen, edge=name in edges).train(module.training)
@@ -511,16 +486,6 @@ class _Attention:
     factor: float
     attn_drop: nn.Module | None
     proj_drop: nn.Module | None
-
-
-def _edges(model: nn.Module, attentions: Collection[str]) -> set[str]:
-    """The names of the first and the last layer."""
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    inside = tuple(f"{name}." for name in attentions)
-    layers = [
-        n for n, m in model.named_modules() if n in attentions or (isinstance(m, kinds) and not n.startswith(inside))
-    ]
-    return {layers[0], layers[-1]}
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -687,24 +652,3 @@ def _bytes(model: nn.Module, without: tuple[type[nn.Module], ...]) -> int:
 def _own(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)
-
-
-@torch.no_grad()
-def _deployed_error(student: nn.Module, final: nn.Module, inputs: Iterable[Any]) -> tuple[float | None, float | None]:
-    """Largest difference over largest output, and the share of samples that differ by less than 1e-5 of it."""
-    differences, largest = [], 1e-30
-    with evaluation(student):
-        for x in inputs:
-            expected, found = student(x), final(x)
-            if not isinstance(expected, Tensor):
-                return None, None
-            differences.append((found - expected).abs().flatten(1).amax(1))
-            largest = max(largest, float(expected.abs().max()))
-    relative = torch.cat(differences).double() / largest
-    return float(relative.max()), float((relative <= 1e-5).double().mean())
-
-
-def _latency(dense: nn.Module, packed: nn.Module, x: Tensor) -> Timing:
-    times = interleaved({"dense": (dense, x), "packed": (packed, x)})
-    middle = {name: 1e3 * median(taken) for name, taken in times.items()}
-    return Timing(middle["dense"], middle["packed"], tuple(x.shape), torch.get_num_threads())

@@ -9,6 +9,7 @@ from torch import nn
 
 from cofire.models.mlp import digits_mlp
 from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
+from cofire.models.pvt import pvt
 from cofire.models.resnet import resnet, resnet20, resnet56
 from cofire.models.transformer import char_transformer
 from cofire.models.vgg import digits_cnn, vgg, vgg16
@@ -23,6 +24,7 @@ __all__ = [
     "digits_vit",
     "mobilenet_v1",
     "mobilenet_v2",
+    "pvt",
     "resnet",
     "resnet20",
     "resnet56",
@@ -42,6 +44,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet56": resnet56,
     "mobilenet_v1": mobilenet_v1,
     "mobilenet_v2": mobilenet_v2,
+    "pvt": pvt,
     "vit": vit,
     "vit_patch8": vit_patch8,
 }

@@ -27,6 +27,7 @@ from cofire.nn.palettes import (
     PackedPalettizedEmbedding,
     PackedPalettizedLinear,
 )
+from cofire.nn.shift_add import BinaryLinearAttention, MixtureOfPrimitives, PackedMixture, ShiftLinear
 from cofire.nn.sparse import Sparse, SparseConv2d, SparseLinear, check_masks_agree, masks, sparsify_
 from cofire.nn.statsq import (
     LSQActivation,
@@ -37,6 +38,7 @@ from cofire.nn.statsq import (
 )
 
 __all__ = [
+    "BinaryLinearAttention",
     "Compressed",
     "CompressedConv2d",
     "CompressedLinear",
@@ -51,6 +53,8 @@ __all__ = [
     "LSQActivation",
     "LSQConv2d",
     "LSQLinear",
+    "MixtureOfPrimitives",
+    "PackedMixture",
     "PackedPalette",
     "PackedPalettized",
     "PackedPalettizedConv2d",
@@ -65,6 +69,7 @@ __all__ = [
     "QuantLinear",
     "QueryKey",
     "ReparameterizedAttention",
+    "ShiftLinear",
     "Sparse",
     "SparseConv2d",
     "SparseLinear",

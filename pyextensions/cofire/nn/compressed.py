@@ -285,17 +285,11 @@ class Compressed(nn.Module):
 
     @torch.no_grad()
     def _time(self, rows: int, dtype: torch.dtype) -> tuple[float, float]:
-        from torch.utils.benchmark import Timer
-
         weight = self.sparse_weight
         x = torch.randn(rows, weight.shape[1], dtype=dtype, device=self.values.device)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         calls = (lambda: spmm(x, weight, bias), lambda: F.linear(x, self._dense(dtype), bias))
-        found = []
-        for call in calls:
-            timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-            found.append(1e3 * float(timer.blocked_autorange(min_run_time=0.02).median))
-        return found[0], found[1]
+        return milliseconds(calls[0]), milliseconds(calls[1])
 
     def explain(
         self, rows: int | Iterable[int] | None = None, dtype: torch.dtype | None = None
@@ -434,6 +428,14 @@ class Compressed(nn.Module):
         state.update({prefix + part: t for part, t in packed.tensors().items()})
         state[f"{prefix}geometry"] = self.geometry.clone()
         return None
+
+
+def milliseconds(call: Callable[[], Any]) -> float:
+    """The median time of a call."""
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1e3 * float(timer.blocked_autorange(min_run_time=0.02).median)
 
 
 def check_mask(where: str, mask: Any, shape: Iterable[int], device: torch.device) -> None:
