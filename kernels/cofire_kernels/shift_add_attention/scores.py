@@ -105,7 +105,7 @@ def binary_softmax_attention_kernel(
 
 def _width(bits: int) -> int:
     """Of a tile of bits: tensor cores multiply sixteen at least."""
-    return max(16, triton.next_power_of_2(bits))
+    return max(16, int(triton.next_power_of_2(bits)))
 
 
 def hamming_similarity(query: Tensor, key: Tensor, bits: int, kind: str) -> Tensor:
