@@ -118,6 +118,7 @@ def test_fits_the_chip(kernel: str, chip: str) -> None:
         ("masked_weight_gradient_kernel", None),
         ("block_product_kernel", "BLOCK_M"),
         ("block_gradient_kernel", "BLOCK_K"),
+        ("binary_softmax_attention_kernel", None),
         ("moe2_linear_forward_kernel", None),
         ("moe2_linear_input_gradient_kernel", None),
         ("moe2_linear_weight_gradient_kernel", None),

@@ -6,6 +6,7 @@
 //
 // Softmax does not change when a constant is taken from the scores of a query, so that distances
 // alone matter: scores are -step * distance. They are counted from the nearest key so far.
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
@@ -15,7 +16,9 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "lanes16.h"
 #include "parts.h"
@@ -446,6 +449,84 @@ void attend_all(const Sizes& s, const Tables& tables, int64_t sets, uint64_t mas
 
 using Optional = std::optional<at::Tensor>;
 
+void check(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, int64_t bits,
+           double scale) {
+  TORCH_CHECK(value.dim() == 4 && bits >= 1 && bits <= 64 && scale > 0 &&
+                  query.scalar_type() == word_of(bits) && key.scalar_type() == word_of(bits) &&
+                  query.dim() == 3 && query.sizes().slice(0, 2) == value.sizes().slice(0, 2) &&
+                  key.sizes() == value.sizes().slice(0, 3),
+              "binary_softmax_attention: codes do not fit value");
+}
+
+// -------------------------------------------------------------------------------------- backward
+
+// Of rows [first, first + count) of a set: from the gradient of their weights that of their scores,
+// times `slope`, in its place, and their weights. Rows have the stride `ld`, whole blocks.
+template <typename W>
+void differentiate(const Sizes& s, const Tables& tables, const W* query, uint64_t mask,
+                   const uint8_t* planes, int64_t first, int64_t count, int64_t columns, int64_t ld,
+                   float slope, float* weights, float* to_scores) {
+  const int64_t blocks = (columns + kKeys - 1) / kKeys;
+  std::vector<uint8_t> distances(blocks * kKeys);
+  for (int64_t r = 0; r < count; ++r) {
+    const uint64_t code = static_cast<uint64_t>(query[r]) & mask;
+    const int64_t seen = s.causal ? std::min(columns, first + r + 1) : columns;
+    float *p = weights + r * ld, *g = to_scores + r * ld;
+    for (int64_t b = 0; b < blocks; ++b) {
+      int unused;
+      measure<1>(&code, planes + b * s.groups * kKeys, s.groups, tables,
+                 distances.data() + b * kKeys, &unused);
+    }
+    const int least = *std::min_element(distances.data(), distances.data() + seen);
+    const Table8 near(tables.low), far(tables.high);
+    const W16 offset = W16::all(static_cast<uint32_t>(least) * 0x01010101u);
+    for (int64_t b = 0; b < (seen + kKeys - 1) / kKeys; ++b) {
+      alignas(64) uint8_t index[kKeys];
+      for (int64_t w = 0; w < kKeys; w += 64) {
+        subtract_bytes(W16::load(distances.data() + b * kKeys + w), offset).store(index + w);
+      }
+      float* out = p + b * kKeys;
+      for (int64_t k = 0; k < kKeys; k += 16) {
+        const W16 i = W16::from_bytes(index + k);
+        (near[i] * far[shift_right<3>(i)]).store(out + k);
+      }
+      if (!beyond(index, 0)) continue;
+      for (int64_t k = 0; k < kKeys; ++k) out[k] = tables.decay[std::min<int>(index[k], kFarthest)];
+    }
+    Vec total(0.0f), along(0.0f);
+    for (int64_t k = 0; k < seen; k += kLanes) {
+      const int64_t n = std::min(kLanes, seen - k);
+      const Vec x = Vec::loadu(p + k, n);
+      total = total + x;
+      along = at::vec::fmadd(x, Vec::loadu(g + k, n), along);
+    }
+    const float inverse = 1 / reduce_add(total);
+    const Vec part(inverse), mean(reduce_add(along) * inverse), by(slope * inverse);
+    for (int64_t k = 0; k < seen; k += kLanes) {
+      const int64_t n = std::min(kLanes, seen - k);
+      const Vec x = Vec::loadu(p + k, n);
+      (x * by * (Vec::loadu(g + k, n) - mean)).store(g + k, n);
+      (x * part).store(p + k, n);
+    }
+    std::fill(p + seen, p + columns, 0.0f);
+    std::fill(g + seen, g + columns, 0.0f);
+  }
+}
+
+// Codes as the floats that their bits stand for: [sets, tokens, bits].
+template <typename W>
+at::Tensor features(const W* codes, int64_t sets, int64_t tokens, int64_t bits, bool common) {
+  at::Tensor result = at::empty({sets, tokens, bits}, at::kFloat);
+  float* out = result.data_ptr<float>();
+  const float zero = common ? 0.0f : -1.0f;
+  for (int64_t n = 0; n < sets * tokens; ++n) {
+    for (int64_t i = 0; i < bits; ++i) {
+      *out++ = static_cast<uint64_t>(codes[n]) >> i & 1 ? 1.0f : zero;
+    }
+  }
+  return result;
+}
+
 }  // namespace
 
 at::Tensor binary_softmax_attention(const at::Tensor& query, const at::Tensor& key,
@@ -457,11 +538,7 @@ at::Tensor binary_softmax_attention(const at::Tensor& query, const at::Tensor& k
     return reference("cofire::binary_softmax_attention", &binary_softmax_attention, query, key,
                      value, query_link, key_link, bits, scale, kind, causal, precision);
   }
-  TORCH_CHECK(value.dim() == 4 && bits >= 1 && bits <= 64 && scale > 0 &&
-                  query.scalar_type() == word_of(bits) && key.scalar_type() == word_of(bits) &&
-                  query.dim() == 3 && query.sizes().slice(0, 2) == value.sizes().slice(0, 2) &&
-                  key.sizes() == value.sizes().slice(0, 3),
-              "binary_softmax_attention: codes do not fit value");
+  check(query, key, value, bits, scale);
   const at::Tensor q = query.contiguous(), k = key.contiguous(), x = value.contiguous();
   const Sizes s = {q.size(2), x.size(2), x.size(3), (bits + 15) / 16 * 4, causal};
   const int64_t sets = x.size(0) * x.size(1);
@@ -487,10 +564,113 @@ at::Tensor binary_softmax_attention(const at::Tensor& query, const at::Tensor& k
   return result;
 }
 
+using SoftmaxGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+// Weights and their gradients of a tile of queries at a time, small enough for a cache; the
+// products are the library's.
+SoftmaxGradients binary_softmax_attention_backward(const at::Tensor& grad, const at::Tensor& query,
+                                                   const at::Tensor& key, const at::Tensor& value,
+                                                   const Optional& query_link,
+                                                   const Optional& key_link, int64_t bits,
+                                                   double scale, std::string_view kind,
+                                                   bool causal) {
+  if (!covered(value) || is_double(grad)) {
+    return reference("cofire::binary_softmax_attention_backward",
+                     &binary_softmax_attention_backward, grad, query, key, value, query_link,
+                     key_link, bits, scale, kind, causal);
+  }
+  check(query, key, value, bits, scale);
+  const Sizes s = {query.size(2), value.size(2), value.size(3), (bits + 15) / 16 * 4, causal};
+  auto shape = query.sizes().vec();
+  shape.push_back(s.d);
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef(shape),
+              "binary_softmax_attention_backward: grad must have the shape of the output");
+  const int64_t sets = value.size(0) * value.size(1), columns = s.keys, ld = s.blocks() * kKeys;
+  const at::Tensor g = grad.to(at::kFloat).contiguous().view({sets, s.queries, s.d});
+  const at::Tensor v = value.to(at::kFloat).contiguous().view({sets, columns, s.d});
+  const at::Tensor q = query.contiguous(), k = key.contiguous();
+  at::Tensor to_value = at::zeros(v.sizes(), v.options()), to_query, to_key;
+  if (query_link) to_query = at::zeros({sets, s.queries, bits}, v.options());
+  if (key_link) to_key = at::zeros({sets, columns, bits}, v.options());
+  const bool common = kind == "binary";
+  const Tables tables(common ? scale : 2 * scale, common);
+  const auto slope = static_cast<float>(common ? scale : 2 * scale);  // of a score, by a bit
+  if (g.numel() > 0 && columns > 0) {
+    for_word(bits, [&](auto c) {
+      using W = decltype(c);
+      const W *query_codes = q.const_data_ptr<W>(), *key_codes = k.const_data_ptr<W>();
+      const uint64_t mask = mask_of(bits);
+      at::Tensor planes = at::empty({sets * s.blocks() * s.groups * kKeys}, at::kByte);
+      auto* plane = planes.data_ptr<uint8_t>();
+      in_turns(sets * s.blocks(), [&](int64_t i) {
+        const int64_t begin = i % s.blocks() * kKeys;
+        split(key_codes + i / s.blocks() * columns + begin, std::min(kKeys, columns - begin), mask,
+              s.groups, plane + i * s.groups * kKeys);
+      });
+      at::Tensor queries, keys;
+      if (key_link) queries = features(query_codes, sets, s.queries, bits, common);
+      if (query_link) keys = features(key_codes, sets, columns, bits, common);
+      constexpr int64_t kEntries = 1 << 20;  // of a matrix of weights
+      const int64_t rows = std::min(s.queries, std::max<int64_t>(32, kEntries / ld)),
+                    together =
+                        rows < s.queries ? 1 : std::clamp<int64_t>(kEntries / (rows * ld), 1, sets);
+      at::Tensor weights = at::empty({together * rows * ld}, v.options());
+      at::Tensor scores = at::empty({together * rows * ld}, v.options());
+      for (int64_t set = 0; set < sets; set += together) {
+        const int64_t some = std::min(together, sets - set);
+        for (int64_t n = 0; n < s.queries; n += rows) {
+          const int64_t count = std::min(rows, s.queries - n);
+          const int64_t seen = causal ? std::min(columns, n + count) : columns;
+          const auto tile = [&](const at::Tensor& whole, int64_t width) {
+            return whole.narrow(0, 0, some * count * ld)
+                .view({some, count, ld})
+                .narrow(2, 0, width);
+          };
+          at::Tensor p = tile(weights, seen), to_scores = tile(scores, seen);
+          const at::Tensor part = g.narrow(0, set, some).narrow(1, n, count);
+          const at::Tensor v_ = v.narrow(0, set, some).narrow(1, 0, seen);
+          at::bmm_out(to_scores, part, v_.transpose(1, 2));
+          constexpr int64_t kSome = 16;
+          const int64_t chunks = (count + kSome - 1) / kSome;
+          in_turns(some * chunks, [&](int64_t i) {
+            const int64_t of = i / chunks, first = i % chunks * kSome;
+            const int64_t at_ = (of * count + first) * ld;
+            differentiate(s, tables, query_codes + (set + of) * s.queries + n + first, mask,
+                          plane + (set + of) * s.blocks() * s.groups * kKeys, n + first,
+                          std::min(kSome, count - first), seen, ld, slope,
+                          weights.data_ptr<float>() + at_, scores.data_ptr<float>() + at_);
+          });
+          to_value.narrow(0, set, some).narrow(1, 0, seen).baddbmm_(p.transpose(1, 2), part);
+          if (query_link) {
+            at::Tensor out = to_query.narrow(0, set, some).narrow(1, n, count);
+            out.baddbmm_(to_scores, keys.narrow(0, set, some).narrow(1, 0, seen));
+          }
+          if (key_link) {
+            to_key.narrow(0, set, some)
+                .narrow(1, 0, seen)
+                .baddbmm_(to_scores.transpose(1, 2),
+                          queries.narrow(0, set, some).narrow(1, n, count));
+          }
+        }
+      }
+    });
+  }
+  const auto result = [&](const at::Tensor& found, const at::Tensor& codes) {
+    if (!found.defined()) return at::empty({0}, value.options());
+    auto sizes = codes.sizes().vec();
+    sizes.push_back(bits);
+    return found.view(sizes).to(value.scalar_type());
+  };
+  return {to_value.view(value.sizes()).to(value.scalar_type()), result(to_query, query),
+          result(to_key, key)};
+}
+
 }  // namespace shift_add
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
 
 TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("binary_softmax_attention", &cofire::shift_add::binary_softmax_attention);
+  m.impl("binary_softmax_attention_backward",
+         &cofire::shift_add::binary_softmax_attention_backward);
 }

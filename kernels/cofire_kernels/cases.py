@@ -19,6 +19,7 @@ from cofire_kernels import (
     gating,
     lowbit,
     selection,
+    shift_add_attention,
     shift_add_mixture,
     sparse,
     sparse_refine,
@@ -482,6 +483,37 @@ def _gram_swap(make: Make, sizes: Sizes) -> list[Call]:
     ]
 
 
+def _codes(make: Make, bits: int, *shape: int) -> Tensor:
+    word = torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
+    return torch.randint(0, 2 ** min(bits, 15), shape, dtype=word, device=make.device)
+
+
+def _hamming_similarity(make: Make, sizes: Sizes) -> list[Call]:
+    def call(bits: int, kind: str) -> Call:
+        query, key = _codes(make, bits, 8, 784), _codes(make, bits, 8, sizes["keys"])
+        return lambda: shift_add_attention.hamming_similarity(query, key, bits, kind)
+
+    return [call(64, "sign"), call(32, "binary"), call(16, "sign")]
+
+
+def _binary_softmax_attention(make: Make, sizes: Sizes) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    value = make.values(2, 8, 1024, sizes["features"])
+
+    def call(bits: int, scale: float, kind: str, causal: bool, precision: str) -> Call:
+        query, key = (_codes(make, bits, 2, 8, 1024) for _ in range(2))
+        options = (bits, scale, kind, causal, precision)
+        return lambda: shift_add_attention.binary_softmax_attention(query, key, value, None, None, *options)
+
+    return [
+        call(64, 0.125, "sign", False, "high"),
+        call(64, 0.125, "sign", True, "highest"),
+        call(64, 2.0, "sign", False, "high"),
+        call(16, 0.25, "binary", False, "high"),
+    ]
+
+
 def _moe_route(make: Make, sizes: Sizes) -> list[Call]:
     logits, grad = make.values(sizes["tokens"], 2), make.values(sizes["tokens"])
     return [
@@ -550,6 +582,8 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "group_statistics": _group_statistics,
     "dsnot_swap": _dsnot_swap,
     "gram_swap": _gram_swap,
+    "hamming_similarity": _hamming_similarity,
+    "binary_softmax_attention": _binary_softmax_attention,
     "moe_route": _moe_route,
     "moe2_linear": lambda make, sizes: _moe2_linear(make, sizes, backward=False),
     "moe2_input_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),

@@ -104,6 +104,7 @@ CHECKS = [
         BACKWARD,
         tiny=TINY_BACKWARD,
         sums=(*SUMMED, "grad", "grad_value", "grad_query_link", "grad_key_link"),
+        by_library=True,
     ),
 ]
 

@@ -39,14 +39,13 @@ def of_signs(attend: Attend, compile: bool = False) -> Provider:
         scale: float,
         *_: Any,
     ) -> Run:
-        signs = [2 * unpack(codes, bits, value.dtype) - 1 for codes in (query, key)]
+        q, k = (2 * unpack(codes, bits, value.dtype) - 1 for codes in (query, key))
         run = torch.compile(attend, dynamic=False) if compile else attend
 
         def call() -> Tensor:
             if not torch.is_grad_enabled():
-                return run(*signs, value, scale)
-            linked = (s + 2 * link for s, link in zip(signs, (query_link, key_link), strict=True))
-            return run(*linked, value, scale)
+                return run(q, k, value, scale)
+            return run(q + 2 * query_link, k + 2 * key_link, value, scale)
 
         return call
 

@@ -27,7 +27,7 @@ from cofire.ops.checks import (
     shape_of,
 )
 from cofire.ops.lowbit import compute_dtype
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["binary_encode", "binary_linear_attention", "hamming_similarity", "hash_encode"]
 
@@ -620,6 +620,7 @@ def binary_linear_attention(
 # ----------------------------------------------------------------------------------------- hamming_similarity
 
 KINDS = ("binary", "sign")
+WORDS = (torch.int16, torch.int32, torch.int64)
 
 
 def _similarity_reference(query: Tensor, key: Tensor, bits: int, kind: str) -> Tensor:
@@ -652,8 +653,8 @@ _hamming_similarity = register(
         reference=_similarity_reference,
         fake=lambda query, key, bits, kind: query.new_empty((*query.shape, key.shape[-1]), dtype=torch.int32),
         backward="codes have no gradient",
-        cpu=(torch.int16, torch.int32, torch.int64),
-        triton=NO_TRITON,
+        cpu=WORDS,
+        triton=Kernel("cofire_kernels.shift_add_attention:hamming_similarity", WORDS),
         bytes=lambda query, key, bits, kind: size_of(query, key) + 4 * query.numel() * key.shape[-1],
     )
 )

@@ -17,7 +17,6 @@ from cofire.ops.checks import check_choice, check_device, check_float, check_num
 from cofire.ops.lowbit import compute_dtype
 from cofire.ops.shift_add_attention import (
     KINDS,
-    NO_TRITON,
     bits_of,
     check_bits,
     check_shape,
@@ -25,7 +24,7 @@ from cofire.ops.shift_add_attention import (
     size_of,
     word_of,
 )
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["binary_softmax_attention"]
 
@@ -174,8 +173,7 @@ binary_softmax_attention_backward = register(
         reference=_attention_backward_reference,
         fake=_backward_fake,
         backward=through_reference(_attention_backward_reference),
-        cpu="products of the library, in plain torch",
-        triton=NO_TRITON,
+        triton="weights and their gradients in plain torch, products of the library",
         bytes=lambda grad, query, key, value, *rest: size_of(grad, query, key, value, value, *rest[:2]),
     )
 )
@@ -190,7 +188,7 @@ _attention = register(
         fake=lambda query, key, value, *rest: value.new_empty((*query.shape, value.shape[3])),
         backward=Backward(_save, _formula, "binary_softmax_attention_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_softmax_attention"),
         flops=_flops,
         bytes=lambda query, key, value, *rest: (
             size_of(query, key, value) + query.numel() * value.shape[3] * value.element_size()
