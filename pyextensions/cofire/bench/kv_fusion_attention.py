@@ -28,7 +28,8 @@ def repeated(query: Tensor, x: Tensor) -> Tensor:
 
 def by_key(weights: Tensor, key: Tensor, window: int) -> Tensor:
     scores: Tensor = weights.detach()[:, :, max(weights.shape[2] - window, 0) :].sum(2, dtype=torch.float32)
-    return scores.unflatten(1, (key.shape[1], -1)).sum(2)
+    grouped: Tensor = scores.unflatten(1, (key.shape[1], -1)).sum(2)
+    return grouped
 
 
 def written_out(
