@@ -118,11 +118,10 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "short": ((1, 2, 3, 2, 3, 9), {}),  # a convolution wider than the tokens
     "slots": ((1, 2, 40, 2, 150, 3), {}),  # tiles of slots
     "heads": ((2, 9, 9, 2, 4, 3), {}),  # more heads than are taken at a time
-    "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 5.0}),
-    "no_slots": ((1, 2, 5, 3, 0, 3), {}),
+    "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 2.0}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
 }
-LATER = ("no_slots", "no_heads", "heads")
+LATER = ("no_heads", "heads")
 FUSE = [Sample(f"fuse_{name}", fuse(*s, **o), full=name in LATER) for name, (s, o) in SHAPES.items()]
 FUSE_BACKWARD = [
     Sample(f"fuse_{name}_b", fuse(*s, **o, backward="-" if i % 3 == 1 else "x"), full=name in LATER)
@@ -362,7 +361,13 @@ REFUSALS = [
         "fuse_even_taps",
         lambda: _fuse(weight=torch.zeros(4, 8, 4)),
         ValueError,
-        "kv_fuse: weight must have shape [merged, 8, taps] with odd taps, got [4, 8, 4]",
+        "kv_fuse: weight must have shape [merged, 8, taps] with merged at least 1 and odd taps, got [4, 8, 4]",
+    ),
+    Refusal(
+        "fuse_no_slots",
+        lambda: _fuse(weight=torch.zeros(0, 8, 3)),
+        ValueError,
+        "kv_fuse: weight must have shape [merged, 8, taps] with merged at least 1 and odd taps, got [0, 8, 3]",
     ),
     Refusal(
         "fuse_short",

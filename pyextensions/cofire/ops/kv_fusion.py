@@ -269,7 +269,8 @@ def _fuse_reference(
     _, shares, rest = _parts(x, w, c)
     fused = torch.lerp(rows_at(rest, pick), shares @ rest, gate.to(dtype)).to(tokens.dtype)
     d = tokens.shape[3] // 2
-    return fused[..., :d].contiguous(), fused[..., d:].contiguous()
+    key, value = (x.clone(memory_format=torch.contiguous_format) for x in (fused[..., :d], fused[..., d:]))
+    return key, value
 
 
 def _fuse_backward_reference(
@@ -313,8 +314,9 @@ def _check_fuse(name: str, tokens: Tensor, weight: Tensor, bias: Tensor | None, 
     width = tokens.shape[3]
     if width % 2 or width == 0:
         refuse(name, f"tokens must hold keys and values of equal size, got {shape_of(tokens)}")
-    if weight.dim() != 3 or weight.shape[1] != width or weight.shape[2] % 2 == 0:
-        refuse(name, f"weight must have shape [merged, {width}, taps] with odd taps, got {shape_of(weight)}")
+    if weight.dim() != 3 or weight.shape[1] != width or weight.shape[2] % 2 == 0 or weight.shape[0] == 0:
+        shape = f"[merged, {width}, taps] with merged at least 1 and odd taps"
+        refuse(name, f"weight must have shape {shape}, got {shape_of(weight)}")
     if tokens.shape[2] < weight.shape[2]:
         refuse(
             name,
@@ -427,7 +429,8 @@ def kv_fuse(tokens: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, p
     Args:
         tokens: float ``[B, H, n + taps - 1, 2 d]``, from :func:`kv_gather_` with ``padding=taps // 2``: key and value of a
             token beside each other, n at least 1.
-        weight: float ``[merged, 2 d, taps]``, of a ``torch.nn.Conv1d``, an odd number of taps; all heads share it.
+        weight: float ``[merged, 2 d, taps]``, of a ``torch.nn.Conv1d``, merged at least 1, an odd number of taps; all
+            heads share it.
         bias: float ``[merged]``, or None.
         gate: one number, usually between 0 and 1.
         pick: int32 ``[B, H, merged]``, from :func:`kv_select`. No gradient.
