@@ -258,7 +258,7 @@ def test_ceilings() -> None:
     ("options", "sentence"),
     [
         ({"families": ["gatin"]}, "no family is called 'gatin'; did you mean 'gating'?"),
-        ({"families": ["xyz"]}, "no family is called 'xyz'; there are 'clustering', 'gating', 'lowbit', 'selection'"),
+        ({"families": ["xyz"]}, "no family is called 'xyz'; there are 'clustering', 'gating', 'kv_fusion', 'lowbit'"),
         ({"ops": ["gated_conv"]}, "no operator with a benchmark is called 'gated_conv'; did you mean 'gated_conv2d'"),
         ({"cases": ["no such case"]}, "no case is called 'no such case'"),
         ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
