@@ -225,8 +225,9 @@ void Packed::set_scales(const Stored& w) {
   exponents = exponents_of(w);
   middle = uniform && w.one_zero && w.zero.defined() ? w.zero_of(0, 0) : 0.0f;
   few_shift = middle == 0.0f ? shift : w.offset.defined() ? shift + scale * middle : at::Tensor();
-  byte_shift = shift;
-  if (above > 0) byte_shift = moved ? shift - scale * above : scale * -above;
+  const bool whole = middle == std::floor(middle) && std::abs(middle) <= 255;
+  byte_middle = w.int8_lut ? above : whole ? static_cast<int64_t>(middle) : 0;
+  byte_shift = uniform && whole ? few_shift : shift;
   partition_blocks = tables == 1 ? std::max<int64_t>(blocks, 1) : w.partition_rows / kBlock;
 }
 

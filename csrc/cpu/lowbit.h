@@ -86,7 +86,10 @@ struct Packed {
   // is taken off afterwards would cancel. `few_shift` is what is left of `shift`.
   float middle;
   at::Tensor few_shift;
-  at::Tensor byte_shift;     // `shift` with bytes: V + above moves it by -above scale
+  // The same where bytes are multiplied, as far as it is an integer: with what makes bytes
+  // unsigned, it is taken off sums of integers. `byte_shift` is what is left of `shift`.
+  int64_t byte_middle;
+  at::Tensor byte_shift;
   int64_t partition_blocks;  // blocks that share a row of the tables
 };
 

@@ -76,15 +76,22 @@ struct Rows {
 };
 
 float largest(const float* x, int64_t n) {
-  Vec most(0.0f);
+  constexpr int kChains =
+      4;  // a maximum that keeps NaN takes three instructions, one after the other
+  Vec most[kChains];
+  for (Vec& m : most) m = Vec(0.0f);
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) most = at::vec::maximum(most, Vec::loadu(x + i).abs());
-  if (i < n) {  // the other lanes are zero
-    float rest[kLanes] = {};
-    std::copy(x + i, x + n, rest);
-    most = at::vec::maximum(most, Vec::loadu(rest).abs());
+  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kChains; ++j) {
+      most[j] = at::vec::maximum(most[j], Vec::loadu(x + i + j * kLanes).abs());
+    }
   }
-  return reduce_max(most);
+  for (; i < n; i += kLanes) {
+    most[0] = at::vec::maximum(most[0], load_f32(x + i, std::min(kLanes, n - i)).abs());
+  }
+  return reduce_max(
+      at::vec::maximum(at::vec::maximum(most[0], most[1]), at::vec::maximum(most[2], most[3])));
 }
 
 // Rounds a row to symmetric bytes, halves to even, and returns the scale.
@@ -191,8 +198,9 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
             }
             if (in_panels) {
               uint32_t* to = all_words + first * words + r;
-              for (int64_t w = 0; w < words; ++w) {
-                std::memcpy(to + w * together, static_cast<const char*>(from) + 4 * w, 4);
+              const auto* word = static_cast<const char*>(from);
+              for (const char* end = word + 4 * words; word < end; word += 4, to += together) {
+                std::memcpy(to, word, 4);
               }
             }
             if (sums) {
@@ -213,6 +221,13 @@ struct Sink {
   bool scaled;
   at::Tensor bias;  // fp32 [N], or undefined
   const at::Tensor& y;
+
+  // Asks for the lines that the results will go to: a column of them, which no machine foresees.
+  void ask_for(int64_t m, int64_t count, int64_t n) const {
+    const int64_t row = y.size(1) * y.element_size();
+    auto* to = static_cast<char*>(y.mutable_data_ptr()) + m * row + n * y.element_size();
+    for (int64_t r = 0; r < count; ++r) __builtin_prefetch(to + r * row, 1);
+  }
 
   // c: [count][kWidth] for the rows from m on and the columns from n on; changed.
   void operator()(float* c, int64_t m, int64_t count, int64_t n, int64_t width) const {
@@ -303,6 +318,11 @@ constexpr int64_t narrow_quads(int64_t bits) {
   return std::max<int64_t>(32767 / (254 * ((int64_t{1} << bits) - 1)) / 8 * 8, 8);
 }
 
+// -middle times a sum of bytes, in every lane.
+COFIRE_INLINE W16 taken_off(int64_t middle, float sum) {
+  return W16::all(static_cast<uint32_t>(-middle * static_cast<int64_t>(sum)));
+}
+
 // R rows times one block, bytes. A table has at most 16 entries here.
 template <int Bits, int R, Bytes Kind, bool Lookup>
 void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
@@ -323,11 +343,14 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
                            ? w.byte_shift.const_data_ptr<float>() + block * w.groups * kBlock
                            : nullptr;
   // The sums of x are asked for once: what checks a tensor would empty the registers per group.
-  const float* sums = shift != nullptr ? x.sums.const_data_ptr<float>() + m * w.groups : nullptr;
+  const float* sums = x.sums.defined() ? x.sums.const_data_ptr<float>() + m * w.groups : nullptr;
   constexpr int64_t kHeld = narrow_quads(Bits) * kChains / 8;  // steps, where 16 bits hold sums
   for (int64_t g = 0; g < w.groups; ++g) {
     W16 total[R];
-    unrolled<R>([&](auto r) __attribute__((always_inline)) { total[r] = W16::zero(); });
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      total[r] =
+          w.byte_middle == 0 ? W16::zero() : taken_off(w.byte_middle, sums[r * w.groups + g]);
+    });
     for (int64_t s = 0; s < steps;) {
       W16 acc[R][kChains];
       unrolled<R>([&](auto r) __attribute__((always_inline)) {
@@ -565,6 +588,17 @@ COFIRE_INLINE void add_word(const uint32_t* p, const uint8_t* tile, int64_t q,
   }
 }
 
+// Sums of R rows, each of which starts at what `first(r)` says.
+template <int R, typename Sum, typename First>
+COFIRE_INLINE void start(Sum (&sums)[R][kTileBlocks], const First& first) {
+  COFIRE_UNROLL
+  for (int r = 0; r < R; ++r) {
+    const Sum value = first(r);
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = value;
+  }
+}
+
 template <int R, typename Sum>
 COFIRE_INLINE void clear(Sum (&sums)[R][kTileBlocks]) {
   COFIRE_UNROLL
@@ -581,6 +615,7 @@ struct Piece {
   int64_t held;                // quads whose sums 16 bits can hold
   const float *scale, *shift;  // [groups][kWidth]; no shift: null
   int64_t all_groups;          // of x
+  int64_t middle;              // what comes off each byte
 };
 
 // c += scale * total + shift * sums.
@@ -610,7 +645,11 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
   const uint8_t* tile = piece.tile;
   for (int64_t g = 0; g < piece.groups; ++g) {
     W16 acc[R][kTileBlocks];
-    clear(acc);
+    if (piece.middle == 0) {
+      clear(acc);
+    } else {
+      start(acc, [&](int r) { return taken_off(piece.middle, sums[r * piece.all_groups + g]); });
+    }
     if constexpr (Kind == Bytes::kNarrow) {
       for (int64_t q = 0; q < piece.words;) {
         W16 narrow[R][kTileBlocks];
@@ -802,35 +841,38 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
         }
       }
     };
-    return [&, gather, tile = std::vector<uint8_t>(64 + groups * part * kStep * kWidth * size),
-            c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
-            factor = std::vector<float>(groups * kWidth),
-            moved = std::vector<float>(groups * kWidth)](int64_t first, int64_t used, int64_t from,
-                                                         int64_t to) mutable {
-      const int64_t m = x.panels[from], rows = x.panels[to] - m;
-      std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
-      for (int64_t g = 0; g < w.groups; g += groups) {
-        const int64_t now = std::min(groups, w.groups - g);
-        gather(w.scale, g, now, first, used, factor);
-        if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
-        for (int64_t s = 0; s < steps; s += part) {
-          const int64_t length = std::min(part, steps - s), at = g * steps + s;
-          decode(first, used, at, now * length, tile.data());
-          // The shift of a group is added with its first part.
-          const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
-          const float* all_sums = shift != nullptr ? x.sums.const_data_ptr<float>() : nullptr;
-          const Piece piece{tile.data(), now,     length * kStep / 4 * size, held, factor.data(),
-                            shift,       w.groups};
-          for (int64_t i = from; i < to; ++i) {
-            const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-            const float* sums = shift != nullptr ? all_sums + r * w.groups + g : nullptr;
-            kernel(together)(piece, x.panel(r, together, at * kStep), sums,
-                             c.data() + (r - m) * kWidth);
+    return
+        [&, gather, tile = std::vector<uint8_t>(64 + groups * part * kStep * kWidth * size),
+         c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
+         factor = std::vector<float>(groups * kWidth), moved = std::vector<float>(groups * kWidth)](
+            int64_t first, int64_t used, int64_t from, int64_t to) mutable {
+          const int64_t m = x.panels[from], rows = x.panels[to] - m;
+          sink.ask_for(m, rows, first * kBlock);
+          std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+          for (int64_t g = 0; g < w.groups; g += groups) {
+            const int64_t now = std::min(groups, w.groups - g);
+            gather(w.scale, g, now, first, used, factor);
+            if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
+            for (int64_t s = 0; s < steps; s += part) {
+              const int64_t length = std::min(part, steps - s), at = g * steps + s;
+              decode(first, used, at, now * length, tile.data());
+              // What is added to a group is added with its first part.
+              const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
+              const int64_t middle = pairs || s > 0 ? 0 : w.byte_middle;
+              const Piece piece{tile.data(), now,           length * kStep / 4 * size,
+                                held,        factor.data(), shift,
+                                w.groups,    middle};
+              const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
+              for (int64_t i = from; i < to; ++i) {
+                const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+                const float* sums = all_sums != nullptr ? all_sums + r * w.groups + g : nullptr;
+                kernel(together)(piece, x.panel(r, together, at * kStep), sums,
+                                 c.data() + (r - m) * kWidth);
+              }
+            }
           }
-        }
-      }
-      sink(c.data(), m, rows, first * kBlock, kWidth);
-    };
+          sink(c.data(), m, rows, first * kBlock, kWidth);
+        };
   });
 }
 
@@ -882,6 +924,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
             values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
                int64_t first, int64_t used, int64_t from, int64_t to) mutable {
       const int64_t m = x.panels[from], rows = x.panels[to] - m;
+      sink.ask_for(m, rows, first * kBlock);
       std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
       for (int64_t k = 0; k < x.columns; k += kDepth) {
         const int64_t depth = std::min(kDepth, x.columns - k);
@@ -917,8 +960,9 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
   const at::Tensor added = bias.has_value() ? bias->to(at::kFloat) : at::Tensor();
   const int64_t columns = stored.columns, blocks = (stored.rows + kBlock - 1) / kBlock;
   const int64_t most = std::clamp<int64_t>(kSlab / (columns + 1) / kBlock, 1, blocks);
+  // Each piece has the library arrange the slab anew.
   const int64_t pieces =
-      std::max<int64_t>(x.size(0) / std::clamp<int64_t>(x.size(0) / 8, 128, 512), 2);
+      std::max<int64_t>(x.size(0) / std::clamp<int64_t>(x.size(0) / 4, 128, 512), 2);
   // Of a packed weight [columns][width and a block that keeps rows apart], else [width][columns].
   const int64_t width = most * kBlock, apart = w != nullptr ? width + kBlock : columns;
   const int64_t depth = round_up(columns, kStep);
@@ -1008,7 +1052,8 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
                             : int8             ? &w->byte_shift
                             : way == Way::kFew ? &w->few_shift
                                                : &w->shift;
-  const bool sums = shift != nullptr && shift->defined() && way != Way::kFloats;
+  const bool moved = shift != nullptr && shift->defined() && way != Way::kFloats;
+  const bool sums = moved || (int8 && w != nullptr && w->byte_middle != 0);
   const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
                             w != nullptr ? w->groups : 1, int8, sums, way);
   const Sink sink{rows, low_rank, int8,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cofire import explain, native, ops
 from cofire.ops import QTensor, pack_bits
+from cofire.ops.lowbit import int8_activations
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
 
@@ -389,7 +390,7 @@ def test_what_changed_is_packed_again() -> None:
 def test_the_number_of_threads_changes_nothing() -> None:
     rand = Random("threads")
     w = weight(rand, 200, 256, 4, 64, zero="bytes")
-    for rows in (1, 4, 40):
+    for rows in (1, 4, 40, 600):
         x, dy = rand.normal(rows, 256), rand.normal(rows, 200)
         calls = [
             lambda x=x: OPERATORS["qlinear"].overload(x, *w, None, 4, 64, "exact"),
@@ -435,16 +436,59 @@ def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, 
     assert re.search(
         rf"tiles of the weight decoded to (bytes|floats|pairs of bf16): {limit + 1} rows, more than {limit}", beyond
     )
-    x = rand.normal(131, columns).to(dtype)
+    beyond = way(torch.ones(512, columns, dtype=dtype), q, activations)
+    assert activations == "int8" or re.search(r"library's product: 512 rows, 512 or more$|pairs of bf16", beyond), (
+        beyond
+    )
+    x = rand.normal(517, columns).to(dtype)
     expected = OPERATORS["qlinear"].reference(
         x.double(), codes, scale, zero, offset, lut, None, bits, group, activations
     )
     # Rounded once to the dtype, after a sum in fp32 whose error grows with the sum of the terms' sizes.
     terms = (x.abs().float() @ q.dequantize().abs().t()).amax()
     bound = 2 * torch.finfo(dtype).eps * expected.abs().amax() + 4 * torch.finfo(torch.float32).eps * terms
-    for rows in (limit, limit + 1, 64, 65, 131):
+    for rows in (limit, limit + 1, 64, 65, 131, 512, 517):
         y = ops.qlinear(x[:rows], q, activations=activations)
         assert (y.double() - expected[:rows]).abs().amax() <= bound
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["5bits", "palette", "palettes_of_rows", "6bits_g16"])
+def test_many_rows_are_the_library_s(name: str, dtype: torch.dtype) -> None:
+    """With a bias and a low-rank term, of a packed layout (also over several slabs) and of codes as they are stored."""
+    sizes, rest = ((700, 2048, 5, 32), WEIGHTS[name][1]) if name == "5bits" else WEIGHTS[name]
+    rand = Random(name)
+    codes, scale, zero, offset, lut = weight(rand, *sizes, **rest)
+    n, columns, bits, group = sizes
+    q = QTensor(codes, scale, (n, columns), bits, group, zero, offset, lut)
+    x, bias = rand.normal(520, columns).to(dtype), rand.normal(n)
+    a, b = rand.normal(3, columns), rand.normal(n, 3)
+    w = q.dequantize().double()
+    expected = x.double() @ w.t() + bias.double()
+    size = expected.abs().amax()
+    low = (x @ a.to(dtype).t()).double()
+    bound = 2 * torch.finfo(dtype).eps * size + 16 * torch.finfo(torch.float32).eps * size
+    assert (ops.qlinear(x, q, bias).double() - expected).abs().amax() <= bound
+    y = ops.qlora_linear(x, q, a, b, bias=bias).double()
+    more = expected + low @ b.double().t()
+    assert (y - more).abs().amax() <= 4 * torch.finfo(dtype).eps * more.abs().amax() + bound
+
+
+@compiled
+@pytest.mark.parametrize(("bits", "zero"), [(4, 8.0), (8, 128.0), (4, 7.5)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_long_rows_of_bytes_lose_nothing(bits: int, zero: float, rows: int) -> None:
+    """A zero point that all share comes off sums of integers: where it is whole, what is left is exact in fp32."""
+    rand = Random("long")
+    codes = (rand.uniform(20, 16384) * (1 << bits)).floor().to(torch.uint8)
+    q = QTensor.from_codes(codes, torch.ones(20, 1), bits=bits, group_size=16384, zero=torch.full((1, 1), zero))
+    x = rand.normal(rows, 16384)
+    p, a = int8_activations(x)
+    expected = p.double() @ (codes.double() - zero).t()
+    y = ops.qlinear(x, q, activations="int8").double() / a.double()
+    tolerance = 2**-22 if zero == int(zero) else 2**-12
+    assert ((y - expected).abs() <= tolerance * expected.abs().clamp(min=expected.abs().mean())).all()
 
 
 @compiled

@@ -118,20 +118,21 @@ def test_what_four_bits_clip() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("rows", [1, 3, 17, 520])
 def test_product(format: str, rows: int) -> None:
-    p, s = ops.shift_quantize(*parameters(7, 130))
+    p, s = ops.shift_quantize(*parameters(23, 130))
     q = ops.pack_shift(p, s, format=format)
-    x, bias = Random("x").normal(rows, 130), Random("bias").normal(7)
+    x, bias = Random("x").normal(rows, 130), Random("bias").normal(23)
     expected = x.double() @ q.dequantize().double().t() + bias.double()
     torch.testing.assert_close(ops.shift_linear(x, q, bias).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [130, 9000])
 @pytest.mark.parametrize("rows", [1, 17])
-def test_product_of_rounded_activations_is_that_of_integers(rows: int) -> None:
-    p, s = ops.shift_quantize(*parameters(7, 130))
+def test_product_of_rounded_activations_is_that_of_integers(rows: int, columns: int) -> None:
+    p, s = ops.shift_quantize(*parameters(7, columns))
     q = ops.pack_shift(p, s, format="S4")
-    x = Random("x").normal(rows, 130)
+    x = Random("x").normal(rows, columns)
     codes, a = int8_activations(x)
     assert q.lut is not None
     integers = codes.long() @ q.lut[0].long()[q.unpack().long()].t()

@@ -61,8 +61,11 @@ def criteria(results: Results) -> list[Criterion]:
         name = "the share moves by at least 10 points with the latencies"
         found.append(Criterion(name, f"{100 * moved:+.1f} points", moved >= MOVES))
     if mixtures:
-        least = min(cell["router_gradient"] for name in mixtures for cell in _cells(results, name))
-        found.append(Criterion("the task's gradient reaches every router", f"least norm {least:.1e}", least > 0))
+        cells = [cell for name in mixtures for cell in _cells(results, name)]
+        least = min(cell["router_gradient"] for cell in cells)
+        reached, routers = (sum(cell[key] for cell in cells) for key in ("routers_reached", "routers"))
+        text = f"{reached} of {routers}, least norm {least:.1e}"
+        found.append(Criterion("the task's gradient reaches every router", text, reached == routers))
     hashed = _cells(results, ADDITIONS)
     if hashed:
         overlap, chance = _mean(results, ADDITIONS, "overlap"), hashed[0]["chance"]

@@ -107,7 +107,8 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         >>> packed = method.finalize(model)
 
     Source: You et al. 2023 (2306.06446), section 4. As published, the gate scales what an expert returns, so that the router
-    is trained; in the authors' released code it is constant, and the balance loss is 0.
+    is trained; in the authors' released code it is constant, and the balance loss is 0. One kind of router learns from the
+    balance alone even so: queries and keys are normalised, which divides the gate of their projections out.
     """
 
     stage: int = 3

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of the library on pieces of memory, each by one thread: results are the same for any
+// number of threads, and what a piece is multiplied to is still in the cache.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+
+#include <algorithm>
+
+#include "loops.h"
+#include "parts.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace kv_fusion {
+
+// f(task) by threads, each within a parallel region: the library then takes no threads of its own.
+template <typename F>
+void each_by_one_thread(int64_t tasks, F&& f) {
+  in_turns(std::max<int64_t>(tasks, 2), [&](int64_t i) {
+    if (i >= tasks) return;
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // of this thread
+    f(i);
+  });
+}
+
+inline at::Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t stride) {
+  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1},
+                       at::TensorOptions(at::kFloat));
+}
+
+inline void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add = false) {
+  add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+}
+
+// Rows in fp32: where they are, or converted.
+struct Floats {
+  at::Tensor owner;
+  const float* data = nullptr;
+  int64_t stride = 0;
+
+  template <typename T>
+  Floats(const T* p, int64_t rows, int64_t d, int64_t stride_) {
+    if constexpr (std::is_same_v<T, float>) {
+      data = p;
+      stride = stride_;
+    } else {
+      owner = at::empty({rows, d}, at::kFloat);
+      auto* to = owner.mutable_data_ptr<float>();
+      data = to;
+      stride = d;
+      for (int64_t r = 0; r < rows; ++r) {
+        for_vectors(d, [&](int64_t c, auto count) {
+          store_f32(to + r * d + c, load(p + r * stride_ + c, count), count);
+        });
+      }
+    }
+  }
+  at::Tensor matrix(int64_t first, int64_t count, int64_t d) const {
+    return kv_fusion::matrix(data + first * stride, count, d, stride);
+  }
+};
+
+}  // namespace kv_fusion
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
