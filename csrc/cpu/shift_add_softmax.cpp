@@ -127,17 +127,25 @@ void split(const W* codes, int64_t count, uint64_t mask, int64_t groups, uint8_t
   }
 }
 
+// f(c, load) for each kLanes columns from c on: load(j) are those of value j, zeros where there are
+// none.
+template <typename T, typename F>
+void for_columns(const T* value, int64_t count, int64_t d, F&& f) {
+  for (int64_t c = 0; c < (d + kColumns - 1) / kColumns * kColumns; c += kLanes) {
+    const int64_t width = std::clamp<int64_t>(d - c, 0, kLanes);
+    f(c, [=](int64_t j) {
+      return j < count && width > 0 ? load_f32(value + j * d + c, width) : Vec(0.0f);
+    });
+  }
+}
+
 // A block of values by columns: [columns / kColumns][kKeys][kColumns].
 template <typename T>
 void arrange(const T* value, int64_t count, int64_t d, const uint8_t* order, float* out, float*) {
-  for (int64_t c = 0; c < d; c += kColumns) {
-    const int64_t width = std::min(kColumns, d - c);
-    for (int64_t j = 0; j < kKeys; ++j, out += kColumns) {
-      std::fill_n(out, kColumns, 0.0f);
-      if (order[j] >= count) continue;
-      for (int64_t i = 0; i < width; ++i) out[i] = static_cast<float>(value[order[j] * d + c + i]);
-    }
-  }
+  for_columns(value, count, d, [&](int64_t c, auto&& load) {
+    float* p = out + c / kColumns * kKeys * kColumns + c % kColumns;
+    for (int64_t j = 0; j < kKeys; ++j) load(order[j]).store(p + j * kColumns);
+  });
 }
 
 // The same in integers and a scale for each column, the values of two keys beside each other:
@@ -145,39 +153,24 @@ void arrange(const T* value, int64_t count, int64_t d, const uint8_t* order, flo
 template <typename T>
 void arrange(const T* value, int64_t count, int64_t d, const uint8_t* order, int16_t* out,
              float* scales) {
-  for (int64_t c = 0; c < d; c += kColumns) {
-    const int64_t width = std::min(kColumns, d - c);
-    alignas(64) float largest[kColumns] = {}, row[kColumns] = {}, inverse[kColumns];
-    const auto load = [&](int64_t j) {
-      for (int64_t i = 0; i < width; ++i) row[i] = static_cast<float>(value[j * d + c + i]);
+  for_columns(value, count, d, [&](int64_t c, auto&& load) {
+    Vec largest(0.0f);
+    for (int64_t j = 0; j < count; ++j) largest = at::vec::maximum(largest, load(j).abs());
+    alignas(64) float inverse[kLanes];
+    (largest * Vec(1.0f / kMostValue)).store(scales + c);
+    largest.store(inverse);
+    for (float& x : inverse) x = std::isfinite(kMostValue / x) ? kMostValue / x : 0.0f;  // of zeros
+    const Vec by = Vec::loadu(inverse);
+    // (What is not finite becomes 0 here: the scale says what it was.)
+    const auto whole = [&](int64_t j) {
+      return at::vec::convert_to_int_of_same_size((load(order[j]) * by).round());
     };
-    for (int64_t j = 0; j < count; ++j) {
-      load(j);
-      for (int64_t i = 0; i < kColumns; ++i) {  // a NaN stays
-        const float x = std::abs(row[i]);
-        largest[i] = largest[i] >= x || largest[i] != largest[i] ? largest[i] : x;
-      }
+    const at::vec::Vectorized<int32_t> lower(0xffff), bits(16);
+    int16_t* p = out + (c / kColumns * kKeys * kColumns + c % kColumns * 2);
+    for (int64_t j = 0; j < kKeys; j += 2) {
+      ((whole(j + 1) << bits) | (whole(j) & lower)).store(p + j * kColumns);
     }
-    for (int64_t i = 0; i < kColumns; ++i) {
-      scales[c + i] = largest[i] / kMostValue;
-      const float x = kMostValue / largest[i];
-      inverse[i] = std::isfinite(x) ? x : 0.0f;  // of zeros, and of NaN
-    }
-    for (int64_t j = 0; j < kKeys; ++j) {
-      if (order[j] < count) {
-        load(order[j]);
-      } else {
-        std::fill_n(row, kColumns, 0.0f);
-      }
-      int16_t* p = out + (j / 2 * kColumns) * 2 + j % 2;
-      for (int64_t i = 0; i < kColumns; ++i) {  // (not finite: the scale says so)
-        const float x = row[i] * inverse[i], rounded = x + std::copysign(0.5f, x);
-        p[2 * i] =
-            static_cast<int16_t>(std::abs(x) < kMostValue + 0.5f ? static_cast<int>(rounded) : 0);
-      }
-    }
-    out += kKeys * kColumns;
-  }
+  });
 }
 
 // ------------------------------------------------------------------------------ a tile of queries
