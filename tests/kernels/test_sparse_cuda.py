@@ -219,6 +219,17 @@ def test_the_rest_goes_to_triton() -> None:
     assert product_cuda.spmm_cuda_plan(*CASES["f16_8"]) == "CUDA C++: bits, or 2:4, to the tensor cores"
 
 
+def test_older_gpus_are_left_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sparse products of tensor cores came with compute capability 8.0."""
+    for found, expected in (((7, 5), "compute capability 7.5, of at least 8.0"), ((8, 0), ""), ((9, 0), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=found: found)
+        assert product_cuda.too_old(torch.device("cuda")) == expected
+    assert product_cuda.too_old(torch.device("cpu")) == ""
+    monkeypatch.setattr(product_cuda, "too_old", lambda device: "compute capability 7.5, of at least 8.0")
+    plan = product_cuda.spmm_cuda_plan(*CASES["f16_8"])
+    assert plan.startswith("Triton: ") and plan.endswith("(compute capability 7.5, of at least 8.0)")
+
+
 # --------------------------------------------------------------------------------------------- machine code
 
 

@@ -151,6 +151,86 @@ def test_what_is_pruned_never_leaks(dtype: torch.dtype) -> None:
             assert ops.spmm(x, packed).isfinite().all()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_a_nan_in_the_input_reaches_what_is_kept(format: str, rows: int) -> None:
+    """Where an index says what is kept, nothing else; a bitmap is multiplied with its zeros, as a dense weight is."""
+    rand = Random("nan")
+    mask = rand.mask(48, 40)
+    mask[:16] = mask[:1]
+    mask[16:32, 7], mask[32:, 7] = True, False
+    w, x = rand.normal(48, 40), rand.normal(rows, 40)
+    clean = ops.spmm(x, SparseWeight.from_dense(w, mask, format, block=(16, 1)))
+    x[0, 7] = torch.nan
+    y = ops.spmm(x, SparseWeight.from_dense(w, mask, format, block=(16, 1)))
+    assert y[0, mask[:, 7]].isnan().all()
+    assert torch.equal(y[1:], clean[1:])
+    if format != "bitmap":
+        assert torch.equal(y[0, ~mask[:, 7]], clean[0, ~mask[:, 7]])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_kept_zero_stays_with_its_sign(format: str) -> None:
+    """The mask says what is kept, not the values: zeros of either sign are stored, and come back."""
+    w = torch.tensor([[0.0, -0.0, 2.0, -1.0]]).repeat(16, 1)
+    mask = torch.tensor([[True, True, True, False]]).repeat(16, 1)
+    packed = SparseWeight.from_dense(w, mask, format, block=(16, 1))
+    assert torch.equal(packed.mask(), mask)
+    back = packed.to_dense()
+    assert torch.equal(back, torch.where(mask, w, 0.0))
+    assert torch.equal(back.signbit(), torch.where(mask, w, 0.0).signbit())
+    x = torch.tensor([[-1.0, 1.0, 0.5, 3.0]])
+    assert torch.equal(ops.spmm(x, packed), torch.ones(1, 16))
+    bits = bits_of(mask)
+    assert torch.equal(ops.apply_mask(w, bits).signbit(), torch.where(mask, w, 0.0).signbit())
+    assert torch.equal(ops.masked_linear(x, w, bits), torch.ones(1, 16))
+
+
+#: rows of the input, rows and columns of the weight
+SHAPES = list(
+    zip(
+        (0, 1, 2, 3, 7, 8, 9, 16, 17, 64, 1000, 1, 17, 4, 300),
+        (1, 15, 17, 16, 48, 1, 33, 64, 15, 17, 16, 64, 32, 15, 17),
+        (1, 15, 16, 17, 63, 64, 65, 130, 1, 15, 63, 4096, 11008, 4096, 64),
+        strict=True,
+    )
+)
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
+    """Within the rounding of sums of so many terms in fp32."""
+    rounding = 4 * torch.finfo(torch.float32).eps * max(terms, 1) ** 0.5
+    largest = float(expected.abs().amax()) if expected.numel() else 0.0
+    assert ((got.double() - expected).abs() <= rounding * (1 + largest)).all()
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("format", FORMATS)
+def test_shapes_and_densities(format: str, density: float) -> None:
+    """Products and gradients of every size against fp64, within the rounding of sums in fp32."""
+    for m, n, k in SHAPES:
+        if format == "block" and n % 16:
+            continue
+        rand = Random(f"{m} {n} {k} {density}")
+        mask = rand.uniform(n, k) < density
+        if format == "block":
+            mask = mask[::16].repeat_interleave(16, 0)
+        w = torch.where(mask, rand.normal(n, k), 0.0)
+        x, g = rand.normal(m, k).requires_grad_(), rand.normal(m, n)
+        packed = SparseWeight.from_dense(w, mask, format, block=(16, 1))
+        trained = format in ("csr", "block")  # the others are for inference
+        packed.values.requires_grad_(trained)
+        y = ops.spmm(x if trained else x.detach(), packed)
+        wide, a, b = w.double(), x.detach().double(), g.double()
+
+        close(y, a @ wide.t(), k)
+        if trained:
+            y.backward(g)
+            assert x.grad is not None and packed.values.grad is not None
+            close(x.grad, b @ wide, n)
+            close(packed.replace(values=packed.values.grad).to_dense(), torch.where(mask, b.t() @ a, 0.0), m)
+
+
 # ------------------------------------------------------------------------------------------------------ spmm
 
 

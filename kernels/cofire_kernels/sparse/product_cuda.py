@@ -168,9 +168,17 @@ def refused(
     return "" if rows and columns else "an empty weight"
 
 
+def too_old(device: torch.device) -> str:
+    """Why a GPU lacks the products that the kernels are made of, those of sparse tensor cores; empty where it has them."""
+    if device.type != "cuda":
+        return ""
+    found = torch.cuda.get_device_capability(device)
+    return "" if found >= (8, 0) else f"compute capability {found[0]}.{found[1]}, of at least 8.0"
+
+
 def _refused(*args: Any) -> str:
     input, values = args[0], args[2]
-    return refused(_samples(input), input.dtype, values.dtype, *args[6:9])
+    return too_old(input.device) or refused(_samples(input), input.dtype, values.dtype, *args[6:9])
 
 
 def spmm_cuda_plan(*args: Any) -> str:
