@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cofire import ops
+from cofire import native, ops
 from cofire.ops import SparseWeight, sparse
 from cofire.ops.packing import pack_bits
 from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
@@ -165,7 +165,7 @@ def test_a_nan_in_the_input_reaches_what_is_kept(format: str, rows: int) -> None
     y = ops.spmm(x, SparseWeight.from_dense(w, mask, format, block=(16, 1)))
     assert y[0, mask[:, 7]].isnan().all()
     assert torch.equal(y[1:], clean[1:])
-    if format != "bitmap":
+    if format != "bitmap" and native.STATUS.variant is not None:  # the reference multiplies zeros too
         assert torch.equal(y[0, ~mask[:, 7]], clean[0, ~mask[:, 7]])
 
 

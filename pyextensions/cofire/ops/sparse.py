@@ -488,7 +488,8 @@ def spmm(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Ten
     Returns:
         ``[..., N]`` in the input's dtype, summed in fp32. Differentiable with respect to input, bias and (of the formats
         ``csr`` and ``block``) the values; what is packed for inference refuses a backward. A NaN in the input reaches the
-        outputs whose kept weights meet it, and with bitmaps, whose zeros are multiplied, all outputs of its row.
+        outputs whose kept weights meet it, and with bitmaps, whose zeros are multiplied, and in plain torch
+        all outputs of its row.
 
     Raises:
         TypeError: ``weight`` is no SparseWeight, or a tensor no float.
