@@ -23,10 +23,9 @@ from cofire import data as datasets
 from cofire import models
 from cofire.data import Images, Text
 from cofire.experiments import dsnot_report, report, training
-from cofire.experiments.files import Results
+from cofire.experiments.files import Results, results_file
 from cofire.experiments.quantize import TEXT, Classify, Predict, Run, Task, refuse_options
 from cofire.experiments.training import Advance
-from cofire.files import write_atomically
 from cofire.methods import DSnoT
 from cofire.ops import unpack_mask
 from cofire.registry import OPERATORS
@@ -288,7 +287,11 @@ def command(
     refuse_options("dsnot", data, model, CHARACTERS.model, epochs, head_lr, validate)
     plan = _plan(data, model, epochs, lr)
     folder = out / f"dsnot-{plan.model}-{Path(data).name}"
-    show(folder, lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress))
+    report.show(
+        dsnot_report,
+        results_file(folder),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )
 
 
 def prune(
@@ -322,7 +325,11 @@ def prune(
     name = "-".join([plan.model, Path(data).name, refine, initial, stop, f"bias{bias_correct:d}"])
     amounts = pattern.replace(":", "of") if pattern else "-".join(f"{s:g}" for s in plan.sparsities)
     folder = out / f"prune-{name}-{amounts}"
-    show(folder, lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress))
+    report.show(
+        dsnot_report,
+        results_file(folder),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )
 
 
 def _pattern(text: str) -> tuple[int, int]:
@@ -348,17 +355,3 @@ def _plan(data: str, model: str | None, epochs: int | None, lr: float | None) ->
         )
     plan = plan if epochs is None else replace(plan, epochs=epochs)
     return plan if lr is None else replace(plan, lr=lr)
-
-
-def show(folder: Path, run: Callable[[Any], Results]) -> None:
-    """Run with a bar, print the tables, and write them and the plots beside the results."""
-    from rich.console import Console
-
-    console = Console()
-    with report.progress_bar(console) as progress:
-        results = run(progress)
-    report.print_tables(console, dsnot_report.conditions(results), dsnot_report.tables(results))
-    table = folder / "results.md"
-    write_atomically(table, dsnot_report.markdown(results))
-    for path in (folder / "results.json", table, *dsnot_report.plots(results, folder)):
-        console.print(f"written: {path}")

@@ -29,7 +29,7 @@ from cofire.data import Images, Text
 from cofire.experiments import edkm_report, language, report
 from cofire.experiments.centroid_path import centroid_path
 from cofire.experiments.environment import environment
-from cofire.experiments.files import Results, load_results, load_weights, read_weights, save_weights
+from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
 from cofire.experiments.training import Advance, accuracy, fit, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import EDKM, Method
@@ -253,7 +253,7 @@ class _Run:
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None, progress: Any
     ) -> None:
         self.data, self.plan, self.progress = data, plan, progress
-        self.file = results_file(out, plan)
+        self.file = results_file(out, plan.validate)
         self.out = self.file.parent
         self.weights = None if weights is None else read_weights(weights)
         settings = {
@@ -443,11 +443,6 @@ def _continued_file(seed: int) -> str:
     return f"weights/continued-{seed}.pt"
 
 
-def results_file(out: Path, plan: Plan) -> Path:
-    """Where the results go: a validation run has a name of its own, so that it never passes for a test."""
-    return out / "validation" / "validation.json" if plan.validate else out / "results.json"
-
-
 def command(
     *,
     data: str = "digits",
@@ -461,8 +456,6 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train edkm``: run the experiment, print table and criteria, write results, table and plots to ``out``."""
-    from rich.console import Console
-
     if epochs is not None and epochs < 1:
         raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
     if head_lr is not None:
@@ -476,12 +469,8 @@ def command(
         plan = replace(plan, lr=lr)
     plan = replace(plan, validate=validate)
     folder = out / f"edkm-{plan.model}-{Path(data).name}"
-    console = Console()
-    with report.progress_bar(console) as progress:
-        results = experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress)
-    report.print_tables(console, edkm_report.conditions(results), edkm_report.tables(results))
-    file = results_file(folder, plan)
-    table = file.with_suffix(".md")
-    write_atomically(table, edkm_report.markdown(results))
-    for path in [file, table, *edkm_report.plots(results, file.parent)]:
-        console.print(f"written: {path}")
+    report.show(
+        edkm_report,
+        results_file(folder, validate),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )

@@ -16,6 +16,11 @@ from cofire.files import replacing
 Results = dict[str, Any]
 
 
+def results_file(out: Path, validate: bool = False) -> Path:
+    """Where the results go: a validation run has a name of its own, so that it never passes for a test."""
+    return out / "validation" / "validation.json" if validate else out / "results.json"
+
+
 def load_results(path: Path, settings: Results, environment: Results) -> Results:
     """What ``path`` holds of the experiment with these settings, or the start of new results.
 

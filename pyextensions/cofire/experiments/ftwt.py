@@ -29,6 +29,7 @@ from cofire.experiments.files import (
     load_results,
     load_weights,
     read_weights,
+    results_file,
     save_weights,
 )
 from cofire.experiments.latency import latency
@@ -147,7 +148,7 @@ class _Run:
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None, progress: Any
     ) -> None:
         self.data, self.plan, self.progress = data, plan, progress
-        self.file = results_file(out, plan)
+        self.file = results_file(out, plan.validate)
         self.out = self.file.parent
         self.weights = None if weights is None else read_weights(weights)
         images = self.images
@@ -332,11 +333,6 @@ def _cell_file(budget: Budget, seed: int) -> str:
     return f"weights/{budget.name.replace(' ', '-')}-{seed}.pt"
 
 
-def results_file(out: Path, plan: Plan) -> Path:
-    """Where the results go: a validation run has a name of its own, so that it never passes for a test."""
-    return out / "validation" / "validation.json" if plan.validate else out / "results.json"
-
-
 def command(
     *,
     data: str = "digits",
@@ -350,11 +346,8 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train ftwt``: run the experiment, print table and criteria, write results, table and plots to ``out``."""
-    from rich.console import Console
-
     if epochs is not None and epochs < 1:
         raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    console = Console()
     plan = DIGITS if data == "digits" and weights is None else PRETRAINED
     if weights is None and plan is PRETRAINED:
         plan = replace(plan, dense_epochs=30, dense_lr=0.1, images=None, test_images=None)
@@ -368,11 +361,8 @@ def command(
         plan = replace(plan, gated_lr=lr)
     plan = replace(plan, validate=validate)
     folder = out / f"ftwt-{plan.model}-{Path(data).name}"
-    with report.progress_bar(console) as progress:
-        results = experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress)
-    report.print_tables(console, ftwt_report.conditions(results), ftwt_report.tables(results))
-    file = results_file(folder, plan)
-    table = file.with_suffix(".md")
-    write_atomically(table, ftwt_report.markdown(results))
-    for path in [file, table, *ftwt_report.plots(results, file.parent)]:
-        console.print(f"written: {path}")
+    report.show(
+        ftwt_report,
+        results_file(folder, validate),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )

@@ -24,7 +24,7 @@ from cofire import models
 from cofire.data import Images
 from cofire.experiments import ofq_report, report
 from cofire.experiments.environment import environment
-from cofire.experiments.files import Results, load_results, load_weights, read_weights, save_weights
+from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
 from cofire.experiments.training import Advance, accuracy, adamw, fit, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import OFQ
@@ -143,7 +143,7 @@ class Run:
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None = None, progress: Any = None
     ) -> None:
         self.data, self.plan, self.progress = data, plan, progress
-        self.file = results_file(out, plan)
+        self.file = results_file(out, plan.validate)
         self.out = self.file.parent
         self.weights = None if weights is None else read_weights(weights)
         settings = {
@@ -345,11 +345,6 @@ def _file(what: str, seed: int) -> str:
     return f"weights/{what}-{seed}.pt"
 
 
-def results_file(out: Path, plan: Plan) -> Path:
-    """Where the results go: a validation run has a name of its own, so that it never passes for a test."""
-    return out / "validation" / "validation.json" if plan.validate else out / "results.json"
-
-
 def plan_of(
     data: str,
     model: str | None = None,
@@ -381,20 +376,14 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train ofq``: run the experiment, print table and criteria, write results, table and plots to ``out``."""
-    from rich.console import Console
-
     if epochs is not None and epochs < 1:
         raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
     if head_lr is not None:
         raise ValueError("experiment: ofq has no heads; --lr sets the rate of the quantised training")
     plan = plan_of(data, model, epochs, lr, validate)
     folder = out / f"ofq-{plan.model}-{Path(data).name}"
-    console = Console()
-    with report.progress_bar(console) as progress:
-        results = experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress)
-    report.print_tables(console, ofq_report.conditions(results), ofq_report.tables(results))
-    file = results_file(folder, plan)
-    table = file.with_suffix(".md")
-    write_atomically(table, ofq_report.markdown(results))
-    for path in [file, table, *ofq_report.plots(results, file.parent)]:
-        console.print(f"written: {path}")
+    report.show(
+        ofq_report,
+        results_file(folder, validate),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire import data as datasets
-from cofire.experiments import language, quantize_report
-from cofire.experiments.files import Results
-from cofire.experiments.quantize import CHARACTERS, TEXT, Plan, Predict, Run, refuse_options, show
+from cofire.experiments import language, quantize_report, report
+from cofire.experiments.files import Results, results_file
+from cofire.experiments.quantize import CHARACTERS, TEXT, Plan, Predict, Run, refuse_options
 from cofire.methods import QLoRA
 from cofire.methods.base import replace_modules
 from cofire.nn.lowbit import linear_layers
@@ -170,4 +170,8 @@ def command(
     if lr is not None:
         plan = replace(plan, low_rank_lr=lr)
     folder = out / f"qlora-{plan.model}-{data}"
-    show(folder, lambda progress: experiment(seeds, out=folder, plan=plan, weights=weights, progress=progress))
+    report.show(
+        quantize_report,
+        results_file(folder),
+        lambda progress: experiment(seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cofire import models
 from cofire.data import Images, Text
 from cofire.experiments import language, quantize_report, report, training
 from cofire.experiments.environment import environment
-from cofire.experiments.files import Results, load_results, load_weights, read_weights, save_weights
+from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
 from cofire.experiments.training import Advance
 from cofire.files import write_atomically
 from cofire.methods.base import replace_modules
@@ -373,7 +373,11 @@ def command(
     if lr is not None:
         plan = replace(plan, lr=lr)
     folder = out / f"quantize-{plan.model}-{Path(data).name}"
-    show(folder, lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress))
+    report.show(
+        quantize_report,
+        results_file(folder),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )
 
 
 def refuse_options(
@@ -388,17 +392,3 @@ def refuse_options(
         raise ValueError(f"experiment: {method} chooses no setting, so there is no validation run")
     if data == TEXT and model not in (None, of_text):
         raise ValueError(f"experiment: the network for text is {of_text}, got {model!r}")
-
-
-def show(folder: Path, run: Callable[[Any], Results]) -> None:
-    """Run with a bar, print the tables, and write them beside the results."""
-    from rich.console import Console
-
-    console = Console()
-    with report.progress_bar(console) as progress:
-        results = run(progress)
-    report.print_tables(console, quantize_report.conditions(results), quantize_report.tables(results))
-    table = folder / "results.md"
-    write_atomically(table, quantize_report.markdown(results))
-    for path in (folder / "results.json", table):
-        console.print(f"written: {path}")

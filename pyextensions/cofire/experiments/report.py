@@ -122,3 +122,24 @@ def print_tables(console: Any, conditions: str, tables: Iterable[Table]) -> None
         for row in rows:
             table.add_row(*(colours.get(cell, cell) for cell in row))
         console.print(table)
+
+
+def show(page: Any, file: Path, run: Callable[[Any], Results]) -> None:
+    """Run an experiment with a bar, print its tables, and write table and plots beside the results.
+
+    Args:
+        page: the module that reports the experiment: ``conditions``, ``tables``, ``markdown`` and, where it draws, ``plots``.
+        file: where the experiment writes its results.
+        run: the experiment, of the progress bar.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with progress_bar(console) as progress:
+        results = run(progress)
+    print_tables(console, page.conditions(results), page.tables(results))
+    table = file.with_suffix(".md")
+    write_atomically(table, page.markdown(results))
+    plots = page.plots(results, file.parent) if hasattr(page, "plots") else ()
+    for path in (file, table, *plots):
+        console.print(f"written: {path}")

@@ -13,7 +13,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cofire import models, ops
 from cofire.data import Images
 from cofire.experiments import report, shiftaddvit_report
 from cofire.experiments.environment import environment
-from cofire.experiments.files import Results, load_results, load_weights, read_weights, save_weights
+from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
 from cofire.experiments.training import Advance, accuracy, adamw, fit, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import ShiftAddViT
@@ -135,7 +135,7 @@ class Run:
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None = None, progress: Any = None
     ) -> None:
         self.data, self.plan, self.progress = data, plan, progress
-        self.file = results_file(out, plan)
+        self.file = results_file(out, plan.validate)
         self.out = self.file.parent
         self.weights = None if weights is None else read_weights(weights)
         settings = {
@@ -419,11 +419,6 @@ def router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Results:
 # --------------------------------------------------------------------------------------------------------- command
 
 
-def results_file(out: Path, plan: Plan) -> Path:
-    """Where the results go: a validation run has a name of its own, so that it never passes for a test."""
-    return out / "validation" / "validation.json" if plan.validate else out / "results.json"
-
-
 def plan_of(
     data: str,
     model: str | None = None,
@@ -455,21 +450,14 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train shiftaddvit``: run the experiment, print table and criteria, write results, table and plots."""
-    from rich.console import Console
-
     if epochs is not None and epochs < 1:
         raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
     if head_lr is not None:
         raise ValueError("experiment: shiftaddvit has no heads; --lr sets the rate of what follows the dense training")
     plan = plan_of(data, model, epochs, lr, validate)
     folder = out / f"shiftaddvit-{plan.model}-{Path(data).name}"
-    console = Console()
-    with report.progress_bar(console) as progress:
-        results = experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress)
-    report.print_tables(console, shiftaddvit_report.conditions(results), shiftaddvit_report.tables(results))
-    file = results_file(folder, plan)
-    table = file.with_suffix(".md")
-    write_atomically(table, shiftaddvit_report.markdown(results))
-    paths: Sequence[Path] = [file, table, *shiftaddvit_report.plots(results, file.parent)]
-    for path in paths:
-        console.print(f"written: {path}")
+    report.show(
+        shiftaddvit_report,
+        results_file(folder, validate),
+        lambda progress: experiment(data, seeds, out=folder, plan=plan, weights=weights, progress=progress),
+    )
