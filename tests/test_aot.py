@@ -95,6 +95,17 @@ def test_everything_compiles(chip: str) -> None:
     assert [facts for facts in compiled(chip) if "error" in facts] == []
 
 
+@pytest.mark.parametrize(
+    ("branch", "expected"),
+    [("@P0 BRA 0x10", 1), ("BRA.U UP0, 0x10", 1), ("@P0 BRA 0x00", 2), ("@P0 BRA 0x30", 0), ("@P0 BRA 0x60", 0)],
+)
+def test_an_access_in_a_loop_is_one_that_returns_to_itself(branch: str, expected: int) -> None:
+    """What stands behind the end and jumps back into the middle (0x60) is run once."""
+    code = ["STL [R1], R2", "LDL R3, [R1]", branch, "MOV R1, R2", "EXIT", "BRA 0x50", "@!P5 BRA 0x60", "BRA 0x30"]
+    sass = "\n".join(f"        /*{16 * place:04x}*/        {text} ;   /* 0x0 */" for place, text in enumerate(code))
+    assert aot._spills_in_loops(sass) == expected
+
+
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fits_the_chip(kernel: str, chip: str) -> None:

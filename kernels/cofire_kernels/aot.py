@@ -79,12 +79,34 @@ def _compiling(target: str, into: list[Any]) -> Iterator[None]:
 
 
 def _spills_in_loops(sass: str) -> int:
-    """How many accesses to the stack are between a branch backwards and where it goes."""
+    """How many accesses to the stack can be reached from themselves.
+
+    A branch backwards alone is no loop: what is rarely run, as another wait for a barrier, stands behind the end of the
+    program and jumps back.
+    """
     code = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)
-    jumps = [(int(at, 16), re.search(r"\bBRA\S*\s(?:.*, )?0x([0-9a-f]+)", text)) for at, text in code]
-    loops = [(int(to[1], 16), at) for at, to in jumps if to is not None and int(to[1], 16) < at]
-    stack = [int(at, 16) for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
-    return sum(any(start <= at <= end for start, end in loops) for at in stack)
+    place = {int(at, 16): index for index, (at, _) in enumerate(code)}
+    following: list[list[int]] = []
+    for index, (_, text) in enumerate(code):
+        after = [index + 1] if index + 1 < len(code) else []
+        jump = re.search(r"\bBRA\S*\s(?:.*, *)?0x([0-9a-f]+)", text)
+        if jump is not None:
+            always = re.fullmatch(r"BRA 0x[0-9a-f]+\s*", text) is not None
+            after = [place[int(jump[1], 16)], *([] if always else after)]
+        elif re.match(r"(EXIT|RET)\b", text):
+            after = []
+        following.append(after)
+
+    def returns(start: int) -> bool:
+        seen, waiting = set[int](), list(following[start])
+        while waiting:
+            now = waiting.pop()
+            if now not in seen:
+                seen.add(now)
+                waiting += following[now]
+        return start in seen
+
+    return sum(returns(index) for index, (_, text) in enumerate(code) if re.search(r"\b(LDL|STL)\b", text))
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
