@@ -680,7 +680,8 @@ class SnapKVCache(KVCache):
     def _reduce(self, at: CacheLayer, key: Tensor, value: Tensor, out: Pair | None) -> Pair:
         assert self.capacity is not None and at.queries is not None
         _, _, scores = ops.attention_with_scores(at.queries, key.detach(), value.detach(), normalize=self.normalize)
-        scores = F.max_pool1d(scores, self.kernel_size, 1, self.kernel_size // 2)
+        scores = F.max_pool1d(scores[..., : -self.window], self.kernel_size, 1, self.kernel_size // 2)
+        scores = F.pad(scores, (0, self.window))
         kept, _, _ = ops.kv_select(scores, self.capacity, 0, local=self.window)
         return self._take(key, value, kept, out)
 
