@@ -17,6 +17,7 @@ from torch import Tensor
 from cofire_kernels import (
     clustering,
     gating,
+    kv_fusion,
     lowbit,
     selection,
     shift_add_attention,
@@ -541,6 +542,17 @@ def _moe2_linear(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
     return [call((bias, bias)), call((None, bias)), call((None, None))]
 
 
+def _kv_select(make: Make, sizes: Sizes) -> list[Call]:
+    scores, n = make.values(1, 32, sizes["tokens"]), sizes["tokens"]
+    return [lambda: kv_fusion.kv_select(scores, n // 4, n // 4, 16)]
+
+
+def _kv_gather(make: Make, sizes: Sizes) -> list[Call]:
+    key, value, *new = (make.values(1, 32, n, sizes["features"]) for n in (1024, 1024, 512, 512))
+    heavy, rest = (torch.arange(n, dtype=torch.int32, device=make.device).expand(1, 32, n) for n in (256, 768))
+    return [lambda: kv_fusion.kv_gather_(*new, key, value, heavy, rest, 10)]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -588,4 +600,6 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "moe2_linear": lambda make, sizes: _moe2_linear(make, sizes, backward=False),
     "moe2_input_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
     "moe2_weight_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
+    "kv_select": _kv_select,
+    "kv_gather_": _kv_gather,
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 from cofire.ops.checks import check_device, check_float, check_integer, check_same, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
 from cofire.ops.shift_add_attention import NO_TRITON, check_shape, check_tokens, size_of
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["kv_fuse", "kv_gather_", "kv_select"]
 
@@ -74,7 +74,7 @@ _kv_select = register(
         reference=_select_reference,
         fake=_select_fake,
         backward="a choice has no gradient",
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_select"),
         bytes=lambda scores, heavy, merged, local: (
             size_of(scores) + 4 * scores.numel() + 4 * merged * scores.shape[0] * scores.shape[1]
         ),
@@ -192,7 +192,7 @@ _kv_gather = register(
         reference=_gather_reference,
         fake=_gather_fake,
         backward="a cache is written in place; where a gradient is wanted, torch.gather has one",
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_gather_"),
         bytes=lambda heavy_key, heavy_value, key, value, heavy_index, rest_index, padding: (
             4
             * key.element_size()
