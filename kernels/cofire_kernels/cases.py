@@ -553,6 +553,18 @@ def _kv_gather(make: Make, sizes: Sizes) -> list[Call]:
     return [lambda: kv_fusion.kv_gather_(*new, key, value, heavy, rest, 10)]
 
 
+def _kv_fuse(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    width, taps, slots = sizes["features"], 21, 256
+    tokens, weight, bias = make.values(1, 32, 788, width), make.values(slots, width, taps), make.values(slots)
+    gate, pick = make.values(1), torch.arange(slots, dtype=torch.int32, device=make.device).repeat(1, 32, 1)
+    if not backward:
+        return [lambda: kv_fusion.kv_fuse(tokens, weight, bias, gate, pick)]
+    grad = make.values(1, 32, slots, width // 2)
+    return [lambda: kv_fusion.kv_fuse_backward(grad, grad, tokens, weight, bias, gate, pick, True)]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -602,4 +614,6 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "moe2_weight_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
     "kv_select": _kv_select,
     "kv_gather_": _kv_gather,
+    "kv_fuse": lambda make, sizes: _kv_fuse(make, sizes, backward=False),
+    "kv_fuse_backward": lambda make, sizes: _kv_fuse(make, sizes, backward=True),
 }

@@ -2,7 +2,8 @@
 """Compression of a cache of keys and values: launchers with the arguments of the operators in ``cofire.ops.kv_fusion`` and
 ``cofire.ops.kv_fusion_attention``."""
 
+from cofire_kernels.kv_fusion.fuse import kv_fuse, kv_fuse_backward
 from cofire_kernels.kv_fusion.gather import kv_gather_
 from cofire_kernels.kv_fusion.select import kv_select
 
-__all__ = ["kv_gather_", "kv_select"]
+__all__ = ["kv_fuse", "kv_fuse_backward", "kv_gather_", "kv_select"]

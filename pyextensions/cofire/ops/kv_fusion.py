@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cofire.ops.checks import check_device, check_float, check_integer, check_same, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.shift_add_attention import NO_TRITON, check_shape, check_tokens, size_of
+from cofire.ops.shift_add_attention import check_shape, check_tokens, size_of
 from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["kv_fuse", "kv_gather_", "kv_select"]
@@ -394,7 +394,7 @@ kv_fuse_backward = register(
         reference=_fuse_backward_reference,
         fake=_fuse_backward_fake,
         backward=through_reference(_fuse_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_fuse_backward"),
         bytes=lambda grad_key, grad_value, tokens, weight, bias, *rest: size_of(
             grad_key, grad_value, tokens, weight, weight, *([tokens] if rest[-1] else [])
         ),
@@ -410,7 +410,7 @@ _kv_fuse = register(
         fake=_fuse_fake,
         backward=Backward(_save_fuse, _fuse_formula, "kv_fuse_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_fuse"),
         flops=_fuse_flops,
         bytes=lambda tokens, weight, bias, gate, pick: (
             size_of(tokens, weight, bias, pick) + pick.numel() * tokens.shape[3] * tokens.element_size()
