@@ -565,6 +565,17 @@ def _kv_fuse(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
     return [lambda: kv_fusion.kv_fuse_backward(grad, grad, tokens, weight, bias, gate, pick, True)]
 
 
+def _attention_with_scores(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    query, key = make.values(1, 32, 512, sizes["features"]), make.values(1, 8, 1024, sizes["features"])
+    scale = sizes["features"] ** -0.5
+    if not backward:
+        return [lambda: kv_fusion.attention_with_scores(query, key, key, True, scale, 512, True)]
+    of_lse = torch.ones((1, 32, 512), device=make.device)
+    return [lambda: kv_fusion.attention_with_scores_backward(query, of_lse, query, key, key, True, scale)]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -616,4 +627,6 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "kv_gather_": _kv_gather,
     "kv_fuse": lambda make, sizes: _kv_fuse(make, sizes, backward=False),
     "kv_fuse_backward": lambda make, sizes: _kv_fuse(make, sizes, backward=True),
+    "attention_with_scores": lambda make, sizes: _attention_with_scores(make, sizes, backward=False),
+    "attention_with_scores_backward": lambda make, sizes: _attention_with_scores(make, sizes, backward=True),
 }

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cofire.ops.checks import check_float, check_integer, check_number, check_same, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.shift_add_attention import NO_TRITON, check_shape, check_tokens, size_of
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.ops.shift_add_attention import check_shape, check_tokens, size_of
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["attention_with_scores"]
 
@@ -167,7 +167,7 @@ attention_with_scores_backward = register(
         reference=_attention_backward_reference,
         fake=lambda grad, grad_lse, query, key, value, *rest: tuple(x.new_empty(x.shape) for x in (query, key, value)),
         backward=through_reference(_attention_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:attention_with_scores_backward"),
         flops=lambda grad, grad_lse, query, key, value, causal, scale: 10 * query.shape[3] * _pairs(query, key, causal),
         bytes=lambda grad, grad_lse, query, key, value, *rest: (
             size_of(grad, grad_lse, query, key, value) * 2 - size_of(grad, grad_lse)
@@ -185,7 +185,7 @@ _attention = register(
         fake=_fake,
         backward=Backward(_save, _formula, "attention_with_scores_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:attention_with_scores"),
         flops=_flops,
         bytes=lambda query, key, value, *rest: (
             size_of(query, query, key, value) + 4 * (query[..., 0].numel() + key[..., 0].numel())
