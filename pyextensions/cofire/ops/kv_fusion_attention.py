@@ -168,7 +168,9 @@ attention_with_scores_backward = register(
         fake=lambda grad, grad_lse, query, key, value, *rest: tuple(x.new_empty(x.shape) for x in (query, key, value)),
         backward=through_reference(_attention_backward_reference),
         triton=NO_TRITON,
-        flops=lambda grad, grad_lse, query, key, value, causal, scale: 10 * query.shape[3] * pairs_of(query, key, causal),
+        flops=lambda grad, grad_lse, query, key, value, causal, scale: (
+            10 * query.shape[3] * pairs_of(query, key, causal)
+        ),
         bytes=lambda grad, grad_lse, query, key, value, *rest: (
             size_of(grad, grad_lse, query, key, value) * 2 - size_of(grad, grad_lse)
         ),
