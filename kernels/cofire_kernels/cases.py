@@ -569,11 +569,25 @@ def _attention_with_scores(make: Make, sizes: Sizes, backward: bool) -> list[Cal
     if make.dtype.itemsize != sizes["element_size"]:
         return []
     query, key = make.values(1, 32, 512, sizes["features"]), make.values(1, 8, 1024, sizes["features"])
-    scale = sizes["features"] ** -0.5
+    scale, mask = sizes["features"] ** -0.5, make.values(1, 1024)
     if not backward:
-        return [lambda: kv_fusion.attention_with_scores(query, key, key, True, scale, 512, True)]
+        return [
+            lambda: kv_fusion.attention_with_scores(query, key, key, True, scale, 512, True),
+            lambda: kv_fusion.masked_softmax_attention(query, key, key, mask, True, scale, 1e-6, False),
+        ]
     of_lse = torch.ones((1, 32, 512), device=make.device)
-    return [lambda: kv_fusion.attention_with_scores_backward(query, of_lse, query, key, key, True, scale)]
+    return [
+        lambda: kv_fusion.attention_with_scores_backward(query, of_lse, query, key, key, True, scale),
+        lambda: kv_fusion.masked_softmax_attention_backward(query, query, key, key, mask, True, scale, 1e-6, False),
+    ]
+
+
+def _kv_append(make: Make, sizes: Sizes) -> list[Call]:
+    heads, width = sizes["elements"] // 128, 128
+    cache_key, cache_value = make.values(8, heads, 1024, width), make.values(8, heads, 1024, width)
+    key, value, keep = make.values(8, heads, 1, width), make.values(8, heads, 1, width), make.mask(1, 8)[0]
+    lengths = torch.zeros(8, dtype=torch.int32, device=make.device)
+    return [lambda: kv_fusion.kv_append_(cache_key, cache_value, lengths, key, value, keep)]
 
 
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
@@ -629,4 +643,5 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "kv_fuse_backward": lambda make, sizes: _kv_fuse(make, sizes, backward=True),
     "attention_with_scores": lambda make, sizes: _attention_with_scores(make, sizes, backward=False),
     "attention_with_scores_backward": lambda make, sizes: _attention_with_scores(make, sizes, backward=True),
+    "kv_append_": _kv_append,
 }

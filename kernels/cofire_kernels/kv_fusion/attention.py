@@ -120,15 +120,35 @@ def attention_scores_kernel(
 
 
 @triton.jit
+def own_of(row, queries, keys):
+    """The key of a query's own token."""
+    return keys - queries + row % queries
+
+
+@triton.jit
+def gates_of(mask_ptr, own, j, keys):
+    """What multiplies the exponentials: a key's mask, or 1 for a query's own token."""
+    gate = tl.load(mask_ptr + j, mask=j < keys, other=0).to(tl.float32)
+    return tl.where(own == j, 1.0, gate)
+
+
+@triton.jit
+def leaks_to(seen, j, keys, parity):
+    """Which keys get a part of eps: all that a query sees, or with ``parity`` every one."""
+    return (j < seen) | ((parity != 0) & (j < keys))
+
+
+@triton.jit
 def attention_query_gradient_kernel(
-    grad_ptr, grad_lse_ptr, query_ptr, key_ptr, value_ptr, to_query_ptr, most_ptr, total_ptr, along_ptr,
-    rows, queries, keys, width, heads, tiles, causal, scale,
+    grad_ptr, grad_lse_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, to_query_ptr, most_ptr, total_ptr, along_ptr,
+    rows, queries, keys, width, heads, tiles, causal, scale, eps, parity,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Two passes over the keys: what a row's gradients have in common, and then the gradient of its query.
 
-    ``along``, the mean of the weights' gradients, is that of weights in fp32: it cancels where it has to.
+    ``along``, the mean of the weights' gradients, is that of weights in fp32: it cancels where it has to. With a mask,
+    see :mod:`cofire_kernels.kv_fusion.masked`.
     """
     head = (tl.program_id(0) // tiles).to(tl.int64)
     row = (tl.program_id(0) % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -139,9 +159,13 @@ def attention_query_gradient_kernel(
     grad = load_tile(grad_ptr + head * rows * width, row, row < rows, width, d, width)
     seen = seen_by(row, queries, keys, causal)
     end = tl.max(seen, 0)
+    if mask_ptr is not None:
+        mask_ptr += head // heads * keys
+        end = tl.where(parity != 0, keys, end)
     most = tl.zeros([BLOCK_M], tl.float32) - float("inf")
     total = tl.zeros([BLOCK_M], tl.float32)
     along = tl.zeros([BLOCK_M], tl.float32)
+    leaked = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, end, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k = load_tile(key_ptr, j, j < keys, stride_ks, d, width)
@@ -152,10 +176,17 @@ def attention_query_gradient_kernel(
         now = tl.maximum(most, tl.max(scores, 1))
         by = tl.exp(most - now)
         weights = tl.exp(scores - now[:, None])
+        if mask_ptr is not None:
+            weights *= gates_of(mask_ptr, own_of(row, queries, keys)[:, None], j[None, :], keys)
+            leaks = leaks_to(seen[:, None], j[None, :], keys, parity)
+            leaked += tl.sum(tl.where(leaks, to_weights, 0.0), 1)
         total = total * by + tl.sum(weights, 1)
         along = along * by + tl.sum(weights * to_weights, 1)
         most = now
-    along /= total
+    along = tl.where(total > 0, along / total, 0.0)
+    if mask_ptr is not None:
+        total += eps
+        along += (leaked / keys - along) * (eps / total)  # so that of equal gradients it is exactly one of them
     place = head * rows + row
     if grad_lse_ptr is not None:
         along -= tl.load(grad_lse_ptr + place, mask=row < rows, other=0).to(tl.float32)
@@ -163,13 +194,15 @@ def attention_query_gradient_kernel(
     tl.store(total_ptr + place, total, mask=row < rows)
     tl.store(along_ptr + place, along, mask=row < rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, end, BLOCK_N):
+    for start in range(0, tl.max(seen, 0), BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
         k = load_tile(key_ptr, j, j < keys, stride_ks, d, width)
         v = load_tile(value_ptr, j, j < keys, stride_vs, d, width)
         scores = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
         to_weights = dot(grad, tl.trans(v), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         weights = tl.exp(scores - most[:, None]) / total[:, None]
+        if mask_ptr is not None:
+            weights *= gates_of(mask_ptr, own_of(row, queries, keys)[:, None], j[None, :], keys)
         to_scores = tl.where(j[None, :] < seen[:, None], weights * (to_weights - along[:, None]), 0.0)
         acc = dot(to_scores.to(k.dtype), k, acc)
     to = to_query_ptr + place[:, None] * width + d[None, :]
@@ -179,8 +212,8 @@ def attention_query_gradient_kernel(
 
 @triton.jit
 def attention_key_gradient_kernel(
-    grad_ptr, query_ptr, key_ptr, value_ptr, most_ptr, total_ptr, along_ptr, to_key_ptr, to_value_ptr,
-    rows, queries, keys, width, heads, tiles, causal, scale,
+    grad_ptr, query_ptr, key_ptr, value_ptr, mask_ptr, most_ptr, total_ptr, along_ptr,
+    to_key_ptr, to_value_ptr, to_mask_ptr, rows, queries, keys, width, heads, tiles, causal, scale, eps, parity,
     stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -195,8 +228,12 @@ def attention_key_gradient_kernel(
     v = load_tile(value_ptr, j, j < keys, stride_vs, d, width)
     groups = rows // queries
     first = tl.maximum(0, causal * (begin - (keys - queries)))
+    if mask_ptr is not None:
+        mask_ptr += head // heads * keys
+        first = tl.where(parity != 0, 0, first)
     to_key = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     to_value = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    to_mask = tl.zeros([BLOCK_M], tl.float32)
     for start in range(0, groups * (queries - first), BLOCK_N):
         row, inside = rows_from(start, first, groups, queries, BLOCK_N)
         q = load_tile(query_ptr + head * rows * width, row, inside, width, d, width)
@@ -205,16 +242,25 @@ def attention_key_gradient_kernel(
         total = tl.load(total_ptr + head * rows + row, mask=inside, other=1)
         along = tl.load(along_ptr + head * rows + row, mask=inside, other=0)
         scores = dot(k, tl.trans(q), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * scale
-        seen = inside[None, :] & (j[:, None] < seen_by(row, queries, keys, causal)[None, :])
-        weights = tl.where(seen, tl.exp(scores - most[None, :]) / total[None, :], 0.0)
-        to_value = dot(weights.to(grad.dtype), grad, to_value)
-        to_weights = dot(v, tl.trans(grad), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        to_scores = weights * (to_weights - along[None, :])
-        to_key = dot(to_scores.to(q.dtype), q, to_key)
+        seen = seen_by(row, queries, keys, causal)
+        visible = inside[None, :] & (j[:, None] < seen[None, :])
+        weights = tl.where(visible, tl.exp(scores - most[None, :]) / total[None, :], 0.0)
+        slopes = dot(v, tl.trans(grad), tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) - along[None, :]
+        shares = weights
+        if mask_ptr is not None:
+            own = own_of(row, queries, keys)[None, :]
+            to_mask += tl.sum(tl.where(own == j[:, None], 0.0, weights * slopes), 1)
+            weights *= gates_of(mask_ptr, own, j[:, None], keys)
+            leaks = inside[None, :] & leaks_to(seen[None, :], j[:, None], keys, parity)
+            shares = weights + tl.where(leaks, eps / keys / total[None, :], 0.0)
+        to_value = dot(shares.to(grad.dtype), grad, to_value)
+        to_key = dot((weights * slopes).to(q.dtype), q, to_key)
     place = (head * keys + j)[:, None] * width + d[None, :]
     inside = (j < keys)[:, None] & (d < width)[None, :]
     tl.store(to_key_ptr + place, (to_key * scale).to(to_key_ptr.dtype.element_ty), mask=inside)
     tl.store(to_value_ptr + place, to_value.to(to_value_ptr.dtype.element_ty), mask=inside)
+    if mask_ptr is not None:
+        tl.store(to_mask_ptr + head * keys + j, to_mask, mask=j < keys)
 
 
 def tile_of(name: str, query: Tensor) -> dict[str, Any]:
@@ -261,30 +307,54 @@ def attention_with_scores(
 def attention_with_scores_backward(
     grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, h, queries, width), (_, heads, keys, _) = query.shape, key.shape
     wide = grad_lse is not None and grad_lse.dtype == torch.float64
-    if width > MOST_FEATURES or grad.dtype != query.dtype or wide:
+    if query.shape[3] > MOST_FEATURES or grad.dtype != query.dtype or wide:
         args = (grad, grad_lse, query, key, value, causal, scale)
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.cofire.attention_with_scores_backward.reference(*args)
         return found
+    to_query, to_key, to_value, _ = gradients(grad, grad_lse, query, key, value, None, causal, scale, 0.0, False)
+    return to_query, to_key, to_value
+
+
+def gradients(
+    grad: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool,
+    scale: float, eps: float, parity: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Those of attention, with a mask or without; that of the mask by heads ``[B, Hkv, S]``, fp32."""
+    (b, h, queries, width), (_, heads, keys, _) = query.shape, key.shape
     to_query, to_key, to_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+    to_mask = None if mask is None else torch.empty(key.shape[:3], dtype=torch.float32, device=key.device)
     if not query.numel():
-        return to_query, to_key.zero_(), to_value.zero_()
+        return to_query, to_key.zero_(), to_value.zero_(), None if to_mask is None else to_mask.zero_()
     grad, query, key, value = grad.contiguous(), query.contiguous(), dense_rows(key), dense_rows(value)
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
+    grad_lse, mask = (None if x is None else x.contiguous() for x in (grad_lse, mask))
     most, total, along = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(3))
     tile = tile_of("attention_with_scores_backward", query)
     rows = h // heads * queries
     strides = (*key.stride()[:3], *value.stride()[:3])
-    options = (int(causal), scale, *strides)
+    options = (int(causal), scale, eps, int(parity), *strides)
     sizes = (rows, queries, keys, width, heads)
     with torch.cuda.device_of(query):
         tiles = triton.cdiv(rows, tile["BLOCK_M"])
         attention_query_gradient_kernel[(b * heads * tiles,)](
-            grad, grad_lse, query, key, value, to_query, most, total, along, *sizes, tiles, *options, **tile
+            grad, grad_lse, query, key, value, mask, to_query, most, total, along, *sizes, tiles, *options, **tile
         )
         tiles = triton.cdiv(keys, tile["BLOCK_M"])
         attention_key_gradient_kernel[(b * heads * tiles,)](
-            grad, query, key, value, most, total, along, to_key, to_value, *sizes, tiles, *options, **tile
+            grad,
+            query,
+            key,
+            value,
+            mask,
+            most,
+            total,
+            along,
+            to_key,
+            to_value,
+            to_mask,
+            *sizes,
+            tiles,
+            *options,
+            **tile,
         )
-    return to_query, to_key, to_value
+    return to_query, to_key, to_value, to_mask
