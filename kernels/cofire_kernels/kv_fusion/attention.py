@@ -21,10 +21,12 @@ from torch import Tensor
 
 from cofire_kernels import configs
 from cofire_kernels.kv_fusion.gather import dense_rows
-from cofire_kernels.numerics import dot
+from cofire_kernels.numerics import INTERPRETED, dot
 
 #: The most features of a head that one program holds, and as many as fill the tiles of the configuration.
 MOST_FEATURES, FEATURES = 256, 128
+#: The interpreter, which takes as long for a small tile as for a large one, goes over tiles larger by this factor.
+INTERPRETED_LARGER = 4
 
 
 @triton.jit
@@ -270,7 +272,14 @@ def tile_of(name: str, query: Tensor) -> dict[str, Any]:
     block = max(triton.next_power_of_2(width), 16)
     for side in ("BLOCK_M", "BLOCK_N"):
         tile[side] = tile[side] * FEATURES // max(block, FEATURES)
+    if INTERPRETED.value:
+        tile["BLOCK_N"] *= INTERPRETED_LARGER
     return {**tile, "BLOCK_D": block}
+
+
+def _on_amd() -> bool:
+    """Whether the GPU that a launch goes to is one of AMD's."""
+    return not INTERPRETED.value and triton.runtime.driver.active.get_current_target().backend == "hip"
 
 
 def attention_with_scores(
@@ -330,6 +339,8 @@ def gradients(
     grad_lse, mask = (None if x is None else x.contiguous() for x in (grad_lse, mask))
     most, total, along = (torch.empty(query.shape[:3], dtype=torch.float32, device=query.device) for _ in range(3))
     tile = tile_of("attention_with_scores_backward", query)
+    if _on_amd():
+        tile["BLOCK_N"] = max(tile["BLOCK_N"] // 2, 16)  # with more, registers spill there
     rows = h // heads * queries
     strides = (*key.stride()[:3], *value.stride()[:3])
     options = (int(causal), scale, eps, int(parity), *strides)

@@ -231,7 +231,8 @@ def kv_gather_(
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a shape that does not fit, a negative padding.
-        IndexError, RuntimeError: an index outside of the cache; what is written then is undefined.
+        IndexError, RuntimeError: an index outside of the cache; what is written then is undefined. (On a GPU nothing is
+            raised, and such a row is zero.)
 
     Example:
         >>> key = torch.arange(1.0, 5.0).view(1, 1, 4, 1)
@@ -441,7 +442,7 @@ def kv_fuse(tokens: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, p
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a shape that does not fit, an even number of taps, no tokens.
-        IndexError, RuntimeError: an index outside of the tokens.
+        IndexError, RuntimeError: an index outside of the tokens. (On a GPU nothing is raised: it counts as a token of zeros.)
 
     Example:
         >>> tokens = torch.tensor([[[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [6.0, 60.0]]]])
