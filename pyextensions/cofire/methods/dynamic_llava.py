@@ -424,7 +424,7 @@ class SparseDecoder(Decoder):
         index, count = ops.compact(stays)
         index = index[:, : int(count.max())].long()  # rows that keep fewer are padded in front, unseen
         there = index >= 0
-        order = there.int().argsort(1, stable=True)
+        order = there.int().argsort(dim=1, stable=True)
         index, there = index.gather(1, order).clamp(min=0), there.gather(1, order)
         first = x.shape[1] - end
         index = torch.cat([torch.arange(first, device=x.device).expand(x.shape[0], -1), first + index], 1)

@@ -187,7 +187,7 @@ class VisionLanguageDecoder(nn.Module):
         else:
             x = self.decoder.last(x, tokens, x.shape[1])
         for i in range(count):
-            found = self.read(x[:, -1:]).argmax(-1)
+            found = self.read(x[:, -1:])[..., 1:].argmax(-1) + 1  # anything but padding
             text = torch.cat([text, found], 1)
             if i + 1 == count:
                 break
