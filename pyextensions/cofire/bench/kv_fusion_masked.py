@@ -25,7 +25,8 @@ def as_policy(
     gates = gates + (1 - gates) * own
     kept = (logits - logits.amax(-1, keepdim=True)).float().exp() * gates.float()
     weights = (kept + eps / kept.shape[-1]) / (kept.sum(-1, keepdim=True) + eps)
-    return weights.to(value.dtype) @ repeated(query, value)
+    output: Tensor = weights.to(value.dtype) @ repeated(query, value)
+    return output
 
 
 def in_place(

@@ -226,8 +226,8 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         timing = None
         if dense is not None:
             with evaluation(bare(dense)):
-                networks = (functools.partial(_call, network, calls[0]) for network in (bare(dense), final))
-                timing = latency_of(*networks, calls[0][0])
+                before, after = (functools.partial(_call, network, calls[0]) for network in (bare(dense), final))
+                timing = latency_of(before, after, calls[0][0])
         vision, image_tokens, text, answers = counts.tolist()
         parts = [p for p in (decoder.vision, decoder.text) if p is not None]
         return DynamicLLaVAReport(

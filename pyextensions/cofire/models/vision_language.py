@@ -107,7 +107,8 @@ class Decoder(nn.Module):
 
     def last(self, x: Tensor, images: int, answer: int) -> Tensor:
         """The last token's ``[B, 1, D]``, without a cache."""
-        return self(x, images, answer)[:, -1:]
+        hidden: Tensor = self(x, images, answer)
+        return hidden[:, -1:]
 
 
 def _attend_to_all(cache: list[tuple[Tensor, Tensor]], i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
