@@ -173,6 +173,21 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         decoder_of(result).final = True
         return result
 
+    def parameter_groups(
+        self, model: nn.Module, lr: float = 5e-6, predictor_lr: float = 2e-4, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for ``torch.optim.AdamW``: the network's, with weight decay on matrices alone, and the predictors'."""
+        decoder = self._require(model, "parameter_groups")
+        parts = [part for part in (decoder.vision, decoder.text) if part is not None]
+        predictors = [p for part in parts for p in part.parameters()]
+        known = set(map(id, predictors))
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+        return [
+            {"params": [p for p in others if p.dim() > 1], "lr": lr, "weight_decay": weight_decay},
+            {"params": [p for p in others if p.dim() <= 1], "lr": lr, "weight_decay": 0.0},
+            {"params": predictors, "lr": predictor_lr, "weight_decay": 0.0},
+        ]
+
     @torch.no_grad()
     def report(self, model: nn.Module, batches: Iterable[Any], dense: nn.Module | None = None) -> DynamicLLaVAReport:
         """Tokens, layers and bytes that are saved.
@@ -211,8 +226,8 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         timing = None
         if dense is not None:
             with evaluation(bare(dense)):
-                networks = (functools.partial(_call, network, calls[0]) for network in (bare(dense), final))
-                timing = latency_of(*networks, calls[0][0])
+                before, after = (functools.partial(_call, network, calls[0]) for network in (bare(dense), final))
+                timing = latency_of(before, after, calls[0][0])
         vision, image_tokens, text, answers = counts.tolist()
         parts = [p for p in (decoder.vision, decoder.text) if p is not None]
         return DynamicLLaVAReport(
@@ -424,7 +439,7 @@ class SparseDecoder(Decoder):
         index, count = ops.compact(stays)
         index = index[:, : int(count.max())].long()  # rows that keep fewer are padded in front, unseen
         there = index >= 0
-        order = there.int().argsort(1, stable=True)
+        order = there.int().argsort(dim=1, stable=True)
         index, there = index.gather(1, order).clamp(min=0), there.gather(1, order)
         first = x.shape[1] - end
         index = torch.cat([torch.arange(first, device=x.device).expand(x.shape[0], -1), first + index], 1)

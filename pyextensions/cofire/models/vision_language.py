@@ -107,7 +107,8 @@ class Decoder(nn.Module):
 
     def last(self, x: Tensor, images: int, answer: int) -> Tensor:
         """The last token's ``[B, 1, D]``, without a cache."""
-        return self(x, images, answer)[:, -1:]
+        hidden: Tensor = self(x, images, answer)
+        return hidden[:, -1:]
 
 
 def _attend_to_all(cache: list[tuple[Tensor, Tensor]], i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -187,7 +188,7 @@ class VisionLanguageDecoder(nn.Module):
         else:
             x = self.decoder.last(x, tokens, x.shape[1])
         for i in range(count):
-            found = self.read(x[:, -1:]).argmax(-1)
+            found = self.read(x[:, -1:])[..., 1:].argmax(-1) + 1  # anything but padding
             text = torch.cat([text, found], 1)
             if i + 1 == count:
                 break
