@@ -25,7 +25,7 @@ from cofire_kernels.numerics import INTERPRETED, dot
 
 #: The most features of a head that one program holds, and as many as fill the tiles of the configuration.
 MOST_FEATURES, FEATURES = 256, 128
-#: The interpreter, which takes as long for a small tile as for a large one, goes over tiles larger by this factor.
+#: The interpreter, which takes as long for a small tile as for a large one, works on tiles larger by this factor.
 INTERPRETED_LARGER = 4
 
 
@@ -273,7 +273,7 @@ def tile_of(name: str, query: Tensor) -> dict[str, Any]:
     for side in ("BLOCK_M", "BLOCK_N"):
         tile[side] = tile[side] * FEATURES // max(block, FEATURES)
     if INTERPRETED.value:
-        tile["BLOCK_N"] *= INTERPRETED_LARGER
+        tile |= {side: INTERPRETED_LARGER * tile[side] for side in ("BLOCK_M", "BLOCK_N")}
     return {**tile, "BLOCK_D": block}
 
 
