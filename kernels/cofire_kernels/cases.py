@@ -548,9 +548,9 @@ def _kv_select(make: Make, sizes: Sizes) -> list[Call]:
 
 
 def _kv_gather(make: Make, sizes: Sizes) -> list[Call]:
-    key, value, *new = (make.values(1, 32, n, sizes["features"]) for n in (1024, 1024, 512, 512))
+    key, value, new_key, new_value = (make.values(1, 32, n, sizes["features"]) for n in (1024, 1024, 512, 512))
     heavy, rest = (torch.arange(n, dtype=torch.int32, device=make.device).expand(1, 32, n) for n in (256, 768))
-    return [lambda: kv_fusion.kv_gather_(*new, key, value, heavy, rest, 10)]
+    return [lambda: kv_fusion.kv_gather_(new_key, new_value, key, value, heavy, rest, 10)]
 
 
 def _kv_fuse(make: Make, sizes: Sizes, backward: bool) -> list[Call]:

@@ -10,8 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from cofire_kernels import configs
-from cofire_kernels.selection.keep import MOST_ENTRIES, largest
+from cofire_kernels.selection.keep import largest
 from cofire_kernels.selection.order import ordered
+
+#: The most scores of a head that one program holds: of longer caches the reference's sort selects.
+MOST_TOKENS = 8192
 
 
 @triton.jit
@@ -37,7 +40,7 @@ def kv_select_kernel(
 
 def kv_select(scores: Tensor, heavy: int, merged: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
     (*rows, tokens), count = scores.shape, scores.shape[0] * scores.shape[1]
-    if tokens > MOST_ENTRIES or scores.dtype == torch.float64:
+    if tokens > MOST_TOKENS or scores.dtype == torch.float64:
         chosen: tuple[Tensor, Tensor, Tensor] = torch.ops.cofire.kv_select.reference(scores, heavy, merged, local)
         return chosen
 
