@@ -24,7 +24,7 @@ def kv_select_kernel(
     row = tl.program_id(0).to(tl.int64)
     token = tl.arange(0, ENTRIES)
     inside = token < tokens
-    score = tl.load(scores_ptr + row * tokens + token, mask=inside, other=0).to(tl.float32)
+    score = tl.load(scores_ptr + row * tokens + token, mask=inside, other=0)
     tl.store(nan_ptr + row, tl.sum((score != score).to(tl.int32), 0))
     key = ordered(score).to(tl.uint32, bitcast=True) ^ 0x80000000
     early = token < tokens - local
@@ -54,7 +54,7 @@ def kv_select(scores: Tensor, heavy: int, merged: int, local: int) -> tuple[Tens
     with torch.cuda.device_of(scores):
         tile = configs.tile("kv_select", scores.device, tokens=tokens)
         kv_select_kernel[(count,)](
-            scores.contiguous(), kept, rest, pick, nan, tokens, heavy, merged, local,
+            scores.to(torch.float32).contiguous(), kept, rest, pick, nan, tokens, heavy, merged, local,
             ENTRIES=max(triton.next_power_of_2(tokens), 16), **tile,
         )  # fmt: skip
     # (asked of a graph that is being captured, the answer would be that of no data)
