@@ -51,6 +51,7 @@ STREAMING = [
     "fake_quantize_statsq_kernel",
     "fake_quantize_group_kernel",
     "moe2_linear_sums_kernel",
+    "kv_gather_kernel",
 ]
 CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.full) for chip in aot.SHARED_MEMORY if chip != "sm_90")]
 NVIDIA = CHIPS[:-1]  # gfx942 comes last
@@ -141,6 +142,17 @@ def test_fits_the_chip(kernel: str, chip: str) -> None:
         ("moe2_linear_forward_kernel", None),
         ("moe2_linear_input_gradient_kernel", None),
         ("moe2_linear_weight_gradient_kernel", None),
+        ("kv_fuse_forward_kernel", None),
+        ("kv_fuse_logits_kernel", None),
+        ("kv_fuse_sums_kernel", None),
+        ("kv_fuse_logit_gradient_kernel", None),
+        ("kv_fuse_weight_gradient_kernel", None),
+        ("kv_fuse_token_gradient_kernel", None),
+        ("attention_forward_kernel", None),
+        ("attention_scores_kernel", None),
+        ("attention_query_gradient_kernel", None),
+        ("attention_key_gradient_kernel", None),
+        ("masked_attention_forward_kernel", None),
     ],
 )
 def test_products_use_the_tensor_cores_of_hopper(kernel: str, height: str | None) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cofire import models
+from cofire.models.vision_language import rotate
 
 
 def _count(model: nn.Module) -> int:
@@ -162,7 +163,44 @@ def test_pvt_reduces_keys_and_values_by_stage() -> None:
     assert small(torch.randn(2, 1, 8, 8)).shape == (2, 10) and len(small.stages[0].blocks) == 2
 
 
+def test_vision_language_reads_the_image_before_the_text() -> None:
+    torch.manual_seed(0)
+    model = models.vision_language(8, 2, vocabulary=9, width=16, depth=2, heads=2).eval()
+    images, text = torch.randn(2, 1, 8, 8), torch.randint(1, 9, (2, 6))
+    logits = model(images, text)
+    assert logits.shape == (2, 6, 9)
+    seen = []
+    model.see.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    later = text.clone()
+    later[:, 4:] = later[:, 4:] % 8 + 1
+    torch.testing.assert_close(model(images, later)[:, :4], logits[:, :4])
+    assert not torch.allclose(model(images, later)[:, 4], logits[:, 4])
+    assert torch.equal(seen[0][1, 5], images[1, :, 2:4, 2:4].flatten())
+    far = images.clone()
+    far[:, :, 6:, 6:] += 1
+    assert not torch.allclose(model(far, text)[:, 0], logits[:, 0])
+    # Padding behind the text changes nothing of it.
+    padded = torch.cat([text, torch.zeros_like(text)], 1)
+    torch.testing.assert_close(model(images, padded, lengths=torch.tensor([6, 6]))[:, :6], logits)
+
+
+def test_rotary_positions_are_relative() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 5, 8)
+    places = torch.arange(5)[None]
+    products = [rotate(q, places + i) @ rotate(k, places + i).transpose(-1, -2) for i in (0, 7)]
+    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotate(q, places).norm(dim=-1), q.norm(dim=-1))
+    assert not torch.allclose(rotate(q, places)[0, 0, 1:], q[0, 0, 1:])
+
+
 def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"vision_language: width must be an even multiple of heads \(4\), got 100"):
+        models.vision_language(width=100)
+    with pytest.raises(ValueError, match=r"vision_language: image must be a multiple of patch \(3\), got 16"):
+        models.vision_language(patch=3)
+    with pytest.raises(ValueError, match="vision_language: in_channels must be at least 1, got 0"):
+        models.vision_language(in_channels=0)
     with pytest.raises(ValueError, match="pvt: stage 1 cannot divide 8 pixels a side by 2, and then by 3"):
         models.pvt(reductions=(1, 3, 1))
     with pytest.raises(ValueError, match="must have an entry for each stage"):

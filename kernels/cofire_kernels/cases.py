@@ -17,6 +17,7 @@ from torch import Tensor
 from cofire_kernels import (
     clustering,
     gating,
+    kv_fusion,
     lowbit,
     selection,
     shift_add_attention,
@@ -541,6 +542,54 @@ def _moe2_linear(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
     return [call((bias, bias)), call((None, bias)), call((None, None))]
 
 
+def _kv_select(make: Make, sizes: Sizes) -> list[Call]:
+    scores, n = make.values(1, 32, sizes["tokens"]), sizes["tokens"]
+    return [lambda: kv_fusion.kv_select(scores, n // 4, n // 4, 16)]
+
+
+def _kv_gather(make: Make, sizes: Sizes) -> list[Call]:
+    key, value, new_key, new_value = (make.values(1, 32, n, sizes["features"]) for n in (1024, 1024, 512, 512))
+    heavy, rest = (torch.arange(n, dtype=torch.int32, device=make.device).expand(1, 32, n) for n in (256, 768))
+    return [lambda: kv_fusion.kv_gather_(new_key, new_value, key, value, heavy, rest, 10)]
+
+
+def _kv_fuse(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    width, taps, slots = sizes["features"], 21, 256
+    tokens, weight, bias = make.values(1, 32, 788, width), make.values(slots, width, taps), make.values(slots)
+    gate, pick = make.values(1), torch.arange(slots, dtype=torch.int32, device=make.device).repeat(1, 32, 1)
+    if not backward:
+        return [lambda: kv_fusion.kv_fuse(tokens, weight, bias, gate, pick)]
+    grad = make.values(1, 32, slots, width // 2)
+    return [lambda: kv_fusion.kv_fuse_backward(grad, grad, tokens, weight, bias, gate, pick, True)]
+
+
+def _attention_with_scores(make: Make, sizes: Sizes, backward: bool) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    query, key = make.values(1, 32, 512, sizes["features"]), make.values(1, 8, 1024, sizes["features"])
+    scale, mask = sizes["features"] ** -0.5, make.values(1, 1024)
+    if not backward:
+        return [
+            lambda: kv_fusion.attention_with_scores(query, key, key, True, scale, 512, True),
+            lambda: kv_fusion.masked_softmax_attention(query, key, key, mask, True, scale, 1e-6, False),
+        ]
+    of_lse = torch.ones((1, 32, 512), device=make.device)
+    return [
+        lambda: kv_fusion.attention_with_scores_backward(query, of_lse, query, key, key, True, scale),
+        lambda: kv_fusion.masked_softmax_attention_backward(query, query, key, key, mask, True, scale, 1e-6, False),
+    ]
+
+
+def _kv_append(make: Make, sizes: Sizes) -> list[Call]:
+    heads, width = sizes["elements"] // 128, 128
+    cache_key, cache_value = make.values(8, heads, 1024, width), make.values(8, heads, 1024, width)
+    key, value, keep = make.values(8, heads, 1, width), make.values(8, heads, 1, width), make.mask(1, 8)[0]
+    lengths = torch.zeros(8, dtype=torch.int32, device=make.device)
+    return [lambda: kv_fusion.kv_append_(cache_key, cache_value, lengths, key, value, keep)]
+
+
 CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "compact": _compact,
     "packed_mask": _packed_mask,
@@ -588,4 +637,11 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "moe2_linear": lambda make, sizes: _moe2_linear(make, sizes, backward=False),
     "moe2_input_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
     "moe2_weight_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),
+    "kv_select": _kv_select,
+    "kv_gather_": _kv_gather,
+    "kv_fuse": lambda make, sizes: _kv_fuse(make, sizes, backward=False),
+    "kv_fuse_backward": lambda make, sizes: _kv_fuse(make, sizes, backward=True),
+    "attention_with_scores": lambda make, sizes: _attention_with_scores(make, sizes, backward=False),
+    "attention_with_scores_backward": lambda make, sizes: _attention_with_scores(make, sizes, backward=True),
+    "kv_append_": _kv_append,
 }

@@ -126,7 +126,7 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 @app.command()
 def train(
     method: Annotated[
-        str, typer.Argument(help="What to run: dsnot, edkm, ftwt, ofq, qlora, quantize, or shiftaddvit.")
+        str, typer.Argument(help="What to run: dsnot, dynamicllava, edkm, ftwt, ofq, qlora, quantize, or shiftaddvit.")
     ],
     data: Annotated[
         str | None,

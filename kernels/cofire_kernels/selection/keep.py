@@ -48,23 +48,11 @@ def score_keys(weight_ptr, other_ptr, place, column, inside, factor, SCORE: tl.c
 
 
 @triton.jit
-def keep_entries_kernel(
-    weight_ptr, other_ptr, count_ptr, bits_ptr, nan_ptr, columns, width, keep, height, across, blocks, factor,
-    PER_ROW: tl.constexpr, SCORE: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
-    """One program per row (a block of height 1) or block. ``across`` columns of a block stand in ``blocks`` blocks.
+def largest(key, inside, keep):
+    """Which of the keys, uint32 above zero inside and zero outside, are the ``keep`` largest; ties go to the first.
 
     The threshold is found bit by bit: each bit is kept if at least ``keep`` keys remain above it.
     """
-    down, right = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    entry = tl.arange(0, ENTRIES)
-    inside = entry < height * across
-    row, column = down * height + entry // across, right * across + entry % across
-    key, nan = score_keys(weight_ptr, other_ptr, row * columns + column, column, inside, factor, SCORE)
-    if nan > 0:
-        tl.atomic_add(nan_ptr, nan)
-    if PER_ROW:
-        keep = tl.load(count_ptr + down).to(tl.int32)
     threshold = tl.min(key, 0) * 0
     one = threshold + 1
     for step in range(32):
@@ -75,7 +63,25 @@ def keep_entries_kernel(
     tied = (key == threshold) & inside
     left = keep - tl.sum(above.to(tl.int32), 0)
     before = tl.cumsum(tied.to(tl.int32), 0) - tied.to(tl.int32)
-    kept = above | (tied & (before < left))
+    return above | (tied & (before < left))
+
+
+@triton.jit
+def keep_entries_kernel(
+    weight_ptr, other_ptr, count_ptr, bits_ptr, nan_ptr, columns, width, keep, height, across, blocks, factor,
+    PER_ROW: tl.constexpr, SCORE: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One program per row (a block of height 1) or block. ``across`` columns of a block stand in ``blocks`` blocks."""
+    down, right = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    entry = tl.arange(0, ENTRIES)
+    inside = entry < height * across
+    row, column = down * height + entry // across, right * across + entry % across
+    key, nan = score_keys(weight_ptr, other_ptr, row * columns + column, column, inside, factor, SCORE)
+    if nan > 0:
+        tl.atomic_add(nan_ptr, nan)
+    if PER_ROW:
+        keep = tl.load(count_ptr + down).to(tl.int32)
+    kept = largest(key, inside, keep)
     byte = tl.arange(0, ENTRIES // 8)
     wide = (across + 7) // 8
     place = (down * height + byte // wide) * width + right * wide + byte % wide

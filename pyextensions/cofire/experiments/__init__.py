@@ -6,11 +6,12 @@ also those of ``qlora.py``). They share ``training`` and ``language`` (the loops
 ``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import dsnot, edkm, ftwt, ofq, qlora, quantize, shiftaddvit
+from cofire.experiments import dsnot, dynamic_llava, edkm, ftwt, ofq, qlora, quantize, shiftaddvit
 
 #: The command of each method's experiment, by the method's name.
 EXPERIMENTS = {
     "dsnot": dsnot.command,
+    "dynamicllava": dynamic_llava.command,
     "edkm": edkm.command,
     "ftwt": ftwt.command,
     "ofq": ofq.command,

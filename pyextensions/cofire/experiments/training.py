@@ -4,18 +4,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from cofire.data import Images
 from cofire.methods import Method
 
 Advance = Callable[[str], None]  #: called after each epoch with what is being trained
 Optimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class Examples(Protocol):
+    """What can be trained on: images with labels, for one."""
+
+    @property
+    def train(self) -> Sized: ...
+
+    def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Any, Tensor]]:
+        """An epoch of inputs, one tensor or a tuple of all arguments, and targets; none of fewer than two examples."""
 
 
 def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -30,7 +40,7 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 
 def fit(
     model: nn.Module,
-    images: Images,
+    images: Examples,
     groups: Iterable[Mapping[str, Any]],
     *,
     epochs: int,
@@ -43,6 +53,7 @@ def fit(
     warm_up: int = 0,
     floor: float = 0.0,
     watch: Callable[[int], None] | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> None:
     """Train; the rates of the first ``scheduled`` parameter groups fall as a cosine, the others' stay.
 
@@ -55,6 +66,7 @@ def fit(
         scheduled, warm_up, floor: so many groups' rates rise from zero in the first ``warm_up`` steps, and fall to ``floor``
             times their peak.
         watch: called after each step with the number of steps so far.
+        criterion: the task's loss, of outputs and targets.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = make([dict(group) for group in groups])
@@ -67,8 +79,8 @@ def fit(
             share *= min(1.0, (steps + 1) / max(warm_up, 1))
             for group, peak in zip(optimizer.param_groups, peaks, strict=False):
                 group["lr"] = peak * share
-            output = model(x)
-            loss = F.cross_entropy(output, y)
+            output = model(*x) if isinstance(x, tuple) else model(x)
+            loss = criterion(output, y)
             if method is not None:
                 loss = loss + method.loss(model, output, y)
             optimizer.zero_grad(set_to_none=True)
@@ -83,7 +95,7 @@ def fit(
             advance(f"loss {loss.item():.3f}")
 
 
-def steps_per_epoch(images: Images, batch: int) -> int:
+def steps_per_epoch(images: Examples, batch: int) -> int:
     full, rest = divmod(len(images.train), batch)
     return full + (rest > 1)
 

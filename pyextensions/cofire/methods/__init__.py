@@ -3,6 +3,7 @@
 
 from cofire.methods.base import METHODS, Method, Report
 from cofire.methods.dsnot import DSnoT
+from cofire.methods.dynamic_llava import DynamicLLaVA
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 from cofire.methods.gradual_pruning import GradualPruning
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "OFQ",
     "DSnoT",
+    "DynamicLLaVA",
     "GradualPruning",
     "Method",
     "QLoRA",

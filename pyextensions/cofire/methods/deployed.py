@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -44,7 +44,7 @@ def deployed_error(student: nn.Module, final: nn.Module, inputs: Iterable[Any]) 
     return float(relative.max()), float((relative <= 1e-5).double().mean())
 
 
-def latency_of(dense: nn.Module, packed: nn.Module, x: Tensor) -> Timing:
+def latency_of(dense: Callable[[Tensor], Any], packed: Callable[[Tensor], Any], x: Tensor) -> Timing:
     times = interleaved({"dense": (dense, x), "packed": (packed, x)})
     middle = {name: 1e3 * median(taken) for name, taken in times.items()}
     return Timing(middle["dense"], middle["packed"], tuple(x.shape), torch.get_num_threads())

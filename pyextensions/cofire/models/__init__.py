@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small networks for experiments and demonstrations. Every one is traceable by ``torch.fx``."""
+"""Small networks for experiments and demonstrations. All but ``vision_language`` are traceable by ``torch.fx``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cofire.models.pvt import pvt
 from cofire.models.resnet import resnet, resnet20, resnet56
 from cofire.models.transformer import char_transformer
 from cofire.models.vgg import digits_cnn, vgg, vgg16
+from cofire.models.vision_language import vision_language
 from cofire.models.vit import digits_vit, vit, vit_patch8
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "resnet56",
     "vgg",
     "vgg16",
+    "vision_language",
     "vit",
     "vit_patch8",
 ]

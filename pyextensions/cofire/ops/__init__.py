@@ -6,6 +6,7 @@ from cofire.ops.fake_quantize import *  # noqa: F403
 from cofire.ops.gating import *  # noqa: F403
 from cofire.ops.kv_fusion import *  # noqa: F403
 from cofire.ops.kv_fusion_attention import *  # noqa: F403
+from cofire.ops.kv_fusion_masked import *  # noqa: F403
 from cofire.ops.lowbit import *  # noqa: F403
 from cofire.ops.packing import *  # noqa: F403
 from cofire.ops.quantizers import *  # noqa: F403

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from cofire.ops.checks import check_device, check_float, check_integer, check_same, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.shift_add_attention import NO_TRITON, check_shape, check_tokens, size_of
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.ops.shift_add_attention import check_shape, check_tokens, size_of
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["kv_fuse", "kv_gather_", "kv_select"]
 
@@ -74,7 +74,7 @@ _kv_select = register(
         reference=_select_reference,
         fake=_select_fake,
         backward="a choice has no gradient",
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_select"),
         bytes=lambda scores, heavy, merged, local: (
             size_of(scores) + 4 * scores.numel() + 4 * merged * scores.shape[0] * scores.shape[1]
         ),
@@ -192,7 +192,7 @@ _kv_gather = register(
         reference=_gather_reference,
         fake=_gather_fake,
         backward="a cache is written in place; where a gradient is wanted, torch.gather has one",
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_gather_"),
         bytes=lambda heavy_key, heavy_value, key, value, heavy_index, rest_index, padding: (
             4
             * key.element_size()
@@ -231,7 +231,8 @@ def kv_gather_(
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a shape that does not fit, a negative padding.
-        IndexError, RuntimeError: an index outside of the cache; what is written then is undefined.
+        IndexError, RuntimeError: an index outside of the cache; what is written then is undefined. (On a GPU nothing is
+            raised, and such a row is zero.)
 
     Example:
         >>> key = torch.arange(1.0, 5.0).view(1, 1, 4, 1)
@@ -394,7 +395,7 @@ kv_fuse_backward = register(
         reference=_fuse_backward_reference,
         fake=_fuse_backward_fake,
         backward=through_reference(_fuse_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_fuse_backward"),
         bytes=lambda grad_key, grad_value, tokens, weight, bias, *rest: size_of(
             grad_key, grad_value, tokens, weight, weight, *([tokens] if rest[-1] else [])
         ),
@@ -410,7 +411,7 @@ _kv_fuse = register(
         fake=_fuse_fake,
         backward=Backward(_save_fuse, _fuse_formula, "kv_fuse_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:kv_fuse"),
         flops=_fuse_flops,
         bytes=lambda tokens, weight, bias, gate, pick: (
             size_of(tokens, weight, bias, pick) + pick.numel() * tokens.shape[3] * tokens.element_size()
@@ -441,7 +442,7 @@ def kv_fuse(tokens: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, p
     Raises:
         TypeError: a tensor of another dtype.
         ValueError: a shape that does not fit, an even number of taps, no tokens.
-        IndexError, RuntimeError: an index outside of the tokens.
+        IndexError, RuntimeError: an index outside of the tokens. (On a GPU nothing is raised: it counts as a token of zeros.)
 
     Example:
         >>> tokens = torch.tensor([[[[1.0, 10.0], [2.0, 20.0], [4.0, 40.0], [6.0, 60.0]]]])

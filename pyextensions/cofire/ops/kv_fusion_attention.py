@@ -15,28 +15,28 @@ from torch import Tensor
 
 from cofire.ops.checks import check_float, check_integer, check_number, check_same, refuse, shape_of
 from cofire.ops.lowbit import compute_dtype
-from cofire.ops.shift_add_attention import NO_TRITON, check_shape, check_tokens, size_of
-from cofire.registry import Backward, Operator, register, through_reference
+from cofire.ops.shift_add_attention import check_shape, check_tokens, size_of
+from cofire.registry import Backward, Kernel, Operator, register, through_reference
 
 __all__ = ["attention_with_scores"]
 
 
-def _visible(queries: int, keys: int, device: torch.device) -> Tensor:
+def visible(queries: int, keys: int, device: torch.device) -> Tensor:
     """bool ``[q, S]``: the queries are the last of the tokens, and see themselves and what came before."""
     position = torch.arange(queries, device=device) + (keys - queries)
     return torch.arange(keys, device=device) <= position[:, None]
 
 
-def _grouped(query: Tensor, key: Tensor) -> Tensor:
+def grouped(query: Tensor, key: Tensor) -> Tensor:
     """Queries ``[B, H, q, d]`` by the head of keys that they share: ``[B, Hkv, G, q, d]``."""
     return query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1])) if key.shape[1] else query[:, :, None]
 
 
-def _logits(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+def logits_of(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
     """``[B, Hkv, G, q, S]``."""
-    logits = scale * (_grouped(query, key) @ key[:, :, None].transpose(-1, -2))
+    logits = scale * (grouped(query, key) @ key[:, :, None].transpose(-1, -2))
     if causal:
-        logits = torch.where(_visible(query.shape[2], key.shape[2], query.device), logits, -math.inf)
+        logits = torch.where(visible(query.shape[2], key.shape[2], query.device), logits, -math.inf)
     return logits
 
 
@@ -45,14 +45,14 @@ def _attention_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(query, key, value)
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    logits = _logits(q, k, causal, scale)
+    logits = logits_of(q, k, causal, scale)
     weights = logits.softmax(-1)
     output = (weights @ v[:, :, None]).reshape(query.shape).to(query.dtype)
     first = max(query.shape[2] - window, 0)
     scores = weights.detach()[..., first:, :].sum((2, 3))
     if normalize:
         queries, keys = query.shape[2], key.shape[2]
-        seen = _visible(queries, keys, query.device) if causal else q.new_ones(queries, keys, dtype=torch.bool)
+        seen = visible(queries, keys, query.device) if causal else q.new_ones(queries, keys, dtype=torch.bool)
         scores = scores / (seen[first:].sum(0) * logits.shape[2]).clamp(min=1)
     return output.contiguous(), logits.logsumexp(-1).reshape(query.shape[:3]).contiguous(), scores.contiguous()
 
@@ -62,15 +62,15 @@ def _attention_backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(grad, query, key, value)
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
-    g = _grouped(grad.to(dtype), key)
-    weights = _logits(q, k, causal, scale).softmax(-1)
+    g = grouped(grad.to(dtype), key)
+    weights = logits_of(q, k, causal, scale).softmax(-1)
     to_weights = g @ v[:, :, None].transpose(-1, -2)
     along = (weights * to_weights).sum(-1, keepdim=True)
     if grad_lse is not None:
-        along = along - _grouped(grad_lse.to(dtype)[..., None], key)
+        along = along - grouped(grad_lse.to(dtype)[..., None], key)
     to_logits = scale * weights * (to_weights - along)
     to_query = (to_logits @ k[:, :, None]).reshape(query.shape)
-    to_key = (to_logits.transpose(-1, -2) @ _grouped(q, key)).sum(2)
+    to_key = (to_logits.transpose(-1, -2) @ grouped(q, key)).sum(2)
     to_value = (weights.transpose(-1, -2) @ g).sum(2)
     to_query, to_key, to_value = (
         x.to(like.dtype).contiguous() for x, like in ((to_query, query), (to_key, key), (to_value, value))
@@ -78,7 +78,7 @@ def _attention_backward_reference(
     return to_query, to_key, to_value
 
 
-def _check_attention(name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> None:
+def check_attention(name: str, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> None:
     check_float(name, query=query, key=key, value=value)
     check_tokens(name, "query", query, "q")
     check_tokens(name, "key", key, "S")
@@ -102,7 +102,7 @@ def _validate(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float, window: int, normalize: bool
 ) -> None:
     name = "attention_with_scores"
-    _check_attention(name, query, key, value, causal, scale)
+    check_attention(name, query, key, value, causal, scale)
     check_integer(name, window=window)
     if window < 0:
         refuse(name, f"window must not be negative, got {window}")
@@ -115,7 +115,7 @@ def _validate_backward(
 ) -> None:
     name = "attention_with_scores_backward"
     check_float(name, grad=grad, grad_lse=grad_lse)
-    _check_attention(name, query, key, value, causal, scale)
+    check_attention(name, query, key, value, causal, scale)
     check_shape(name, "grad", grad, list(query.shape))
     if grad_lse is not None:
         check_shape(name, "grad_lse", grad_lse, list(query.shape[:3]))
@@ -147,7 +147,7 @@ def _formula(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None, _: Any) -> 
     return (*gradients, None, None, None, None)
 
 
-def _pairs(query: Tensor, key: Tensor, causal: bool) -> int:
+def pairs_of(query: Tensor, key: Tensor, causal: bool) -> int:
     """Queries times the keys that they see."""
     batch, heads, queries, _ = query.shape
     hidden = queries * (queries - 1) // 2 if causal else 0
@@ -155,7 +155,7 @@ def _pairs(query: Tensor, key: Tensor, causal: bool) -> int:
 
 
 def _flops(query: Tensor, key: Tensor, value: Tensor, causal: bool, *rest: Any) -> int:
-    return 4 * query.shape[3] * _pairs(query, key, causal)
+    return 4 * query.shape[3] * pairs_of(query, key, causal)
 
 
 attention_with_scores_backward = register(
@@ -167,8 +167,10 @@ attention_with_scores_backward = register(
         reference=_attention_backward_reference,
         fake=lambda grad, grad_lse, query, key, value, *rest: tuple(x.new_empty(x.shape) for x in (query, key, value)),
         backward=through_reference(_attention_backward_reference),
-        triton=NO_TRITON,
-        flops=lambda grad, grad_lse, query, key, value, causal, scale: 10 * query.shape[3] * _pairs(query, key, causal),
+        triton=Kernel("cofire_kernels.kv_fusion:attention_with_scores_backward"),
+        flops=lambda grad, grad_lse, query, key, value, causal, scale: (
+            10 * query.shape[3] * pairs_of(query, key, causal)
+        ),
         bytes=lambda grad, grad_lse, query, key, value, *rest: (
             size_of(grad, grad_lse, query, key, value) * 2 - size_of(grad, grad_lse)
         ),
@@ -185,7 +187,7 @@ _attention = register(
         fake=_fake,
         backward=Backward(_save, _formula, "attention_with_scores_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.kv_fusion:attention_with_scores"),
         flops=_flops,
         bytes=lambda query, key, value, *rest: (
             size_of(query, query, key, value) + 4 * (query[..., 0].numel() + key[..., 0].numel())

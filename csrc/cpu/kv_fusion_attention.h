@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+// What kinds of attention share: blocks of queries go over all keys that they see, and their
+// weights stay in the cache between the library's products. A kind of attention says what becomes
+// of a block's products: see attend and attend_backward.
+#pragma once
+
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "exponential.h"
+#include "kv_fusion.h"
+
+namespace cofire {
+inline namespace CPU_CAPABILITY {
+namespace kv_fusion {
+
+constexpr int64_t kTile = 64 << 10;           // weights of a block: a quarter of a megabyte
+constexpr int64_t kFewest = 16, kMost = 128;  // queries of a block
+constexpr int64_t kQueries = 256;             // of a task of the forward pass
+
+struct Sizes {
+  int64_t batch, heads, groups, queries, keys, d;  // `groups` heads of queries for each of keys
+  bool causal;
+  float scale;
+  bool hidden_too = false;  // keys that a row does not see have weights even so
+
+  int64_t sets() const { return batch * heads; }
+  int64_t rows() const { return groups * queries; }  // of a set
+  int64_t chunks() const { return (rows() + kQueries - 1) / kQueries; }
+  int64_t block() const { return std::clamp(kTile / keys, kFewest, kMost); }
+  int64_t own(int64_t row) const { return keys - queries + row % queries; }  // its token among keys
+  // How many keys a row sees; and for how many the rows [first, last) have weights.
+  int64_t seen(int64_t row) const { return causal ? own(row) + 1 : keys; }
+  int64_t width(int64_t first, int64_t last) const {
+    return !hidden_too && first / queries == (last - 1) / queries ? seen(last - 1) : keys;
+  }
+};
+
+inline Sizes sizes_of(const char* name, const at::Tensor& query, const at::Tensor& key,
+                      const at::Tensor& value, bool causal, double scale) {
+  TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && value.sizes() == key.sizes() &&
+                  key.size(0) == query.size(0) && key.size(3) == query.size(3) && key.size(2) > 0 &&
+                  key.size(3) > 0 && key.scalar_type() == query.scalar_type() &&
+                  value.scalar_type() == query.scalar_type() &&
+                  (key.size(1) > 0 ? query.size(1) % key.size(1) == 0 : query.size(1) == 0) &&
+                  !(causal && query.size(2) > key.size(2)) && scale > 0,
+              name, ": the arguments do not fit each other");
+  const int64_t heads = key.size(1), groups = heads > 0 ? query.size(1) / heads : 1;
+  return {query.size(0), heads,       groups, query.size(2),
+          key.size(2),   key.size(3), causal, static_cast<float>(scale)};
+}
+
+// Keys or values, a part of a cache perhaps.
+template <typename T>
+struct Cache {
+  at::Tensor tensor;
+  explicit Cache(const at::Tensor& x) : tensor(x.stride(3) == 1 ? x : x.contiguous()) {}
+  Floats of(int64_t b, int64_t h, int64_t rows) const {
+    const T* p = tensor.const_data_ptr<T>() + b * tensor.stride(0) + h * tensor.stride(1);
+    return Floats(p, rows, tensor.size(3), tensor.stride(2));
+  }
+};
+
+// The largest of some values; NaN if one is.
+inline float largest_of(const float* x, int64_t count) {
+  Vec most(-std::numeric_limits<float>::infinity()), other = most;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    most = at::vec::maximum(most, Vec::loadu(x + i));
+    other = at::vec::maximum(other, Vec::loadu(x + i + kLanes));
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t n = std::min(kLanes, count - i);
+    most = at::vec::maximum(most, Vec::set(most, Vec::loadu(x + i, n), n));
+  }
+  return reduce_max(at::vec::maximum(most, other));
+}
+
+// Rows [first, first + count) of a set, row by row their `width` products with keys.
+struct Block {
+  int64_t set, task, first, count, width;
+};
+
+// The sum of values by weights. weigh(block, products, factors) makes weights of products, in
+// place, and gives each row a factor for what it sums up to. Tasks are chunks of a set's rows.
+template <typename T, typename F>
+void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+            at::Tensor& output, F&& weigh) {
+  const Cache<T> k(key), v(value);
+  const T* q = query.const_data_ptr<T>();
+  T* out = output.mutable_data_ptr<T>();
+  const int64_t rows = s.rows(), chunks = s.chunks(), block = s.block();
+  each_by_one_thread(s.sets() * chunks, [&](int64_t task) {
+    const int64_t set = task / chunks, begin = task % chunks * kQueries;
+    const int64_t end = std::min(rows, begin + kQueries), most = s.width(begin, end);
+    const int64_t b = set / s.heads, h = set % s.heads;
+    const Floats keys = k.of(b, h, most), values = v.of(b, h, most);
+    const int64_t room = std::min(block, end - begin);
+    const at::Tensor tile = at::empty({room * most}, at::kFloat);
+    const at::Tensor product = at::empty({room * s.d}, at::kFloat);
+    auto *weights = tile.mutable_data_ptr<float>(), *mixed = product.mutable_data_ptr<float>();
+    std::vector<float> factors(room);
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t count = std::min(block, end - first), width = s.width(first, first + count);
+      const int64_t from = set * rows + first;
+      const Floats queries(q + from * s.d, count, s.d, s.d);
+      const at::Tensor w = matrix(weights, count, width, width);
+      multiply(w, queries.matrix(0, count, s.d), keys.matrix(0, width, s.d).t());
+      weigh(Block{set, task, first, count, width}, weights, factors.data());
+      multiply(matrix(mixed, count, s.d, s.d), w, values.matrix(0, width, s.d));
+      for (int64_t r = 0; r < count; ++r) {
+        const Vec by(factors[r]);
+        for_vectors(s.d, [&](int64_t c, auto n) {
+          store_f32(out + (from + r) * s.d + c, load(mixed + r * s.d + c, n) * by, n);
+        });
+      }
+    }
+  });
+}
+
+// Its gradient. slopes_of(block, weights, slopes) gets the products of queries and keys, and those
+// of gradients and values; it leaves the weights, and the gradient of the former products.
+template <typename T, typename F>
+void attend_backward(const Sizes& s, const at::Tensor& grad, const at::Tensor& query,
+                     const at::Tensor& key, const at::Tensor& value, at::Tensor& to_query,
+                     at::Tensor& to_key, at::Tensor& to_value, F&& slopes_of) {
+  const Cache<T> k(key), v(value);
+  const T *q = query.const_data_ptr<T>(), *g = grad.const_data_ptr<T>();
+  T *dq = to_query.mutable_data_ptr<T>(), *dk = to_key.mutable_data_ptr<T>(),
+    *dv = to_value.mutable_data_ptr<T>();
+  const int64_t rows = s.rows(), block = std::max(s.block() / 2, kFewest);
+  each_by_one_thread(s.sets(), [&](int64_t set) {
+    const int64_t b = set / s.heads, h = set % s.heads, size = s.keys * s.d;
+    const Floats keys = k.of(b, h, s.keys), values = v.of(b, h, s.keys);
+    const at::Tensor tiles = at::empty({2, block * s.keys}, at::kFloat);
+    auto *weights = tiles.mutable_data_ptr<float>(), *slopes = weights + block * s.keys;
+    at::Tensor sums, product;  // where the gradients have another type
+    float *sum_k, *sum_v, *mixed = nullptr;
+    if constexpr (std::is_same_v<T, float>) {
+      sum_k = dk + set * size, sum_v = dv + set * size;
+      std::fill_n(sum_k, size, 0.0f);
+      std::fill_n(sum_v, size, 0.0f);
+    } else {
+      sums = at::zeros({2, size}, at::kFloat);
+      product = at::empty({block * s.d}, at::kFloat);
+      sum_k = sums.mutable_data_ptr<float>(), sum_v = sum_k + size;
+      mixed = product.mutable_data_ptr<float>();
+    }
+    for (int64_t first = 0; first < rows; first += block) {
+      const int64_t count = std::min(block, rows - first), width = s.width(first, first + count);
+      const int64_t from = set * rows + first;
+      const Floats queries(q + from * s.d, count, s.d, s.d), grads(g + from * s.d, count, s.d, s.d);
+      const at::Tensor w = matrix(weights, count, width, width);
+      const at::Tensor slope = matrix(slopes, count, width, width);
+      const at::Tensor seen_keys = keys.matrix(0, width, s.d);
+      multiply(w, queries.matrix(0, count, s.d), seen_keys.t());
+      multiply(slope, grads.matrix(0, count, s.d), values.matrix(0, width, s.d).t());
+      slopes_of(Block{set, set, first, count, width}, weights, slopes);
+      multiply(matrix(sum_v, width, s.d, s.d), w.t(), grads.matrix(0, count, s.d), true);
+      multiply(matrix(sum_k, width, s.d, s.d), slope.t(), queries.matrix(0, count, s.d), true);
+      if constexpr (std::is_same_v<T, float>) {
+        multiply(matrix(dq + from * s.d, count, s.d, s.d), slope, seen_keys);
+      } else {
+        multiply(matrix(mixed, count, s.d, s.d), slope, seen_keys);
+        for_vectors(count * s.d, [&](int64_t i, auto n) {
+          store_f32(dq + from * s.d + i, load(mixed + i, n), n);
+        });
+      }
+    }
+    if constexpr (!std::is_same_v<T, float>) {
+      for_vectors(size, [&](int64_t i, auto n) {
+        store_f32(dk + set * size + i, load(sum_k + i, n), n);
+        store_f32(dv + set * size + i, load(sum_v + i, n), n);
+      });
+    }
+  });
+}
+
+}  // namespace kv_fusion
+}  // namespace CPU_CAPABILITY
+}  // namespace cofire
