@@ -13,7 +13,8 @@ Nothing here needs transformers; :mod:`cofire.nn.kv_transformers` lets its model
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class CacheLayer:
     @property
     def like(self) -> Tensor | None:
         """A tensor whose sizes, except for that of the tokens, dtype and device new keys must have."""
+        if self.rows is not None:
+            return self.rows[0].like
         if self.store is not None:
             return self.store[0]
         return None if self.loose is None else self.loose[0]
@@ -94,20 +97,17 @@ class CacheLayer:
             refuse(name, f"key and value must have one shape [B, Hkv, q, d], got {shape_of(key)} and {shape_of(value)}")
         if key.dtype != value.dtype:
             raise TypeError(f"{name}: value must have the dtype of key ({key.dtype}), got {value.dtype}")
-        if self.rows is not None:
-            if key.shape[0] != len(self.rows):
-                refuse(name, f"key must have the batch size of the cache ({len(self.rows)}), got {shape_of(key)}")
-            return
         like = self.like
-        if like is None or self.count + self.seen == 0:
+        if like is None or self.seen == 0:
             return
         if key.dtype != like.dtype:
             raise TypeError(f"{name}: key must have the dtype of the cache ({like.dtype}), got {key.dtype}")
         if key.device != like.device:
             refuse(name, f"key must be on the device of the cache ({like.device}), got {key.device}")
-        expected = [like.shape[0], like.shape[1], "q", like.shape[3]]
-        if [key.shape[0], key.shape[1], key.shape[3]] != [like.shape[0], like.shape[1], like.shape[3]]:
-            refuse(name, f"key must have shape [{', '.join(map(str, expected))}] like the cache, got {shape_of(key)}")
+        expected = (like.shape[0] if self.rows is None else len(self.rows), like.shape[1], like.shape[3])
+        if (key.shape[0], key.shape[1], key.shape[3]) != expected:
+            batch, heads, d = expected
+            refuse(name, f"key must have shape [{batch}, {heads}, q, {d}] like the cache, got {shape_of(key)}")
 
     # ------------------------------------------------------------------------------------------------ appending
 
@@ -132,6 +132,8 @@ class CacheLayer:
         old = self.held if self.count else None
         fits = self.store is not None and self.matches(self.store, like) and self.store.shape[3] >= tokens
         if not fits:
+            if self.store is not None and not self.matches(self.store, like):
+                self.cache._spares.clear()
             self.store = self.cache._new_store(like, tokens)
         if old is not None and (self.loose is not None or not fits):
             assert self.store is not None
@@ -189,6 +191,7 @@ class CacheLayer:
                     row.queries = None if self.queries is None else self.queries[b : b + 1]
             self.store = self.loose = self.scores = self.queries = None
             self.count, self.rows = 0, rows
+            self.cache._spares.clear()
         return self.rows
 
     def select(self, index: Tensor) -> None:
@@ -197,8 +200,7 @@ class CacheLayer:
             raise RuntimeError(f"{self.name}: the rows of the batch have different lengths, and cannot be reordered")
         if self.count:
             key, value = (x.index_select(0, index.to(x.device)) for x in self.held)
-            if key.shape[0] == self.held[0].shape[0] and self.loose is None:
-                assert self.store is not None
+            if self.store is not None and self.loose is None and len(index) == self.store.shape[1]:
                 self.store[0][:, :, : self.count], self.store[1][:, :, : self.count] = key, value
             else:
                 self.store, self.loose = None, (key, value)
@@ -341,7 +343,7 @@ class KVCache:
         tokens, chunk = query.shape[2], self.chunk
         if chunk is None or tokens <= chunk:
             return self._piece(at, query, key, value, scale)
-        pieces = [(x[:, :, a : a + chunk] for x in (query, key, value)) for a in range(0, tokens, chunk)]
+        pieces = ([x[:, :, a : a + chunk] for x in (query, key, value)] for a in range(0, tokens, chunk))
         return torch.cat([self._piece(at, *piece, scale) for piece in pieces], 2)
 
     def _piece(self, at: CacheLayer, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -482,13 +484,63 @@ class KVCache:
         for layer in self.layers:
             layer.select(index)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all that a cache of the same arguments needs to go on, as tensors by name."""
+        state = {}
+        for layer in self.layers:
+            for name, part in [
+                (f"{layer.index}", layer),
+                *((f"{layer.index}.{b}", r) for b, r in enumerate(layer.rows or ())),
+            ]:
+                state[f"{name}.count"] = torch.tensor([part.count, part.seen])
+                key, value = part.held if part.count else (None, None)
+                parts = {"key": key, "value": value, "scores": part.scores, "queries": part.queries}
+                state |= {f"{name}.{which}": x.detach().clone() for which, x in parts.items() if x is not None}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the place of what is held.
+
+        Raises:
+            ValueError: more tokens than fit, or no scores where the policy needs them.
+        """
+        name = type(self).__name__
+        self.layers = []
+        for which in sorted(
+            (k.removesuffix(".count") for k in state if k.endswith(".count")), key=lambda k: k.split(".")
+        ):
+            index, *row = (int(part) for part in which.split("."))
+            part = self.layer(index)
+            if row:
+                part.rows = [*(part.rows or ()), CacheLayer(self, index)]
+                part = part.rows[-1]
+            part.count, part.seen = state[f"{which}.count"].tolist()
+            if self.capacity is not None and part.count > self._room(0):
+                refuse(name, f"the state must hold at most {self._room(0)} tokens of a layer, got {part.count}")
+            if part.count == 0:
+                continue
+            part.loose = (state[f"{which}.key"].clone(), state[f"{which}.value"].clone())
+            part.scores, part.queries = (
+                state[k].clone() if k in state else None for k in (f"{which}.scores", f"{which}.queries")
+            )
+            if self.needs and getattr(part, self.needs) is None:
+                refuse(name, f"the state must hold {self.needs} of layer {which}, got {sorted(state)}")
+
+    def for_transformers(self, model: nn.Module) -> Any:
+        """This cache as one of transformers, for ``model.generate(..., past_key_values=...)``.
+
+        See :class:`cofire.nn.kv_transformers.TransformersCache`.
+        """
+        from cofire.nn.kv_transformers import TransformersCache
+
+        return TransformersCache(self, model)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
+        """Modules are shared: a copy of a cache is no copy of the model."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        import copy
-
         for which, x in self.__dict__.items():
-            setattr(copied, which, x if isinstance(x, nn.Module) else copy.deepcopy(x, memo))
+            setattr(copied, which, x if which == "fusions" else copy.deepcopy(x, memo))
         return copied
 
 

@@ -8,6 +8,7 @@ Source: Cai et al., "LoCoCo: Dropping In Convolutions for Long Context Compressi
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -108,7 +109,7 @@ class KVFusion(nn.Module):
         widths = [2 * head_dim, *hidden]
         self.convolutions = nn.ModuleList(
             nn.Conv1d(a, b, kernel_size, padding=kernel_size // 2, bias=bias, **where)
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.weight = nn.Parameter(torch.empty(merged, widths[-1], kernel_size, **where))
         self.bias = nn.Parameter(torch.empty(merged, **where)) if bias else None
