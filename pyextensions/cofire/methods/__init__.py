@@ -6,6 +6,7 @@ from cofire.methods.dsnot import DSnoT
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 from cofire.methods.gradual_pruning import GradualPruning
+from cofire.methods.lococo import LoCoCo
 from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 from cofire.methods.rigl import RigL
@@ -18,6 +19,7 @@ __all__ = [
     "OFQ",
     "DSnoT",
     "GradualPruning",
+    "LoCoCo",
     "Method",
     "QLoRA",
     "Report",

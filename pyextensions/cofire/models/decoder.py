@@ -17,7 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cofire.models.transformer import DEVIATION
+
+
+#: Initial deviation of the weights times the root of the width; of those that write to the residual stream over the root of
+#: twice the depth.
+DEVIATION = 0.5
 
 
 class Cache(Protocol):
@@ -135,7 +139,7 @@ class Decoder(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 scale = math.sqrt(2 * depth) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-                nn.init.normal_(parameter, std=DEVIATION / scale)
+                nn.init.normal_(parameter, std=DEVIATION / math.sqrt(width) / scale)
 
     def forward(
         self, tokens: Tensor, cache: Cache | None = None, *, lengths: Sequence[int] | None = None
