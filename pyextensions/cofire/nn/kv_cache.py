@@ -135,6 +135,7 @@ class CacheLayer:
             if self.store is not None and not self.matches(self.store, like):
                 self.cache._spares.clear()
             self.store = self.cache._new_store(like, tokens)
+            self.cache._prepare_spare(like)
         if old is not None and (self.loose is not None or not fits):
             assert self.store is not None
             self.store[0][:, :, : self.count] = old[0].detach()
@@ -168,11 +169,9 @@ class CacheLayer:
         if grad:
             self.loose = cache._reduce(self, key, value, None)
         else:
-            spare = cache._spare(key)
+            spare = cache._swap(self.store, key)
             out = spare[0][:, :, : cache.capacity], spare[1][:, :, : cache.capacity]
             cache._reduce(self, key.detach(), value.detach(), out)
-            if self.store is not None:
-                cache._give_back(self.store)
             self.store, self.loose = spare, None
         self.count = cache.capacity
 
@@ -438,15 +437,26 @@ class KVCache:
     def _new_store(self, like: Tensor, tokens: int) -> Tensor:
         return like.new_empty((2, *like.shape[:2], self._room(tokens), like.shape[3]))
 
-    def _spare(self, like: Tensor) -> Tensor:
-        room = self._room(0)
-        key = (like.device, like.dtype, like.shape[0], like.shape[1], room, like.shape[3])
-        found = self._spares.pop(key, None)
-        return self._new_store(like, 0) if found is None else found
+    def _spare_key(self, like: Tensor) -> tuple[Any, ...]:
+        return (str(like.device), like.dtype, like.shape[0], like.shape[1], like.shape[3])
 
-    def _give_back(self, store: Tensor) -> None:
-        key = (store.device, store.dtype, store.shape[1], store.shape[2], store.shape[3], store.shape[4])
-        self._spares[key] = store
+    def _prepare_spare(self, like: Tensor) -> None:
+        """The tensor that a reduction writes, one for all layers of a kind."""
+        if self.capacity is not None:
+            key = self._spare_key(like)
+            if key not in self._spares:
+                self._spares[key] = self._new_store(like, 0)
+
+    def _swap(self, store: Tensor | None, like: Tensor) -> Tensor:
+        """The spare tensor for the one in use, which becomes the spare."""
+        self._prepare_spare(like)
+        key = self._spare_key(like)
+        found = self._spares[key]
+        if store is None:
+            del self._spares[key]
+        else:
+            self._spares[key] = store
+        return found
 
     # ---------------------------------------------------------------------------------------------------- state
 
@@ -605,6 +615,7 @@ class HeavyHitterCache(KVCache):
     Args:
         capacity: tokens, at least 2.
         recent: how many of them are the last ones; None: half.
+        accumulate: scores add up over the calls; otherwise those of the newest call count alone, as in LoCoCo.
         **options: as in :class:`KVCache`.
 
     Source: Zhang et al., NeurIPS 2023 (H2O), section 4.
@@ -612,16 +623,16 @@ class HeavyHitterCache(KVCache):
 
     needs = "scores"
 
-    def __init__(self, capacity: int, *, recent: int | None = None, **options: Any) -> None:
+    def __init__(self, capacity: int, *, recent: int | None = None, accumulate: bool = True, **options: Any) -> None:
         super().__init__(capacity, **options)
         recent = capacity // 2 if recent is None else recent
         check_integer("HeavyHitterCache", recent=recent)
         if not 0 <= recent <= capacity:
             refuse("HeavyHitterCache", f"recent must be between 0 and capacity ({capacity}), got {recent}")
-        self.recent = recent
+        self.recent, self.accumulate = recent, accumulate
 
     def _record(self, at: CacheLayer, scores: Tensor) -> None:
-        if at.scores is not None:
+        if at.scores is not None and self.accumulate:
             scores = scores + F.pad(at.scores, (0, scores.shape[2] - at.scores.shape[2]))
         at.scores = scores
 
@@ -669,7 +680,8 @@ class SnapKVCache(KVCache):
     def _reduce(self, at: CacheLayer, key: Tensor, value: Tensor, out: Pair | None) -> Pair:
         assert self.capacity is not None and at.queries is not None
         _, _, scores = ops.attention_with_scores(at.queries, key.detach(), value.detach(), normalize=self.normalize)
-        scores = F.max_pool1d(scores, self.kernel_size, 1, self.kernel_size // 2)
+        scores = F.max_pool1d(scores[..., : -self.window], self.kernel_size, 1, self.kernel_size // 2)
+        scores = F.pad(scores, (0, self.window))
         kept, _, _ = ops.kv_select(scores, self.capacity, 0, local=self.window)
         return self._take(key, value, kept, out)
 
