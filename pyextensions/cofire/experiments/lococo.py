@@ -29,10 +29,11 @@ from cofire.experiments.training import Advance, adamw
 from cofire.methods import LoCoCo
 from cofire.methods.lococo import CompressingDecoder, backward, read
 from cofire.nn import FullCache, HeavyHitterCache, SlidingWindowCache, SnapKVCache
-from cofire.nn.kv_cache import CacheLayer, KVCache
+from cofire.nn.kv_cache import KVCache
 
 DIGITS, BOTH = "digits", "both"
 LEVELS = 17  #: of a pixel of scikit-learn's digits
+JITTER = 1.5  #: levels, the standard deviation of what training adds
 
 
 @dataclass(frozen=True)
@@ -165,15 +166,22 @@ def sizes(plan: Plan) -> list[Cell]:
 
 
 class Stream(nn.Module):
-    """A decoder of pixels, for images that hold tokens."""
+    """A decoder of pixels, for images that hold tokens; in training their levels are uncertain."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.model(x.flatten(1).round().long())
+        tokens = x.flatten(1).round().long()
+        output: Tensor = self.model(jittered(tokens) if self.training else tokens)
         return output
+
+
+def jittered(tokens: Tensor) -> Tensor:
+    """Levels off by about one at random: to a network that embeds each by itself, near levels are else as strange as far."""
+    noise = (JITTER * torch.randn(tokens.shape)).round().long()
+    return torch.where(tokens < LEVELS, (tokens + noise).clamp(0, LEVELS - 1), tokens)
 
 
 class Pixels(Task):
@@ -208,7 +216,7 @@ class Pixels(Task):
         generator = torch.Generator().manual_seed(seed)
         while True:
             for x, y in self.images.batches(self.plan.update_batch, generator):
-                yield x.flatten(1).round().long(), y
+                yield jittered(x.flatten(1).round().long()), y
 
 
 class Characters(Task):
@@ -252,16 +260,6 @@ def tokens_of(images: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- policies
 
 
-class LatestScores(HeavyHitterCache):
-    """Keeps the tokens with the highest scores of the last chunk alone: what LoCoCo does with a gate at 0."""
-
-    def __init__(self, capacity: int, **options: Any) -> None:
-        super().__init__(capacity, recent=0, **options)
-
-    def _record(self, at: CacheLayer, scores: Tensor) -> None:
-        at.scores = scores
-
-
 def new_cache(policy: str, prepared: CompressingDecoder, sinks: int = 4) -> KVCache:
     """An empty cache of a policy, of the size of the prepared decoder's."""
     m = prepared.method
@@ -275,7 +273,9 @@ def new_cache(policy: str, prepared: CompressingDecoder, sinks: int = 4) -> KVCa
         return SlidingWindowCache(m.capacity, sinks=min(sinks, m.capacity // 2), **options)
     if policy == SNAP:
         return SnapKVCache(m.capacity, window=max(m.capacity // 4, 1), **options)
-    return {HEAVY: HeavyHitterCache, LATEST: LatestScores}[policy](m.capacity, **options)
+    if policy == LATEST:  # what LoCoCo does with a gate at 0
+        options |= {"recent": m.local, "accumulate": False}
+    return HeavyHitterCache(m.capacity, **options)
 
 
 class Reader(nn.Module):
