@@ -52,9 +52,7 @@ FULL, WINDOW, HEAVY, LATEST, SNAP, LOCOCO = "full", "window", "heavy hitters", "
 CELLS = (
     Cell("full cache", FULL),
     Cell("window", WINDOW),
-    Cell("window, trained alike", WINDOW, trained=True),
     Cell("heavy hitters, summed scores", HEAVY),
-    Cell("heavy hitters, summed scores, trained alike", HEAVY, trained=True),
     Cell("heavy hitters, latest scores", LATEST),
     Cell("heavy hitters, latest scores, trained alike", LATEST, trained=True),
     Cell("SnapKV", SNAP),
@@ -81,8 +79,8 @@ class Plan:
     update_batch: int
     update_lr: float  #: falls to zero on a line
     trained: tuple[str, ...]  #: names of what is trained beside the fusions
+    weight_decay: float
     cells: tuple[Cell, ...] = CELLS
-    weight_decay: float = 0.01
     keep: float = 0.5
     local: int = 0
     buffer: int = 0  #: so that all policies hold as many tokens as their size says
@@ -94,7 +92,7 @@ class Plan:
     sinks: int = 4
     steps: int = 50  #: text only: of a round
     context: int = 1024  #: text only
-    windows: int = 64  #: text only: of the test, each of ``context`` characters
+    windows: int = 32  #: text only: of the test, each of ``context`` characters
     #: Train without a share of the training data and score on it, so that a setting is chosen without the test.
     validate: bool = False
 
@@ -102,10 +100,12 @@ class Plan:
 STREAM = Plan(
     width=64, depth=2, heads=2, kv_heads=2, epochs=40, batch=32, lr=3e-3, capacity=12, chunk=8, taps=5,
     capacities=(6, 12, 24), updates=300, update_batch=32, update_lr=5e-5, trained=("norm",),
+    weight_decay=0.05,
 )  # fmt: skip
 CHARACTERS = Plan(
     width=128, depth=4, heads=4, kv_heads=2, epochs=9, batch=2, lr=3e-3, capacity=64, chunk=64, taps=9,
-    capacities=(32, 64, 128), updates=60, update_batch=4, update_lr=5e-5, trained=("norm", "embed"),
+    capacities=(32, 64, 128), updates=60, update_batch=4, update_lr=2e-4, trained=("norm", "embed"),
+    weight_decay=0.01,
 )  # fmt: skip
 
 
@@ -152,13 +152,13 @@ def experiment(
 
 
 def sizes(plan: Plan) -> list[Cell]:
-    """The cells of the plot: those of every seed but the full cache, at every other size, the controls trained alike."""
+    """The further cells of the plot, at every other size: LoCoCo, and the controls as they are."""
     return [
         replace(cell, name=f"{cell.name}, {capacity} tokens", capacity=capacity)
         for capacity in plan.capacities
         if capacity != plan.capacity
         for cell in plan.cells
-        if cell.policy in (WINDOW, HEAVY, LOCOCO) and cell.bptt is None
+        if cell.policy == LOCOCO or (cell.policy in (WINDOW, HEAVY, LATEST) and not cell.trained)
     ]
 
 
