@@ -58,7 +58,13 @@ def _tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_tiny_data")
 def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = lococo.experiment("digits", 1, out=tmp_path, plan=STREAM)
-    names = ["full cache", "window", "heavy hitters, summed scores, trained alike", "heavy hitters, latest scores", "LoCoCo"]
+    names = [
+        "full cache",
+        "window",
+        "heavy hitters, summed scores, trained alike",
+        "heavy hitters, latest scores",
+        "LoCoCo",
+    ]
     further = [f"{name}, 4 tokens" for name in (names[1], names[2], names[4])]
     assert [c["cell"] for c in results["cells"]] == [*names, *further]
     full, window, heavy, _, ours = results["cells"][:5]
@@ -104,7 +110,9 @@ def test_a_gate_at_zero_is_the_control_by_the_latest_scores() -> None:
     for fusion in prepared.fusions:
         fusion.gate.zero_()
     x = torch.randint(9, (2, 30))
-    readers = [lococo.Reader(prepared.model, lambda p=p: lococo.new_cache(p, prepared), 5) for p in ("lococo", "latest scores")]
+    readers = [
+        lococo.Reader(prepared.model, lambda p=p: lococo.new_cache(p, prepared), 5) for p in ("lococo", "latest scores")
+    ]
     torch.testing.assert_close(readers[0](x), readers[1](x), rtol=1e-4, atol=1e-5)
 
 
@@ -148,7 +156,11 @@ def _cell(name: str, seed: int, **changes: object) -> dict[str, object]:
 
 
 def _results(unit: str = "accuracy %", **changes: dict[str, object]) -> dict[str, object]:
-    cells = [_cell(c.name, seed, **changes.get(c.name.replace(" ", "_").replace(",", ""), {})) for seed in (0, 1) for c in CELLS]
+    cells = [
+        _cell(c.name, seed, **changes.get(c.name.replace(" ", "_").replace(",", ""), {}))
+        for seed in (0, 1)
+        for c in CELLS
+    ]
     cells.append(_cell("LoCoCo, 24 tokens", 0, capacity=24, policy="lococo", score=94.0))
     where = {"cpu": "a CPU", "threads": 1, "torch": "2"}
     plan = json.loads(json.dumps(vars(STREAM), default=vars)) | {"capacity": 12}
@@ -191,7 +203,9 @@ def test_bits_are_better_when_they_are_fewer() -> None:
     found = {c.name: c for c in lococo_report.criteria(_results("bits/char", **scores))}
     assert not found["at least 0.01 bits/char better than heavy hitters"].passed
     grown = _results() | {"growth": [[65, 100], [260, 102]]}
-    assert not {c.name: c for c in lococo_report.criteria(grown)}["the cache's bytes do not grow with the text: less than 1 %"].passed
+    assert not {c.name: c for c in lococo_report.criteria(grown)}[
+        "the cache's bytes do not grow with the text: less than 1 %"
+    ].passed
 
 
 def test_what_was_not_run_is_not_judged() -> None:

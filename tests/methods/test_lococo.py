@@ -379,7 +379,9 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any], error: type[Ex
 
 
 def test_models_that_it_cannot_serve_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"prepare: model must have attentions with q_proj.*got none in CharTransformer"):
+    with pytest.raises(
+        ValueError, match=r"prepare: model must have attentions with q_proj.*got none in CharTransformer"
+    ):
         method().prepare(models.char_transformer(12, width=16, depth=1, heads=2))
     network = decoder()
     del network.blocks[0]

@@ -62,7 +62,9 @@ def criteria(results: Results) -> list[Criterion]:
             found.append(Criterion(name, f"{share:.1%}", share <= 0.35))
         moved = [mean(abs(g - 0.5) for g in gates) for gates in zip(*(cell["gates"] for cell in ours), strict=True)]
         text = f"from 0.5 by {', '.join(f'{m:.3f}' for m in moved)}, by layer"
-        found.append(Criterion("the gates have learned: all more than 0.02 from where they start", text, min(moved) > 0.02))
+        found.append(
+            Criterion("the gates have learned: all more than 0.02 from where they start", text, min(moved) > 0.02)
+        )
     if results.get("growth"):
         (tokens, first), (more, last) = results["growth"]
         slope = (last - first) / first
@@ -125,7 +127,13 @@ def tables(results: Results) -> list[Table]:
              f"{cell['last_loss']:.3f}", f"{cell['prompt_flops'] / cell['model_flops']:.1%}"]
             for cell in ours
         ]  # fmt: skip
-        columns = ("LoCoCo, seed", "gates by layer", "loss, first tenth", "last tenth", "compression, of the layers' FLOPs")
+        columns = (
+            "LoCoCo, seed",
+            "gates by layer",
+            "loss, first tenth",
+            "last tenth",
+            "compression, of the layers' FLOPs",
+        )
         found.append((columns, rows))
     sizes = _by_size(results)
     names = [name for name, points in sizes.items() if len(points) > 1]

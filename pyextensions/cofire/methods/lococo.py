@@ -185,7 +185,9 @@ class LoCoCo(Method, name="lococo"):
         for attention in layers:
             weight = next(t for t in (*attention.parameters(), *attention.buffers()) if t.is_floating_point())
             # In fp32 whatever the model is in: a rate of 1e-3 times as much is lost in fewer bits.
-            fusion = KVFusion(_size(attention), self.merged, parameterization=self.gate, **options, device=weight.device)
+            fusion = KVFusion(
+                _size(attention), self.merged, parameterization=self.gate, **options, device=weight.device
+            )
             fusions.append(fusion)
         return CompressingDecoder(result, fusions, self).train(model.training)
 
@@ -487,7 +489,9 @@ def backward(
         targets = list(target.split(chunk, 1))
     count = sum(int((part >= 0).sum()) for part in targets)
     if count == 0:
-        refuse("LoCoCo.backward", f"there must be a token to predict, got {tokens.shape[1]} tokens in chunks of {chunk}")
+        refuse(
+            "LoCoCo.backward", f"there must be a token to predict, got {tokens.shape[1]} tokens in chunks of {chunk}"
+        )
     total = torch.zeros((), device=tokens.device)
     for first in range(0, len(pieces), bptt):
         group = range(first, min(first + bptt, len(pieces)))
@@ -518,7 +522,8 @@ def _attentions(model: nn.Module) -> list[nn.Module]:
     found = [
         m
         for m in model.modules()
-        if isinstance(getattr(m, "layer_idx", None), int) and all(isinstance(getattr(m, p, None), nn.Module) for p in PROJECTIONS)
+        if isinstance(getattr(m, "layer_idx", None), int)
+        and all(isinstance(getattr(m, p, None), nn.Module) for p in PROJECTIONS)
     ]
     found.sort(key=lambda m: int(m.layer_idx))  # type: ignore[arg-type]
     if not found or [m.layer_idx for m in found] != list(range(len(found))):

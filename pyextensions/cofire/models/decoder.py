@@ -17,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-
 #: Initial deviation of the weights times the root of the width; of those that write to the residual stream over the root of
 #: twice the depth.
 DEVIATION = 0.5
@@ -141,9 +139,7 @@ class Decoder(nn.Module):
                 scale = math.sqrt(2 * depth) if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
                 nn.init.normal_(parameter, std=DEVIATION / math.sqrt(width) / scale)
 
-    def forward(
-        self, tokens: Tensor, cache: Cache | None = None, *, lengths: Sequence[int] | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, *, lengths: Sequence[int] | None = None) -> Tensor:
         """Logits.
 
         Args:
@@ -153,14 +149,20 @@ class Decoder(nn.Module):
         """
         if lengths is not None and cache is None:
             raise ValueError("Decoder: lengths need a cache: without one no row looks at what fills it up")
+        x = self.states(tokens, cache, lengths)
+        if self.classes is not None:
+            x = x[:, -1] if lengths is None else x[torch.arange(len(x)), torch.tensor(lengths) - 1]
+        logits: Tensor = self.head(x)
+        return logits
+
+    def states(self, tokens: Tensor, cache: Cache | None = None, lengths: Sequence[int] | None = None) -> Tensor:
+        """What the head gets, ``[batch, length, width]``."""
         turn = self.rotary(self._positions(tokens, cache))
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, turn, cache, lengths)
-        if self.classes is not None:
-            x = x[:, -1] if lengths is None else x[torch.arange(len(x)), torch.tensor(lengths) - 1]
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        states: Tensor = self.norm(x)
+        return states
 
     @staticmethod
     def _positions(tokens: Tensor, cache: Cache | None) -> Tensor:
