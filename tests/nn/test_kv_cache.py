@@ -7,6 +7,7 @@ import copy
 import doctest
 import importlib
 import io
+import os
 import subprocess
 import sys
 from typing import Any
@@ -28,6 +29,8 @@ from cofire.nn import (
 )
 
 CAPACITY, BUFFER, CHUNK = 16, 4, 8
+#: For other processes: the sources of this one.
+ELSEWHERE = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 POLICIES = ["lococo", "heavy", "newest", "window", "snap"]
 
 
@@ -59,15 +62,15 @@ def tokens(n, batch=1, heads=4, groups=2, d=8, seed=0, **options):
 
 
 class Decoder(nn.Module):
-    """Two layers of attention with rotary positions and grouped queries."""
+    """Layers of attention with rotary positions and grouped queries."""
 
-    def __init__(self, vocabulary=24, d=8, heads=4, groups=2):
+    def __init__(self, vocabulary=24, d=8, heads=4, groups=2, layers=2):
         super().__init__()
         self.heads, self.groups, self.d = heads, groups, d
         width = heads * d
         self.embed = nn.Embedding(vocabulary, width)
-        self.mix = nn.ModuleList(nn.Linear(width, (heads + 2 * groups) * d) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.mix = nn.ModuleList(nn.Linear(width, (heads + 2 * groups) * d) for _ in range(layers))
+        self.out = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
         self.head = nn.Linear(width, vocabulary)
 
     def rotate(self, x, position):
@@ -96,10 +99,10 @@ def generate(model, cache, count, step=None, prompt=10, batch=1):
     """Tokens, one by one, and the last logits."""
     ids = torch.randint(0, 24, (batch, prompt), generator=torch.Generator().manual_seed(0))
     logits = model(ids, cache, torch.arange(prompt))
-    found = []
+    found, step = [], model if step is None else step
     for _ in range(count):
         found.append(logits[:, -1:].argmax(-1))
-        logits = (step or model)(found[-1], cache, torch.tensor([cache.seen]))
+        logits = step(found[-1], cache, torch.tensor([cache.seen]))
     return torch.cat(found, 1), logits[:, -1]
 
 
@@ -314,10 +317,9 @@ def test_rows_of_different_lengths(policy):
     equal = make(policy)
     equal.attend(0, *tokens(5, batch=2), lengths=[5, 5])
     assert equal.layers[0].rows is None
-    if policy == "full":
-        copied = make(policy)
-        copied.load_state_dict(cache.state_dict())
-        inputs = tokens(1, batch=3)
+    copied, inputs = make(policy), tokens(1, batch=3)
+    copied.load_state_dict(cache.state_dict())
+    with torch.no_grad():
         assert torch.equal(copied.attend(0, *inputs), cache.attend(0, *inputs))
 
 
@@ -372,10 +374,12 @@ def test_decoding_compiles_in_one_graph(decoder, policy):
 
 
 @pytest.mark.full
-def test_decoding_compiles_with_inductor(decoder):
-    expected = generate(decoder, make("lococo"), 40)
+def test_decoding_compiles_with_inductor():
+    torch.manual_seed(0)
+    decoder = Decoder(layers=1).eval()
+    expected = generate(decoder, make("lococo"), 14)
     torch._dynamo.reset()
-    found = generate(decoder, make("lococo"), 40, torch.compile(decoder, fullgraph=True))
+    found = generate(decoder, make("lococo"), 14, torch.compile(decoder, fullgraph=True))
     assert torch.equal(expected[0], found[0])
     torch.testing.assert_close(expected[1], found[1], atol=1e-5, rtol=1e-4)
 
@@ -396,10 +400,10 @@ print(peaks[len(peaks) // 8], peaks[-1])
 
 @pytest.mark.full
 def test_peak_memory_is_flat():
-    """Of a process, between an eighth and all of 65,536 tokens: less than a hundredth of what they take."""
-    run = subprocess.run([sys.executable, "-c", PEAK, "1024"], capture_output=True, text=True, check=True)
+    """Of a process, between an eighth and all of 32,768 tokens: less than a hundredth of what they take."""
+    run = subprocess.run([sys.executable, "-c", PEAK, "512"], capture_output=True, text=True, check=True, env=ELSEWHERE)
     first, last = map(int, run.stdout.split())
-    assert last - first < 0.01 * (896 * 64) * 2 * 8 * 64 * 4
+    assert last - first < 0.01 * (448 * 64) * 2 * 8 * 64 * 4
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -602,7 +606,7 @@ def test_what_transformers_may_not_do():
 @pytest.mark.full
 def test_transformers_stays_optional():
     code = "import sys; sys.modules['transformers'] = None; from cofire.nn import LoCoCoCache"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env=ELSEWHERE)
 
 
 # --------------------------------------------------------------------------------------------------------- errors

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cofire.bench import kv_fusion_attention
+from cofire.bench import kv_fusion_attention, kv_fusion_decode
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 
 # -------------------------------------------------------------------------------------------------- selection
@@ -211,4 +211,5 @@ CASES = [
     _fuse(1, 32, 768, 128, 256, 21, dtype=torch.bfloat16),
     _fuse(8, 4, 160, 32, 32, 9, quick=True, overhead=True),
     *kv_fusion_attention.CASES,
+    *kv_fusion_decode.CASES,
 ]

@@ -203,6 +203,7 @@ class CacheLayer:
                 self.store[0][:, :, : self.count], self.store[1][:, :, : self.count] = key, value
             else:
                 self.store, self.loose = None, (key, value)
+                self.cache._spares.clear()
         for which in ("scores", "queries"):
             x = getattr(self, which)
             if x is not None:
@@ -324,7 +325,8 @@ class KVCache:
             if count == 0:
                 outputs.append(torch.zeros_like(query[one]))
                 continue
-            found = self._attend(row, *(x[one, :, :count] for x in (query, key, value)), scale)
+            q, k, v = (x[one, :, :count] for x in (query, key, value))
+            found = self._attend(row, q, k, v, scale)
             outputs.append(F.pad(found, (0, 0, 0, query.shape[2] - count)))
         at.seen += key.shape[2]
         return torch.cat(outputs)
@@ -342,8 +344,11 @@ class KVCache:
         tokens, chunk = query.shape[2], self.chunk
         if chunk is None or tokens <= chunk:
             return self._piece(at, query, key, value, scale)
-        pieces = ([x[:, :, a : a + chunk] for x in (query, key, value)] for a in range(0, tokens, chunk))
-        return torch.cat([self._piece(at, *piece, scale) for piece in pieces], 2)
+        outputs = []
+        for first in range(0, tokens, chunk):
+            q, k, v = (x[:, :, first : first + chunk] for x in (query, key, value))
+            outputs.append(self._piece(at, q, k, v, scale))
+        return torch.cat(outputs, 2)
 
     def _piece(self, at: CacheLayer, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         grad = self._wants_gradient(at, query, key, value)
@@ -516,9 +521,8 @@ class KVCache:
         """
         name = type(self).__name__
         self.layers = []
-        for which in sorted(
-            (k.removesuffix(".count") for k in state if k.endswith(".count")), key=lambda k: k.split(".")
-        ):
+        names = [k.removesuffix(".count") for k in state if k.endswith(".count")]
+        for which in sorted(names, key=lambda k: [int(part) for part in k.split(".")]):
             index, *row = (int(part) for part in which.split("."))
             part = self.layer(index)
             if row:
