@@ -83,7 +83,7 @@ class Plan:
     cells: tuple[Cell, ...] = CELLS
     keep: float = 0.5
     local: int = 0
-    buffer: int = 0  #: so that all policies hold as many tokens as their size says
+    buffer: int = 0
     normalize: bool = False
     std: float = 1.0
     bptt: int = 1
@@ -99,8 +99,8 @@ class Plan:
 
 STREAM = Plan(
     width=64, depth=2, heads=2, kv_heads=2, epochs=40, batch=32, lr=3e-3, capacity=12, chunk=8, taps=5,
-    capacities=(6, 12, 24), updates=300, update_batch=32, update_lr=5e-5, trained=("norm",),
-    weight_decay=0.05,
+    capacities=(6, 12, 24), updates=300, update_batch=32, update_lr=1e-3, trained=("norm",),
+    weight_decay=0.05, buffer=16, std=0.1, bptt=9, fusion_rate=50.0,
 )  # fmt: skip
 CHARACTERS = Plan(
     width=128, depth=4, heads=4, kv_heads=2, epochs=9, batch=2, lr=3e-3, capacity=64, chunk=64, taps=9,
