@@ -123,10 +123,7 @@ def test_decoder_sees_distances_and_no_places() -> None:
     attention = models.decoder(9, width=16, depth=1, heads=2).blocks[0].attention
     rotary = models.decoder(9, width=16, depth=1, heads=2).rotary
     q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 6, 8).unbind(0)
-    products = [
-        rotate(q, rotary(torch.arange(6) + start)) @ rotate(k, rotary(torch.arange(6))).mT
-        for start in (0, 3)
-    ]
+    products = [rotate(q, rotary(torch.arange(6) + start)) @ rotate(k, rotary(torch.arange(6))).mT for start in (0, 3)]
     torch.testing.assert_close(products[0][..., 3, :], products[1][..., 0, :])
     torch.testing.assert_close(products[0][..., 1, 0], products[0][..., 4, 3])
     assert not torch.allclose(products[0][..., 1, 0], products[0][..., 2, 0])

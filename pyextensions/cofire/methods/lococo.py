@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from cofire.methods.base import Method, Report, bare, evaluation, first_input
 from cofire.methods.qlora import QLoRA
-from cofire.models.decoder import Rotary
 from cofire.nn.kv_cache import KVCache, LoCoCoCache
 from cofire.nn.kv_fusion import GATES, KVFusion
 from cofire.nn.lowbit import QLoRALinear
@@ -546,9 +545,11 @@ def _kv_heads(attention: nn.Module) -> int:
 def _scale_positions(model: nn.Module, factor: float) -> None:
     """All angles over ``factor``, which is to divide the positions by it."""
     found = False
+    module: Any
     for module in model.modules():
-        if isinstance(module, Rotary):
-            module.scaling, found = module.scaling * factor, True
+        if isinstance(getattr(module, "frequency", None), Tensor) and hasattr(module, "scaling"):  # cofire's
+            module.scaling *= factor
+            found = True
         elif isinstance(getattr(module, "inv_freq", None), Tensor):
             for name in ("inv_freq", "original_inv_freq"):
                 if isinstance(getattr(module, name, None), Tensor):
