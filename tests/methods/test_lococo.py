@@ -38,7 +38,8 @@ def method(**changes: Any) -> LoCoCo:
 
 
 #: All but the check that a method's own loss trains something: this method's loss is zero by design.
-PROTOCOL = [check for check in check_protocol(method, classifier, BATCH) if check.id != "loss_reaches_something"]
+SHORT = (BATCH[0][:, :14], BATCH[1])  # three chunks, and a compression before the last
+PROTOCOL = [check for check in check_protocol(method, classifier, SHORT) if check.id != "loss_reaches_something"]
 
 
 @pytest.mark.parametrize("check", PROTOCOL)

@@ -105,7 +105,7 @@ STREAM = Plan(
 CHARACTERS = Plan(
     width=128, depth=4, heads=4, kv_heads=2, epochs=9, batch=2, lr=3e-3, capacity=64, chunk=64, taps=9,
     capacities=(32, 64, 128), updates=60, update_batch=4, update_lr=2e-4, trained=("norm", "embed"),
-    weight_decay=0.01,
+    weight_decay=0.01, local=16, normalize=True,
 )  # fmt: skip
 
 
