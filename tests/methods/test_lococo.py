@@ -26,7 +26,7 @@ BATCH = (torch.randint(12, (8, 22)), torch.randint(4, (8,)))
 
 
 def classifier() -> nn.Module:
-    return models.decoder(12, width=16, depth=2, heads=2, kv_heads=1, classes=4)
+    return models.decoder(12, width=16, depth=1, heads=2, kv_heads=1, classes=4)
 
 
 def decoder() -> nn.Module:
