@@ -172,15 +172,18 @@ def conditions(results: Results) -> str:
         first = f"{plan['epochs'] * plan['steps']} steps of {plan['batch']} times {plan['context']} characters"
     trained = " and ".join({"norm": "norms", "embed": "embeddings"}.get(name, name) for name in plan["trained"])
     back = "the chunk after a compression" if plan["bptt"] == 1 else f"{plan['bptt']} chunks"
+    local = f", the last {plan['local']} tokens among them" if plan["local"] else ""
+    scores = ", scores divided by the number of queries that saw a token" if plan["normalize"] else ""
     sentences = (
         f"{settings['condition']} {task} Decoder of {plan['depth']} blocks, width {plan['width']}, {plan['heads']} heads of",
         f"queries and {plan['kv_heads']} of keys, from {start}: {first} at a rate of {plan['lr']:g} with all keys. Caches of",
-        f"{plan['capacity']} tokens, chunks of {plan['chunk']}, {plan['keep']:.0%} heavy hitters, {plan['taps']} taps; trained for",
+        f"{plan['capacity']} tokens and a buffer of {plan['buffer']}, chunks of {plan['chunk']}{scores}. LoCoCo: {plan['keep']:.0%}",
+        f"heavy hitters{local}, {plan['taps']} taps whose weights start with a deviation of {plan['std']:g}; trained for",
         f"{plan['updates']} updates in batches of {plan['update_batch']}, at a rate of {plan['update_lr']:g} times",
-        f"{plan['fusion_rate']:g} for convolutions and gates and times {plan['other_rate']:g} for {trained}, gradients through",
-        f"{back}. *Trained alike*: the same updates of {trained} through the control's cache. The window has the first",
+        f"{plan['fusion_rate']:g} for convolutions and gates and times {plan['other_rate']:g} for {trained}, with gradients",
+        f"through {back}. *Trained alike*: the same updates of {trained} through the control's cache. The window has the first",
         f"{plan['sinks']} tokens and the last; *summed scores* (H2O) has the last half and, of the rest, what got most attention;",
-        "*latest scores* keeps what got most from the last chunk, which is LoCoCo without mixtures.",
+        f"*latest scores* keeps what got most from the last chunk{local}, which is LoCoCo without mixtures.",
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
     )
     return " ".join(sentences)
