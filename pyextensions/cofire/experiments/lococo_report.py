@@ -177,8 +177,8 @@ def conditions(results: Results) -> str:
     sentences = (
         f"{settings['condition']} {task} Decoder of {plan['depth']} blocks, width {plan['width']}, {plan['heads']} heads of",
         f"queries and {plan['kv_heads']} of keys, from {start}: {first} at a rate of {plan['lr']:g} with all keys. Caches of",
-        f"{plan['capacity']} tokens and a buffer of {plan['buffer']}, chunks of {plan['chunk']}{scores}. LoCoCo: {plan['keep']:.0%}",
-        f"heavy hitters{local}, {plan['taps']} taps whose weights start with a deviation of {plan['std']:g}; trained for",
+        f"{plan['capacity']} tokens and a buffer of {plan['buffer']}, chunks of {plan['chunk']}{scores}. LoCoCo:",
+        f"{plan['keep']:.0%} heavy hitters{local}, {plan['taps']} taps whose weights start with a deviation of {plan['std']:g}; trained for",
         f"{plan['updates']} updates in batches of {plan['update_batch']}, at a rate of {plan['update_lr']:g} times",
         f"{plan['fusion_rate']:g} for convolutions and gates and times {plan['other_rate']:g} for {trained}, with gradients",
         f"through {back}. *Trained alike*: the same updates of {trained} through the control's cache. The window has the first",
