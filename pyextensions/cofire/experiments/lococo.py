@@ -82,7 +82,7 @@ class Plan:
     weight_decay: float
     cells: tuple[Cell, ...] = CELLS
     keep: float = 0.5
-    local: int = 0
+    local: int = 0  #: of ``capacity``, and as large a share of other sizes
     buffer: int = 0
     normalize: bool = False
     std: float = 1.0
@@ -318,8 +318,9 @@ class _Run(Run):
 
     def method(self, cell: Cell) -> LoCoCo:
         plan = self.plan
+        capacity = cell.capacity or plan.capacity
         return LoCoCo(
-            capacity=cell.capacity or plan.capacity, keep=plan.keep, taps=plan.taps, local=plan.local,
+            capacity=capacity, keep=plan.keep, taps=plan.taps, local=plan.local * capacity // plan.capacity,
             buffer=plan.buffer, chunk=plan.chunk, std=plan.std, normalize=plan.normalize, bptt=cell.bptt or plan.bptt,
             trained=plan.trained, fusion_rate=plan.fusion_rate, other_rate=plan.other_rate,
         )  # fmt: skip
