@@ -28,6 +28,7 @@ from cofire.experiments.quantize import TEXT, Run, Task
 from cofire.experiments.training import Advance, adamw
 from cofire.methods import LoCoCo
 from cofire.methods.lococo import CompressingDecoder, backward, read
+from cofire.models.decoder import RotaryAttention
 from cofire.nn import FullCache, HeavyHitterCache, SlidingWindowCache, SnapKVCache
 from cofire.nn.kv_cache import KVCache
 
@@ -191,9 +192,9 @@ class Pixels(Task):
 
     def __init__(self, images: Images, plan: Plan) -> None:
         self.plan, self.classes = plan, len(images.classes)
-        parts = {"train": tokens_of(images.train), "test": tokens_of(images.test)}
+        train, test = tokens_of(images.train), tokens_of(images.test)
         # A deviation of one level, so that what is "normalised" are the tokens themselves.
-        self.images = replace(images, **parts, mean=(0.0,), std=(1 / 255,), augment=False)
+        self.images = replace(images, train=train, test=test, mean=(0.0,), std=(1 / 255,), augment=False)
         self.length = self.images.train.shape[-1]
         self.condition, self.name = images.condition, images.name
 
@@ -395,7 +396,7 @@ class _Run(Run):
 
 def _bytes_of_a_token(model: nn.Module) -> int:
     """Of the keys and values of all layers."""
-    attentions = [m for m in model.modules() if hasattr(m, "k_proj")]
+    attentions = [m for m in model.modules() if isinstance(m, RotaryAttention)]
     return sum(2 * m.k_proj.out_features * m.k_proj.weight.element_size() for m in attentions)
 
 

@@ -35,7 +35,7 @@ def _names(results: Results) -> list[str]:
 
 
 def _score(results: Results, name: str) -> float:
-    return mean(cell["score"] for cell in _cells(results, name))
+    return mean([float(cell["score"]) for cell in _cells(results, name)])
 
 
 # -------------------------------------------------------------------------------------------------------- criteria
@@ -45,10 +45,10 @@ def criteria(results: Results) -> list[Criterion]:
     """What the experiment has to show, judged on the means over the seeds."""
     found = []
     if _accuracy(results):
-        margins = ((HEAVY, 3.0), (WINDOW, 3.0))
+        margins = [(HEAVY, 3.0), (WINDOW, 3.0)]
         behind, unit = 5.0, "points"
     else:
-        margins = ((HEAVY, 0.01),)
+        margins = [(HEAVY, 0.01)]
         behind, unit = 0.15, "bits/char"
     for kind, margin in margins:
         found.append(_ahead(results, kind, False, margin, unit))

@@ -312,13 +312,14 @@ class Run:
 
 
 class _Run(Run):
+    task: Calibrated
+
     def __init__(
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None, progress: Any
     ) -> None:
         self.plan = plan
         found = datasets.load_text() if str(data) == TEXT else datasets.load(data, seed=0)
         task: Calibrated = Predict(found, plan) if isinstance(found, Text) else Classify(found, plan)
-        self.calibrated = task
         settings = {"method": "quantize", "data": task.name, "condition": task.condition, "unit": task.unit}
         super().__init__(
             {**settings, "plan": asdict(plan)}, task, seeds, out, weights, progress,
@@ -342,14 +343,14 @@ class _Run(Run):
             row["dense_bytes"], row["packed_bytes"] = linears, sum(m.qweight.nbytes for m in layers)
             row["bits_per_weight"] = 8 * row["packed_bytes"] / sum(m.in_features * m.out_features for m in layers)
             row["score"] = self.task.score(model)
-            row["agreeing"], row["answers"] = agreement(model, self.calibrated.inputs())
+            row["agreeing"], row["answers"] = agreement(model, self.task.inputs())
             self.results["cells"].append(row)
             self.save()
         self.advance(1, f"{setting.name}, seed {seed}")
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a run is as long as its process)
     def hessians(self, seed: int) -> dict[str, Tensor]:
-        return hessians(self.network(seed), self.calibrated.calibration(seed))
+        return hessians(self.network(seed), self.task.calibration(seed))
 
 
 def _own(layer: nn.Linear, model: nn.Module) -> bool:
