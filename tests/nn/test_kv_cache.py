@@ -594,12 +594,6 @@ def test_what_transformers_may_not_do():
         dropout(prompts())
 
 
-@pytest.mark.full
-def test_transformers_stays_optional():
-    code = "import sys; sys.modules['transformers'] = None; from cofire.nn import LoCoCoCache"
-    subprocess.run([sys.executable, "-c", code], check=True, env=ELSEWHERE)
-
-
 # --------------------------------------------------------------------------------------------------------- errors
 
 
