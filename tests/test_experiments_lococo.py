@@ -20,7 +20,16 @@ from cofire.methods import LoCoCo
 from cofire.models import decoder
 from cofire.nn import FullCache, HeavyHitterCache, LoCoCoCache, SlidingWindowCache, SnapKVCache
 
-SIZES: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "kv_heads": 1, "batch": 8, "lr": 3e-3, "taps": 3, "weight_decay": 0.01}
+SIZES: dict[str, Any] = {
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "batch": 8,
+    "lr": 3e-3,
+    "taps": 3,
+    "weight_decay": 0.01,
+}
 STREAM = Plan(
     **SIZES, epochs=2, capacity=6, chunk=5, capacities=(4, 6), updates=2, update_batch=8, update_lr=1e-4,
     trained=("norm",), cells=tuple(CELLS[i] for i in (0, 1, 4, 3, 6)),
