@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cofire import models
-from cofire.models.vision_language import rotate
+from cofire.models.decoder import rotate
+from cofire.nn import FullCache
 
 
 def _count(model: nn.Module) -> int:
@@ -102,6 +103,63 @@ def test_char_transformer_has_the_stated_size() -> None:
     assert _count(model) == 96 * 128 + 128 * 128 + 4 * block + 256
 
 
+def test_decoder_looks_back_only_and_reads_in_pieces() -> None:
+    model = models.decoder(20, width=16, depth=2, heads=4, kv_heads=2)
+    x = torch.randint(20, (2, 12))
+    y = x.clone()
+    y[:, 7:] = (y[:, 7:] + 1) % 20
+    a, b = model(x), model(y)
+    assert a.shape == (2, 12, 20)
+    torch.testing.assert_close(a[:, :7], b[:, :7])
+    assert not torch.allclose(a[:, 7], b[:, 7])
+    cache = FullCache()
+    with torch.no_grad():
+        pieces = torch.cat([model(piece, cache) for piece in x.split(5, 1)], 1)
+    torch.testing.assert_close(pieces, a)
+
+
+def test_decoder_sees_distances_and_no_places() -> None:
+    """Without what came before, the products of a query and a key depend on how far apart they are."""
+    attention = models.decoder(9, width=16, depth=1, heads=2).blocks[0].attention
+    rotary = models.decoder(9, width=16, depth=1, heads=2).rotary
+    q, k = torch.randn(2, 1, 1, 1, 8).expand(2, 1, 1, 6, 8).unbind(0)
+    products = [rotate(q, rotary(torch.arange(6) + start)) @ rotate(k, rotary(torch.arange(6))).mT for start in (0, 3)]
+    torch.testing.assert_close(products[0][..., 3, :], products[1][..., 0, :])
+    torch.testing.assert_close(products[0][..., 1, 0], products[0][..., 4, 3])
+    assert not torch.allclose(products[0][..., 1, 0], products[0][..., 2, 0])
+    # the turn keeps lengths, and the first position is not turned
+    torch.testing.assert_close(rotate(q, rotary(torch.arange(6))).norm(dim=-1), q.norm(dim=-1))
+    torch.testing.assert_close(rotate(q, rotary(torch.zeros(6))), q)
+    assert attention.head_dim == 8 and rotary(torch.arange(6))[0].shape == (6, 8)
+
+
+def test_decoder_has_the_stated_size() -> None:
+    model = models.decoder(kv_heads=2)
+    assert model.head.weight is model.embed.weight
+    # Per block two norms, four projections (half as many features of keys and values), three matrices of 341 features.
+    block = 2 * 128 + 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 341
+    assert _count(model) == 96 * 128 + 4 * block + 128
+    classifier = models.decoder(18, width=64, depth=2, heads=2, classes=10)
+    assert _count(classifier) == 18 * 64 + 2 * (2 * 64 + 4 * 64 * 64 + 3 * 64 * 170) + 64 + 640
+
+
+@torch.no_grad()
+def test_decoder_reads_rows_of_different_lengths() -> None:
+    model = models.decoder(20, width=16, depth=2, heads=2, classes=3)
+    x = torch.randint(20, (2, 9))
+    found = model(x, FullCache(), lengths=[9, 4])
+    torch.testing.assert_close(found[0], model(x[:1])[0])
+    torch.testing.assert_close(found[1], model(x[1:, :4])[0])
+    cache = FullCache()
+    model(x, cache, lengths=[9, 4])
+    following = torch.randint(20, (2, 1))
+    torch.testing.assert_close(
+        model(following, cache)[1], model(torch.cat([x[1:, :4], following[1:]], 1))[0], rtol=1e-4, atol=1e-5
+    )
+    with pytest.raises(ValueError, match="Decoder: lengths need a cache"):
+        model(x, lengths=[9, 4])
+
+
 def test_vit_has_the_stated_layers() -> None:
     """Per block two norms, four projections and two layers; embeddings, last norm, head."""
     block = 4 * 64 + 4 * (64 * 64 + 64) + (64 * 128 + 128) + (128 * 64 + 64)
@@ -184,16 +242,6 @@ def test_vision_language_reads_the_image_before_the_text() -> None:
     torch.testing.assert_close(model(images, padded, lengths=torch.tensor([6, 6]))[:, :6], logits)
 
 
-def test_rotary_positions_are_relative() -> None:
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 5, 8)
-    places = torch.arange(5)[None]
-    products = [rotate(q, places + i) @ rotate(k, places + i).transpose(-1, -2) for i in (0, 7)]
-    torch.testing.assert_close(*products, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rotate(q, places).norm(dim=-1), q.norm(dim=-1))
-    assert not torch.allclose(rotate(q, places)[0, 0, 1:], q[0, 0, 1:])
-
-
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"vision_language: width must be an even multiple of heads \(4\), got 100"):
         models.vision_language(width=100)
@@ -221,6 +269,14 @@ def test_refusals() -> None:
         models.char_transformer(heads=3)
     with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
         models.char_transformer(depth=0)
+    with pytest.raises(ValueError, match="decoder: vocabulary must be at least 1, got 0"):
+        models.decoder(0)
+    with pytest.raises(ValueError, match=r"decoder: width must be an even multiple of heads \(4\), got 12"):
+        models.decoder(width=12)
+    with pytest.raises(ValueError, match=r"decoder: kv_heads must divide heads \(4\), got 3"):
+        models.decoder(kv_heads=3)
+    with pytest.raises(ValueError, match="decoder: classes must be at least 1, got 0"):
+        models.decoder(classes=0)
     with pytest.raises(ValueError, match=r"depth must be 6 n \+ 2 with n >= 1, got 21"):
         models.resnet(21)
     with pytest.raises(ValueError, match="positive widths or 'pool', got -3"):

@@ -126,12 +126,15 @@ def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> 
 @app.command()
 def train(
     method: Annotated[
-        str, typer.Argument(help="What to run: dsnot, dynamicllava, edkm, ftwt, ofq, qlora, quantize, or shiftaddvit.")
+        str,
+        typer.Argument(
+            help="What to run: dsnot, dynamicllava, edkm, ftwt, lococo, ofq, qlora, quantize, or shiftaddvit."
+        ),
     ],
     data: Annotated[
         str | None,
         typer.Option(
-            help="digits, text (dsnot, edkm, qlora, quantize), or a folder of images (default: the experiment's own)."
+            help="digits, text (dsnot, edkm, lococo, qlora, quantize), or a folder of images (default: the experiment's own)."
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The network (default: one that fits the data).")] = None,

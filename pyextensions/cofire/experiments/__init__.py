@@ -6,7 +6,7 @@ also those of ``qlora.py``). They share ``training`` and ``language`` (the loops
 ``latency``, ``environment`` and ``report`` (tables, plots).
 """
 
-from cofire.experiments import dsnot, dynamic_llava, edkm, ftwt, ofq, qlora, quantize, shiftaddvit
+from cofire.experiments import dsnot, dynamic_llava, edkm, ftwt, lococo, ofq, qlora, quantize, shiftaddvit
 
 #: The command of each method's experiment, by the method's name.
 EXPERIMENTS = {
@@ -14,6 +14,7 @@ EXPERIMENTS = {
     "dynamicllava": dynamic_llava.command,
     "edkm": edkm.command,
     "ftwt": ftwt.command,
+    "lococo": lococo.command,
     "ofq": ofq.command,
     "qlora": qlora.command,
     "quantize": quantize.command,

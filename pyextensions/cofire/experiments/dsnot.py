@@ -24,7 +24,7 @@ from cofire import models
 from cofire.data import Images, Text
 from cofire.experiments import dsnot_report, report, training
 from cofire.experiments.files import Results, results_file
-from cofire.experiments.quantize import TEXT, Classify, Predict, Run, Task, refuse_options
+from cofire.experiments.quantize import TEXT, Calibrated, Classify, Predict, Run, Task, refuse_options
 from cofire.experiments.training import Advance
 from cofire.methods import DSnoT
 from cofire.ops import unpack_mask
@@ -212,6 +212,8 @@ def by_reference(names: Sequence[str] = REFINEMENTS) -> Iterator[None]:
 
 
 class _Run(Run):
+    task: Calibrated
+
     def __init__(
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None, progress: Any
     ) -> None:

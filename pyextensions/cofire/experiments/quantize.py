@@ -155,6 +155,10 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def score(self, model: nn.Module) -> float: ...
 
+
+class Calibrated(Task):
+    """With inputs to fit and compare quantised networks on."""
+
     @abc.abstractmethod
     def calibration(self, seed: int) -> Iterator[Tensor]:
         """Batches of training inputs."""
@@ -164,7 +168,7 @@ class Task(abc.ABC):
         """Batches of all inputs that kernels and decoded weights are compared on."""
 
 
-class Classify(Task):
+class Classify(Calibrated):
     unit = quantize_report.ACCURACY
 
     def __init__(self, images: Images, plan: Plan) -> None:
@@ -194,7 +198,7 @@ class Classify(Task):
                 yield self.images.normalize(x)
 
 
-class Predict(Task):
+class Predict(Calibrated):
     unit = quantize_report.BITS
 
     def __init__(self, text: Text, plan: Plan) -> None:
@@ -259,10 +263,12 @@ class Run:
     """An experiment on trained dense networks under way: its results so far, and how to make the next dense network."""
 
     def __init__(
-        self, settings: Results, task: Task, seeds: int, out: Path, weights: Path | None, progress: Any, epochs: int
-    ) -> None:
-        self.task, self.out, self.progress = task, out, progress
-        self.file = out / "results.json"
+        self, settings: Results, task: Task, seeds: int, out: Path, weights: Path | None, progress: Any, epochs: int,
+        validate: bool = False,
+    ) -> None:  # fmt: skip
+        self.task, self.progress = task, progress
+        self.file = results_file(out, validate)
+        self.out = self.file.parent
         self.weights = None if weights is None else read_weights(weights)
         settings = {**settings, "seeds": seeds, "weights": None if weights is None else weights.name}
         self.results = load_results(self.file, json.loads(json.dumps(settings)), environment())
@@ -306,12 +312,14 @@ class Run:
 
 
 class _Run(Run):
+    task: Calibrated
+
     def __init__(
         self, data: str | Path, seeds: int, plan: Plan, out: Path, weights: Path | None, progress: Any
     ) -> None:
         self.plan = plan
         found = datasets.load_text() if str(data) == TEXT else datasets.load(data, seed=0)
-        task: Task = Predict(found, plan) if isinstance(found, Text) else Classify(found, plan)
+        task: Calibrated = Predict(found, plan) if isinstance(found, Text) else Classify(found, plan)
         settings = {"method": "quantize", "data": task.name, "condition": task.condition, "unit": task.unit}
         super().__init__(
             {**settings, "plan": asdict(plan)}, task, seeds, out, weights, progress,

@@ -7,6 +7,7 @@ from cofire.methods.dynamic_llava import DynamicLLaVA
 from cofire.methods.edkm import EDKM
 from cofire.methods.ftwt import FTWT
 from cofire.methods.gradual_pruning import GradualPruning
+from cofire.methods.lococo import LoCoCo
 from cofire.methods.ofq import OFQ
 from cofire.methods.qlora import QLoRA
 from cofire.methods.rigl import RigL
@@ -20,6 +21,7 @@ __all__ = [
     "DSnoT",
     "DynamicLLaVA",
     "GradualPruning",
+    "LoCoCo",
     "Method",
     "QLoRA",
     "Report",

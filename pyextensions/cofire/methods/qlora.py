@@ -117,10 +117,18 @@ class QLoRA(Method, name="qlora"):
         new: dict[int, nn.Module] = {}
         for name, module in chosen.items():
             try:
-                new[id(module)] = QLoRALinear(self._base(module), self.rank, self.alpha).train(module.training)
+                new[id(module)] = self.layer(module)
             except ValueError as error:
                 raise ValueError(f"QLoRA.prepare: layer {name!r}: {error}") from None
         return replace_modules(result, new)
+
+    def layer(self, module: nn.Module) -> QLoRALinear:
+        """What this method puts in the place of one linear layer, dense or quantised.
+
+        Raises:
+            ValueError: it cannot be quantised.
+        """
+        return QLoRALinear(self._base(module), self.rank, self.alpha).train(module.training)
 
     def _base(self, module: nn.Module) -> QuantLinear:
         if isinstance(module, QuantLinear):

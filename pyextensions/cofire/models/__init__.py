@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small networks for experiments and demonstrations. All but ``vision_language`` are traceable by ``torch.fx``."""
+"""Small networks for experiments and demonstrations. Those that classify images are traceable by ``torch.fx``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from cofire.models.decoder import decoder
 from cofire.models.mlp import digits_mlp
 from cofire.models.mobilenet import mobilenet_v1, mobilenet_v2
 from cofire.models.pvt import pvt
@@ -20,6 +21,7 @@ __all__ = [
     "MODELS",
     "build",
     "char_transformer",
+    "decoder",
     "digits_cnn",
     "digits_mlp",
     "digits_vit",

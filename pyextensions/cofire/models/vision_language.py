@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cofire.models.decoder import Rotary, rotate
+
 #: Queries, keys and values ``[B, H, N, d]`` to what each query takes of the values.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -29,22 +31,13 @@ def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
 
 
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Heads ``[B, H, N, d]`` with pairs of features turned by angles in proportion to the positions ``[B or 1, N]``."""
-    half = x.shape[-1] // 2
-    waves = BASE ** (torch.arange(half, device=x.device) / -half)
-    angles = positions[:, None, :, None] * waves
-    a, b = x.float().chunk(2, -1)
-    turned = torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
-    return turned.to(x.dtype)
-
-
 class Block(nn.Module):
     """Attention, then two linear layers, each behind a norm and added to its input; called with how to attend."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.heads = heads
+        self.rotary = Rotary(width // heads, BASE)
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -54,7 +47,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = attend(rotate(q, positions), rotate(k, positions), v)
+        turn = self.rotary(positions[:, None])
+        mixed = attend(rotate(q, turn), rotate(k, turn), v)
         x = x + self.proj(mixed.transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
         return x
