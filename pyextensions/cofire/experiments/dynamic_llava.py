@@ -98,7 +98,7 @@ class Plan:
     batch: int = 64
     dense_lr: float = 2e-3
     lr: float = 1e-3  #: of every training that follows
-    predictor_lr: float = 1e-3
+    predictor_lr: float = 4e-3
     weight_decay: float = 0.01
     warm_up: int = 20
     image: int = 16
