@@ -57,8 +57,9 @@ readme: build
 	$(BIN)/cofire info --readme README.md
 	$(BIN)/cofire report --out docs --readme README.md
 
+# For every CPU of this architecture, not only this one.
 wheel: build
-	$(BIN)/python -m build --no-isolation --wheel --sdist
+	COFIRE_VARIANTS=all $(BIN)/python -m build --no-isolation --wheel --sdist
 
 clean:
 	rm -rf build dist .cache report *.egg-info pyextensions/cofire/*.so $(VENV)/.built

@@ -3,7 +3,7 @@
 
 Environment:
     COFIRE_BUILD=0       install without compiled kernels; every operator then runs its reference
-    COFIRE_VARIANTS=...  the CPU libraries to build, e.g. "default,avx2" (default: all that this architecture has)
+    COFIRE_VARIANTS=...  the CPU libraries to build, e.g. "default,avx2", or "all" (default: those that this CPU runs)
     MAX_JOBS=n           compilers at a time (default: by cores and memory)
     CXX                  the C++ compiler
 """
@@ -36,12 +36,21 @@ INSTRUCTION_SETS = {
 }
 
 
-def variants() -> list[str]:
-    chosen = os.environ.get("COFIRE_VARIANTS", ",".join(INSTRUCTION_SETS) if X86 else "default").split(",")
-    unknown = sorted(set(chosen) - set(INSTRUCTION_SETS))
+def variants(capability: str) -> list[str]:
+    """The libraries to build, for a CPU with the instruction set that torch names ``capability``."""
+    known = list(INSTRUCTION_SETS) if X86 else ["default"]
+    chosen = os.environ.get("COFIRE_VARIANTS", "")
+    if not chosen:
+        best = capability.lower()
+        return known[: known.index(best) + 1] if best in known else ["default"]
+    if chosen == "all":
+        return known
+    names = chosen.split(",")
+    unknown = sorted(set(names) - set(INSTRUCTION_SETS))
     if unknown:
-        sys.exit(f"setup.py: COFIRE_VARIANTS must be among {', '.join(INSTRUCTION_SETS)}, got {', '.join(unknown)}")
-    return chosen
+        every = ", ".join(INSTRUCTION_SETS)
+        sys.exit(f"setup.py: COFIRE_VARIANTS must be 'all' or among {every}, got {', '.join(unknown)}")
+    return names
 
 
 def compiler() -> str:
@@ -66,7 +75,7 @@ def extensions() -> list[Extension]:
             "setup.py: cofire is built against the torch that is installed, and none was found. Install torch, then "
             "use `pip install --no-build-isolation .`, or set COFIRE_BUILD=0 to install without compiled kernels."
         )
-    names = variants()
+    names = variants(torch.backends.cpu.get_cpu_capability())
     sources = [os.path.relpath(p, ROOT) for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     headers = [os.path.relpath(p, ROOT) for p in sorted((ROOT / "csrc").rglob("*.h"))]
     common = ["/O2", "/std:c++20", "/openmp"] if WINDOWS else ["-O3", "-std=c++20", "-g0", "-fvisibility=hidden"]

@@ -20,7 +20,18 @@ ROOT = Path(__file__).parents[1]
 SOURCES = [ROOT / "pyextensions" / "cofire", ROOT / "kernels" / "cofire_kernels"]
 HEADER = "SPDX-License-Identifier: Apache-2.0"
 #: Imported by the functions that need them, never by ``import cofire``.
-LAZY = ("triton", "cupy", "typer", "rich", "matplotlib", "sklearn", "PIL", "cofire_kernels", "torch._inductor")
+LAZY = (
+    "triton",
+    "cupy",
+    "typer",
+    "rich",
+    "matplotlib",
+    "sklearn",
+    "PIL",
+    "cofire_kernels",
+    "torch._inductor",
+    "transformers",
+)
 
 PROBE = """
 import json, sys

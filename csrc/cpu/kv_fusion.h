@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of the library on pieces of memory, each by one thread: results are the same for any
-// number of threads, and what a piece is multiplied to is still in the cache.
+// Products of the library on pieces of memory, each by one thread: what a piece is multiplied to is
+// still in the cache.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -12,21 +11,11 @@
 #include <algorithm>
 
 #include "loops.h"
-#include "parts.h"
+#include "one_thread.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace kv_fusion {
-
-// f(task) by threads, each within a parallel region: the library then takes no threads of its own.
-template <typename F>
-void each_by_one_thread(int64_t tasks, F&& f) {
-  in_turns(std::max<int64_t>(tasks, 2), [&](int64_t i) {
-    if (i >= tasks) return;
-    const at::AutoDispatchBelowADInplaceOrView below_autograd;  // of this thread
-    f(i);
-  });
-}
 
 inline at::Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t stride) {
   return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1},

@@ -6,7 +6,6 @@
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight alone, so results do not depend on the number of threads.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
 
@@ -14,6 +13,7 @@
 #include <cmath>
 
 #include "lowbit.h"
+#include "one_thread.h"
 #include "pages.h"
 #include "parts.h"
 
@@ -950,8 +950,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
   });
 }
 
-// By slabs of the weight, decoded, and the library's product of them by pieces of x, each by one
-// thread: the results are the same for any number of threads.
+// By slabs of the weight, decoded, and the library's product of them by pieces of x.
 void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w,
                       const MaybeTensor& bias, const LowRank& low_rank, const at::Tensor& y) {
   constexpr int64_t kSlab = 1 << 20;  // floats: half of a small third-level cache
@@ -984,8 +983,7 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
     });
     const at::Tensor weight =
         w != nullptr ? slab.narrow(0, 0, columns).narrow(1, 0, used) : slab.narrow(0, 0, used).t();
-    in_turns(pieces, [&](int64_t piece) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;  // of this thread
+    each_by_one_thread(pieces, [&](int64_t piece) {
       const int64_t m = x.size(0) * piece / pieces;
       const int64_t count = x.size(0) * (piece + 1) / pieces - m;
       const at::Tensor to = y.narrow(0, m, count).narrow(1, n, used);

@@ -126,6 +126,7 @@ class Case:
     #: the dtype whose rounding an answer may have, where the operator is asked for less than its input's
     rounding: torch.dtype | None = None
     bits: tuple[int, ...] = ()  #: positions of what is read bit by bit: the fp64 reference gets it as it is
+    ours: Provider | None = None  #: what stands as "cofire": the operator (the default), or what is built on it
     family: str = ""
 
     def __str__(self) -> str:

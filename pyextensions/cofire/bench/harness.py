@@ -408,7 +408,7 @@ def cold_bytes(device: str) -> int:
 
 def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, dict[str, Provider]]:
     """The providers of a case that can run here, each as ``{variant: provider}``; always with ``cofire``."""
-    every = {"cofire": plain(OPERATORS[case.op]), **case.providers}
+    every = {"cofire": case.ours or plain(OPERATORS[case.op]), **case.providers}
     if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
         every[ONE_THREAD] = one_thread(OPERATORS[case.op])
     found: dict[str, dict[str, Provider]] = {}

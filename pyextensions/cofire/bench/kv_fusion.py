@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cofire.bench import kv_fusion_attention, kv_fusion_masked
+from cofire.bench import kv_fusion_attention, kv_fusion_decode, kv_fusion_masked
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 
 # -------------------------------------------------------------------------------------------------- selection
@@ -212,4 +212,5 @@ CASES = [
     _fuse(8, 4, 160, 32, 32, 9, quick=True, overhead=True),
     *kv_fusion_attention.CASES,
     *kv_fusion_masked.CASES,
+    *kv_fusion_decode.CASES,
 ]

@@ -19,6 +19,15 @@ from cofire.nn.gating import (
     GatedLinear,
     GateHead,
 )
+from cofire.nn.kv_cache import (
+    FullCache,
+    HeavyHitterCache,
+    KVCache,
+    LoCoCoCache,
+    SlidingWindowCache,
+    SnapKVCache,
+)
+from cofire.nn.kv_fusion import KVFusion
 from cofire.nn.lowbit import QLoRALinear, QuantLinear, hessians, quantize_
 from cofire.nn.palettes import (
     PackedPalette,
@@ -45,14 +54,19 @@ __all__ = [
     "DeployedGatedConv2d",
     "DeployedGatedLinear",
     "FakeQuantize",
+    "FullCache",
     "Gate",
     "GateHead",
     "Gated",
     "GatedConv2d",
     "GatedLinear",
+    "HeavyHitterCache",
+    "KVCache",
+    "KVFusion",
     "LSQActivation",
     "LSQConv2d",
     "LSQLinear",
+    "LoCoCoCache",
     "MixtureOfPrimitives",
     "PackedMixture",
     "PackedPalette",
@@ -70,6 +84,8 @@ __all__ = [
     "QueryKey",
     "ReparameterizedAttention",
     "ShiftLinear",
+    "SlidingWindowCache",
+    "SnapKVCache",
     "Sparse",
     "SparseConv2d",
     "SparseLinear",

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The caches of :mod:`cofire.nn.kv_cache` for the models of transformers.
+
+Importing this file registers the attention "cofire_scores" with transformers. A model that uses it hands queries to the
+cache with the keys: the cache then attends, so that it learns how much attention each token got.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
+
+from cofire import ops
+from cofire.nn.kv_cache import KVCache
+from cofire.ops.checks import refuse, shape_of
+
+__all__ = ["ATTENTION", "TransformersCache"]
+
+#: The name by which models ask for the attention that tells the cache its scores.
+ATTENTION = "cofire_scores"
+
+
+class _Handover(threading.local):
+    """The layer that was given keys and waits for the queries."""
+
+    layer: TransformersLayer | None = None
+
+
+_waiting = _Handover()
+
+
+class TransformersLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer of a cache, as transformers asks for it."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, cache: KVCache, index: int, deferred: bool) -> None:
+        super().__init__()
+        self.cache, self.index, self.deferred = cache, index, deferred
+        cache.layer(index)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """With the first token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.deferred:
+            return self.cache.update(self.index, key_states, value_states)
+        before = _waiting.layer
+        if before is not None and before.cache is self.cache:
+            _waiting.layer = None
+            raise RuntimeError(
+                f"{type(self.cache).__name__}: layer {before.index} attended without the cache: "
+                f'call model.set_attn_implementation("{ATTENTION}")'
+            )
+        _waiting.layer = self
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        at, cache = self.cache.layers[self.index], self.cache
+        held = at.count
+        if cache.capacity is not None and held > cache.capacity + cache.buffer:
+            held = cache.capacity
+        return held + query_length, at.seen - held
+
+    def get_seq_length(self) -> int:
+        return self.cache.layers[self.index].seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def offload(self) -> None:
+        raise RuntimeError(f"{type(self.cache).__name__}: the cache cannot be moved to another device and back")
+
+    def reset(self) -> None:
+        if _waiting.layer is not None and _waiting.layer.cache is self.cache:
+            _waiting.layer = None
+        self.cache.layers[self.index].clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.cache.layers[self.index].select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.cache.layers[self.index].select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        at = self.cache.layers[self.index]
+        if at.count:
+            key, _ = at.held
+            at.select(torch.arange(key.shape[0], device=key.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise RuntimeError(f"{type(self.cache).__name__}: tokens that were fused or dropped cannot be taken back")
+
+
+class TransformersCache(Cache):  # type: ignore[misc]
+    """A cache for the models of transformers: in ``generate``, or given to ``forward``.
+
+    Args:
+        cache: with tokens of an earlier call, or without.
+        model: whose layers it serves. Policies that need scores or queries need a model with the attention
+            "cofire_scores"; it takes prompts of any length, in pieces of ``cache.chunk`` tokens. Others work with any
+            attention, and then with prompts of at most ``chunk`` tokens at once (``prefill_chunk_size`` of ``generate``).
+
+    Attributes:
+        cache: the cache, with all its methods.
+
+    A batch may be padded to the right, in ``forward``: pass ``attention_mask`` and, after the prompt, ``position_ids``.
+
+    Raises:
+        RuntimeError: the model has another attention than the policy needs, layers that see a window only; tokens are to
+            be taken back.
+        ValueError: masks that are not causal, or prompts padded to the left.
+
+    Example:
+        >>> model.set_attn_implementation("cofire_scores")  # doctest: +SKIP
+        >>> past = HeavyHitterCache(512).for_transformers(model)  # doctest: +SKIP
+        >>> model.generate(ids, past_key_values=past, max_new_tokens=100)  # doctest: +SKIP
+    """
+
+    def __init__(self, cache: KVCache, model: nn.Module) -> None:
+        config: Any = model.config
+        config = config.get_text_config(decoder=True)
+        name = type(cache).__name__
+        deferred = config._attn_implementation == ATTENTION
+        if cache.needs and not deferred:
+            raise RuntimeError(
+                f"{name}: the policy needs the {cache.needs} of the attention, which {config._attn_implementation!r} does "
+                f'not give: call model.set_attn_implementation("{ATTENTION}")'
+            )
+        kinds = getattr(config, "layer_types", None) or [
+            "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
+        ]
+        if any(kind != "full_attention" for kind in kinds):
+            raise RuntimeError(f"{name}: all layers of the model must attend to all tokens, got {sorted(set(kinds))}")
+        self.cache = cache
+        super().__init__(layers=[TransformersLayer(cache, i, deferred) for i in range(config.num_hidden_layers)])
+
+    @property
+    def seen(self) -> int:
+        return self.cache.seen
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.cache!r})"
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention, by the protocol of transformers; ``attention_mask`` is what :func:`_mask` made of the mask."""
+    layer, _waiting.layer = _waiting.layer, None
+    if dropout:
+        refuse(ATTENTION, f"attention has no dropout here, got {dropout}: set attention_dropout to 0")
+    for name in ("softcap", "sliding_window", "position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            refuse(ATTENTION, f"{name} is not supported")
+    if attention_mask is not None and attention_mask.dim() != 1:
+        refuse(ATTENTION, f"only masks of padding are supported, got one of shape {shape_of(attention_mask)}")
+    if layer is not None:
+        output = layer.cache.attend(layer.index, query, key, value, scale=scaling, lengths=attention_mask)
+    else:
+        if attention_mask is not None:
+            refuse(ATTENTION, "padding needs a cache of cofire, got none")
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        output, _, _ = ops.attention_with_scores(query, key, value, causal=causal, scale=scaling, window=0)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """How many of the new tokens count in each row of the batch, int64 ``[B]``, or None where all do."""
+    if mask_function is not causal_mask_function:
+        refuse(ATTENTION, "only causal masks are supported")
+    if attention_mask is None:
+        return None
+    new = attention_mask[:, q_offset : q_offset + q_length]
+    if bool(new.all()) and bool(attention_mask[:, 0].all()):
+        return None
+    if not bool(attention_mask[:, 0].all()) or bool((new[:, 1:] & ~new[:, :-1]).any()):
+        refuse(ATTENTION, "padding on the left is not supported: pad on the right, or batch prompts of equal length")
+    return new.sum(-1).cpu()
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, _mask)
