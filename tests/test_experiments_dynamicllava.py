@@ -18,7 +18,16 @@ from cofire.experiments import dynamic_llava, dynamic_llava_report, report
 from cofire.experiments.dynamic_llava import ANSWER_TOKENS, ASKED, LETTERS, QUESTION_TOKENS, Asked, Plan
 
 PLAN = Plan(
-    dense_epochs=1, epochs=1, batch=20, warm_up=2, image=8, width=16, depth=2, predictor_width=8, keeps=(0.25, 1.0)
+    dense_epochs=1,
+    epochs=1,
+    batch=20,
+    warm_up=2,
+    image=8,
+    width=16,
+    depth=2,
+    predictor_width=8,
+    keeps=(0.25, 1.0),
+    text_keep=0.5,
 )
 
 

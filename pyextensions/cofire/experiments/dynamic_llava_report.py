@@ -122,12 +122,13 @@ def conditions(results: Results) -> str:
     """One paragraph: data, network, length of training, machine."""
     settings, where = results["settings"], results["environment"]
     plan = settings["plan"]
+    texts = "all" if plan["text_keep"] == 1 else f"a share of {plan['text_keep']:g}"
     sentences = (
         f"{settings['condition']} Scaled to {plan['image']}x{plan['image']}, in {(plan['image'] // 2) ** 2} tokens, and one of",
         f"three questions of 6 letters, drawn anew in each epoch; a decoder of {plan['depth']} layers of {plan['width']}",
         f"features. {plan['dense_epochs']} epochs with all tokens at a rate of {plan['dense_lr']:g}; from there {plan['epochs']}",
         f"more at {plan['lr']:g}, with all tokens (*continued*), with a share of {plan['vision_keep']:g} of the image's tokens",
-        f"and {plan['text_keep']:g} of the answer's from layer {plan['layer']} on (*chosen*), and with as many of the image's by",
+        f"and {texts} of the answer's from layer {plan['layer']} on (*chosen*), and with as many of the image's by",
         f"chance (*random*); batches of {plan['batch']}. An answer is right if every letter is.",
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
     )
