@@ -42,7 +42,8 @@ def in_place(
     kept = logits.sub_(most).exp_() * gates.to(logits.dtype)
     total = kept.sum(-1, keepdim=True, dtype=torch.float32) + eps
     leak = values.cumsum(1, dtype=torch.float32) * (eps / q)
-    return ((kept @ values + leak) / total).to(query.dtype).unflatten(0, (b, h))
+    output: Tensor = ((kept @ values + leak) / total).to(query.dtype).unflatten(0, (b, h))
+    return output
 
 
 def prepared(attend: Attend, compile: bool = False) -> Provider:
