@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // kv_fuse: slots that are mixtures of tokens, whose shares a convolution computes. A convolution of
 // k taps is a sum of k products of the tokens, each time shifted by one, so that nothing is copied
-// into windows; of many taps, four taps and four tokens at a time take seven products of a quarter
-// instead of sixteen (Winograd, "Arithmetic Complexity of Computations", 1980). The logits of a
+// into windows; of many taps, three taps and three tokens at a time take five products of a third
+// instead of nine (Winograd, "Arithmetic Complexity of Computations", 1980). The logits of a
 // tile of slots are turned into shares in place and multiplied with the tokens. The backward
 // computes them again.
 #include <ATen/ops/zeros.h>
@@ -28,29 +28,20 @@ constexpr int64_t kHeads = 8;    // whose gradients of logits are kept at a time
 constexpr int64_t kLong = 256;        // terms of a sum, from which on fewer multiplications count
 constexpr int64_t kLittle = 1 << 17;  // multiplications of a product
 
-constexpr int64_t kStep = 4, kPoints = 7;
-// A polynomial of four coefficients at 0, 1, -1, 2, -2, 1/2 and infinity (divided by what clears
-// the fractions of kTokens), and what four outputs of a filter of four taps are made of.
+constexpr int64_t kStep = 3, kPoints = 5;
+// A polynomial of three coefficients at 0, 1, -1, 2 and infinity (divided by what clears the
+// fractions of kTokens), and what three outputs of a filter of three taps are made of.
 constexpr float kTaps[kPoints][kStep] = {
-    {1 / 4.f, 0, 0, 0},
-    {1 / 6.f, 1 / 6.f, 1 / 6.f, 1 / 6.f},
-    {1 / 18.f, -1 / 18.f, 1 / 18.f, -1 / 18.f},
-    {1 / 72.f, 1 / 36.f, 1 / 18.f, 1 / 9.f},
-    {1 / 120.f, -1 / 60.f, 1 / 30.f, -1 / 15.f},
-    {32 / 45.f, 16 / 45.f, 8 / 45.f, 4 / 45.f},
-    {0, 0, 0, 1 / 2.f},
+    {1 / 2.f, 0, 0},
+    {1 / 2.f, 1 / 2.f, 1 / 2.f},
+    {1 / 6.f, -1 / 6.f, 1 / 6.f},
+    {1 / 6.f, 1 / 3.f, 2 / 3.f},
+    {0, 0, 1},
 };
 constexpr float kTokens[kPoints][kPoints] = {
-    {4, -8, -5, 10, 1, -2, 0}, {0, -4, 4, 9, -1, -2, 0}, {0, -4, 12, -7, -3, 2, 0},
-    {0, 2, -3, -4, 3, 2, 0},   {0, 2, -5, 0, 5, -2, 0},  {0, 4, 0, -5, 0, 1, 0},
-    {0, -4, 8, 5, -10, -1, 2},
+    {2, -1, -2, 1, 0}, {0, 2, 1, -1, 0}, {0, -2, 3, -1, 0}, {0, -1, 0, 1, 0}, {0, 2, -1, -2, 1},
 };
-constexpr float kOut[kStep][kPoints] = {
-    {1, 1, 1, 1, 1, 1, 0},
-    {0, 1, -1, 2, -2, 1 / 2.f, 0},
-    {0, 1, 1, 4, 4, 1 / 4.f, 0},
-    {0, 1, -1, 8, -8, 1 / 8.f, 1},
-};
+constexpr float kOut[kStep][kPoints] = {{1, 1, 1, 1, 0}, {0, 1, -1, 2, 0}, {0, 1, 1, 4, 1}};
 
 struct Shape {
   int64_t sets, rows, width, slots, taps;  // `rows` of a set with the padding, of `width` features
@@ -252,7 +243,7 @@ void convolve(const Tokens& x, const float* weight, const float* bias, int64_t f
   }
 }
 
-// Slopes of logits [count][tokens], four tokens at a time, to `out` of [count][longest] for each
+// Slopes of logits [count][tokens], three tokens at a time, to `out` of [count][longest] for each
 // point: as taps are (for the gradient of the weight), or as the gradient of `convolve`.
 void at_points(const Shape& s, const float* slopes, int64_t count, bool as_taps, float* out,
                int64_t stride) {
