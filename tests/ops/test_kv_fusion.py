@@ -119,9 +119,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "slots": ((1, 2, 40, 2, 150, 3), {}),  # tiles of slots
     "heads": ((2, 9, 9, 2, 4, 3), {}),  # more heads than are taken at a time
     "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 2.0}),
-    "filter": ((1, 2, 41, 16, 7, 9), {}),  # enough taps for fewer multiplications
+    "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),  # enough taps for fewer multiplications
     "groups": ((1, 1, 150, 8, 64, 3), {}),  # enough work to multiply tap by tap
-    "filter_groups": ((1, 1, 301, 16, 64, 9), {}),
+    "filter_groups": ((1, 1, 301, 16, 64, 9), {"scale": 0.1}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
 }
 LATER = ("no_heads", "heads")
@@ -144,7 +144,8 @@ CHECKS = [
         "kv_fuse_backward",
         FUSE_BACKWARD,
         tiny=FUSE_TINY_BACKWARD,
-        sums=(*SUMMED, "grad_key", "grad_value", "grad_tokens", "grad_weight", "grad_bias", "grad_gate"),
+        sums=dict.fromkeys((*SUMMED, "grad_key", "grad_value", "grad_tokens", "grad_weight", "grad_gate"), 16)
+        | {"bias": 128, "grad_bias": 128},
     ),
     *check_op("kv_select", SELECT, tiny=SELECT_TINY),
     *check_op("kv_gather_", GATHER, tiny=GATHER_TINY),
