@@ -171,20 +171,15 @@ def by_channels(fuse: Fuse, compile: bool = False) -> Provider:
     return Provider(setup)
 
 
-def _steps(rand: Random, count: int, *shape: int) -> Tensor:
-    """So many integers around zero."""
-    return (rand.uniform(*shape) * count).floor().clamp(max=count - 1) - count // 2
-
-
 def _fuse(b: int, h: int, n: int, d: int, merged: int, taps: int, **options: Any) -> Case:
     dtype = options.pop("dtype", torch.float32)
 
     def args(b: int, h: int, n: int, d: int, merged: int, taps: int) -> Callable[[Random], Args]:
         def make(rand: Random) -> Args:
-            # Steps of 1 and 2**-7: no logit is nearer to zero, where its gradient jumps, than 2**-8.
-            tokens = F.pad(_steps(rand, 5, b, h, n, 2 * d), (0, 0, taps // 2, taps // 2))
-            weight = _steps(rand, 5, merged, 2 * d, taps) / 128
-            bias = (_steps(rand, 121, merged) + 0.5) / 128
+            tokens = F.pad(rand.normal(b, h, n, 2 * d), (0, 0, taps // 2, taps // 2))
+            weight = rand.normal(merged, 2 * d, taps) / (2 * d * taps) ** 0.5
+            # Half of the slots have positive logits only, half none: at zero, where their gradient jumps, rounding decides.
+            bias = 8.0 - 16.0 * (torch.arange(merged) % 2)
             pick = rand.uniform(b, h, n).argsort(-1)[..., :merged].sort(-1).values.int()
             floats = (tokens, weight, bias, torch.tensor(0.5))
             return *(x.to(dtype) for x in floats), pick
@@ -202,7 +197,7 @@ def _fuse(b: int, h: int, n: int, d: int, merged: int, taps: int, **options: Any
             "compile": by_channels(fuse_by_rows, compile=True),
         },
         args(2, 2, 9, 3, 4, 3),
-        gradients=(1, 2, 3),
+        gradients=(1, 3),  # the bias's is zero here: a softmax does not see it
         **options,
     )
 

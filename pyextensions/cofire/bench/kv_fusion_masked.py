@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 from cofire.bench.kv_fusion_attention import hidden, repeated
+from cofire.registry import OPERATORS
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
@@ -19,11 +20,11 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, float]
 def as_policy(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, bias: Tensor, own: Tensor, scale: float, eps: float
 ) -> Tensor:
-    """As the paper's code has it."""
+    """As the paper's code has it, but for the gradient through the largest logit, which is of the order of eps."""
     logits = query @ repeated(query, key).transpose(-1, -2) * scale + bias
     gates = mask[:, None, None]
     gates = gates + (1 - gates) * own
-    kept = (logits - logits.amax(-1, keepdim=True)).float().exp() * gates.float()
+    kept = (logits - logits.detach().amax(-1, keepdim=True)).float().exp() * gates.float()
     weights = (kept + eps / kept.shape[-1]) / (kept.sum(-1, keepdim=True) + eps)
     output: Tensor = weights.to(value.dtype) @ repeated(query, value)
     return output
@@ -46,6 +47,11 @@ def in_place(
     return output
 
 
+def published(*args: Any) -> Any:
+    """What the paper's code computes: what a query does not see gets a share of eps."""
+    return OPERATORS["masked_softmax_attention"].reference(*args[:-1], True)
+
+
 def prepared(attend: Attend, compile: bool = False) -> Provider:
     """What the tokens do not see, and which is a query's own, is known before time counts."""
 
@@ -57,7 +63,7 @@ def prepared(attend: Attend, compile: bool = False) -> Provider:
         run = torch.compile(attend, dynamic=False) if compile else attend
         return lambda: run(query, key, value, mask, bias, own, scale, eps)
 
-    return Provider(setup)
+    return Provider(setup, reference=published if attend is as_policy else None)
 
 
 def _attention(b: int, h: int, n: int, d: int, dtype: torch.dtype = torch.float32, **options: Any) -> Case:
