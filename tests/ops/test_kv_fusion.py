@@ -14,7 +14,7 @@ from torch import Tensor
 from cofire import ops
 from cofire.ops import kv_fusion
 from cofire.ops.kv_fusion import rows_at
-from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
+from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
 
 GOLDEN_SCORES = torch.tensor([[[0.5, 0.1, 0.9, 0.2, 0.9, 0.3]]])
 
@@ -120,8 +120,6 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "heads": ((2, 9, 9, 2, 4, 3), {}),  # more heads than are taken at a time
     "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 2.0}),
     "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),  # enough taps for fewer multiplications
-    "groups": ((1, 1, 150, 8, 64, 3), {}),  # enough work to multiply tap by tap
-    "filter_groups": ((1, 1, 301, 16, 64, 9), {"scale": 0.1}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
 }
 LATER = ("no_heads", "heads")
@@ -237,22 +235,37 @@ def test_slots_are_within_the_hull_of_the_tokens() -> None:
         assert (slots >= rest.amin(2, keepdim=True) - 1e-6).all()
 
 
-def test_it_is_the_convolution_of_torch() -> None:
-    """Step by step with one-hot rows, as the paper's code has it, and its gradients."""
-    tokens, weight, bias, gate, pick = fuse(1, 3, 20, 4, 6, 5)(Random("steps"))
-    leaves = [x.clone().requires_grad_() for x in (tokens, weight, bias, gate)]
-    key, value = ops.kv_fuse(*leaves, pick)
+@pytest.mark.parametrize(
+    ("n", "d", "merged", "taps"),
+    [(20, 4, 6, 5), (150, 8, 64, 3), (301, 16, 64, 9)],
+    ids=["as one product", "tap by tap", "fewer multiplications, tap by tap"],
+)
+def test_it_is_the_convolution_of_torch(n: int, d: int, merged: int, taps: int) -> None:
+    """Step by step with one-hot rows, as the paper's code has it, and its gradients; the same for any number of threads."""
+    tokens, weight, bias, gate, pick = fuse(1, 3, n, d, merged, taps, scale=0.1)(Random("steps"))
+    half = taps // 2
+    cotangent = Random("cotangent").normal(3, merged, 2 * d)
+    results = []
+    for count in (1, 3):
+        leaves = [x.clone().requires_grad_() for x in (tokens, weight, bias, gate)]
+        with threads(count):
+            key, value = ops.kv_fuse(*leaves, pick)
+            found = torch.autograd.grad([key, value], leaves, [cotangent[None, ..., :d], cotangent[None, ..., d:]])
+        results.append((key, value, *found))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    key, value, *found = results[0]
     wide = [x.double().requires_grad_() for x in (tokens, weight, bias, gate)]
-    convolution = torch.nn.functional.conv1d(wide[0][0, :, 2:-2].transpose(1, 2), wide[1], wide[2], padding=2)
+    convolution = torch.nn.functional.conv1d(
+        wide[0][0, :, half : half + n].transpose(1, 2), wide[1], wide[2], padding=half
+    )
     # (the padding is zero, so that its gradient is compared where there are tokens)
-    one_hot = torch.nn.functional.one_hot(pick[0].long(), 20).double()
+    one_hot = torch.nn.functional.one_hot(pick[0].long(), n).double()
     mixing = (1 - wide[3]) * one_hot + wide[3] * torch.softmax(torch.relu(convolution), -1)
-    expected = mixing @ wide[0][0, :, 2:-2]
+    expected = mixing @ wide[0][0, :, half : half + n]
     torch.testing.assert_close(torch.cat([key, value], -1)[0].double(), expected, rtol=0, atol=1e-5)
-    cotangent = Random("cotangent").normal(*expected.shape)
-    found = torch.autograd.grad([key, value], leaves, [cotangent[None, ..., :4], cotangent[None, ..., 4:]])
     right = torch.autograd.grad(expected, wide, cotangent.double())
-    torch.testing.assert_close(found[0][:, :, 2:-2].double(), right[0][:, :, 2:-2], rtol=0, atol=1e-4)
+    rest = (0, slice(None), slice(half, half + n))
+    torch.testing.assert_close(found[0][rest].double(), right[0][rest], rtol=0, atol=1e-4)
     for o, r in zip(found[1:], right[1:], strict=True):
         torch.testing.assert_close(o.double(), r, rtol=0, atol=1e-4)
 
