@@ -29,19 +29,31 @@ FEATURES = 256
 
 
 @triton.jit
+def rows_by_rows(
+    a_ptr, i, a_rows, a_stride, b_ptr, j, b_rows, b_stride, length,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products of rows, fp32 ``[BLOCK_I, BLOCK_J]``, each of ``length`` values; the rows may overlap."""
+    acc = tl.zeros([BLOCK_I, BLOCK_J], tl.float32)
+    for start in range(0, length, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        inside = (i < a_rows)[:, None] & (k < length)[None, :]
+        a = tl.load(a_ptr + i[:, None].to(tl.int64) * a_stride + k[None, :], mask=inside, other=0)
+        inside = (k < length)[:, None] & (j < b_rows)[None, :]
+        b = tl.load(b_ptr + j[None, :].to(tl.int64) * b_stride + k[:, None], mask=inside, other=0)
+        acc = dot(a, b, acc)
+    return acc
+
+
+@triton.jit
 def logits_of(
     tokens_ptr, weight_ptr, bias_ptr, m, s, slots, rest, span, width,
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``relu(bias + W windows)``, fp32 ``[BLOCK_M, BLOCK_S]``. ``span`` is the length of a window, and of a filter."""
-    acc = tl.zeros([BLOCK_M, BLOCK_S], tl.float32)
-    for start in range(0, span, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (m < slots)[:, None] & (k < span)[None, :]
-        w = tl.load(weight_ptr + m[:, None].to(tl.int64) * span + k[None, :], mask=inside, other=0)
-        inside = (k < span)[:, None] & (s < rest)[None, :]
-        x = tl.load(tokens_ptr + s[None, :].to(tl.int64) * width + k[:, None], mask=inside, other=0)
-        acc = dot(w, x, acc)
+    acc = rows_by_rows(
+        weight_ptr, m, slots, span, tokens_ptr, s, rest, width, span, BLOCK_M, BLOCK_S, BLOCK_K
+    )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + m, mask=m < slots, other=0).to(tl.float32)[:, None]
     return maximum(acc, 0.0)
@@ -147,15 +159,7 @@ def products_of(
     BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Of tokens with the gradients of slots, ``[BLOCK_S, BLOCK_M]``: the gradient of what the tokens are weighted by."""
-    acc = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        inside = (s < rest)[:, None] & (c < width)[None, :]
-        x = tl.load(tokens_ptr + s[:, None].to(tl.int64) * width + c[None, :], mask=inside, other=0)
-        inside = (c < width)[:, None] & (m < slots)[None, :]
-        grad = tl.load(grad_ptr + m[None, :].to(tl.int64) * width + c[:, None], mask=inside, other=0)
-        acc = dot(x, grad, acc)
-    return acc
+    return rows_by_rows(tokens_ptr, s, rest, width, grad_ptr, m, slots, width, width, BLOCK_S, BLOCK_M, BLOCK_K)
 
 
 @triton.jit

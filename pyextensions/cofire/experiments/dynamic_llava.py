@@ -28,7 +28,7 @@ from cofire.data import Images
 from cofire.experiments import dynamic_llava_report, report
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
-from cofire.experiments.training import Advance, adamw, fit, steps_per_epoch
+from cofire.experiments.training import Advance, adamw, fit, refuse_heads, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import DynamicLLaVA
 from cofire.methods.dynamic_llava import decoder_of
@@ -402,12 +402,9 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train dynamicllava``: run the experiment, print table and criteria, write results, table and plot."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
+    refuse_heads("dynamicllava", epochs, head_lr, "what follows the dense training")
     if model is not None or weights is not None:
         raise ValueError("experiment: dynamicllava trains its own network; leave out --model and --weights")
-    if head_lr is not None:
-        raise ValueError("experiment: dynamicllava has no heads; --lr sets the rate of what follows the dense training")
     plan = plan_of(epochs, lr, validate)
     folder = out / f"dynamicllava-{Path(data).name}"
     report.show(

@@ -30,7 +30,7 @@ from cofire.experiments import edkm_report, language, report
 from cofire.experiments.centroid_path import centroid_path
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
-from cofire.experiments.training import Advance, accuracy, fit, steps_per_epoch
+from cofire.experiments.training import Advance, accuracy, fit, refuse_heads, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import EDKM, Method
 from cofire.nn.clustering import Palette, Palettized, soft_evaluation
@@ -456,10 +456,7 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train edkm``: run the experiment, print table and criteria, write results, table and plots to ``out``."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    if head_lr is not None:
-        raise ValueError("experiment: edkm has no heads; --lr sets the rate of the second training")
+    refuse_heads("edkm", epochs, head_lr, "the second training")
     if data == TEXT and model not in (None, CHARACTERS.model):
         raise ValueError(f"experiment: the network for text is {CHARACTERS.model}, got {model!r}")
     plan = CHARACTERS if data == TEXT else MLP if model in (None, MLP.model) else replace(CNN, model=str(model))

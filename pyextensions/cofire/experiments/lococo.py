@@ -25,7 +25,7 @@ from cofire.data import Images, Text
 from cofire.experiments import language, lococo_report, quantize_report, report, training
 from cofire.experiments.files import Results, results_file, save_weights
 from cofire.experiments.quantize import TEXT, Run, Task
-from cofire.experiments.training import Advance, adamw
+from cofire.experiments.training import Advance, adamw, refuse_heads
 from cofire.methods import LoCoCo
 from cofire.methods.lococo import CompressingDecoder, backward, read
 from cofire.models.decoder import RotaryAttention
@@ -416,10 +416,7 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train lococo``: run both experiments, or one; print tables and criteria, write results, tables and plots."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    if head_lr is not None:
-        raise ValueError("experiment: lococo has no heads; --lr sets the rate of the training through the cache")
+    refuse_heads("lococo", epochs, head_lr, "the training through the cache")
     if model not in (None, "decoder"):
         raise ValueError(f"experiment: the network of lococo is decoder, got {model!r}")
     if data not in (DIGITS, TEXT, BOTH):

@@ -25,7 +25,7 @@ from cofire.data import Images
 from cofire.experiments import ofq_report, report
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
-from cofire.experiments.training import Advance, accuracy, adamw, fit, steps_per_epoch
+from cofire.experiments.training import Advance, accuracy, adamw, fit, refuse_heads, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import OFQ
 from cofire.methods.ofq import OSCILLATING
@@ -376,10 +376,7 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train ofq``: run the experiment, print table and criteria, write results, table and plots to ``out``."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    if head_lr is not None:
-        raise ValueError("experiment: ofq has no heads; --lr sets the rate of the quantised training")
+    refuse_heads("ofq", epochs, head_lr, "the quantised training")
     plan = plan_of(data, model, epochs, lr, validate)
     folder = out / f"ofq-{plan.model}-{Path(data).name}"
     report.show(

@@ -29,7 +29,7 @@ from cofire.data import Images, Text
 from cofire.experiments import language, quantize_report, report, training
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
-from cofire.experiments.training import Advance
+from cofire.experiments.training import Advance, refuse_heads
 from cofire.files import write_atomically
 from cofire.methods.base import replace_modules
 from cofire.nn import QuantLinear, hessians, quantize_
@@ -392,10 +392,7 @@ def refuse_options(
     method: str, data: str, model: str | None, of_text: str, epochs: int | None, head_lr: float | None, validate: bool
 ) -> None:
     """Raise for options of the command that the experiment has no use for."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    if head_lr is not None:
-        raise ValueError(f"experiment: {method} has no heads; --lr sets the rate of the training")
+    refuse_heads(method, epochs, head_lr, "the training")
     if validate:
         raise ValueError(f"experiment: {method} chooses no setting, so there is no validation run")
     if data == TEXT and model not in (None, of_text):

@@ -28,7 +28,7 @@ from cofire.data import Images
 from cofire.experiments import report, shiftaddvit_report
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
-from cofire.experiments.training import Advance, accuracy, adamw, fit, steps_per_epoch
+from cofire.experiments.training import Advance, accuracy, adamw, fit, refuse_heads, steps_per_epoch
 from cofire.files import write_atomically
 from cofire.methods import ShiftAddViT
 from cofire.nn import BinaryLinearAttention, MixtureOfPrimitives
@@ -450,10 +450,7 @@ def command(
     out: Path = Path("runs"),
 ) -> None:
     """``cofire train shiftaddvit``: run the experiment, print table and criteria, write results, table and plots."""
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
-    if head_lr is not None:
-        raise ValueError("experiment: shiftaddvit has no heads; --lr sets the rate of what follows the dense training")
+    refuse_heads("shiftaddvit", epochs, head_lr, "what follows the dense training")
     plan = plan_of(data, model, epochs, lr, validate)
     folder = out / f"shiftaddvit-{plan.model}-{Path(data).name}"
     report.show(

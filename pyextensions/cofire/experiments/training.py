@@ -95,6 +95,14 @@ def fit(
             advance(f"loss {loss.item():.3f}")
 
 
+def refuse_heads(method: str, epochs: int | None, head_lr: float | None, training: str) -> None:
+    """Raise for no epochs, and for the rate of heads where a method has none; ``training``: what its ``lr`` is of."""
+    if epochs is not None and epochs < 1:
+        raise ValueError(f"experiment: epochs must be at least 1, got {epochs}")
+    if head_lr is not None:
+        raise ValueError(f"experiment: {method} has no heads; --lr sets the rate of {training}")
+
+
 def steps_per_epoch(images: Examples, batch: int) -> int:
     full, rest = divmod(len(images.train), batch)
     return full + (rest > 1)

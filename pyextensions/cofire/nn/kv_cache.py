@@ -408,13 +408,13 @@ class KVCache:
 
     def _reduce(self, at: CacheLayer, key: Tensor, value: Tensor, out: Pair | None) -> Pair:
         """``capacity`` tokens of those that are held; in ``out`` where it is given, with gradients where it is not."""
-        raise NotImplementedError
+        raise NotImplementedError  # each policy has its own
 
     def _record(self, at: CacheLayer, scores: Tensor) -> None:
         at.scores = scores
 
     def _record_queries(self, at: CacheLayer, query: Tensor) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # for a policy that needs queries
 
     def _scores(self, at: CacheLayer) -> Tensor:
         if at.scores is None or at.scores.shape[2] != at.count:
