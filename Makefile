@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PEERS  := .venv-peers
+PEERS_PIP := $(PEERS)/bin/python -m pip --quiet --disable-pip-version-check
 # One process of tests per core, up to eight.
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 8))' 2>/dev/null)
 PYTEST := $(BIN)/python -m pytest -n $(or $(WORKERS),1) --dist worksteal
@@ -18,7 +20,7 @@ export HYPOTHESIS_STORAGE_DIRECTORY := $(CURDIR)/.cache/hypothesis
 
 NATIVE := setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
 
-.PHONY: build demo test test-all lint format bench report gpu wheel readme clean
+.PHONY: build demo test test-all test-alone lint format bench peers report gpu wheel readme clean
 
 build: $(VENV)/.built
 
@@ -28,13 +30,17 @@ demo: build
 test: build
 	$(PYTEST) -m "not full and not gpu"
 
-test-all: build lint
+test-all: lint build
 	$(PYTEST) -m "not gpu"
 
-# On a machine with an NVIDIA GPU, in the Python that is there: nothing is installed.
+# Of the second tier what no test of the first stands for: a wheel in an empty environment, two processes, the sources of
+# CUDA by nvcc, and the check of a GPU without one.
+test-alone: build
+	$(PYTEST) -m "full and not gpu" $(foreach name,wheel distributed cuda_sources gpu_check,tests/test_$(name).py)
+
+# On a machine with an NVIDIA GPU, in the Python that is there: nothing is installed. Again: goes on where it stopped.
 gpu:
-	$(PYTHON) setup.py build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
+	PYTHONPATH=pyextensions:kernels $(PYTHON) -m cofire.gpu_check $(GPU_CHECK)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -49,6 +55,19 @@ format: $(VENV)/.installed
 
 bench: build
 	$(BIN)/cofire bench
+
+# Other libraries to compare with, in an environment of their own: afterwards $(PEERS)/bin/cofire bench. One that cannot be
+# installed is said, and the rest go on.
+peers: build
+	@test -x $(PEERS)/bin/python || { echo "Making $(PEERS) ..."; $(PYTHON) -m venv $(PEERS); }
+	@$(PEERS_PIP) install -c constraints.txt torch numpy "setuptools>=77" wheel ninja pybind11
+	@COFIRE_BUILD=0 $(PEERS_PIP) install --no-build-isolation -c constraints.txt -e ".[report]"
+	@mkdir -p .cache; grep -v '^#' constraints-peers.txt | while read -r peer; do \
+	  echo "Installing $$peer ..."; \
+	  $(PEERS_PIP) install --no-build-isolation -c constraints.txt "$$peer" </dev/null >.cache/peers.log 2>&1 \
+	    || { echo "$$peer cannot be installed here: `grep -v '^ *$$' .cache/peers.log | tail -n 1`"; }; \
+	done
+	@$(PEERS)/bin/python -m cofire.bench.peers
 
 report: build
 	$(BIN)/cofire report

@@ -15,6 +15,8 @@ import pytest
 
 # Threads that wait without spinning: on a busy machine the tests are ten times faster. Read when OpenMP is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The library of matrix products of a GPU gives the same bits on every run only with a workspace of a fixed size.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 

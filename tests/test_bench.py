@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cofire import bench
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, results
+from cofire.bench import ceilings, harness, quiet, results
 from cofire.bench.cases import Case, Provider, Random, plain
 from cofire.registry import OPERATORS, tensors_of
 
@@ -236,10 +236,12 @@ def test_percentiles() -> None:
 
 
 def test_noise_marks() -> None:
-    quiet = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1, "probe_ms": 1.0}
-    rows = [quiet, {**quiet, "probe_ms": 1.2}, {**quiet, "p80_ms": 1.5}, {**quiet, "median_ms": None}]
-    harness.mark_noise(rows, best_probe_ms=1.0)
-    assert [r["noisy"] for r in rows] == [False, True, True, False]
+    usual = {"median_ms": 1.0, "p20_ms": 0.9, "p80_ms": 1.1, "probe": {"core": 1.0}, "rounds": 7, "quiet_rounds": 7}
+    rows = [usual, {**usual, "probe": {"core": 1.2}}, {**usual, "p80_ms": 1.5}, {**usual, "median_ms": None}]
+    rows += [{**usual, "quiet_rounds": 0}, {**usual, "rounds": 3, "quiet_rounds": 3}]
+    harness.mark_noise(rows, quiet.Probe("cpu", {"core": lambda: 1.0}))
+    assert [r["noisy"] for r in rows] == [False, True, True, False, True, False]
+    assert [r.get("flagged") for r in rows] == [False, True, False, None, True, False]
 
 
 def test_ceilings() -> None:
@@ -298,39 +300,6 @@ def test_tune_says_that_cpus_need_none() -> None:
     assert "dispatch tables were measured beforehand" in bench.tune("cpu")
     with pytest.raises(ValueError, match="device must be cpu or cuda"):
         bench.tune("tpu")
-
-
-# ------------------------------------------------------------------------------------------------- report
-
-
-def test_report(suite_of_one: Case, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    found = bench.run(quick=True, out=tmp_path / "r.json", progress=False)
-    ours = next(r for r in found.rows if r["provider"] == "cofire")
-    ours.update(speedup=0.5, speedup_low=0.4, speedup_high=0.6)
-    found.save(tmp_path / "r.json")
-    written = {p.name: p.read_text() for p in bench.report([tmp_path / "r.json"], tmp_path / "docs")}
-    tables = written["benchmarks.md"]
-    assert "**0.50x [0.40, 0.60]**" in tables, "a loss is shown, in bold"
-    assert "no number" in tables
-    assert "1 of 1" in tables
-    page = written["benchmarks.html"]
-    for part in ("width=device-width", "prefers-color-scheme: dark", "<svg", "<strong>0.50x"):
-        assert part in page
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    ).replace("https://matplotlib.org", ""), "the page needs no other file"
-    svg = next(text for name, text in written.items() if name.endswith("speedup.svg"))
-    assert "currentColor" in svg
-    # the words around the generated part are the reader's own
-    path = tmp_path / "docs" / "benchmarks.md"
-    path.write_text("My words.\n" + tables)
-    bench.report([tmp_path / "r.json", tmp_path / "r.json"], tmp_path / "docs")
-    assert path.read_text().startswith("My words.\n")
-    path.write_text("no markers")
-    with pytest.raises(ValueError, match="must contain the lines"):
-        bench.report([], tmp_path / "docs")
-    assert "Not measured." in bench.report([], tmp_path / "empty")[0].read_text()
 
 
 # ------------------------------------------------------------------------------------------------ the suite

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmark of low-bit products rests on: its references, the peers' packing, its tables; and fresh pages."""
+"""What the benchmark of low-bit products rests on: its references, the peers' packing, its tables."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +12,13 @@ import torch
 from torch import Tensor
 
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, lowbit, lowbit_peers, lowbit_summary, results, sparse_summary
+from cofire.bench import ceilings, harness, lowbit, lowbit_summary, lowbit_torch, peers, results, sparse_summary
 from cofire.bench.cases import Provider, Random
-from cofire.bench.lowbit_peers import Product
+from cofire.bench.peers import _onnx, _products
+from cofire.bench.peers._products import Product
+from cofire.bench.report.tables import markdown_table
 from cofire.registry import OPERATORS
 
-report = importlib.import_module("cofire.bench.report")  # the package has a function of that name
-ROOT = Path(__file__).parent.parent
 HALF = torch.bfloat16
 
 
@@ -52,18 +50,18 @@ def off(got: Tensor, expected: Tensor) -> float:
 def test_reference_is_the_operator_s(format: str, activations: str) -> None:
     made = args(format=format, activations=activations)
     for given in (made, harness._in_fp64(made)):
-        assert torch.equal(lowbit_peers.reference(*given), OPERATORS["qlinear"].reference(*given))
+        assert torch.equal(_products.reference(*given), OPERATORS["qlinear"].reference(*given))
 
 
 def test_decoded_weights_are_kept_by_what_they_are_made_of() -> None:
     first, second = Product(*args()), Product(*args(bits=2))
-    assert lowbit_peers.decoded(first) is lowbit_peers.decoded(first._replace(input=first.input + 1))
-    assert lowbit_peers.decoded(first).dtype == torch.float32
+    assert _products.decoded(first) is _products.decoded(first._replace(input=first.input + 1))
+    assert _products.decoded(first).dtype == torch.float32
     wide = Product(*harness._in_fp64(first))
-    assert lowbit_peers.decoded(wide).dtype == torch.float64
-    assert not torch.equal(lowbit_peers.decoded(first), lowbit_peers.decoded(second))
+    assert _products.decoded(wide).dtype == torch.float64
+    assert not torch.equal(_products.decoded(first), _products.decoded(second))
     clone = first._replace(codes=first.codes.flip(0))
-    assert not torch.equal(lowbit_peers.decoded(first), lowbit_peers.decoded(clone))
+    assert not torch.equal(_products.decoded(first), _products.decoded(clone))
 
 
 @pytest.mark.parametrize(
@@ -72,15 +70,15 @@ def test_decoded_weights_are_kept_by_what_they_are_made_of() -> None:
 def test_roundings_of_activations_are_roundings(rounding: str, error: float) -> None:
     """Near the exact product, but not it: the check would otherwise pass a peer that rounds nothing, or in another way."""
     given = args(group_size=32, activations="int8")
-    got, exact = getattr(lowbit_peers, rounding)(*given), lowbit_peers.exact(*given)
+    got, exact = getattr(_products, rounding)(*given), _products.exact(*given)
     assert 1e-4 < off(got, exact) < error
-    assert off(getattr(lowbit_peers, rounding)(*harness._in_fp64(given)), got) < 5e-3 if rounding == "half" else 1e-6
+    assert off(getattr(_products, rounding)(*harness._in_fp64(given)), got) < 5e-3 if rounding == "half" else 1e-6
 
 
 def test_inputs_keep_clear_of_halves() -> None:
     x = torch.randn(3, 256)
     x[0, 5] = x[0].abs().max() / 127 * 20.5
-    moved = lowbit_peers.clear_of_halves(x, (32, 128))
+    moved = _products.clear_of_halves(x, (32, 128))
     assert off(moved, x) < 0.05
     scale = moved.abs().amax(1, keepdim=True) / 127
     ratio = moved / scale
@@ -95,7 +93,7 @@ def test_inputs_keep_clear_of_halves() -> None:
 
 def test_peers_of_torch_itself_are_always_there() -> None:
     def names(*given: Any) -> set[str]:
-        return set(lowbit_peers.peers(*given))
+        return set(lowbit_torch.of_torch(*given))
 
     assert "peer:torch-int4pack" in names(4, 128, HALF, "exact", "uniform", 64)
     assert "peer:torch-int4pack" not in names(4, 128, torch.float32, "exact", "uniform", 64), "half a second a call"
@@ -105,12 +103,11 @@ def test_peers_of_torch_itself_are_always_there() -> None:
 
 
 def test_what_is_not_installed_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowbit_peers, "installed", lambda name: False)
-    for bits, group_size, dtype in ((4, 128, HALF), (4, 128, torch.float32), (8, None, torch.float32)):
-        for activations in ("exact", "int8"):
-            found = lowbit_peers.peers(bits, group_size, dtype, activations, "uniform", 8)
-            assert all(name.startswith("peer:torch-") for name in found)
-    assert lowbit_peers.peers(4, 64, torch.float32, "exact", "nf4", 8) == {}
+    monkeypatch.setattr(peers, "installed", lambda name: False)
+    for case in (lowbit.qlinear_case(8), lowbit.qlinear_case(8, 8, None, activations="int8")):
+        found = {name for name in harness.candidates(case, "cpu", "forward", None) if name.startswith("peer:")}
+        assert found <= {"peer:torch-int4pack", "peer:torch-dynamic"}
+        assert "peer:torchao" in harness.absentees(case, "cpu", "forward", None) or case.facts["bits"] == 4
 
 
 def test_a_peer_with_wrong_scales_gets_no_number() -> None:
@@ -119,16 +116,16 @@ def test_a_peer_with_wrong_scales_gets_no_number() -> None:
 
     def wrong(*args: Any) -> Any:
         p = Product(*args)
-        return lowbit_peers.int4pack(*p._replace(scale=p.scale * 1.5))
+        return lowbit_torch.int4pack(*p._replace(scale=p.scale * 1.5))
 
-    assert given.check(Provider(lowbit_peers.int4pack), "forward", harness.slack("peer:x")) is None
+    assert given.check(Provider(lowbit_torch.int4pack), "forward", harness.slack("peer:x")) is None
     assert "off by" in str(given.check(Provider(wrong), "forward", harness.slack("peer:x")))
 
 
 def test_the_model_for_onnxruntime_holds_the_codes() -> None:
     onnx = pytest.importorskip("onnx")
     p = Product(*args(bits=2, group_size=32))
-    node = onnx.load_from_string(lowbit_peers.onnx_model(p, 4)).graph
+    node = onnx.load_from_string(_onnx.model(p, 4)).graph
     blob = torch.frombuffer(bytearray(node.initializer[0].raw_data), dtype=torch.uint8)
     assert torch.equal(blob.view(p.codes.shape), p.codes)
 
@@ -223,7 +220,7 @@ def made_up(device: str = "CPU A", threads: int = 2) -> results.Results:
 
 
 def test_summary_says_what_was_missed() -> None:
-    text = lowbit_summary.summary(made_up(), report._markdown_table)
+    text = lowbit_summary.summary(made_up(), markdown_table)
     assert "| int8 activations, 4 bits, against ONNX Runtime | at least 1.3x | **M = 8: 1.2x** |" in text
     assert "4096x4096: 86.5 % |" in text, "8.65 MB in 0.5 ms are 17.3 of 20 GB/s"
     assert "| at least 0.95x | 4096x4096 (onnxruntime): 2x |" in text
@@ -244,29 +241,17 @@ def test_the_sparse_summary_says_what_was_missed() -> None:
         {**row(trained, provider, ms, "forward+backward"), "family": "sparse"}
         for provider, ms in (("cofire", 10.0), ("peer:plain layer", 9.8))
     ]
-    text = sparse_summary.summary(found, report._markdown_table)
+    text = sparse_summary.summary(found, markdown_table)
     assert "| csr, many rows, against MKL's CSR | at least 2x | M = 256, 90 %: 2.5x |" in text
     assert "| csr, many rows, against SparseProp | at least 2x | **M = 256, 90 %: 1.9x** |" in text
     assert "| at least 0.95x | M = 64: 0.98x |" in text
     assert "| selection, 11008x4096, against the best of torch | at least 10x | - |" in text
 
 
-def test_two_devices_have_a_section_each() -> None:
-    both = [made_up(), made_up("CPU B")]
-    both[1].rows = [{**r, "family": "gating"} for r in both[1].rows]
-    text = report.family_tables("lowbit", both)
-    assert "### CPU A" in text and "### CPU B" not in text
-    assert "Peers: onnxruntime 1.0; not installed: torchao." in text
-    assert report._devices(both) == ["cpu-a", "cpu-b"]
-    assert report._devices([made_up(), made_up(threads=8)]) == ["cpu-a-2-threads", "cpu-a-8-threads"]
-    assert report.family_tables("lowbit", [both[1]]) == "Not measured."
-
-
-def test_overview_leaves_out_first_calls_and_overheads() -> None:
+def test_a_summary_leaves_out_first_calls_and_overheads() -> None:
     found = made_up()
     for r in found.rows:
         r["speedup"] = 2.0 if r["mode"] == "forward, cold" else 0.1
-    assert report._overview(found) == [("qlinear", 2.0, 2.0, pytest.approx(2.0), 0, 3)]
     assert "slower in 0 of 3" in found.summary()
 
 
@@ -276,21 +261,4 @@ def test_peers_do_not_part_environments() -> None:
     assert first.same_environment(second.environment)
     del second.environment["peers"]
     assert first.same_environment(second.environment)
-    assert set(results.environment("cpu", False)["peers"]) == set(results.PEERS)
-
-
-@pytest.mark.skipif(not (ROOT / "benchmarks" / "results").is_dir(), reason="not a checkout")
-@pytest.mark.parametrize("page", ["docs/benchmarks.md", "docs/lowbit.md", "docs/sparse.md", "README.md"])
-def test_pages_are_fresh(page: str) -> None:
-    """What ``make readme`` writes is what is there: the pages show the results files of this checkout."""
-    found = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
-    everything = [results.Results.load(p) for p in found if not p.stem.endswith("-quick")]
-    words = (ROOT / page).read_text(encoding="utf-8")
-    if page == "README.md":
-        expected = report.measured(everything)
-    elif (family := Path(page).stem) in report.SUMMARIES:
-        expected = report.family_tables(family, everything)
-    else:
-        plots = {p.stem.removeprefix("benchmarks-"): p.name for p in (ROOT / "docs").glob("benchmarks-*.svg")}
-        expected = report.markdown(everything, plots)
-    assert expected in words, "run: make readme"
+    assert list(results.environment("cpu", False)["peers"]) == peers.distributions("cpu")

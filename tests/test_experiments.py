@@ -315,11 +315,18 @@ def test_the_command_line_refuses_with_a_sentence(tmp_path: Path, arguments: lis
     assert sentence in done.output
 
 
-@pytest.mark.parametrize("arguments", [["report", "/nope.json"], ["info", "--readme", "/nope.json"]])
-def test_a_missing_file_gets_a_sentence(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["report", "/nope.json"], "bench: there is no results file /nope.json; cofire bench writes one"),
+        (["info", "--readme", "/nope.json"], "no file '/nope.json'"),
+    ],
+    ids=["report", "info"],
+)
+def test_a_missing_file_gets_a_sentence(arguments: list[str], sentence: str) -> None:
     done = CliRunner().invoke(cli.app, arguments)
     assert done.exit_code == 2
-    assert done.output == "cofire: no file '/nope.json'\n"
+    assert done.output == f"cofire: {sentence}\n"
 
 
 def test_no_hook_stays_when_a_forward_fails() -> None:

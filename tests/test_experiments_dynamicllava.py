@@ -91,6 +91,7 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
     assert chosen["compared"] == 60 and chosen["differing"] == 0
     assert 0 < chosen["chance"] < chosen["ink"] + 1 and 0 <= chosen["text_rate"] <= 1
     assert "ink" not in random and random["vision_rate"] == 0.25
+    assert 0 <= chosen["in_their_place"]["accuracy"] <= 100 and "in_their_place" not in random
     assert [keep for keep, _ in chosen["by_keep"]] == [0.25, 1.0] and chosen["by_keep"][0][1] == chosen["accuracy"]
     assert [row["batch"] for row in results["latency"]] == [1, 20]
     written = json.loads((tmp_path / "results.json").read_text())
@@ -137,6 +138,7 @@ def _cell(name: str, seed: int, **changes: Any) -> dict[str, Any]:
         cell |= {"vision_rate": 0.26, "text_rate": 0.5, "by_keep": [[0.25, cell["accuracy"]], [1.0, 90.0]]}
     if name == "chosen":
         cell |= {"ink": 0.7, "chance": 0.3, "differing": 0, "compared": 100}
+        cell["in_their_place"] = {"accuracy": 60.0, "by_question": cell["by_question"]}
     return cell | changes
 
 
@@ -159,7 +161,11 @@ def _results(**changes: dict[str, Any]) -> dict[str, Any]:
         ({}, None),
         ({"chosen": {"accuracy": 94.4}}, "chosen tokens lose at most 1.5 points"),
         ({"continued": {"accuracy": 96.6}}, "chosen tokens lose at most 1.5 points"),  # the better control counts
-        ({"random": {"accuracy": 85.5}}, "at least 10 points ahead of random tokens"),
+        ({"random": {"accuracy": 85.5}}, "at least 10 points ahead of random tokens, trained alike"),
+        (
+            {"chosen": {"in_their_place": {"accuracy": 85.5, "by_question": {}}}},
+            "at least 10 points ahead of random tokens in the place of the chosen",
+        ),
         ({"chosen": {"vision_rate": 0.285}}, "keeps its share"),
         ({"chosen": {"ink": 0.59}}, "twice chance"),
         ({"chosen": {"differing": 1}}, "the same answers"),
@@ -176,7 +182,7 @@ def test_what_was_not_run_is_not_judged() -> None:
     results = _results()
     results["cells"] = [c for c in results["cells"] if c["cell"] == "chosen"]
     found = {c.name: c for c in dynamic_llava_report.criteria(results)}
-    assert found["at least 10 points ahead of random tokens"].passed is None
+    assert found["at least 10 points ahead of random tokens, trained alike"].passed is None
     assert [c.passed for c in dynamic_llava_report.criteria(results | {"cells": []})] == [None]
 
 
@@ -184,6 +190,7 @@ def test_tables_show_losses() -> None:
     text = dynamic_llava_report.markdown(_results())
     assert "| all tokens | 2 | 96.00 | 6.35 | 94.00 | 96.00 | 95.00 |  |  |" in text
     assert "| chosen | 2 | 95.00 | 0.00 | 94.00 | 96.00 | 95.00 | 16 of 64 | 50.0% |" in text
+    assert "| random tokens in the place of the chosen | 2 | 60.00 | 0.00 | 94.00 | 96.00 | 95.00 |  |  |" in text
     assert "| random | 70.00 | 90.00 |" in text and "| 1 | 2.00 | 1.00 | 2.00x |" in text
 
 

@@ -137,6 +137,13 @@ def test_every_policy_has_its_cache() -> None:
         assert (cache.capacity, cache.buffer, cache.chunk, cache.bptt) == (8, 2, 5, True)
 
 
+def test_the_rate_rises_and_falls() -> None:
+    line = [lococo.share_of_rate(replace(STREAM, updates=4), step) for step in range(4)]
+    assert line == [1.0, 0.75, 0.5, 0.25]
+    wave = [lococo.share_of_rate(replace(STREAM, updates=4, cosine=True, warm_up=2), step) for step in range(4)]
+    assert wave == pytest.approx([0.5, 0.5 + 0.5 * 0.5**0.5, 0.5, 0.5 - 0.5 * 0.5**0.5])
+
+
 def test_pixels_become_tokens_whose_levels_training_blurs() -> None:
     images = torch.tensor([[[[0, 255], [16, 239]]]], dtype=torch.uint8)
     tokens = lococo.tokens_of(images)

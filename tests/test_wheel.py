@@ -52,9 +52,12 @@ def _run(*command: str | Path, cwd: Path, **extra: str) -> str:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the tree."""
     target = tmp_path_factory.mktemp("source") / "cofire"
-    ignored = shutil.ignore_patterns(
-        ".git", ".venv", ".cache", "build", "dist", "*.so", "__pycache__", "report", "runs"
-    )
+    everywhere = shutil.ignore_patterns("*.so", "__pycache__")
+    made = {".git", ".venv", ".venv-peers", ".cache", "build", "dist", "gpu-check", "report", "runs"}
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return everywhere(folder, names) | (made if Path(folder) == ROOT else set())
+
     shutil.copytree(ROOT, target, ignore=ignored)
     return target
 

@@ -43,31 +43,34 @@ Sum weigh(float* x, int64_t seen, int64_t width, float scale) {
   return {largest, reduce_add(sum + more)};
 }
 
-// sums[j] += sum over rows of shares[r] weights[r][j]
+// sums[j] += sum over rows of shares[r] weights[r][j], of so many rows first: no sum is long.
 void add_by_key(const float* weights, int64_t rows, int64_t width, int64_t stride,
                 const float* shares, float* sums) {
-  constexpr int64_t kVectors = 4;
-  int64_t j = 0;
-  for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
-    Vec acc[kVectors];
-    COFIRE_UNROLL for (int64_t v = 0; v < kVectors; ++v) acc[v] = Vec::loadu(sums + j + v * kLanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec share(shares[r]);
-      const float* p = weights + r * stride + j;
-      COFIRE_UNROLL for (int64_t v = 0; v < kVectors; ++v) {
-        acc[v] = at::vec::fmadd(Vec::loadu(p + v * kLanes), share, acc[v]);
+  constexpr int64_t kVectors = 4, kTerms = 16;
+  const auto add = [&](int64_t j, auto vectors, auto count) {
+    for (int64_t first = 0; first < rows; first += kTerms) {
+      Vec acc[vectors()];
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) acc[v] = Vec(0.0f);
+      for (int64_t r = first; r < std::min(rows, first + kTerms); ++r) {
+        const Vec share(shares[r]);
+        const float* p = weights + r * stride + j;
+        COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+          acc[v] = at::vec::fmadd(load(p + v * kLanes, count), share, acc[v]);
+        }
+      }
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+        float* sum = sums + j + v * kLanes;
+        (load(sum, count) + acc[v]).store(sum, static_cast<int>(count));
       }
     }
-    COFIRE_UNROLL for (int64_t v = 0; v < kVectors; ++v) acc[v].store(sums + j + v * kLanes);
+  };
+  constexpr std::integral_constant<int64_t, kLanes> whole;
+  int64_t j = 0;
+  for (; j + kVectors * kLanes <= width; j += kVectors * kLanes) {
+    add(j, std::integral_constant<int64_t, kVectors>{}, whole);
   }
-  for (; j < width; j += kLanes) {
-    const int64_t count = std::min(kLanes, width - j);
-    Vec acc = Vec::loadu(sums + j, count);
-    for (int64_t r = 0; r < rows; ++r) {
-      acc = at::vec::fmadd(Vec::loadu(weights + r * stride + j, count), Vec(shares[r]), acc);
-    }
-    acc.store(sums + j, static_cast<int>(count));
-  }
+  for (; j + kLanes <= width; j += kLanes) add(j, std::integral_constant<int64_t, 1>{}, whole);
+  if (j < width) add(j, std::integral_constant<int64_t, 1>{}, width - j);
 }
 
 template <typename T>

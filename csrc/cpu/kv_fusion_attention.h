@@ -12,6 +12,7 @@
 
 #include "exponential.h"
 #include "kv_fusion.h"
+#include "kv_fusion_few.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -20,6 +21,7 @@ namespace kv_fusion {
 constexpr int64_t kTile = 64 << 10;           // weights of a block: a quarter of a megabyte
 constexpr int64_t kFewest = 16, kMost = 128;  // queries of a block
 constexpr int64_t kQueries = 256;             // of a task of the forward pass
+constexpr int64_t kKeys = 1024;               // of a task, where there are few queries
 
 struct Sizes {
   int64_t batch, heads, groups, queries, keys, d;  // `groups` heads of queries for each of keys
@@ -58,9 +60,12 @@ template <typename T>
 struct Cache {
   at::Tensor tensor;
   explicit Cache(const at::Tensor& x) : tensor(x.stride(3) == 1 ? x : x.contiguous()) {}
+  const T* at(int64_t b, int64_t h) const {
+    return tensor.const_data_ptr<T>() + b * tensor.stride(0) + h * tensor.stride(1);
+  }
+  int64_t row() const { return tensor.stride(2); }
   Floats of(int64_t b, int64_t h, int64_t rows) const {
-    const T* p = tensor.const_data_ptr<T>() + b * tensor.stride(0) + h * tensor.stride(1);
-    return Floats(p, rows, tensor.size(3), tensor.stride(2));
+    return Floats(at(b, h), rows, tensor.size(3), row());
   }
 };
 
@@ -84,11 +89,66 @@ struct Block {
   int64_t set, task, first, count, width;
 };
 
+// `attend` for one query of each head: parts of a set's keys, whose sums are added in their order.
+// Where there are sets enough, a task is all of one: threads then meet once.
+template <typename T, typename F>
+void attend_few(const Sizes& s, const at::Tensor& query, const at::Tensor& key,
+                const at::Tensor& value, at::Tensor& output, F&& weigh) {
+  constexpr int64_t kEnough = 8;
+  const Cache<T> k(key), v(value);
+  const int64_t rows = s.rows(), sets = s.sets(), size = rows * s.d;
+  const int64_t width = s.width(0, rows), parts = (width + kKeys - 1) / kKeys;
+  const Floats queries(query.const_data_ptr<T>(), sets * rows, s.d, s.d);
+  std::vector<float> weights(sets * rows * width), sums(sets * parts * size), factors(sets * rows);
+  const auto multiply_part = [&](int64_t task) {
+    const int64_t set = task / parts, first = task % parts * kKeys;
+    multiply_few(queries.data + set * size, rows,
+                 k.at(set / s.heads, set % s.heads) + first * k.row(),
+                 std::min(kKeys, width - first), k.row(), s.d,
+                 weights.data() + set * rows * width + first, width);
+  };
+  const auto weigh_set = [&](int64_t set) {
+    weigh(Block{set, set, 0, rows, width}, weights.data() + set * rows * width,
+          factors.data() + set * rows);
+  };
+  const auto mix_part = [&](int64_t task) {
+    const int64_t set = task / parts, first = task % parts * kKeys;
+    mix_few(weights.data() + set * rows * width + first, rows, width,
+            v.at(set / s.heads, set % s.heads) + first * v.row(), std::min(kKeys, width - first),
+            v.row(), s.d, sums.data() + task * size);
+  };
+  if (sets >= kEnough) {
+    in_turns(sets, [&](int64_t set) {
+      for (int64_t i = 0; i < parts; ++i) multiply_part(set * parts + i);
+      weigh_set(set);
+      for (int64_t i = 0; i < parts; ++i) mix_part(set * parts + i);
+    });
+  } else {
+    in_turns(sets * parts, multiply_part);
+    in_turns(sets, weigh_set);
+    in_turns(sets * parts, mix_part);
+  }
+  T* out = output.mutable_data_ptr<T>();
+  for (int64_t r = 0; r < sets * rows; ++r) {
+    const float* from = sums.data() + r / rows * parts * size + r % rows * s.d;
+    const Vec by(factors[r]);
+    for_vectors(s.d, [&](int64_t c, auto n) {
+      Vec sum = load(from + c, n);
+      for (int64_t i = 1; i < parts; ++i) sum = sum + load(from + i * size + c, n);
+      store_f32(out + r * s.d + c, sum * by, n);
+    });
+  }
+}
+
 // The sum of values by weights. weigh(block, products, factors) makes weights of products, in
 // place, and gives each row a factor for what it sums up to. Tasks are chunks of a set's rows.
 template <typename T, typename F>
 void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
             at::Tensor& output, F&& weigh) {
+  // (Several queries, as a piece of a prompt has them, are summed up as all of it is.)
+  if (s.queries == 1 && s.groups <= kFew) {
+    return attend_few<T>(s, query, key, value, output, weigh);
+  }
   const Cache<T> k(key), v(value);
   const T* q = query.const_data_ptr<T>();
   T* out = output.mutable_data_ptr<T>();

@@ -1,323 +1,380 @@
 // SPDX-License-Identifier: Apache-2.0
-// kv_fuse: slots that are mixtures of tokens, whose shares a convolution computes. A convolution of
-// k taps is a sum of k products of the tokens, each time shifted by one, so that nothing is copied
-// into windows; of many taps, three taps and three tokens at a time take five products of a third
-// instead of nine (Winograd, "Arithmetic Complexity of Computations", 1980). The logits of a
-// tile of slots are turned into shares in place and multiplied with the tokens. The backward
-// computes them again.
+// kv_fuse: slots that are mixtures of tokens, whose shares a convolution computes. Of many taps it
+// is computed by frequencies: tokens are taken in segments that overlap, a segment's transform is
+// multiplied with that of the taps, frequency by frequency, and transformed back (overlap-save; for
+// networks Mathieu, Henaff, LeCun 2014). A product of complex numbers takes three of real ones
+// (Karatsuba), so that 48 outputs of 21 taps take 101 products instead of 1008. Products of all
+// segments at a frequency are one product of matrices, as are the transforms, whose length is
+// small. The logits of a tile of slots, token by token, are turned into shares in place and
+// multiplied with the tokens. The backward computes them again.
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
+#include <numbers>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "exponential.h"
 #include "kv_fusion.h"
+#include "pages.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
 namespace kv_fusion {
 namespace {
 
-constexpr int64_t kSlots = 256;  // of a tile, at most
-constexpr int64_t kHeads = 8;    // whose gradients of logits are kept at a time, for any threads
-
-constexpr int64_t kLong = 256;        // terms of a sum, from which on fewer multiplications count
-constexpr int64_t kLittle = 1 << 17;  // multiplications of a product
-
-constexpr int64_t kStep = 3, kPoints = 5;
-// A polynomial of three coefficients at 0, 1, -1, 2 and infinity (divided by what clears the
-// fractions of kTokens), and what three outputs of a filter of three taps are made of.
-constexpr float kTaps[kPoints][kStep] = {
-    {1 / 2.f, 0, 0},
-    {1 / 2.f, 1 / 2.f, 1 / 2.f},
-    {1 / 6.f, -1 / 6.f, 1 / 6.f},
-    {1 / 6.f, 1 / 3.f, 2 / 3.f},
-    {0, 0, 1},
-};
-constexpr float kTokens[kPoints][kPoints] = {
-    {2, -1, -2, 1, 0}, {0, 2, 1, -1, 0}, {0, -2, 3, -1, 0}, {0, -1, 0, 1, 0}, {0, 2, -1, -2, 1},
-};
-constexpr float kOut[kStep][kPoints] = {{1, 1, 1, 1, 0}, {0, 1, -1, 2, 0}, {0, 1, 1, 4, 1}};
+constexpr int64_t kSlots = 64;         // of a tile, at most
+constexpr int64_t kRoom = 10 << 20;    // numbers that are kept of the sets taken at a time
+constexpr int64_t kLongest = 128;      // segment, with what it shares with the next
+constexpr int64_t kColumns = 1 << 12;  // of a weight's transform, by a thread
 
 struct Shape {
   int64_t sets, rows, width, slots, taps;  // `rows` of a set with the padding, of `width` features
+  int64_t segment = 0;                     // outputs of one, 0: tap by tap
+  int64_t points = 1;                      // real products of a segment and the taps
+
+  Shape(int64_t sets_, int64_t rows_, int64_t width_, int64_t slots_, int64_t taps_)
+      : sets(sets_), rows(rows_), width(width_), slots(slots_), taps(taps_) {
+    // In multiplications. Those of transforms count twice: they are small products. A weight takes
+    // as long to read as a few of them, a call of the library as many.
+    constexpr int64_t kRead = 8, kCall = 1 << 16;
+    const int64_t weight = width * slots;
+    int64_t least = taps * (weight * (sets * tokens() + kRead) + sets * tiles() * kCall);
+    least -= least / 8;  // tap by tap where it is much the same
+    for (int64_t length = taps + 3; length <= kLongest; ++length) {
+      const int64_t outputs = length - taps + 1, count = (tokens() + outputs - 1) / outputs;
+      const int64_t real = points_of(length), transforms = length * width + outputs * slots;
+      const int64_t calls = sets * count * (1 + tiles()) + real;
+      const int64_t cost =
+          real * (sets * count * (weight + 2 * transforms) + weight * (kRead + 2 * taps)) +
+          calls * kCall;
+      if (cost < least) {
+        least = cost;
+        segment = outputs;
+        points = real;
+      }
+    }
+  }
+  // One frequency is real, of an even length two; the others come in pairs.
+  static int64_t points_of(int64_t length) { return (3 * length - 1) / 2; }
 
   int64_t tokens() const { return rows - taps + 1; }
-  // Few heads make small tiles, so that there is work for all threads.
-  int64_t tile() const { return sets >= kHeads ? kSlots : kSlots / 4; }
-  int64_t tiles() const { return (slots + tile() - 1) / tile(); }
-
-  // Tokens are taken by their remainder: those of remainder 0 first.
-  bool fast() const { return taps > kStep && taps * width >= kLong; }
-  int64_t step() const { return fast() ? kStep : 1; }
-  int64_t points() const { return fast() ? kPoints : 1; }
-  // Groups of taps are multiplied one after another or, where that is little work, as one: each
-  // token then carries what it is multiplied with.
-  int64_t groups() const { return merged() ? 1 : all_groups(); }
-  int64_t columns() const { return merged() ? all_groups() * width : width; }
-  bool merged() const { return longest() * width * std::min(slots, tile()) <= kLittle; }
-  int64_t all_groups() const { return (taps + step() - 1) / step(); }
-  int64_t longest() const { return (tokens() + step() - 1) / step(); }
-  int64_t of_remainder(int64_t i) const { return (tokens() - i + step() - 1) / step(); }
-  int64_t start(int64_t i) const {
-    int64_t found = 0;
-    for (int64_t k = 0; k < i; ++k) found += of_remainder(k);
-    return found;
-  }
-  int64_t windows() const { return longest() + groups() - 1; }
-  // Of a group of taps in the weight [points][groups][slots][columns].
-  int64_t tap_at(int64_t p, int64_t g, int64_t slot) const {
-    return merged() ? ((p * slots + slot) * all_groups() + g) * width
-                    : ((p * all_groups() + g) * slots + slot) * width;
+  int64_t tiles() const { return (slots + kSlots - 1) / kSlots; }
+  bool by_taps() const { return segment == 0; }
+  int64_t length() const { return segment + taps - 1; }
+  int64_t segments() const { return by_taps() ? 0 : (tokens() + segment - 1) / segment; }
+  int64_t outputs(int64_t i) const { return std::min(segment, tokens() - i * segment); }
+  int64_t inputs(int64_t i) const { return std::min(length(), rows - i * segment); }
+  // Rows of a weight by taps, or by frequencies.
+  int64_t weights() const { return by_taps() ? taps : points; }
+  // Of the logits of a set, by frequencies, or token by token.
+  int64_t of_logits() const { return (by_taps() ? tokens() : segments() * points) * slots; }
+  int64_t of_tokens() const { return segments() * points * width; }
+  // How many sets are taken at a time, for any number of threads.
+  int64_t group() const {
+    const int64_t each = std::max<int64_t>(of_logits() + of_tokens() + rows * width, 1);
+    const int64_t fit = std::max<int64_t>(kRoom / each, 1);
+    const int64_t groups = std::max<int64_t>((sets + fit - 1) / fit, 1);
+    return (sets + groups - 1) / groups;
   }
 };
 
-// The weight [points][groups][slots][columns] in fp32: tap by tap, or at the points.
-at::Tensor by_taps(const Shape& s, const at::Tensor& weight) {
-  const at::Tensor taps = weight.to(at::kFloat).permute({2, 0, 1}).contiguous();
-  if (!s.fast() && !s.merged()) return taps;
-  const at::Tensor out = at::empty({s.points(), s.groups(), s.slots, s.columns()}, at::kFloat);
-  const float* from = taps.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, s.all_groups() * s.slots, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / s.slots, slot = i % s.slots;
-      for (int64_t p = 0; p < s.points(); ++p) {
-        float* line = to + s.tap_at(p, g, slot);
-        for_vectors(s.width, [&](int64_t c, auto m) {
-          Vec sum(0.0f);
-          for (int64_t r = 0; r < s.step() && s.step() * g + r < s.taps; ++r) {
-            const float* tap = from + ((s.step() * g + r) * s.slots + slot) * s.width;
-            sum = at::vec::fmadd(load(tap + c, m), Vec(s.fast() ? kTaps[p][r] : 1.0f), sum);
-          }
-          sum.store(line + c, static_cast<int>(m));
-        });
+// The transforms: of taps [points][taps], of tokens [points][length], and of the products of both
+// [segment][points] to outputs o, which are the sum over j of tap j and token o + j.
+struct Transforms {
+  std::vector<float> taps, tokens, outputs;
+
+  explicit Transforms(const Shape& s) {
+    if (s.by_taps()) return;
+    const int64_t length = s.length();
+    taps.resize(s.points * s.taps);
+    tokens.resize(s.points * length);
+    outputs.resize(s.segment * s.points);
+    std::vector<double> c(length), d(length);
+    for (int64_t i = 0; i < length; ++i) {
+      const double angle =
+          2 * std::numbers::pi * static_cast<double>(i) / static_cast<double>(length);
+      c[i] = std::cos(angle), d[i] = std::sin(angle);
+    }
+    int64_t p = 0;
+    // One more product: each of its factors, at i, is a cosine and a sine times these.
+    using Two = std::array<double, 2>;
+    const auto add = [&](int64_t f, Two of_taps, Two of_tokens, Two of_outputs) {
+      const double by = (2 * f % length == 0 ? 1.0 : 2.0) / static_cast<double>(length);
+      const auto at = [&](Two two, int64_t i) {
+        const int64_t k = f * i % length;
+        return two[0] * c[k] + two[1] * d[k];
+      };
+      for (int64_t i = 0; i < s.taps; ++i) {
+        taps[p * s.taps + i] = static_cast<float>(at(of_taps, i));
       }
-    }
-  });
-  return out;
-}
-
-// The other way, of the gradient: [taps][slots][width].
-at::Tensor to_taps(const Shape& s, const at::Tensor& products) {
-  if (!s.fast() && !s.merged()) return products;
-  const at::Tensor out = at::empty({s.taps, s.slots, s.width}, at::kFloat);
-  const float* from = products.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  at::parallel_for(0, s.taps * s.slots, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t j = i / s.slots, slot = i % s.slots;
-      for_vectors(s.width, [&](int64_t c, auto m) {
-        Vec sum(0.0f);
-        for (int64_t p = 0; p < s.points(); ++p) {
-          const float by = s.fast() ? kOut[j % kStep][p] : 1.0f;
-          sum = at::vec::fmadd(load(from + s.tap_at(p, j / s.step(), slot) + c, m), Vec(by), sum);
-        }
-        sum.store(to + i * s.width + c, static_cast<int>(m));
-      });
-    }
-  });
-  return out;
-}
-
-// A set's tokens in fp32, and what the products are of: [points][windows][columns].
-struct Tokens {
-  Shape s;
-  Floats rows;
-  at::Tensor owner;
-  const float* data;
-  int64_t stride;
-
-  template <typename T>
-  Tokens(const Shape& shape, const T* tokens)
-      : s(shape), rows(tokens, s.rows, s.width, s.width), data(rows.data), stride(rows.stride) {
-    if (!s.fast() && !s.merged()) return;
-    owner = at::empty({s.points(), s.windows(), s.columns()}, at::kFloat);
-    float* to = owner.mutable_data_ptr<float>();
-    const std::vector<float> zeros(s.width);
-    const int64_t size = s.windows() * s.columns();
-    for (int64_t w = 0; w < s.longest() + s.all_groups() - 1; ++w) {
-      const int64_t first = s.merged() ? std::max<int64_t>(0, w - s.longest() + 1) : 0;
-      const int64_t last = s.merged() ? std::min(w, s.all_groups() - 1) : 0;
-      if (!s.fast()) {
-        const float* from = rows.data + w * rows.stride;
-        for (int64_t g = first; g <= last; ++g) {
-          std::copy_n(from, s.width, to + (w - g) * s.columns() + g * s.width);
-        }
+      for (int64_t i = 0; i < length; ++i) {
+        tokens[p * length + i] = static_cast<float>(at(of_tokens, i));
+      }
+      for (int64_t i = 0; i < s.segment; ++i) {
+        outputs[i * s.points + p] = static_cast<float>(by * at(of_outputs, i));
+      }
+      ++p;
+    };
+    for (int64_t f = 0; 2 * f <= length; ++f) {
+      if (2 * f % length == 0) {
+        add(f, {1, 0}, {1, 0}, {1, 0});
         continue;
       }
-      const float* from[kPoints];
-      for (int64_t k = 0; k < kPoints; ++k) {
-        const int64_t row = kStep * w + k;
-        from[k] = row < s.rows ? rows.data + row * rows.stride : zeros.data();
-      }
-      for_vectors(s.width, [&](int64_t c, auto m) {
-        Vec x[kPoints];
-        for (int64_t k = 0; k < kPoints; ++k) x[k] = load(from[k] + c, m);
-        for (int64_t p = 0; p < kPoints; ++p) {
-          Vec sum(0.0f);
-          for (int64_t k = 0; k < kPoints; ++k) {
-            if (kTokens[p][k] != 0) sum = at::vec::fmadd(x[k], Vec(kTokens[p][k]), sum);
-          }
-          for (int64_t g = first; g <= last; ++g) {
-            float* line = to + p * size + (w - g) * s.columns() + g * s.width;
-            sum.store(line + c, static_cast<int>(m));
-          }
-        }
-      });
+      // (a + ib)(x + iy) = (x(a + b) - b(x + y)) + i(x(a + b) + a(y - x)), where a and b are the
+      // cosines' and sines' sums of the taps, x and -y those of the tokens.
+      add(f, {1, 1}, {1, 0}, {1, -1});
+      add(f, {1, 0}, {-1, -1}, {0, -1});
+      add(f, {0, 1}, {1, -1}, {-1, 0});
     }
-    data = to;
-    stride = s.columns();
   }
-  // What a group of taps is multiplied with.
-  at::Tensor at_point(int64_t p, int64_t g) const {
-    return matrix(data + (p * s.windows() + g) * stride, s.longest(), s.columns(), stride);
-  }
-  // The tokens of one remainder.
-  at::Tensor of_remainder(int64_t i) const {
-    return matrix(rows.data + (s.taps / 2 + i) * rows.stride, s.of_remainder(i), s.width,
-                  s.step() * rows.stride);
-  }
-  const float* token(int64_t index) const { return rows.data + (s.taps / 2 + index) * rows.stride; }
 };
 
-// out [count][width] = shares [count][tokens] x.
-void mix(const Tokens& x, float* shares, int64_t count, const at::Tensor& out) {
-  const int64_t n = x.s.tokens();
-  for (int64_t i = 0; i < x.s.step(); ++i) {
-    if (x.s.of_remainder(i) == 0) continue;
-    multiply(out, matrix(shares + x.s.start(i), count, x.s.of_remainder(i), n), x.of_remainder(i),
-             i > 0);
-  }
+// The weight [slots][width][taps] in fp32: [points][slots][width], or [taps][slots][width].
+at::Tensor by_points(const Shape& s, const Transforms& to, const at::Tensor& weight) {
+  const at::Tensor taps = weight.to(at::kFloat).contiguous();
+  if (s.by_taps()) return taps.permute({2, 0, 1}).contiguous();
+  const at::Tensor out = empty_in_large_pages({s.points, s.slots, s.width}, taps.options());
+  const auto* from = taps.const_data_ptr<float>();
+  auto* data = out.mutable_data_ptr<float>();
+  const int64_t all = s.slots * s.width;
+  each_by_one_thread((all + kColumns - 1) / kColumns, [&](int64_t i) {
+    const int64_t first = i * kColumns, count = std::min(kColumns, all - first);
+    multiply(matrix(data + first, s.points, count, all),
+             matrix(to.taps.data(), s.points, s.taps, s.taps),
+             matrix(from + first * s.taps, count, s.taps, s.taps).t());
+  });
+  return out;
 }
 
-// products [count][tokens] = grad [count][width] x'.
-void mix_back(const Tokens& x, const at::Tensor& grad, float* products) {
-  const int64_t n = x.s.tokens();
-  for (int64_t i = 0; i < x.s.step(); ++i) {
-    if (x.s.of_remainder(i) == 0) continue;
-    multiply(matrix(products + x.s.start(i), grad.size(0), x.s.of_remainder(i), n), grad,
-             x.of_remainder(i).t());
-  }
+// The other way, of the gradient: [slots][width][taps].
+at::Tensor to_taps(const Shape& s, const Transforms& to, const at::Tensor& products) {
+  if (s.by_taps()) return products.view({s.taps, s.slots, s.width}).permute({1, 2, 0});
+  const at::Tensor out = at::empty({s.slots, s.width, s.taps}, products.options());
+  const auto* from = products.const_data_ptr<float>();
+  auto* data = out.mutable_data_ptr<float>();
+  const int64_t all = s.slots * s.width;
+  each_by_one_thread((all + kColumns - 1) / kColumns, [&](int64_t i) {
+    const int64_t first = i * kColumns, count = std::min(kColumns, all - first);
+    multiply(matrix(data + first * s.taps, count, s.taps, s.taps),
+             matrix(from + first, s.points, count, all).t(),
+             matrix(to.taps.data(), s.points, s.taps, s.taps));
+  });
+  return out;
 }
 
-// relu(convolution + bias) of the slots [first, first + count), [count][tokens]; `room` for
-// [points][count][longest].
-void convolve(const Tokens& x, const float* weight, const float* bias, int64_t first, int64_t count,
-              float* room, float* logits) {
-  const Shape& s = x.s;
-  const int64_t n = s.tokens(), longest = s.longest();
-  float* sums = s.fast() ? room : logits;
-  for (int64_t p = 0; p < s.points(); ++p) {
-    const at::Tensor sum = matrix(sums + p * count * longest, count, longest, longest);
-    for (int64_t g = 0; g < s.groups(); ++g) {
-      const at::Tensor tap =
-          matrix(weight + s.tap_at(p, g, first), count, s.columns(), s.columns());
-      multiply(sum, tap, x.at_point(p, g).t(), g > 0);
-    }
-  }
-  for (int64_t r = 0; r < count; ++r) {
-    const Vec by(bias != nullptr ? bias[first + r] : 0.0f), zero(0.0f);
-    if (!s.fast()) {
-      for_vectors(n, [&](int64_t i, auto m) {
-        at::vec::maximum(load(logits + r * n + i, m) + by, zero)
-            .store(logits + r * n + i, static_cast<int>(m));
-      });
-      continue;
-    }
-    for (int64_t i = 0; i < kStep; ++i) {
-      float* out = logits + r * n + s.start(i);
-      for_vectors(s.of_remainder(i), [&](int64_t t, auto m) {
-        Vec sum = by;
-        for (int64_t p = 0; p < kPoints; ++p) {
-          if (kOut[i][p] == 0) continue;
-          sum = at::vec::fmadd(load(sums + (p * count + r) * longest + t, m), Vec(kOut[i][p]), sum);
-        }
-        at::vec::maximum(sum, zero).store(out + t, static_cast<int>(m));
-      });
-    }
-  }
-}
+// A tile of a set's slots: columns of numbers, a row for each token, in whole vectors. Those after
+// the last slot are anything.
+struct Tile {
+  int64_t first, count, stride;
 
-// Slopes of logits [count][tokens], three tokens at a time, to `out` of [count][longest] for each
-// point: as taps are (for the gradient of the weight), or as the gradient of `convolve`.
-void at_points(const Shape& s, const float* slopes, int64_t count, bool as_taps, float* out,
-               int64_t stride) {
-  const int64_t n = s.tokens(), longest = s.longest();
-  for (int64_t r = 0; r < count; ++r) {
-    for (int64_t p = 0; p < kPoints; ++p) {
-      float* line = out + p * stride + r * longest;
-      std::fill(line, line + longest, 0.0f);
-      for (int64_t i = 0; i < kStep; ++i) {
-        const float by = as_taps ? kTaps[p][i] : kOut[i][p];
-        if (by == 0) continue;
-        const float* from = slopes + r * n + s.start(i);
-        for_vectors(s.of_remainder(i), [&](int64_t t, auto m) {
-          at::vec::fmadd(load(from + t, m), Vec(by), load(line + t, m))
-              .store(line + t, static_cast<int>(m));
-        });
+  Tile(const Shape& s, int64_t index)
+      : first(index * kSlots),
+        count(std::min(kSlots, s.slots - first)),
+        stride((count + kLanes - 1) / kLanes * kLanes) {}
+  at::Tensor rows(const float* data, int64_t n) const { return matrix(data, n, count, stride); }
+};
+
+// Some sets at a time: their tokens, these and the logits by frequencies.
+struct Group {
+  const Shape& s;
+  const Transforms& transforms;
+  const float* weight;
+  const float* bias;
+  std::vector<std::optional<Floats>> rows;
+  at::Tensor of_tokens;  // [set and segment][points][width]
+  at::Tensor of_logits;  // [set and segment][points][slots]; tap by tap [set][tokens][slots]
+
+  Group(const Shape& shape, const Transforms& t, const float* weight_, const float* bias_,
+        bool keeps_logits)
+      : s(shape), transforms(t), weight(weight_), bias(bias_), rows(s.group()) {
+    const auto room = [&](int64_t each) {
+      return empty_in_large_pages({s.group() * each}, at::TensorOptions(at::kFloat));
+    };
+    if (!s.by_taps()) of_tokens = room(s.of_tokens());
+    if (!s.by_taps() || keeps_logits) of_logits = room(s.of_logits());
+  }
+
+  // The products of the sets' tokens with the weight, from which logits are made.
+  template <typename T>
+  void take(const T* tokens, int64_t sets) {
+    const int64_t grain = std::is_same_v<T, float> ? sets : 1;  // else they are converted
+    at::parallel_for(0, sets, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        rows[i].emplace(tokens + i * s.rows * s.width, s.rows, s.width, s.width);
+      }
+    });
+    if (s.by_taps()) return;
+    const int64_t segments = s.segments();
+    each_by_one_thread(sets * segments, [&](int64_t task) {
+      const int64_t i = task / segments, t = task % segments;
+      multiply(segment_of(i, t), inputs_of(t),
+               rows[i]->matrix(t * s.segment, s.inputs(t), s.width));
+    });
+    each_by_one_thread(s.points, [&](int64_t p) {
+      multiply(logits_at(p, sets), tokens_at(p, sets), weight_of(p, 0, s.slots).t());
+    });
+  }
+
+  at::Tensor segment_of(int64_t i, int64_t t) const {
+    float* data = of_tokens.mutable_data_ptr<float>();
+    return matrix(data + (i * s.segments() + t) * s.points * s.width, s.points, s.width, s.width);
+  }
+  at::Tensor tokens_at(int64_t p, int64_t sets) const {
+    return matrix(of_tokens.mutable_data_ptr<float>() + p * s.width, sets * s.segments(), s.width,
+                  s.points * s.width);
+  }
+  at::Tensor logits_at(int64_t p, int64_t sets) const {
+    return matrix(of_logits.mutable_data_ptr<float>() + p * s.slots, sets * s.segments(), s.slots,
+                  s.points * s.slots);
+  }
+  // Of a set's slots [first, first + count): a segment's logits by frequencies; or all, by tokens.
+  at::Tensor logits_of(int64_t i, int64_t t, int64_t first, int64_t count) const {
+    float* data = of_logits.mutable_data_ptr<float>() + i * s.of_logits() + first;
+    return s.by_taps() ? matrix(data, s.tokens(), count, s.slots)
+                       : matrix(data + t * s.points * s.slots, s.points, count, s.slots);
+  }
+  at::Tensor weight_of(int64_t p, int64_t first, int64_t count) const {
+    return matrix(weight + (p * s.slots + first) * s.width, count, s.width, s.width);
+  }
+  // Tokens without their padding.
+  at::Tensor tokens_of(int64_t i) const { return rows[i]->matrix(s.taps / 2, s.tokens(), s.width); }
+  const float* token(int64_t i, int64_t index) const {
+    return rows[i]->data + (s.taps / 2 + index) * rows[i]->stride;
+  }
+  // The transforms of a segment.
+  at::Tensor inputs_of(int64_t t) const {
+    return matrix(transforms.tokens.data(), s.points, s.inputs(t), s.length());
+  }
+  at::Tensor outputs_of(int64_t t) const {
+    return matrix(transforms.outputs.data(), s.outputs(t), s.points, s.points);
+  }
+  // The gradient of a tile's logits takes their place.
+  void keep(int64_t i, const Tile& tile, const float* slopes) {
+    if (s.by_taps()) {
+      float* to = of_logits.mutable_data_ptr<float>() + i * s.of_logits() + tile.first;
+      for (int64_t k = 0; k < s.tokens(); ++k) {
+        std::copy_n(slopes + k * tile.stride, tile.count, to + k * s.slots);
       }
     }
+    for (int64_t t = 0; t < s.segments(); ++t) {
+      multiply(logits_of(i, t, tile.first, tile.count), outputs_of(t).t(),
+               tile.rows(slopes + t * s.segment * tile.stride, s.outputs(t)));
+    }
   }
+};
+
+// Calls f(column, number of vectors) for all columns of a tile.
+template <typename F>
+void for_columns(const Tile& tile, F&& f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= tile.stride; c += 4 * kLanes) f(c, std::integral_constant<int64_t, 4>{});
+  for (; c < tile.stride; c += kLanes) f(c, std::integral_constant<int64_t, 1>{});
 }
 
-// out = exp(logit - largest) of a row, which may be where the logits are; returns the sum.
-float exponentials(const float* logits, int64_t n, float* out) {
-  Vec most(0.0f);  // they are not negative
-  for_vectors(n, [&](int64_t i, auto m) { most = at::vec::maximum(most, load(logits + i, m)); });
-  const Vec from(reduce_max(most)), by(1.44269504088896341f);
-  Vec sum(0.0f);
-  for_vectors(n, [&](int64_t i, auto m) {
-    const Vec e = power_of_two<float>((load(logits + i, m) - from) * by);
-    e.store(out + i, static_cast<int>(m));
-    sum = sum + Vec::set(Vec(0.0f), e, m);
+// Sums over tokens, for each column of a tile: of so many first, so that no sum is long.
+constexpr int64_t kTerms = 32;
+
+// relu(convolution + bias) of a tile, [tokens][stride], and the largest of each column.
+void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, float* largest) {
+  const Shape& s = group.s;
+  if (s.by_taps()) {
+    for (int64_t j = 0; j < s.taps; ++j) {
+      multiply(tile.rows(out, s.tokens()), group.rows[set]->matrix(j, s.tokens(), s.width),
+               group.weight_of(j, tile.first, tile.count).t(), j > 0);
+    }
+  } else {
+    for (int64_t t = 0; t < s.segments(); ++t) {
+      multiply(tile.rows(out + t * s.segment * tile.stride, s.outputs(t)), group.outputs_of(t),
+               group.logits_of(set, t, tile.first, tile.count));
+    }
+  }
+  float constants[kSlots] = {};
+  if (group.bias != nullptr) std::copy_n(group.bias + tile.first, tile.count, constants);
+  for_columns(tile, [&](int64_t c, auto vectors) {
+    Vec most[vectors()], by[vectors()];
+    const Vec zero(0.0f);
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+      most[v] = zero;
+      by[v] = Vec::loadu(constants + c + v * kLanes);
+    }
+    for (int64_t i = 0; i < s.tokens(); ++i) {
+      float* line = out + i * tile.stride + c;
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+        const Vec logit = at::vec::maximum(Vec::loadu(line + v * kLanes) + by[v], zero);
+        logit.store(line + v * kLanes);
+        most[v] = at::vec::maximum(most[v], logit);
+      }
+    }
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) most[v].store(largest + c + v * kLanes);
   });
-  return reduce_add(sum);
+}
+
+const float kLog2E = 1.44269504088896341f;
+
+// exp(logit - largest) in place, and their sums.
+void exponentials(const Tile& tile, int64_t n, float* logits, const float* largest, float* sums) {
+  for_columns(tile, [&](int64_t c, auto vectors) {
+    Vec sum[vectors()], from[vectors()];
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+      sum[v] = Vec(0.0f);
+      from[v] = Vec::loadu(largest + c + v * kLanes);
+    }
+    for (int64_t first = 0; first < n; first += kTerms) {
+      Vec part[vectors()];
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) part[v] = Vec(0.0f);
+      for (int64_t i = first; i < std::min(n, first + kTerms); ++i) {
+        float* line = logits + i * tile.stride + c;
+        COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+          const Vec e =
+              power_of_two<float>((Vec::loadu(line + v * kLanes) - from[v]) * Vec(kLog2E));
+          e.store(line + v * kLanes);
+          part[v] = part[v] + e;
+        }
+      }
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) sum[v] = sum[v] + part[v];
+    }
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) sum[v].store(sums + c + v * kLanes);
+  });
 }
 
 template <typename T>
-void fuse(const Shape& s, const T* tokens, const float* weight, const float* bias, float gate,
-          const int32_t* pick, T* key, T* value) {
-  const int64_t n = s.tokens(), d = s.width / 2;
-  // Where there are heads enough, the tiles of a head follow each other.
-  const int64_t parts = s.sets >= kHeads ? 1 : s.tiles();
-  each_by_one_thread(s.sets * parts, [&](int64_t task) {
-    const int64_t set = task / parts;
-    const int64_t from = parts == 1 ? 0 : task % parts * s.tile();
-    const int64_t until = parts == 1 ? s.slots : std::min(s.slots, from + s.tile());
-    const int64_t most = std::min(s.tile(), until - from);
-    const Tokens x(s, tokens + set * s.rows * s.width);
-    const at::Tensor tile = at::empty({most, n}, at::kFloat);
-    const at::Tensor product = at::empty({most, s.width}, at::kFloat);
-    const at::Tensor room = at::empty({s.fast() ? kPoints * most * s.longest() : 0}, at::kFloat);
-    auto *shares = tile.mutable_data_ptr<float>(), *mixed = product.mutable_data_ptr<float>();
-    for (int64_t first = from; first < until; first += s.tile()) {
-      const int64_t count = std::min(s.tile(), until - first);
-      convolve(x, weight, bias, first, count, room.mutable_data_ptr<float>(), shares);
-      float inverse[kSlots];
-      for (int64_t r = 0; r < count; ++r) {
-        inverse[r] = gate / exponentials(shares + r * n, n, shares + r * n);
-      }
-      mix(x, shares, count, product.narrow(0, 0, count));
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t slot = set * s.slots + first + r;
-        const float* one = x.token(pick[slot]);
-        const Vec of_mixed(inverse[r]), of_one(1 - gate);
+void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const float* weight,
+          const float* bias, float gate, const int32_t* pick, T* key, T* value) {
+  const int64_t n = s.tokens(), d = s.width / 2, tiles = s.tiles();
+  Group group(s, transforms, weight, bias, false);
+  for (int64_t base = 0; base < s.sets; base += s.group()) {
+    const int64_t now = std::min(s.group(), s.sets - base);
+    group.take(tokens + base * s.rows * s.width, now);
+    each_by_one_thread(now * tiles, [&](int64_t task) {
+      const int64_t i = task / tiles;
+      const Tile tile(s, task % tiles);
+      const at::Tensor room = at::empty({n, tile.stride}, at::kFloat);
+      const at::Tensor product = at::empty({tile.count, s.width}, at::kFloat);
+      auto *shares = room.mutable_data_ptr<float>(), *mixed = product.mutable_data_ptr<float>();
+      float largest[kSlots], sums[kSlots];
+      logits_of(group, i, tile, shares, largest);
+      exponentials(tile, n, shares, largest, sums);
+      multiply(product, tile.rows(shares, n).t(), group.tokens_of(i));
+      for (int64_t r = 0; r < tile.count; ++r) {
+        const int64_t slot = (base + i) * s.slots + tile.first + r;
+        const float* one = group.token(i, pick[slot]);
+        const Vec of_mixed(gate / sums[r]), of_one(1 - gate);
         for (int64_t half = 0; half < 2; ++half) {
           T* out = (half == 0 ? key : value) + slot * d;
           for_vectors(d, [&](int64_t c, auto m) {
-            const int64_t i = half * d + c;
-            const Vec kept = load(one + i, m) * of_one;
-            store_f32(out + c, at::vec::fmadd(load(mixed + r * s.width + i, m), of_mixed, kept), m);
+            const int64_t k = half * d + c;
+            const Vec kept = load(one + k, m) * of_one;
+            store_f32(out + c, at::vec::fmadd(load(mixed + r * s.width + k, m), of_mixed, kept), m);
           });
         }
       }
-    }
-  });
+    });
+  }
 }
 
 float dot(const float* a, const float* b, int64_t n) {
@@ -327,150 +384,178 @@ float dot(const float* a, const float* b, int64_t n) {
   return reduce_add(sum);
 }
 
-// From the gradient of `Tokens::data` to that of the tokens.
-void add_windows(const Shape& s, const float* from, float* to) {
-  const int64_t size = s.windows() * s.columns(), parts = s.columns() / s.width;
-  for (int64_t i = 0; i < s.windows() * parts; ++i) {
-    const int64_t w = i / parts, g = i % parts, at = w * s.columns() + g * s.width;
-    for (int64_t k = 0; k < (s.fast() ? kPoints : 1); ++k) {
-      if (s.step() * (w + g) + k >= s.rows) break;
-      float* line = to + (s.step() * (w + g) + k) * s.width;
-      for_vectors(s.width, [&](int64_t c, auto m) {
-        Vec sum = load(line + c, m);
-        for (int64_t p = 0; p < s.points(); ++p) {
-          const float by = s.fast() ? kTokens[p][k] : 1.0f;
-          if (by != 0) sum = at::vec::fmadd(load(from + p * size + at + c, m), Vec(by), sum);
-        }
-        sum.store(line + c, static_cast<int>(m));
-      });
+// What the backward knows of a tile's slots.
+struct Slots {
+  float largest[kSlots];  // logit
+  float sums[kSlots];     // of the exponentials
+  float along[kSlots];    // sum of P dP: what a slot's gradient is to its mixture
+  float bias[kSlots];     // the gradient of its bias
+};
+
+// Of logits, which become their gradient, and of dP = products of gradients and tokens, which
+// become the shares that these have in the mixture.
+void slopes_of(const Tile& tile, int64_t n, float gate, float* logits, float* products, Slots& to) {
+  for_columns(tile, [&](int64_t c, auto vectors) {
+    Vec sum[vectors()], along[vectors()], from[vectors()];
+    const Vec zero(0.0f);
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+      sum[v] = along[v] = zero;
+      from[v] = Vec::loadu(to.largest + c + v * kLanes);
     }
-  }
+    const auto exponential = [&](const float* logit, int64_t v) {
+      return power_of_two<float>((Vec::loadu(logit + v * kLanes) - from[v]) * Vec(kLog2E));
+    };
+    for (int64_t first = 0; first < n; first += kTerms) {
+      Vec part[vectors()], weighted[vectors()];
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) part[v] = weighted[v] = zero;
+      for (int64_t i = first; i < std::min(n, first + kTerms); ++i) {
+        const int64_t at = i * tile.stride + c;
+        COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+          const Vec e = exponential(logits + at, v);
+          part[v] = part[v] + e;
+          weighted[v] = at::vec::fmadd(e, Vec::loadu(products + at + v * kLanes), weighted[v]);
+        }
+      }
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+        sum[v] = sum[v] + part[v];
+        along[v] = along[v] + weighted[v];
+      }
+    }
+    Vec by[vectors()], bias[vectors()], more[vectors()];
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+      along[v] = along[v] / sum[v];
+      by[v] = Vec(gate) / sum[v];
+      bias[v] = more[v] = zero;
+      sum[v].store(to.sums + c + v * kLanes);
+      along[v].store(to.along + c + v * kLanes);
+    }
+    // What rounding left of the mean of dP: the slopes of a slot's logits cancel.
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t at = i * tile.stride + c;
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+        const Vec product = Vec::loadu(products + at + v * kLanes);
+        more[v] = at::vec::fmadd(exponential(logits + at, v), product - along[v], more[v]);
+      }
+    }
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) more[v] = more[v] / sum[v];
+    for (int64_t first = 0; first < n; first += kTerms) {
+      Vec part[vectors()];
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) part[v] = zero;
+      for (int64_t i = first; i < std::min(n, first + kTerms); ++i) {
+        const int64_t at = i * tile.stride + c;
+        COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
+          float *logit = logits + at + v * kLanes, *product = products + at + v * kLanes;
+          const Vec share = exponential(logits + at, v) * by[v];
+          const Vec less = Vec::loadu(product) - along[v] - more[v];
+          const Vec slope = where_greater<float>(Vec::loadu(logit), zero, share * less);
+          slope.store(logit);
+          share.store(product);
+          part[v] = part[v] + slope;
+        }
+      }
+      COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) bias[v] = bias[v] + part[v];
+    }
+    COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) bias[v].store(to.bias + c + v * kLanes);
+  });
 }
 
 struct Gradients {
-  at::Tensor tokens, weight, bias;  // fp32: [sets][rows][width] (or nothing), as by_taps, [slots]
+  at::Tensor tokens, weight, bias;  // fp32: [sets][rows][width] (or nothing), as by_points, [slots]
   double gate = 0;
 };
 
-// Heads by groups: first the gradients of the group's logits, head by head and tile by tile, then
-// their products with the tokens, tap by tap.
+// Groups of sets: first the gradients of the logits, tile by tile, then their products with the
+// tokens, and with the weight.
 template <typename T>
-void fuse_backward(const Shape& s, const T* grad_key, const T* grad_value, const T* tokens,
-                   const float* weight, const float* bias, float gate, const int32_t* pick,
-                   Gradients& to) {
+void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_key,
+                   const T* grad_value, const T* tokens, const float* weight, const float* bias,
+                   float gate, const int32_t* pick, Gradients& to) {
   const int64_t n = s.tokens(), d = s.width / 2, tiles = s.tiles(), middle = s.taps / 2;
-  const int64_t group = std::min(kHeads, s.sets), longest = s.longest();
-  const int64_t per_point = s.slots * longest, per_head = s.points() * per_point;
-  const at::Tensor slopes = at::empty({group, per_head}, at::kFloat);
-  const at::Tensor to_bias = at::empty({group, s.slots}, at::kDouble);
-  const at::Tensor to_gate = at::empty({group, s.slots}, at::kDouble);
-  auto* to_x = to.tokens.defined() ? to.tokens.mutable_data_ptr<float>() : nullptr;
+  Group group(s, transforms, weight, bias, true);
+  const at::Tensor of_slots = at::empty({2, s.group(), s.slots}, at::kDouble);
+  auto* of_bias = of_slots.mutable_data_ptr<double>();
+  auto* of_gate = of_bias + s.group() * s.slots;
+  const bool to_tokens = to.tokens.defined();
   auto* to_weight = to.weight.mutable_data_ptr<float>();
-  for (int64_t base = 0; base < s.sets; base += group) {
-    const int64_t now = std::min(group, s.sets - base);
-    std::vector<std::optional<Tokens>> x(now);
-    at::parallel_for(0, now, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) x[i].emplace(s, tokens + (base + i) * s.rows * s.width);
-    });
-    // With a gradient of the tokens the tiles of a head follow each other.
-    const int64_t parts = to_x != nullptr ? 1 : tiles;
+  for (int64_t base = 0; base < s.sets; base += s.group()) {
+    const int64_t now = std::min(s.group(), s.sets - base);
+    float* to_rows =
+        to_tokens ? to.tokens.mutable_data_ptr<float>() + base * s.rows * s.width : nullptr;
+    const auto grad_rows = [&](int64_t i, int64_t first, int64_t count) {
+      return matrix(to_rows + (i * s.rows + first) * s.width, count, s.width, s.width);
+    };
+    group.take(tokens + base * s.rows * s.width, now);
+    // With a gradient of the tokens the tiles of a set follow each other.
+    const int64_t parts = to_tokens ? 1 : tiles;
     each_by_one_thread(now * parts, [&](int64_t task) {
-      const int64_t i = task / parts, set = base + i;
-      const Tokens& rows = *x[i];
-      const int64_t most = std::min(s.tile(), s.slots);
-      const at::Tensor products = at::empty({2, most, n}, at::kFloat);
-      const at::Tensor grads = at::empty({most, s.width}, at::kFloat);
-      const at::Tensor room = at::empty({s.fast() ? kPoints * most * longest : 0}, at::kFloat);
-      const at::Tensor of_windows =
-          (s.fast() || s.merged()) && to_x != nullptr
-              ? at::zeros({s.points(), s.windows(), s.columns()}, at::kFloat)
-              : at::Tensor();
-      auto *dp = products.mutable_data_ptr<float>(), *g = grads.mutable_data_ptr<float>();
-      auto* sums = room.mutable_data_ptr<float>();
-      std::vector<float> shares(to_x != nullptr ? most * n : n);
-      const int64_t from = to_x != nullptr ? 0 : task % parts * s.tile();
-      const int64_t until = to_x != nullptr ? s.slots : std::min(s.slots, from + s.tile());
-      for (int64_t first = from; first < until; first += s.tile()) {
-        const int64_t count = std::min(s.tile(), s.slots - first);
-        float* at_head = slopes.mutable_data_ptr<float>() + i * per_head;
-        float* z = s.fast() ? dp + most * n : at_head + first * n;
-        convolve(rows, weight, bias, first, count, sums, z);
-        for (int64_t r = 0; r < count; ++r) {
-          const int64_t slot = (set * s.slots + first + r) * d;
+      const int64_t i = task / parts, last = to_tokens ? tiles : task % parts + 1;
+      const at::Tensor room = at::empty({2, n, kSlots}, at::kFloat);
+      const at::Tensor grads = at::empty({kSlots, s.width}, at::kFloat);
+      auto *logits = room.mutable_data_ptr<float>(), *products = logits + n * kSlots;
+      auto* g = grads.mutable_data_ptr<float>();
+      Slots slots;
+      for (int64_t index = task % parts; index < last; ++index) {
+        const Tile tile(s, index);
+        logits_of(group, i, tile, logits, slots.largest);
+        for (int64_t r = 0; r < tile.count; ++r) {
+          const int64_t slot = ((base + i) * s.slots + tile.first + r) * d;
           for_vectors(d, [&](int64_t c, auto m) {
             load(grad_key + slot + c, m).store(g + r * s.width + c, static_cast<int>(m));
             load(grad_value + slot + c, m).store(g + r * s.width + d + c, static_cast<int>(m));
           });
         }
-        const at::Tensor grad = grads.narrow(0, 0, count);
-        mix_back(rows, grad, dp);
-        for (int64_t r = 0; r < count; ++r) {
-          float *p = to_x != nullptr ? shares.data() + r * n : shares.data(), *q = dp + r * n;
-          const float inverse = 1 / exponentials(z + r * n, n, p);
-          // sum of P dP: what the slot's gradient is to its mixture
-          const float along = dot(p, q, n) * inverse;
-          const Vec less(along), by(gate * inverse), zero(0.0f);
-          Vec sum(0.0f);
-          for_vectors(n, [&](int64_t k, auto m) {
-            const Vec value = load(z + r * n + k, m), share = load(p + k, m) * by;
-            const Vec slope = share * (load(q + k, m) - less);
-            const Vec passed = Vec::blendv(zero, slope, value > zero);
-            passed.store(z + r * n + k, static_cast<int>(m));
-            sum = sum + Vec::set(zero, passed, m);
-            share.store(p + k, static_cast<int>(m));
-          });
-          const int64_t slot = i * s.slots + first + r;
-          to_bias.mutable_data_ptr<double>()[slot] = reduce_add(sum);
-          const float* one = rows.token(pick[set * s.slots + first + r]);
-          to_gate.mutable_data_ptr<double>()[slot] = along - dot(g + r * s.width, one, s.width);
-        }
-        if (s.fast()) at_points(s, z, count, true, at_head + first * longest, per_point);
-        if (to_x == nullptr) continue;
-        float* out = to_x + set * s.rows * s.width;
-        for (int64_t k = 0; k < s.step(); ++k) {
-          if (s.of_remainder(k) == 0) continue;
-          multiply(
-              matrix(out + (middle + k) * s.width, s.of_remainder(k), s.width, s.step() * s.width),
-              matrix(shares.data() + s.start(k), count, s.of_remainder(k), n).t(), grad, true);
-        }
-        if (s.fast()) at_points(s, z, count, false, sums, count * longest);
-        float* to_windows = of_windows.defined() ? of_windows.mutable_data_ptr<float>() : out;
-        for (int64_t p = 0; p < s.points(); ++p) {
-          const float* slope = s.fast() ? sums + p * count * longest : z;
-          for (int64_t k = 0; k < s.groups(); ++k) {
-            const float* tap = weight + s.tap_at(p, k, first);
-            multiply(matrix(to_windows + (p * s.windows() + k) * s.columns(), longest, s.columns(),
-                            s.columns()),
-                     matrix(slope, count, longest, longest).t(),
-                     matrix(tap, count, s.columns(), s.columns()), true);
-          }
-        }
-        for (int64_t r = 0; r < count; ++r) {
-          float* one = out + (middle + pick[set * s.slots + first + r]) * s.width;
+        const at::Tensor grad = grads.narrow(0, 0, tile.count);
+        multiply(tile.rows(products, n), group.tokens_of(i), grad.t());
+        slopes_of(tile, n, gate, logits, products, slots);
+        for (int64_t r = 0; r < tile.count; ++r) {
+          const int64_t slot = tile.first + r;
+          const int64_t picked = pick[(base + i) * s.slots + slot];
+          const float* line = g + r * s.width;
+          of_bias[i * s.slots + slot] = slots.bias[r];
+          of_gate[i * s.slots + slot] = slots.along[r] - dot(line, group.token(i, picked), s.width);
+          if (!to_tokens) continue;
+          float* one = to_rows + (i * s.rows + middle + picked) * s.width;
           const Vec by(1 - gate);
           for_vectors(s.width, [&](int64_t c, auto m) {
-            at::vec::fmadd(load(g + r * s.width + c, m), by, load(one + c, m))
+            at::vec::fmadd(load(line + c, m), by, load(one + c, m))
                 .store(one + c, static_cast<int>(m));
           });
         }
-      }
-      if (of_windows.defined()) {
-        add_windows(s, of_windows.const_data_ptr<float>(), to_x + set * s.rows * s.width);
-      }
-    });
-    each_by_one_thread(s.points() * s.groups() * tiles, [&](int64_t task) {
-      const int64_t first = task % tiles * s.tile(), count = std::min(s.tile(), s.slots - first);
-      const int64_t p = task / tiles / s.groups(), k = task / tiles % s.groups();
-      const at::Tensor sum =
-          matrix(to_weight + s.tap_at(p, k, first), count, s.columns(), s.columns());
-      for (int64_t i = 0; i < now; ++i) {
-        const float* from =
-            slopes.const_data_ptr<float>() + i * per_head + p * per_point + first * longest;
-        multiply(sum, matrix(from, count, longest, longest), x[i]->at_point(p, k), true);
+        if (to_tokens) multiply(grad_rows(i, middle, n), tile.rows(products, n), grad, true);
+        group.keep(i, tile, logits);
       }
     });
-    const auto *of_bias = to_bias.const_data_ptr<double>(),
-               *of_gate = to_gate.const_data_ptr<double>();
+    if (s.by_taps()) {
+      each_by_one_thread(s.taps * tiles, [&](int64_t task) {
+        const int64_t j = task / tiles;
+        const Tile tile(s, task % tiles);
+        const at::Tensor sum =
+            matrix(to_weight + (j * s.slots + tile.first) * s.width, tile.count, s.width, s.width);
+        for (int64_t i = 0; i < now; ++i) {
+          multiply(sum, group.logits_of(i, 0, tile.first, tile.count).t(),
+                   group.rows[i]->matrix(j, n, s.width), true);
+        }
+      });
+    } else {
+      each_by_one_thread(s.points, [&](int64_t p) {
+        multiply(matrix(to_weight + p * s.slots * s.width, s.slots, s.width, s.width),
+                 group.logits_at(p, now).t(), group.tokens_at(p, now), true);
+        if (!to_tokens) return;
+        multiply(group.tokens_at(p, now), group.logits_at(p, now), group.weight_of(p, 0, s.slots));
+      });
+    }
+    if (to_tokens) {
+      each_by_one_thread(now, [&](int64_t i) {
+        for (int64_t j = 0; s.by_taps() && j < s.taps; ++j) {
+          multiply(grad_rows(i, j, n), group.logits_of(i, 0, 0, s.slots),
+                   group.weight_of(j, 0, s.slots), true);
+        }
+        for (int64_t t = 0; t < s.segments(); ++t) {
+          multiply(grad_rows(i, t * s.segment, s.inputs(t)), group.inputs_of(t).t(),
+                   group.segment_of(i, t), true);
+        }
+      });
+    }
     auto* bias_sums = to.bias.mutable_data_ptr<double>();
     for (int64_t i = 0; i < now; ++i) {
       for (int64_t m = 0; m < s.slots; ++m) {
@@ -493,8 +578,8 @@ Shape shape_of(const char* name, const at::Tensor& tokens, const at::Tensor& wei
                   pick.size(2) == weight.size(0) &&
                   (!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0))),
               name, ": the arguments do not fit each other");
-  return {tokens.size(0) * tokens.size(1), tokens.size(2), tokens.size(3), weight.size(0),
-          weight.size(2)};
+  return Shape(tokens.size(0) * tokens.size(1), tokens.size(2), tokens.size(3), weight.size(0),
+               weight.size(2));
 }
 
 void check_pick(const char* name, const at::Tensor& pick, int64_t tokens) {
@@ -524,7 +609,9 @@ std::tuple<at::Tensor, at::Tensor> kv_fuse(const at::Tensor& tokens, const at::T
     return reference("cofire::kv_fuse", &kv_fuse, tokens, weight, bias, gate, pick);
   }
   const Shape s = shape_of("kv_fuse", tokens, weight, bias, gate, pick);
-  const at::Tensor x = tokens.contiguous(), w = by_taps(s, weight), index = pick.contiguous();
+  const Transforms transforms(s);
+  const at::Tensor x = tokens.contiguous(), index = pick.contiguous();
+  const at::Tensor w = by_points(s, transforms, weight);
   const at::Tensor constant = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   check_pick("kv_fuse", index, s.tokens());
   const auto empty = [&] {
@@ -534,7 +621,7 @@ std::tuple<at::Tensor, at::Tensor> kv_fuse(const at::Tensor& tokens, const at::T
   if (key.numel() == 0) return {key, value};
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    fuse<T>(s, x.const_data_ptr<T>(), w.const_data_ptr<float>(),
+    fuse<T>(s, transforms, x.const_data_ptr<T>(), w.const_data_ptr<float>(),
             constant.defined() ? constant.const_data_ptr<float>() : nullptr, number_of(gate),
             index.const_data_ptr<int32_t>(), key.mutable_data_ptr<T>(),
             value.mutable_data_ptr<T>());
@@ -555,20 +642,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
   TORCH_CHECK(grad_key.sizes() == grad_value.sizes() && grad_key.dim() == 4 &&
                   grad_key.numel() == s.sets * s.slots * s.width / 2,
               "kv_fuse_backward: the gradients do not fit tokens");
-  const at::Tensor x = tokens.contiguous(), w = by_taps(s, weight), index = pick.contiguous();
+  const Transforms transforms(s);
+  const at::Tensor x = tokens.contiguous(), index = pick.contiguous();
+  const at::Tensor w = by_points(s, transforms, weight);
   const at::Tensor constant = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor gk = grad_key.contiguous(), gv = grad_value.contiguous();
   check_pick("kv_fuse_backward", index, s.tokens());
   const auto floats = x.options().dtype(at::kFloat);
   Gradients to;
   if (to_tokens) to.tokens = at::zeros(x.sizes(), floats);
-  to.weight = at::zeros({s.points() * s.groups(), s.slots, s.columns()}, floats);
+  to.weight = at::zeros({s.weights(), s.slots, s.width}, floats);
   to.bias = at::zeros({s.slots}, floats.dtype(at::kDouble));
   if (s.sets > 0 && s.slots > 0) {
     dispatch(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
-      fuse_backward<T>(s, gk.const_data_ptr<T>(), gv.const_data_ptr<T>(), x.const_data_ptr<T>(),
-                       w.const_data_ptr<float>(),
+      fuse_backward<T>(s, transforms, gk.const_data_ptr<T>(), gv.const_data_ptr<T>(),
+                       x.const_data_ptr<T>(), w.const_data_ptr<float>(),
                        constant.defined() ? constant.const_data_ptr<float>() : nullptr,
                        number_of(gate), index.const_data_ptr<int32_t>(), to);
     });
@@ -577,7 +666,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
   at::Tensor of_gate = at::empty(gate.sizes(), gate.options());
   of_gate.fill_(to.gate);
   return {to_tokens ? to.tokens.to(x.scalar_type()) : nothing(),
-          to_taps(s, to.weight).permute({1, 2, 0}).to(weight.scalar_type()).contiguous(),
+          to_taps(s, transforms, to.weight).to(weight.scalar_type()).contiguous(),
           bias.has_value() ? to.bias.to(bias->scalar_type()) : nothing(), of_gate};
 }
 

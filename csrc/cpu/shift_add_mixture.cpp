@@ -135,7 +135,7 @@ at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& gra
 constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
 constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
 constexpr int64_t kBlock = 48;                    // rows that share a panel from the first caches
-constexpr int64_t kSlab = 256;                    // its depth that stays in the first one
+constexpr int64_t kSlab = 128;                    // its depth that stays in the first one
 
 // The tokens of the two experts. Each token is in exactly one list, which is checked: no row is
 // then written twice, or not at all.
@@ -232,14 +232,13 @@ class Panels {
   at::Tensor data_;
 };
 
-// to += the products of `kRows` rows with a panel, from `from`, whose rows may all be the same one.
+// to = from + the products of `kRows` rows with a panel; the rows of `from` may all be the same
+// one. The products of a slab are added up before they are added to what there is: a chain of all
+// of the depth would lose more.
 inline void product(const float* const* rows, int64_t begin, int64_t end, const float* panel,
                     const float* from, int64_t stride, float* to) {
   Vec acc[kRows][2];
-  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
-    acc[r][0] = Vec::loadu(from + r * stride);
-    acc[r][1] = Vec::loadu(from + r * stride + kLanes);
-  }
+  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec(0.f);
   for (int64_t k = begin; k < end; ++k, panel += kPanel) {
     const Vec b[2] = {Vec::loadu(panel), Vec::loadu(panel + kLanes)};
     COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
@@ -249,8 +248,8 @@ inline void product(const float* const* rows, int64_t begin, int64_t end, const 
     }
   }
   COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
-    acc[r][0].store(to + r * kPanel);
-    acc[r][1].store(to + r * kPanel + kLanes);
+    (acc[r][0] + Vec::loadu(from + r * stride)).store(to + r * kPanel);
+    (acc[r][1] + Vec::loadu(from + r * stride + kLanes)).store(to + r * kPanel + kLanes);
   }
 }
 

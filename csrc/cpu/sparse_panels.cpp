@@ -27,6 +27,12 @@ constexpr int kFew = 2;
 #endif
 constexpr int64_t kAhead = 2048;  // bytes whose way from memory is begun
 constexpr int64_t kDepth = 256;   // columns of a panel that are expanded at once: 16 KB
+// Panels that a bitmap times one token takes side by side: each is two streams from memory, and one
+// panel alone does not keep it busy, whatever is asked for ahead. Of two tokens half as many, which
+// have as many sums.
+constexpr int kSideBySide = 4;
+// What an expansion may read of values that are not its own.
+constexpr int64_t kBefore = 4, kBehind = 16;
 
 // --------------------------------------------------------------------------- sixteen stored values
 
@@ -78,13 +84,18 @@ COFIRE_INLINE F16 load16(const int8_t* p) {
 // Of each byte of a word, 8 rows: which bytes of the values they take, and where; zero where a row
 // has none (a shuffle writes zero where the place is negative). The values are `Size` bytes, and
 // become the upper ones of the `Width` of a lane. Where values are as wide as a lane, four rows
-// take their values from 16 bytes of their own.
+// take their values from 16 bytes of their own: the first four from the last of theirs, and the
+// others from the first, so that a single load of 32 bytes around the border has all.
 template <int Size, int Width>
 struct Places {
   alignas(64) uint8_t of[256][8 * Width];
   constexpr Places() : of{} {
     for (int byte = 0; byte < 256; ++byte) {
       int next = 0;
+      if (Size == 4) {
+        next = 4;
+        for (int r = 0; r < 4; ++r) next -= byte >> r & 1;
+      }
       for (int r = 0; r < 8; ++r) {
         if (Size == 4 && r == 4) next = 0;
         const bool kept = byte >> r & 1;
@@ -118,14 +129,12 @@ COFIRE_INLINE __m256 expand8(uint32_t byte, const int8_t* p) {
 }
 
 COFIRE_INLINE F16 expand(uint32_t word, const float*& p) {
-  const auto join = [](const float* low, const float* high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(bytes16(low)), bytes16(high), 1);
+  const auto around = [](const float* border, uint32_t byte) __attribute__((always_inline)) {
+    const auto* from = reinterpret_cast<const __m256i*>(border - 4);
+    return _mm256_castsi256_ps(shuffled<4>(_mm256_loadu_si256(from), byte));
   };
-  const float *second = p + __builtin_popcount(word & 0xF),
-              *third = p + __builtin_popcount(word & 0xFF),
-              *fourth = p + __builtin_popcount(word & 0xFFF);
-  const F16 v{_mm256_castsi256_ps(shuffled<4>(join(p, second), word & 255)),
-              _mm256_castsi256_ps(shuffled<4>(join(third, fourth), word >> 8))};
+  const F16 v{around(p + __builtin_popcount(word & 0xF), word & 255),
+              around(p + __builtin_popcount(word & 0xFFF), word >> 8)};
   p += __builtin_popcount(word);
   return v;
 }
@@ -230,30 +239,79 @@ COFIRE_INLINE void ask_for(const uint16_t* words, const T* values) {
   }
 }
 
-// A panel times a few tokens, expanded in registers.
-template <int R, typename T>
-void expand_few(const uint16_t* words, const T* values, int64_t columns, const float* x, float* c) {
-  constexpr int kChains = R <= 2 ? 2 : 1;
-  F16 sum[kChains][R];
-  unrolled<kChains>([&](auto i) { unrolled<R>([&](auto r) { sum[i][r] = F16::zero(); }); });
-  const auto add = [&](auto i, int64_t k) __attribute__((always_inline)) {
-    const F16 column = expand(words[k], values);
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      sum[i][r] = fma(column, F16::all(x[k * R + r]), sum[i][r]);
+// Stored values from a place on, of which more than the needed ones may be read.
+template <typename T>
+class Values {
+ public:
+  Values(const T* first, int64_t count) : first_(first), end_(first + count) {}
+
+  // Where to read those of the next `columns` columns from: near the ends of all values, a copy.
+  const T* at(int64_t place, int64_t columns) {
+    const T* p = first_ + place;
+    const int64_t most = columns * kPanel;
+    if (p - first_ >= kBefore && end_ - p >= most + kBehind) return p;
+    copy_.resize(kBefore + kDepth * kPanel + kBehind);
+    std::copy(p, p + std::clamp<int64_t>(end_ - p, 0, most), copy_.begin() + kBefore);
+    return copy_.data() + kBefore;
+  }
+
+ private:
+  const T *first_, *end_;
+  std::vector<T> copy_;
+};
+
+// P panels times R tokens, expanded in registers: adds up to kDepth columns to their sums.
+template <int P, int R, typename T>
+void add_columns(const uint16_t* words, int64_t stride, const T* (&values)[P], int64_t columns,
+                 const float* x, F16 (&total)[P][R]) {
+  constexpr int kColumns = P == 1 ? kTurn : 1;  // in a turn of the loop
+  F16 sum[P][R];
+  const T* from[P];
+  unrolled<P>([&](auto p) {
+    from[p] = values[p];
+    unrolled<R>([&](auto r) { sum[p][r] = F16::zero(); });
+  });
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    F16 token[R];
+    unrolled<R>([&](auto r) __attribute__((always_inline)) { token[r] = F16::all(x[k * R + r]); });
+    unrolled<P>([&](auto p) __attribute__((always_inline)) {
+      const F16 column = expand(words[p * stride + k], from[p]);
+      unrolled<R>([&](auto r) __attribute__((always_inline)) {
+        sum[p][r] = fma(column, token[r], sum[p][r]);
+      });
     });
   };
   int64_t k = 0;
-  for (; k + kTurn <= columns; k += kTurn) {
-    ask_for(words + k, values);
-    unrolled<kTurn>([&](auto i) __attribute__((always_inline)) {
-      add(std::integral_constant<int, i % kChains>{}, k + i);
-    });
+  for (; k + kColumns <= columns; k += kColumns) {
+    if constexpr (P == 1) ask_for(words + k, from[0]);
+    unrolled<kColumns>([&](auto i) __attribute__((always_inline)) { add(k + i); });
   }
-  for (; k < columns; ++k) add(std::integral_constant<int, 0>{}, k);
-  if constexpr (kChains == 2) {
-    unrolled<R>([&](auto r) { sum[0][r] = sum[0][r] + sum[1][r]; });
+  for (; k < columns; ++k) add(k);
+  unrolled<P>([&](auto p) {
+    values[p] = from[p];
+    unrolled<R>([&](auto r) { total[p][r] = total[p][r] + sum[p][r]; });
+  });
+}
+
+// c[P * 16][R] = P panels, whose values begin at `starts`, times R tokens. The order of a sum does
+// not depend on P.
+template <int P, int R, typename T>
+void multiply_few(const uint16_t* words, const int64_t* starts, Values<T>* values, int64_t columns,
+                  const float* x, float* c) {
+  F16 total[P][R];
+  int64_t place[P];
+  for (int p = 0; p < P; ++p) {
+    place[p] = starts[p];
+    for (int r = 0; r < R; ++r) total[p][r] = F16::zero();
   }
-  store_columns(sum[0], c, R);
+  for (int64_t k = 0; k < columns; k += kDepth) {
+    const int64_t depth = std::min(kDepth, columns - k);
+    const T *from[P], *to[P];
+    for (int p = 0; p < P; ++p) from[p] = to[p] = values[p].at(place[p], depth);
+    add_columns<P, R>(words + k, columns, to, depth, x + k * R, total);
+    for (int p = 0; p < P; ++p) place[p] += to[p] - from[p];
+  }
+  for (int p = 0; p < P; ++p) store_columns(total[p], c + p * kPanel * R, R);
 }
 
 // Adds some expanded columns of a panel to the sums of a tile of tokens.
@@ -279,38 +337,46 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
   const int64_t* starts = w.starts();
   const Tiles tiles = by_tiles(x, 1);
   const int64_t K = w.columns;
-  const auto work = [&](int64_t panel) { return starts[panel] + panel * K * 2; };
-  // The last panels, whose values end less than 16 before the end of all, read a copy.
-  int64_t copied = panels;
-  while (copied > 0 && starts[copied] + 16 > total) --copied;
-  std::vector<T> tail(total - (copied < panels ? starts[copied] : total) + 16);
-  if (copied < panels) std::copy(all + starts[copied], all + total, tail.begin());
-  const auto values_of = [&](int64_t panel) {
-    return panel < copied ? all + starts[panel] : tail.data() + (starts[panel] - starts[copied]);
-  };
+  // Panels that stay together where there are enough of them for all threads.
+  const int64_t together =
+      tiles.count <= kFew && panels >= kSideBySide * 4 * at::get_num_threads() ? kSideBySide : 1;
+  const auto first_of = [&](int64_t unit) { return std::min(unit * together, panels); };
+  const auto work = [&](int64_t unit) { return starts[first_of(unit)] + first_of(unit) * K * 2; };
+  const int64_t units = (panels + together - 1) / together;
   in_equal_parts(
-      panels, 16384 / std::min<int64_t>(tiles.count, 16), work, [&](int64_t begin, int64_t end) {
+      units, 16384 / std::min<int64_t>(tiles.count, 16), work, [&](int64_t first, int64_t last) {
+        const int64_t begin = first_of(first), end = first_of(last);
         if (tiles.count <= kFew) {
-          float c[kPanel * kFew];
-          for (int64_t p = begin; p < end; ++p) {
-            with_tokens<kFew>(tiles.count, [&](auto r) {
-              constexpr int R = decltype(r)::value;
-              expand_few<R>(words + p * K, values_of(p), K, tiles.of(0), c);
-            });
-            sink(c, tiles.count, p * kPanel, std::min(kPanel, w.rows - p * kPanel), 0, tiles.count);
-          }
+          std::vector<Values<T>> values(kSideBySide, {all, total});
+          with_tokens<kFew>(tiles.count, [&](auto r) {
+            constexpr int R = decltype(r)::value;
+            float c[std::max(kSideBySide, R) * kPanel];
+            int64_t p = begin;
+            const auto take = [&](auto panels_at_once) {
+              constexpr int P = decltype(panels_at_once)::value;
+              for (; p + P <= end; p += P) {
+                multiply_few<P, R>(words + p * K, starts + p, values.data(), K, tiles.of(0), c);
+                sink(c, R, p * kPanel, std::min(P * kPanel, w.rows - p * kPanel), 0, R);
+              }
+            };
+            take(std::integral_constant<int, std::max(kSideBySide / R, 1)>{});
+            take(std::integral_constant<int, 1>{});
+          });
           return;
         }
+        Values<T> stored(all, total);
         std::vector<float> panel(kDepth * kPanel), c(tiles.count * kPanel), out(kPanel * kTogether);
         for (int64_t p = begin; p < end; ++p) {
           std::fill(c.begin(), c.end(), 0.0f);
-          const T* values = values_of(p);
+          int64_t place = starts[p];
           for (int64_t k = 0; k < K; k += kDepth) {
             const int64_t depth = std::min(kDepth, K - k);
+            const T *from = stored.at(place, depth), *values = from;
             for (int64_t i = 0; i < depth; ++i) {
               if (i % kTurn == 0) ask_for(words + p * K + k + i, values);
               expand(words[p * K + k + i], values).store(panel.data() + i * kPanel);
             }
+            place += values - from;
             for (int64_t t = 0; t < tiles.number(); ++t) {
               with_tokens<kTogether>(tiles.size(t), [&](auto r) {
                 constexpr int R = decltype(r)::value;

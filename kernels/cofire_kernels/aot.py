@@ -167,12 +167,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m cofire_kernels.aot")
     parser.add_argument("targets", nargs="*", default=list(SHARED_MEMORY), help=", ".join(SHARED_MEMORY))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--configs", nargs="+", help="names in default.json (default: all)")
     options = parser.parse_args()
 
     tasks = [
         (target, name, position, dtype)
         for target in options.targets
         for name, listed in entries("default.json").items()
+        if options.configs is None or name in options.configs
         for position in range(len(listed))
         for dtype in options.dtypes
     ]

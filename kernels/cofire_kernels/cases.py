@@ -65,7 +65,7 @@ def _compact(make: Make, sizes: Sizes) -> list[Call]:
 
 def _packed_mask(make: Make, sizes: Sizes) -> list[Call]:
     mask = make.mask(128, 8 * sizes["bytes"])
-    bits = torch.empty((8 * sizes["bytes"], 64), dtype=torch.uint8, device=make.device)
+    bits = torch.randint(0, 256, (8 * sizes["bytes"], 64), dtype=torch.uint8, device=make.device)
     return [
         lambda: selection.pack_mask(mask),
         lambda: selection.unpack_mask(bits, 512),
@@ -256,7 +256,7 @@ Parts = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None
 
 def _weight(make: Make, bits: int, columns: int, group: int, lut: str = "") -> Parts:
     """Codes, scale, zero, offset and table of 4,096 rows."""
-    codes = torch.empty((4096, (columns * bits + 7) // 8), dtype=torch.uint8, device=make.device)
+    codes = torch.randint(0, 256, (4096, (columns * bits + 7) // 8), dtype=torch.uint8, device=make.device)
     scale = torch.ones((4096, columns // group), dtype=torch.float32, device=make.device)
     zero = torch.full((1, 1), float(1 << bits >> 1), device=make.device)
     if not lut:
@@ -278,8 +278,8 @@ def _dequantize(make: Make, sizes: Sizes) -> list[Call]:
 
 
 def _sum_splits(make: Make, sizes: Sizes) -> list[Call]:
-    parts = torch.randn((8, sizes["elements"]), device=make.device)
-    return [lambda: lowbit.sum_splits(parts, make.values(sizes["elements"]))]
+    parts, like = torch.randn((8, sizes["elements"]), device=make.device), make.values(sizes["elements"])
+    return [lambda: lowbit.sum_splits(parts, like)]
 
 
 def _qlinear(make: Make, sizes: Sizes) -> list[Call]:
@@ -369,8 +369,9 @@ def _masked(make: Make, sizes: Sizes, what: str) -> list[Call]:
         return []
     m, k, n = sizes["samples"], sizes["columns"], 4096
     x, grad, w, bits = make.values(m, k), make.values(m, n), make.values(n, k), _mask(make, n, k)
+    bias = make.values(n)
     if what == "product":
-        return [lambda: sparse.masked_linear(x, w, bits, make.values(n), "hard", 0.0)]
+        return [lambda: sparse.masked_linear(x, w, bits, bias, "hard", 0.0)]
     if what == "input":
         return [lambda: sparse.masked_linear_backward(grad, x, w, bits, "hard", 0.0, True, False)]
     return [
@@ -585,7 +586,8 @@ def _attention_with_scores(make: Make, sizes: Sizes, backward: bool) -> list[Cal
 def _kv_append(make: Make, sizes: Sizes) -> list[Call]:
     heads, width = sizes["elements"] // 128, 128
     cache_key, cache_value = make.values(8, heads, 1024, width), make.values(8, heads, 1024, width)
-    key, value, keep = make.values(8, heads, 1, width), make.values(8, heads, 1, width), make.mask(1, 8)[0]
+    key, value = make.values(8, heads, 1, width), make.values(8, heads, 1, width)
+    keep = torch.zeros(8, dtype=torch.bool, device=make.device)  # however often it is called, the cache is never full
     lengths = torch.zeros(8, dtype=torch.int32, device=make.device)
     return [lambda: kv_fusion.kv_append_(cache_key, cache_value, lengths, key, value, keep)]
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,23 +55,66 @@ def info(
 
 @app.command()
 def bench(
-    family: Annotated[list[str] | None, typer.Argument(help="Families to run (default: all).")] = None,
-    quick: Annotated[bool, typer.Option(help="A small subset with fewer repeats.")] = False,
-    op: Annotated[list[str] | None, typer.Option(help="Only these operators.")] = None,
-    case: Annotated[list[str] | None, typer.Option(help="Only cases whose name contains one of these.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="As --family.")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only this family; may be repeated (default: all).")] = None,
+    quick: Annotated[bool, typer.Option(help="Every operator once, with fewer repeats: a few minutes.")] = False,
+    op: Annotated[list[str] | None, typer.Option(help="Only this operator; may be repeated.")] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name contains this; may be repeated.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    providers: Annotated[list[str] | None, typer.Option(help="Only these providers.")] = None,
+    providers: Annotated[list[str] | None, typer.Option(help="Only this provider; may be repeated.")] = None,
+    peer: Annotated[list[Path] | None, typer.Option(help="Compare with the peer of this Python file too.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch (default: its own choice).")] = None,
+    pin: Annotated[bool, typer.Option(help="Stay on as many cores as there are threads.")] = True,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not go on with a run that was stopped.")] = False,
     out: Annotated[Path | None, typer.Option(help="Results file (default: benchmarks/results/<device>.json).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, without a progress bar.")] = False,
 ) -> None:
-    """Time the operators against the strongest plain torch, each answer checked first."""
+    """Time the operators against the strongest plain torch, each answer checked first.
+
+    A run that is stopped keeps what it has measured; the same command goes on from there.
+    """
     from cofire import bench as suite
 
-    families = [_choose("family", f, suite.families()) for f in family or []]
+    families = [_choose("family", f, suite.families()) for f in [*(names or []), *(family or [])]]
     if device not in ("cpu", "cuda"):
         raise _fail(f"cofire: --device must be cpu or cuda, got {device!r}")
-    results = _sentences(suite.run, families or None, quick, op, case, device, providers, out=out, progress=not as_json)
+    with _stoppable():
+        results = _sentences(
+            suite.run,
+            *(list(dict.fromkeys(families)) or None, quick, op, case, device, providers),
+            out=out,
+            progress=not as_json,
+            peers=peer or (),
+            threads=threads,
+            pin=pin,
+            fresh=fresh,
+            announce=lambda text: typer.echo(f"cofire: {text}.", err=True),
+        )
     typer.echo(json.dumps(results.to_json(), indent=2) if as_json else results.summary())
+    if results.refused:
+        typer.echo("cofire: refused, because cofire's own answer was wrong:", err=True)
+        for line in results.refused:
+            typer.echo(f"  {line}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command("bench-agree")
+def bench_agree(
+    first: Annotated[Path, typer.Argument(help="A results file.")],
+    second: Annotated[Path, typer.Argument(help="Another one of the same machine.")],
+    within: Annotated[float, typer.Option(help="Per cent that two times may differ by.")] = 10,
+    worst: Annotated[int, typer.Option(help="How many of the rows that differ most to show.")] = 10,
+) -> None:
+    """Say how many rows of two runs agree; exit code 1 where it is fewer than nine in ten."""
+    from cofire import bench as suite
+
+    both = [_sentences(suite.Results.load, path) for path in (first, second)]
+    found = _sentences(suite.agreement, *both, within=within / 100)
+    typer.echo(found.text(worst))
+    if not found.enough:
+        raise typer.Exit(1)
 
 
 @app.command("bench-memory")
@@ -82,37 +127,103 @@ def bench_memory(
     """Measure the memory of one step of differentiable k-means, each method in a process of its own."""
     from cofire.bench import memory
 
-    found = _sentences(memory.run, method or None, out, announce=lambda text: typer.echo(text, err=True))
+    with _stoppable():
+        found = _sentences(memory.run, method or None, out, announce=lambda text: typer.echo(text, err=True))
     typer.echo(memory.memory_table(found))
 
 
 @app.command("bench-growth")
 def bench_growth(
+    family: Annotated[list[str] | None, typer.Option(help="Only these families.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="Only these operators.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="Only these methods.")] = None,
+    quick: Annotated[bool, typer.Option(help="Only the three smallest sizes of each.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    fresh: Annotated[bool, typer.Option(help="Measure again what the file holds already.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Results file (default: benchmarks/results/growth/<device>.json).")
     ] = None,
 ) -> None:
-    """Time differentiable k-means on more and more weights, and on more and more clusters."""
+    """Measure how time and memory of operators and methods grow with size; a run that was stopped goes on."""
     from cofire.bench import growth
 
-    found = _sentences(growth.run, out, device=device, announce=lambda text: typer.echo(text, err=True))
-    for row in found.rows:
-        time = "no number" if row["median_ms"] is None else f"{row['median_ms']:.3g} ms"
-        typer.echo(f"{row['weights']} weights, K{row['clusters']}, {row['provider']}: {time}")
+    only = {"families": family, "ops": op, "methods": method}
+    options = {"quick": quick, "device": device, "fresh": fresh, "announce": lambda text: typer.echo(text, err=True)}
+    with _stoppable():
+        found = _sentences(growth.run, out, **only, **options)
+    headings, lines = growth.growth_table(found)
+    widths = [max(map(len, column)) for column in zip(headings, *lines)]
+    for line in (headings, *lines):
+        typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+@app.command("bench-networks")
+def bench_networks(
+    family: Annotated[list[str] | None, typer.Option(help="Only the networks of these families.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="A tenth of the training, and fewer rounds.")] = False,
+    again: Annotated[bool, typer.Option(help="Measure also what the file holds already.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Results file (default: benchmarks/results/end_to_end/<device>.json).")
+    ] = None,
+) -> None:
+    """Train, convert and time a network for each family: latency, throughput, memory and accuracy."""
+    from cofire.bench import end_to_end
+
+    options = {"out": out, "again": again, "announce": lambda text: typer.echo(text, err=True)}
+    with _stoppable():
+        found = _sentences(end_to_end.run, family or None, device, quick, **options)
+    typer.echo(end_to_end.summary(found))
 
 
 @app.command()
 def report(
     results: Annotated[list[Path] | None, typer.Argument(help="Results files (default: all that are there).")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the page, tables and plots.")] = Path("report"),
-    readme: Annotated[Path | None, typer.Option(help="Write the overview into this markdown file.")] = None,
+    readme: Annotated[Path | None, typer.Option(help="Write the summary into this markdown file.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="Instead: two files of one machine side by side, the older first.")
+    ] = None,
 ) -> None:
     """Draw tables, plots and a page from results files."""
     from cofire import bench as suite
 
-    for path in _sentences(suite.report, results or suite.results_files(), out, readme):
+    for path in _sentences(suite.report, results or suite.results_files(), out, readme, compare):
         typer.echo(path)
+
+
+@app.command("gpu-check")
+def gpu_check(
+    out: Annotated[Path, typer.Option(help="Folder of all that is found.")] = Path("gpu-check"),
+    seconds: Annotated[float, typer.Option(help="Of this call; the next one goes on.")] = 540.0,
+    part: Annotated[list[str] | None, typer.Option(help="Only these parts (--list names them).")] = None,
+    family: Annotated[list[str] | None, typer.Option(help="Only these families of operators.")] = None,
+    list_parts: Annotated[bool, typer.Option("--list", help="Say what there is to do, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything but the launches; needs no GPU.")] = False,
+    all_kernels: Annotated[
+        bool, typer.Option("--all-kernels", help="A dry run compiles every Triton kernel, not a few.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Do again what failed, hung or crashed.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what was done in this folder.")] = False,
+    archive: Annotated[Path | None, typer.Option(help="Pack the folder into this .tar.gz at the end.")] = None,
+) -> None:
+    """Build, test, tune and measure on an NVIDIA GPU, in parts bounded in time."""
+    from cofire.gpu_check.command import run
+
+    raise typer.Exit(
+        run(
+            list=list_parts,
+            out=out,
+            seconds=seconds,
+            parts=part,
+            families=family,
+            dry_run=dry_run,
+            all_kernels=all_kernels,
+            retry=retry,
+            fresh=fresh,
+            archive=archive,
+        )
+    )
 
 
 @app.command()
@@ -227,6 +338,18 @@ def _sentences(function: Any, *args: Any, **kwargs: Any) -> Any:
         raise _fail(f"cofire: {sentence}") from error
     except (ValueError, ModuleNotFoundError) as error:
         raise _fail(f"cofire: {error}") from error
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the command with the exit code that shells expect; what runs has said what it leaves."""
+    from cofire.bench import resume
+
+    with resume.stoppable():
+        try:
+            yield
+        except KeyboardInterrupt as error:
+            raise typer.Exit(resume.stopped(error)[1]) from None
 
 
 def main() -> None:

@@ -42,3 +42,21 @@ def fill(page: Path, markers: tuple[str, str], text: str) -> bool:
     if new != old:
         write_atomically(page, new)
     return new != old
+
+
+def move_aside(path: Path, ending: str) -> Path:
+    """Give a file another name, which nothing has yet: ``<name>.<ending>``, or with a number. Returns that name."""
+    for number in range(1, 10_000):
+        aside = path.with_name(f"{path.name}.{ending}{'' if number == 1 else f'-{number}'}")
+        try:
+            os.link(path, aside)  # fails where the name is taken: what lies there is kept
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            if aside.exists():
+                continue
+            path.rename(aside)
+            return aside
+        path.unlink()
+        return aside
+    raise ValueError(f"cofire: there are too many files {path}.{ending}-*; remove some")

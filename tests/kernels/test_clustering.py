@@ -35,7 +35,6 @@ RULES = {  # eps, enforce_zero, prune_threshold, keep_sparsity
     "prune": (1e-7, True, 0.02, False),
     "sparse": (1e-7, True, 0.01, True),
 }
-every_rule = pytest.mark.parametrize("rules", RULES)
 every_gradient = pytest.mark.parametrize("grad", ["unroll", "jfb", "implicit"])
 
 #: The path is fp64, whatever the weights are: 4 roundings of fp32. Sums lose some roundings of their own.
@@ -170,9 +169,15 @@ def table_args(
     return x, counts, centroids, temperature(centroids[:, :, None], 0.3), 3, *RULES[rules], grad, 0.0
 
 
-@every_rule
-@pytest.mark.parametrize("grad", ["unroll", "jfb"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("rules", "grad", "dtype"),
+    [
+        *((rules, "unroll", torch.float32) for rules in RULES),
+        ("plain", "jfb", torch.float32),
+        ("sparse", "jfb", torch.float64),
+        ("prune", "unroll", torch.float64),
+    ],
+)
 def test_tables(rules: str, grad: str, dtype: torch.dtype) -> None:
     both("dkm_tables", table_args(65, 2, 5, rules, grad, dtype))
 
@@ -184,7 +189,7 @@ def test_tables_of_odd_sizes(values: int, partitions: int, clusters: int) -> Non
 
 @pytest.mark.parametrize("grad", ["unroll", "jfb"])
 def test_many_programs_share_the_rows(narrow: None, grad: str) -> None:
-    both("dkm_tables", table_args(33, 2, 3, "sparse", grad))
+    both("dkm_tables", table_args(9, 2, 3, "sparse", grad))
 
 
 def test_one_iteration_and_an_empty_partition() -> None:
@@ -207,7 +212,7 @@ def converging(rules: str) -> Args:
     return x, counts, start.repeat(2, 1), torch.full((2,), 0.5), 3, *RULES[rules], "implicit", 0.0
 
 
-@every_rule
+@pytest.mark.parametrize("rules", ["plain", "sparse"])
 def test_newton_finds_the_fixed_point(rules: str) -> None:
     _, _, status = both("dkm_tables", converging(rules))
     assert status.tolist() == [fixed_point.CONVERGED] * 2
@@ -221,8 +226,7 @@ def test_partitions_go_their_own_ways() -> None:
     assert status.tolist() == [fixed_point.CONVERGED, fixed_point.BELOW_FLOOR]
 
 
-@pytest.mark.parametrize("d", [1, 2])
-@every_rule
+@pytest.mark.parametrize(("rules", "d"), [*((rules, 1) for rules in RULES), ("plain", 2), ("sparse", 2)])
 def test_the_jacobian_is_that_of_an_update(rules: str, d: int, narrow: None) -> None:
     """Against finite differences of the update at a fixed point, where the formula holds."""
     eps, enforce_zero, prune, sparse = RULES[rules]
@@ -279,7 +283,7 @@ def test_streams(shape: str, dtype: torch.dtype) -> None:
     both("dkm", dkm_args(*SHAPES[shape], dtype, "plain", "soft", "jfb"))
 
 
-@pytest.mark.parametrize(("dtype", "rules"), [(torch.bfloat16, name) for name in RULES] + [(torch.float16, "plain")])
+@pytest.mark.parametrize(("dtype", "rules"), [(torch.bfloat16, "sparse"), (torch.float16, "plain")])
 def test_counts(counted_always: None, dtype: torch.dtype, rules: str) -> None:
     """16-bit weights through their tables, in partitions of which the last is short."""
     both("dkm", dkm_args(129, 3, 90, 1, dtype, rules, "soft", "unroll"))
@@ -290,12 +294,9 @@ def test_counts_of_the_nearest_centroids(counted_always: None) -> None:
 
 
 def test_slabs(counted_always: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More partitions than have tables at the same time: nothing changes."""
-    args = dkm_args(129, 3, 30, 1, torch.bfloat16, "zero", "soft", "unroll")
-    at_once = both("dkm", args)
+    """More partitions than have tables at the same time."""
     monkeypatch.setattr(dkm_module, "SLAB", 2)
-    for name, a, b in zip(("output", "path", "status"), at_once, both("dkm", args), strict=True):
-        torch.testing.assert_close(a, b, msg=name)
+    both("dkm", dkm_args(33, 3, 15, 1, torch.bfloat16, "zero", "soft", "unroll"))
 
 
 def test_counted_and_streamed_agree(monkeypatch: pytest.MonkeyPatch) -> None:

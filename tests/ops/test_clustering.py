@@ -8,8 +8,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cofire import explain, native, ops
@@ -17,6 +15,7 @@ from cofire.ops import clustering
 from cofire.ops.clustering import BINS, GRADIENTS, bin_values, bins_of, temperature
 from cofire.registry import FLOATS, OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
+from laws import given, settings, st
 
 ODD = (1, 7, 17, 63, 65, 129)
 HALVES = (torch.bfloat16, torch.float16)

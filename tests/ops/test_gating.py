@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cofire import explain, native, ops
 from cofire.ops import gating
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, providers, refusals
+from laws import assume, given, settings, st
 
 ODD = (1, 7, 17, 63, 65, 129)
 

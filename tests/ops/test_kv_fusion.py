@@ -119,13 +119,20 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "slots": ((1, 2, 40, 2, 150, 3), {}),  # tiles of slots
     "heads": ((2, 9, 9, 2, 4, 3), {}),  # more heads than are taken at a time
     "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 2.0}),
-    "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),  # enough taps for fewer multiplications
+    "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
+    "frequencies": ((1, 9, 70, 16, 66, 21), {"scale": 0.1}),  # enough work for them; heads, segments, slots in parts
 }
 LATER = ("no_heads", "heads")
-FUSE = [Sample(f"fuse_{name}", fuse(*s, **o), full=name in LATER) for name, (s, o) in SHAPES.items()]
+
+
+def when(name: str) -> dict[str, bool]:
+    return {"full": name in LATER, "interpreted": name != "frequencies"}
+
+
+FUSE = [Sample(f"fuse_{name}", fuse(*s, **o), **when(name)) for name, (s, o) in SHAPES.items()]
 FUSE_BACKWARD = [
-    Sample(f"fuse_{name}_b", fuse(*s, **o, backward="-" if i % 3 == 1 else "x"), full=name in LATER)
+    Sample(f"fuse_{name}_b", fuse(*s, **o, backward="-" if i % 3 == 1 else "x"), **when(name))
     for i, (name, (s, o)) in enumerate(SHAPES.items())
 ]
 FUSE_TINY = [Sample("fuse_tiny", fuse(2, 2, 5, 3, 2, 3)), Sample("fuse_resized", fuse(3, 2, 7, 2, 4, 5))]
@@ -237,8 +244,8 @@ def test_slots_are_within_the_hull_of_the_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("n", "d", "merged", "taps"),
-    [(20, 4, 6, 5), (150, 8, 64, 3), (301, 16, 64, 9)],
-    ids=["as one product", "tap by tap", "fewer multiplications, tap by tap"],
+    [(20, 4, 6, 5), (150, 8, 64, 3), (301, 16, 64, 21)],
+    ids=["few tokens", "tap by tap", "by frequencies"],
 )
 def test_it_is_the_convolution_of_torch(n: int, d: int, merged: int, taps: int) -> None:
     """Step by step with one-hot rows, as the paper's code has it, and its gradients; the same for any number of threads."""

@@ -56,6 +56,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "full": ((1, 2, 1, 5, 19, 6), {"causal": False, "normalize": True}),
     "more_queries": ((1, 2, 2, 9, 4, 6), {"causal": False, "window": 2}),
     "decode": ((2, 4, 2, 1, 65, 16), {}),
+    "decode_parts": ((1, 7, 1, 1, 1100, 21), {}),  # all of few queries' tails: of rows, keys, features
     "square": ((1, 1, 1, 65, 65, 7), {"normalize": True}),
     "one": ((1, 1, 1, 1, 1, 1), {}),
     "tasks": ((1, 2, 1, 150, 163, 4), {"window": 100}),  # blocks and tasks that end within a head

@@ -8,10 +8,9 @@ import importlib
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
+from laws import given, settings, st
 
 
 def as_stream(row, bits):

@@ -7,13 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cofire import ops
 from cofire.ops import selection
 from cofire.ops.gating import mask_from_index
 from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
+from laws import given, settings, st
 
 
 def mask_of(rows: int, columns: int, density: float = 0.5) -> Callable[[Random], tuple[torch.Tensor]]:

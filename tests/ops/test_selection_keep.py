@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cofire import ops
 from cofire.ops.selection import SCORES
 from cofire.registry import OPERATORS
 from helpers import Random, Refusal, Sample, check_op, refusals, threads
+from laws import given, settings, st
 
 Values = Callable[[Random, int, int], Tensor]
 

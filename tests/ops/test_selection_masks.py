@@ -7,11 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from cofire import ops
 from helpers import Random, Refusal, Sample, check_op, refusals
+from laws import given, settings, st
 
 Make = Callable[[Random], tuple[object, ...]]
 #: No size is a multiple of 8; the larger ones have whole vectors, several tiles and a rest.

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from cofire import native, ops
 from cofire.ops import SparseWeight, sparse
 from cofire.ops.packing import pack_bits
-from helpers import Random, Refusal, Sample, check_examples, check_op, refusals
+from helpers import Random, Refusal, Sample, check_examples, check_op, refusals, threads
+from laws import given, settings, st
 
 FORMATS = ("csr", "delta", "bitmap", "block")
 
@@ -229,6 +228,26 @@ def test_shapes_and_densities(format: str, density: float) -> None:
             assert x.grad is not None and packed.values.grad is not None
             close(x.grad, b @ wide, n)
             close(packed.replace(values=packed.values.grad).to_dense(), torch.where(mask, b.t() @ a, 0.0), m)
+
+
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("m", [1, 2, 3])
+@pytest.mark.parametrize("empty", [False, True])
+def test_bitmaps_of_many_panels(m: int, values: torch.dtype, empty: bool) -> None:
+    """One thread or two take several panels side by side, more take them one by one: the same bits."""
+    rand = Random(f"panels {m} {values} {empty}")
+    n, k = 530, 300
+    mask = rand.mask(n, k, density=0.3)
+    if empty:  # no values before those of the first panel that has some, and none behind the last
+        mask[:40], mask[100:140], mask[-20:] = False, False, False
+    packed = SparseWeight.from_dense(rand.normal(n, k), mask, "bitmap", values=values)
+    x = rand.normal(m, k)
+    products = []
+    for count in (1, 2, 3):
+        with threads(count):
+            products.append(ops.spmm(x, packed))
+    assert torch.equal(products[0], products[1]) and torch.equal(products[0], products[2])
+    close(products[0], x.double() @ packed.to_dense().double().t(), k)
 
 
 # ------------------------------------------------------------------------------------------------------ spmm

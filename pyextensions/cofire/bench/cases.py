@@ -8,14 +8,17 @@ import importlib
 import importlib.util
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from cofire.names import near_matches
 from cofire.registry import OPERATORS
+
+if TYPE_CHECKING:
+    from cofire.bench.peers import Peer
 
 Args = tuple[Any, ...]
 Run = Callable[[], Any]
@@ -53,6 +56,7 @@ class Provider:
     hot: bool = (
         False  #: prepares nothing and reads no less than others: the modes on cold and on new weights leave it out
     )
+    first: bool = True  #: whether weights can be new to it: otherwise the mode on new weights leaves it out
     own_threads: bool = False  #: computes on threads of its own, which may spin on when a call is over
 
 
@@ -127,6 +131,9 @@ class Case:
     rounding: torch.dtype | None = None
     bits: tuple[int, ...] = ()  #: positions of what is read bit by bit: the fp64 reference gets it as it is
     ours: Provider | None = None  #: what stands as "cofire": the operator (the default), or what is built on it
+    #: what a peer decides by whether it computes the case, and how: shapes, bits, formats, as the family names them
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    peers: tuple[Peer, ...] = ()  #: from outside, beside those of :mod:`cofire.bench.peers`
     family: str = ""
 
     def __str__(self) -> str:

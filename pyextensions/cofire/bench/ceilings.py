@@ -12,27 +12,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from cofire.bench import cuda_timing
+
 MIB = 1 << 20
 #: Buffer sizes of the bandwidth table. The smallest live in a core's cache, the largest in memory.
 SIZES_MIB = (0.25, 1, 4, 16, 64, 256)
+SIZES_MIB_CUDA = (*SIZES_MIB, 1024, 4096)  #: the caches of a GPU are larger, and 256 MiB last it 60 microseconds
 DTYPES = (torch.float32, torch.bfloat16)
 LONGEST_SECONDS = 2.0  #: of a multiplication that is worth trying
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def best_seconds(call: Callable[[], Any], device: str, seconds: float) -> float:
     """The shortest of repeated calls: a ceiling is what the machine manages when nobody interferes."""
+    if device == "cuda":
+        return cuda_timing.best_seconds(call, seconds)
     call()
-    synchronize(device)
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()
         call()
-        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
 
@@ -40,7 +38,7 @@ def best_seconds(call: Callable[[], Any], device: str, seconds: float) -> float:
 def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
     """GB/s of a copy (bytes read and written) and of a sum (bytes read), by the bytes that the call touches."""
     copy, read = {}, {}
-    for mib in SIZES_MIB:
+    for mib in SIZES_MIB_CUDA if device == "cuda" else SIZES_MIB:
         source = torch.rand(int(mib * MIB / 8), device=device)  # half of the bytes, in fp32
         target = torch.empty_like(source)
         moved = 2 * source.numel() * 4
@@ -85,12 +83,28 @@ def _int8(device: str, seconds: float) -> float:
     return max(rates)
 
 
+def _fp8(seconds: float) -> float | None:
+    """8-bit floats by the library's GEMM of scaled factors, on a GPU that has them (compute capability 8.9 and later)."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return None
+    rates, one = [], torch.ones((), device="cuda")
+    for n in (4096, 8192):
+        a, b = (torch.randn(n, n, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
+        call = functools.partial(torch._scaled_mm, a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+        rates.append(2 * n**3 / best_seconds(call, "cuda", seconds) / 1e9)
+    return max(rates)
+
+
 def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
     """Bandwidths by working set and arithmetic rates by dtype, each measured for about ``seconds``."""
+    if device == "cuda":
+        cuda_timing.warm_up()
     with torch.inference_mode():
         copy, read = _bandwidth(device, seconds)
         gemm = {str(d).removeprefix("torch."): _gemm(d, device, seconds) for d in DTYPES}
         gemm["int8"] = _int8(device, seconds)
+        if device == "cuda" and (fp8 := _fp8(seconds)) is not None:
+            gemm["float8_e4m3fn"] = fp8
         conv = {str(d).removeprefix("torch."): _conv(d, device, seconds) for d in DTYPES}
     return {"copy_gbs": copy, "read_gbs": read, "gemm_gflops": gemm, "conv_gflops": conv}
 

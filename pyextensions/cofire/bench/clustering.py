@@ -15,8 +15,6 @@ coremltools) end in a local optimum where :func:`cofire.ops.kmeans1d` finds the 
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,26 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, installed, plain
+from cofire.bench.cases import Args, Case, Provider, Random, compiled, plain
+from cofire.bench.peers._kmeans import EPS, quantiles
 from cofire.ops import clustering as ops
 from cofire.ops.clustering import BINS, HALVES, Rules, bin_values, temperature
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-SIGMA, RHO, EPS = 0.02, 0.1, 1e-7
+SIGMA, RHO = 0.02, 0.1
 #: The most entries, of the maps of all iterations, with which eager runs: it keeps four maps for each of them, in fp32
 #: for some, and has others on the way. Four times as many would need tens of GB, and a minute for each call.
 MAP_ENTRIES = 1 << 28
-#: Lloyd's iterations of the peers of kmeans1d.
-LLOYD = 10
 
 Providers = dict[str, Provider | Mapping[str, Provider]]
-
-
-def quantiles(weight: Tensor, clusters: int, partitions: int = 1) -> Tensor:
-    """Centroids ``[P, K, 1]`` with equally many weights around each: near the optimum, at no cost."""
-    ordered = weight.float().reshape(partitions, -1).sort(1).values
-    place = ((torch.arange(clusters) + 0.5) / clusters * ordered.shape[1]).long()
-    return ordered[:, place, None].contiguous()
 
 
 def weights(rand: Random, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -148,19 +138,6 @@ def eager_dkm(
 
 def eager_dkm_fp32(weight: Tensor, *args: Any) -> Tensor:
     return eager_dkm(weight.float(), *args).to(weight.dtype)
-
-
-def cdist_dkm(
-    weight: Tensor, centroids: Tensor, tau: Tensor, group_size: int, iterations: int, eps: float, *options: Any
-) -> tuple[Tensor]:
-    """The same with the squared distance multiplied out, as ``torch.cdist`` has it: what coremltools rounds like."""
-    partitions, _, d = centroids.shape
-    x, c = weight.view(partitions, -1, d), centroids.to(weight.dtype)
-    for _ in range(iterations):
-        distance = torch.cdist(x, c).square()
-        attention = torch.softmax(-distance / tau.to(weight.dtype)[:, None, None], 2).clamp(min=eps)
-        c = (attention.mT @ x) / attention.sum(1)[:, :, None]
-    return ((attention @ c).view(weight.shape),)
 
 
 # -------------------------------------------------------------------------------------- dkm: the strongest plain torch
@@ -322,53 +299,6 @@ def dense_chunks(
     return output
 
 
-# ------------------------------------------------------------------------------------------------ dkm: coremltools
-
-
-def coremltools_palettizer(weight: Tensor, centroids: Tensor, tau: float, rows: int | None, iterations: int) -> Any:
-    """coremltools' layer for such a weight, with its own shortcuts off: every iteration, no threshold for zero."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    layer = importlib.import_module("coremltools.optimize.torch.palettization.fake_palettize")
-    observer = importlib.import_module("torch.ao.quantization").MinMaxObserver
-    options = {
-        "palett_tau": tau,
-        "kmeans_max_iter": iterations,
-        "palett_epsilon": -1.0,  # an inertia changes by more than this
-        "palett_cluster_tol": 1.0,  # equal centroids stay
-        "prune_threshold": 0.0,
-        "zero_threshold": EPS,
-    }
-    bits = centroids.shape[1].bit_length() - 1
-    made = layer.FakePalettize(
-        observer=observer.with_args(dtype=torch.qint8),
-        n_bits=bits,
-        cluster_dim=1,
-        group_size=rows,
-        quant_min=-128,
-        quant_max=127,
-        advanced_options=options,
-    )
-    made.enable_fake_palett()
-    made.train()
-    made.create_partitions(weight.detach())
-    return made
-
-
-def _coremltools_dkm(dtype: torch.dtype) -> Callable[..., Run]:
-    def setup(weight: Tensor, centroids: Tensor, tau: Tensor, size: int, iterations: int, *_: Any) -> Run:
-        made = coremltools_palettizer(weight, centroids, float(tau[0]), None, iterations)
-        start = [c.to(dtype) for c in centroids]
-
-        def run() -> Tensor:
-            made.centroids = list(start)  # the layer goes on from where it was
-            output: Tensor = made(weight.to(dtype))
-            return output.to(weight.dtype)
-
-        return run
-
-    return setup
-
-
 # -------------------------------------------------------------------------------------------------------- dkm: cases
 
 
@@ -434,13 +364,6 @@ def _dkm(
             providers["eager"] = eager
         if compile:
             providers["compile"] = compiled(eager_dkm_fp32, outputs=1)
-        small = entries <= MAP_ENTRIES // 4  # half a minute each otherwise
-        if small and d == 1 and rows is None and clusters & (clusters - 1) == 0 and installed("coremltools"):
-            cpu: dict[str, Any] = {"reference": cdist_dkm, "outputs": 1, "devices": ("cpu",)}
-            peer = {"fp32": Provider(_coremltools_dkm(FLOAT), **cpu)}
-            if dtype != FLOAT:
-                peer["own dtype"] = Provider(_coremltools_dkm(dtype), **cpu)
-            providers["peer:coremltools"] = peer
     words = [f"{shape[0]}x{shape[1]} K{clusters}", f"T{iterations}" if grad == "unroll" else grad]
     words += [f"d{d}"] if d > 1 else []
     words += [f"{rows}-row palettes"] if rows is not None else []
@@ -448,17 +371,27 @@ def _dkm(
     def args(rand: Random, shape: tuple[int, int], clusters: int, rows: int | None) -> Args:
         return _dkm_args(rand, shape, dtype, clusters, d, rows, iterations, grad)
 
+    # the implicit gradient divides by what 512 weights may leave next to nothing of
+    small = (32, 64) if grad == "implicit" else (16, 32)
     return Case(
         "dkm",
         " ".join(words),
         dtype,
         lambda rand: args(rand, shape, clusters, rows),
         providers,
-        lambda rand: args(rand, (16, 32), min(clusters, 8), None if rows is None else 8),
+        lambda rand: args(rand, small, min(clusters, 8), None if rows is None else 8),
         gradients=(0,),
         flops=_dkm_flops,
         backward_cost=_dkm_backward_cost,
         reference=counted_reference if counted else streamed_reference,
+        facts={
+            "clusters": clusters,
+            "d": d,
+            "palette_rows": rows,
+            "iterations": iterations,
+            "grad": grad,
+            "entries": entries,
+        },
         **options,
     )
 
@@ -466,10 +399,10 @@ def _dkm(
 SMALL, SQUARE, WIDE, LARGE = (512, 512), (1024, 1024), (4096, 1024), (4096, 4096)
 
 DKM = [
-    _dkm(SQUARE, quick=True, overhead=True, compile=True),
-    _dkm(SQUARE, dtype=FLOAT, quick=True, compile=True),
+    _dkm(SQUARE, overhead=True, compile=True),
+    _dkm(SQUARE, dtype=FLOAT, compile=True),
     _dkm(SMALL),
-    _dkm(SMALL, dtype=FLOAT),
+    _dkm(SMALL, dtype=FLOAT, quick=True),
     _dkm(WIDE),
     _dkm(WIDE, dtype=FLOAT),
     _dkm(LARGE, 2, iterations=1),
@@ -729,21 +662,17 @@ def _lut_case(shape: tuple[int, int], affine: bool, **options: Any) -> Case:
 
 
 VALUES = [
-    _histogram(LARGE, quick=True, overhead=True),
-    _histogram(SQUARE),
+    _histogram(LARGE, overhead=True),
+    _histogram(SQUARE, quick=True),
     _histogram(LARGE, torch.float16),
     _scatter(LARGE, overhead=True),
-    _scatter(SQUARE, FLOAT),
+    _scatter(SQUARE, FLOAT, quick=True),
     _lut_case(LARGE, False, overhead=True),
     _lut_case(LARGE, True),
+    _lut_case(SQUARE, True, quick=True),
 ]
 
 # ---------------------------------------------------------------------------------------------------------- palettize
-
-
-def _inertia(weight: Tensor, centroids: Tensor, *args: Any) -> tuple[Tensor]:
-    """What a peer is checked on: of two centroids equally near within rounding it may take either."""
-    return (ops._palettize_reference(weight, centroids, *args)[1],)
 
 
 def _eager_palettize(weight: Tensor, centroids: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -771,7 +700,7 @@ def _search_palettize(weight: Tensor, centroids: Tensor, *_: Any) -> tuple[Tenso
 
 def _table_palettize(weight: Tensor, centroids: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """16-bit scalars: the label of each of the 65,536 patterns, looked up; the inertia from the counts."""
-    every = _patterns_of(weight.dtype).to(centroids.dtype).nan_to_num(0, 0, 0).clamp(-1e9, 1e9)
+    every = _patterns_of(weight.dtype, str(weight.device)).to(centroids.dtype).nan_to_num(0, 0, 0).clamp(-1e9, 1e9)
     labels, inertia = [], []
     for part, c, threshold in zip(weight.view(len(centroids), -1), centroids[:, :, 0], _thresholds(centroids)):
         table, patterns = torch.bucketize(every, threshold), _patterns(part)
@@ -783,23 +712,8 @@ def _table_palettize(weight: Tensor, centroids: Tensor, *_: Any) -> tuple[Tensor
 
 
 @functools.cache
-def _patterns_of(dtype: torch.dtype) -> Tensor:
-    return torch.arange(BINS, dtype=torch.int32).to(torch.uint16).view(dtype).float()
-
-
-def _faiss_palettize(weight: Tensor, centroids: Tensor, *_: Any) -> Run:
-    """faiss's search for one neighbour, on fp32; its labels are not compared, their distances are."""
-    faiss = importlib.import_module("faiss")
-    d = centroids.shape[2]
-    palette = centroids[0].numpy()
-
-    def run() -> tuple[Tensor]:
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        distance, labels = faiss.knn(weight.float().view(-1, d).numpy(), palette, 1)
-        torch.from_numpy(labels).to(torch.uint8)
-        return (torch.from_numpy(distance).sum()[None],)
-
-    return run
+def _patterns_of(dtype: torch.dtype, device: str) -> Tensor:
+    return torch.arange(BINS, dtype=torch.int32).to(torch.uint16).view(dtype).float().to(device)
 
 
 def _palettize_args(
@@ -828,8 +742,6 @@ def _palettize(
         providers["eager"] = plain(_eager_palettize)
     else:
         del dense["map"]
-    if rows is None and installed("faiss"):
-        providers["peer:faiss"] = Provider(_faiss_palettize, reference=_inertia, outputs=1, devices=("cpu",))
     words = [f"{shape[0]}x{shape[1]} K{clusters}", *([f"d{d}"] if d > 1 else [])]
     words += [f"{rows}-row palettes"] if rows is not None else []
 
@@ -843,12 +755,13 @@ def _palettize(
         lambda rand: args(rand, shape, clusters, rows),
         providers,
         lambda rand: args(rand, (16, 32), min(clusters, 8), None if rows is None else 8),
+        facts={"clusters": clusters, "d": d, "palette_rows": rows},
         **options,
     )
 
 
 PALETTIZE = [
-    _palettize(SQUARE, overhead=True),
+    _palettize(SQUARE, quick=True, overhead=True),
     _palettize(SQUARE, dtype=FLOAT),
     _palettize(LARGE),
     _palettize(SQUARE, 256, FLOAT),
@@ -921,66 +834,6 @@ def _dense_kmeans(weight: Tensor, clusters: int, size: int) -> tuple[Tensor, Ten
     return torch.stack([c for c, _ in found])[:, :, None].float(), torch.stack([i for _, i in found]).float()
 
 
-def lloyd(weight: Tensor, clusters: int, size: int) -> tuple[Tensor]:
-    """:data:`LLOYD` plain iterations from the quantiles, in the weight's dtype but at least fp32.
-
-    With squared distances multiplied out, as the peers have them: near a boundary they round a weight to either side.
-    """
-    found = []
-    for part in weight.reshape(-1).split(size):
-        c = quantiles(part, clusters)[0, :, 0].to(torch.promote_types(weight.dtype, FLOAT))
-        chunks = part.to(c.dtype).split(1 << 16)
-        for _ in range(LLOYD):
-            labels = torch.cat([(c.square() - 2 * x[:, None] * c).argmin(1) for x in chunks])
-            total = torch.zeros_like(c).index_add(0, labels, torch.cat(chunks))
-            c = total / torch.bincount(labels, minlength=clusters)
-        found.append(c[:, None])
-    return (torch.stack(found),)
-
-
-def _faiss_kmeans(weight: Tensor, clusters: int, size: int) -> Run:
-    faiss = importlib.import_module("faiss")
-    start = quantiles(weight, clusters)[0].numpy()
-
-    def run() -> tuple[Tensor]:
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        x = weight.float().view(-1, 1).numpy()
-        # all points: by default it would take a sample of 256 for each centroid
-        kmeans = faiss.Kmeans(1, clusters, niter=LLOYD, max_points_per_centroid=len(x), min_points_per_centroid=1)
-        kmeans.train(x, init_centroids=start)
-        return (torch.from_numpy(kmeans.centroids).sort(0).values[None],)
-
-    return run
-
-
-def _sklearn_kmeans(weight: Tensor, clusters: int, size: int) -> Run:
-    from sklearn.cluster import KMeans
-
-    start = quantiles(weight, clusters)[0].numpy()
-
-    def run() -> tuple[Tensor]:
-        kmeans = KMeans(clusters, init=start, n_init=1, max_iter=LLOYD, tol=0, algorithm="lloyd")
-        return (torch.from_numpy(kmeans.fit(weight.float().view(-1, 1).numpy()).cluster_centers_)[None].float(),)
-
-    return run
-
-
-def _coremltools_kmeans(weight: Tensor, clusters: int, size: int) -> Run:
-    """Its Lloyd iterations, from labels: its own start, ten trials of k-means++, takes a minute."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    module = importlib.import_module("coremltools.optimize.torch.palettization._efficient_kmeans")
-    x = weight.float().view(-1, 1)
-    start = quantiles(weight, clusters)[0]
-    labels = torch.bucketize(x[:, 0], (start[1:, 0] + start[:-1, 0]) / 2)
-
-    def run() -> tuple[Tensor]:
-        kmeans = module._EfficientKMeans(clusters, start, labels=labels, max_iter=LLOYD, tol=-1.0)
-        found: Tensor = kmeans.fit(x).cluster_centers_
-        return (found[None],)
-
-    return run
-
-
 def _kmeans(
     shape: tuple[int, int],
     clusters: int = 16,
@@ -994,12 +847,6 @@ def _kmeans(
     if all_splits:
         dense["all splits"] = plain(ops._kmeans1d_reference)
     providers: Providers = {"dense": dense}
-    if rows is None:
-        own: dict[str, Any] = {"reference": lloyd, "outputs": 1, "devices": ("cpu",)}
-        peers = {"faiss": _faiss_kmeans, "sklearn": _sklearn_kmeans, "coremltools": _coremltools_kmeans}
-        if clusters > 16:  # a map of every weight and centroid, ten times
-            del peers["coremltools"]
-        providers |= {f"peer:{name}": Provider(peer, **own) for name, peer in peers.items() if installed(name)}
 
     def args(rand: Random, shape: tuple[int, int], clusters: int, rows: int | None) -> Args:
         weight = weights(rand, shape, dtype)
@@ -1012,12 +859,14 @@ def _kmeans(
         lambda rand: args(rand, shape, clusters, rows),
         providers,
         lambda rand: args(rand, (16, 32), min(clusters, 8), None if rows is None else 8),
+        facts={"clusters": clusters, "palette_rows": rows},
         **options,
     )
 
 
 KMEANS = [
-    _kmeans(SQUARE, quick=True, overhead=True, all_splits=True),
+    _kmeans(SQUARE, overhead=True, all_splits=True),
+    _kmeans(SMALL, quick=True),
     _kmeans(SQUARE, dtype=FLOAT),
     _kmeans(LARGE),
     _kmeans(SQUARE, 256),

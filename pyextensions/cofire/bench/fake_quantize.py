@@ -160,12 +160,12 @@ def _cost(backward: str) -> Callable[..., tuple[int, int]]:
 
 
 LSQ = [
-    _lsq(LARGE, "tensor", FLOAT, quick=True, overhead=True),
+    _lsq(LARGE, "tensor", FLOAT, overhead=True),
     _lsq(LARGE, "row", FLOAT),
     _lsq(LARGE, "column", FLOAT),
     _lsq(LARGE, "tensor", HALF),
     _lsq(LARGE, "row", HALF),
-    _lsq(SMALL, "row", FLOAT),
+    _lsq(SMALL, "row", FLOAT, quick=True),
     _lsq(SMALL, "row", HALF),
 ]
 
@@ -211,9 +211,9 @@ def _affine(shape: tuple[int, int], per: str, dtype: torch.dtype, **options: Any
 
 AFFINE = [
     _affine(LARGE, "tensor", FLOAT, overhead=True),
-    _affine(LARGE, "row", FLOAT, quick=True),
+    _affine(LARGE, "row", FLOAT),
     _affine(LARGE, "row", HALF),
-    _affine(SMALL, "row", FLOAT),
+    _affine(SMALL, "row", FLOAT, quick=True),
 ]
 
 
@@ -252,10 +252,10 @@ def _minmax(shape: tuple[int, int], group_size: int | None, dtype: torch.dtype, 
 
 
 MINMAX = [
-    _minmax(LARGE, None, FLOAT, quick=True, overhead=True),
+    _minmax(LARGE, None, FLOAT, overhead=True),
     _minmax(LARGE, 128, FLOAT),
     _minmax(LARGE, None, HALF),
-    _minmax(SMALL, None, FLOAT),
+    _minmax(SMALL, None, FLOAT, quick=True),
 ]
 
 
@@ -319,9 +319,9 @@ def _statsq(shape: tuple[int, int], bits: int, dtype: torch.dtype, **options: An
 
 
 STATSQ = [
-    _statsq(LARGE, 4, FLOAT, quick=True, overhead=True),
+    _statsq(LARGE, 4, FLOAT, overhead=True),
     _statsq(LARGE, 2, HALF),
-    _statsq(SMALL, 4, FLOAT),
+    _statsq(SMALL, 4, FLOAT, quick=True),
 ]
 
 
@@ -371,12 +371,12 @@ def _group(
 
 
 GROUP = [
-    _group(LARGE, "int4", FLOAT, quick=True, overhead=True),
+    _group(LARGE, "int4", FLOAT, overhead=True),
     _group(LARGE, "int4_asymmetric", FLOAT),
     _group(LARGE, "e2m1", FLOAT),
     _group(LARGE, "e2m1", HALF),
     _group(SMALL, "e2m1", FLOAT, stochastic=True),
-    _group(SMALL, "int4", FLOAT),
+    _group(SMALL, "int4", FLOAT, quick=True),
 ]
 
 CASES = [*LSQ, *AFFINE, *MINMAX, *STATSQ, *GROUP]

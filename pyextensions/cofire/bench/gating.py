@@ -376,7 +376,7 @@ def _sweep(layer: Layer, keep: float, dtype: torch.dtype) -> Case:
         compile=middle and keep == 0.5,
         backward=middle and keep == 0.5,
         overhead=middle and keep == 0.5,
-        quick=(middle and keep in (1, 0.5, 0.3)) or (layer == SWEEP[0] and dtype == FLOAT and keep == 0.5),
+        quick=middle and keep == 0.5,
     )
 
 
@@ -385,7 +385,7 @@ CONVOLUTIONS = [
     *(_conv(VGG_4, 0.5, dtype, naive=True, cold=True, quick=dtype == FLOAT) for dtype in (FLOAT, HALF)),
     _conv(replace(VGG_4, batch=8), 0.5, naive=True),
     *(_conv(SWEEP[0], 0.6, dtype, naive=True, cold=dtype == FLOAT) for dtype in (FLOAT, HALF)),
-    *(_conv(POINTWISE, 0.5, dtype, naive=True, quick=dtype == FLOAT) for dtype in (FLOAT, HALF)),
+    *(_conv(POINTWISE, 0.5, dtype, naive=True) for dtype in (FLOAT, HALF)),
     _conv(replace(POINTWISE, batch=8), 0.5, naive=True),
     _conv(Layer(8, 128, 256, 28, stride=2), 0.5, naive=True),
     _conv(Layer(8, 128, 256, 28, kernel=1, stride=2), 0.5),
@@ -622,13 +622,13 @@ def _norm(
 
 
 NORMS = [
-    _norm((128, 256, 16, 16), compile=True, quick=True, overhead=True),
+    _norm((128, 256, 16, 16), compile=True, overhead=True),
     _norm((128, 256, 16, 16), HALF, compile=True),
     _norm((128, 256, 16, 16), residual=True),
     _norm((128, 256, 16, 16), last=True, compile=True),
     _norm((128, 64, 32, 32)),  # VGG-16 on CIFAR-10, block 1
     _norm((128, 16, 32, 32), residual=True),  # ResNet-56, stage 1
-    _norm((128, 512, 4, 4)),  # VGG-16, block 5
+    _norm((128, 512, 4, 4), quick=True),  # VGG-16, block 5
     _norm((32, 512, 7, 7), HALF, residual=True, last=True),
 ]
 

@@ -14,8 +14,11 @@ How a number comes about:
   that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
   runs under ``torch.inference_mode``.
 * Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
-* A fixed multiplication is timed around every case; where it slowed down by 15 % the case is measured once more (not in
-  a quick run), and if that does not help, or a row's own readings spread by half, the row is marked noisy.
+* Fixed work, the probe, is timed before, between and after the readings of every case (:mod:`cofire.bench.quiet`). A round
+  counts if the machine ran as usual before and after it, by 10 %, and a case goes on a little longer until there are
+  enough of them. Where there are not, all rounds count and the row is ``flagged``; it is noisy, as is a row whose own
+  readings spread by half.
+* Where cofire's own answer is wrong the case is not timed, and the run says so at its end.
 * ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense
   provider are effective ones. ``peak_bytes`` is what a call holds of torch's allocator at most, outputs included.
 """
@@ -29,8 +32,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +42,25 @@ import torch
 from torch import Tensor
 
 from cofire.bench import ceilings as roofs
+from cofire.bench import cuda_timing, machine, resume
 from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
+from cofire.bench.peers import of_case, with_peers
+from cofire.bench.quiet import BAND, LEAST, Probe, Watch, counted
 from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
 from cofire.native import in_large_pages
 from cofire.registry import OPERATORS
 
 READING_MS = 1.0  #: a shorter call is repeated until a reading lasts this long
 ONE_THREAD = "peer:cofire-on-one-thread"
-NOISE = 1.15  #: slow-down of the probe that makes a row noisy
 SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its readings
 #: Threads that wait for work spin, on the cores of those whose turn it is next: those of torch for 10 ms, those of ONNX
 #: Runtime for 60. Between different pools there is a pause after which they sleep, and an untimed reading that wakes others.
 SETTLE_SECONDS = 0.1
 #: A reading of so many ms that is so many times the shortest is slow: it takes part in the first few rounds alone.
 SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
+BEHIND = 2.0  #: a variant that takes so many times as long as another one is not timed again
 LONGEST_SECONDS = 60  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
+LONGER = 4  #: times the rounds that fit are the most, while too few of them were undisturbed
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
 
@@ -62,9 +70,12 @@ class Effort:
     def __init__(self, quick: bool) -> None:
         self.least_rounds = 7 if quick else 30
         self.most_rounds = 30 if quick else 100
-        self.case_seconds = 0.5 if quick else 1.5
-        self.ceiling_seconds = 0.05 if quick else 0.2
-        self.attempts = 1 if quick else 2
+        self.case_seconds = 0.2 if quick else 1.5
+        self.variant_seconds = 0.03 if quick else 0.1  #: to find the fastest of a provider's variants
+        self.longest_seconds = 2.0 if quick else LONGEST_SECONDS
+        self.slow_rounds = 3 if quick else LEAST_ROUNDS
+        self.ceiling_seconds = 0.02 if quick else 0.2
+        self.extra_seconds = 0.2 if quick else 1.5  #: to find enough rounds in which the machine was quiet
 
 
 # ---------------------------------------------------------------------------------------------- correctness
@@ -112,6 +123,50 @@ def slack(provider: str) -> int:
     return 1 if provider == "cofire" else 16
 
 
+COMPARED = 1 << 17  #: entries that are compared at a time: they and their differences stay in the caches
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same entries of each, a block at a time."""
+    if tensors[0].numel() <= COMPARED:
+        yield tensors
+    else:
+        yield from zip(*(t.reshape(-1).split(COMPARED) for t in tensors))
+
+
+def _furthest(a: Tensor, b: Tensor) -> float:
+    """The largest difference, in fp64; NaN where there is one."""
+    return float(torch.stack([(x.double() - y).abs_().max() for x, y in _blocks(a, b)]).max())
+
+
+def _largest(a: Tensor) -> float:
+    return float(torch.stack([x.abs().max() for (x,) in _blocks(a)]).max())
+
+
+class Answers(list[tuple[Tensor, ...]]):
+    """The right answer in fp64, then plain answers; what each output loses is worked out once, for all providers."""
+
+    def __init__(
+        self, answers: Iterable[tuple[Tensor, ...]], whole: Answers | None = None, positions: Sequence[int] = ()
+    ) -> None:
+        super().__init__(answers)
+        self.whole, self.positions = whole, positions
+        self._lost: dict[int, tuple[float, float]] = {}
+
+    def lost(self, i: int) -> tuple[float, float]:
+        """The largest error of the plain answers in output i, and the largest magnitude of the right one."""
+        if self.whole is not None:
+            return self.whole.lost(self.positions[i])
+        if i not in self._lost:
+            right, *others = (a[i] for a in self)
+            self._lost[i] = max(_furthest(o, right) for o in others), _largest(right)
+        return self._lost[i]
+
+    def pick(self, positions: Sequence[int]) -> Answers:
+        """These outputs alone."""
+        return Answers((tuple(a[i] for i in positions) for a in self), self, positions)
+
+
 def disagreement(
     got: Any, exact: Any, plain_answers: Sequence[Any], dtype: torch.dtype, gradients: int = 0, slack: int = 1
 ) -> str | None:
@@ -126,7 +181,11 @@ def disagreement(
         gradients: how many of the last outputs are gradients; they may lose 3 times what t loses.
         slack: multiplies what is allowed (:func:`slack`).
     """
-    got, exact, answers = _detached(got), _detached(exact), [_detached(a) for a in plain_answers]
+    return _disagreement(got, Answers([_detached(exact), *map(_detached, plain_answers)]), dtype, gradients, slack)
+
+
+def _disagreement(got: Any, answers: Answers, dtype: torch.dtype, gradients: int, slack: int) -> str | None:
+    got, exact = _detached(got), answers[0]
     if len(got) != len(exact):
         return f"returned {len(got)} outputs, expected {len(exact)}"
     for i, (o, r) in enumerate(zip(got, exact)):
@@ -139,10 +198,10 @@ def disagreement(
         if not r.numel():
             continue
         factor = 3 if i >= len(exact) - gradients else 2
-        lost = max(float((a[i].double() - r).abs().max()) for a in answers)
-        eps = max(torch.finfo(d).eps for d in (answers[0][i].dtype, dtype) if d.is_floating_point)
-        allowed = slack * (factor * lost + eps * float(r.abs().max()))
-        error = float((o.double() - r).abs().max())
+        lost, largest = answers.lost(i)
+        eps = max(torch.finfo(d).eps for d in (answers[1][i].dtype, dtype) if d.is_floating_point)
+        allowed = slack * (factor * lost + eps * largest)
+        error = _furthest(o, r)
         if not error <= allowed:  # a NaN is an error too
             return f"output {i} is off by {error:.3g}, allowed {allowed:.3g}"
     return None
@@ -176,15 +235,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def read_ms(run: Run, repeats: int, device: str) -> float:
-    """One reading: milliseconds per call. CUDA: by events on the current stream."""
+    """One reading: milliseconds per call. CUDA: by events on the current stream, the host running ahead."""
     if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / repeats
+        return cuda_timing.read_ms(run, repeats)
     begin = time.perf_counter_ns()
     for _ in range(repeats):
         run()
@@ -193,24 +246,43 @@ def read_ms(run: Run, repeats: int, device: str) -> float:
 
 def _warm_up(run: Run, device: str) -> float:
     """Milliseconds of a warm call."""
-    for _ in range(2):
-        run()
+    first = read_ms(run, 1, device)
+    if first > SLOW_MS:  # so long a call leaves little to warm up
+        return min(first, read_ms(run, 1, device))
+    run()
     return min(read_ms(run, 1, device) for _ in range(2))
 
 
 def read_in_turns(
-    runs: Mapping[str, Run], device: str, seconds: float, least: int, most: int, own_threads: Collection[str] = ()
+    runs: Mapping[str, Run],
+    device: str,
+    seconds: float,
+    least: int,
+    most: int,
+    own_threads: Collection[str] = (),
+    *,
+    longest_seconds: float = LONGEST_SECONDS,
+    slow_rounds: int = LEAST_ROUNDS,
+    watch: Watch | None = None,
+    extra_seconds: float = 0.0,
+    expected: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
     """Readings in ms of each run, one per round, in as many rounds as fit; of slow runs in the first few.
 
-    ``own_threads`` names the runs that do not use torch's threads.
+    ``own_threads`` names the runs that do not use torch's threads; ``watch`` looks at the machine between rounds, of which
+    there are more, for ``extra_seconds``, until so many as fit were undisturbed; ``expected`` are the times in ms of runs
+    that are warm.
     """
-    expected = {name: _warm_up(run, device) for name, run in runs.items()}
+    if not runs:
+        return {}
+    expected = expected or {name: _warm_up(run, device) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
     longest = max(SLOW_MS, SLOW_TIMES * min(expected.values(), default=0.0))
     slow = {name for name, ms in expected.items() if ms > longest}
     round_ms = sum(expected[name] * repeats[name] for name in runs if name not in slow)
-    least = max(min(least, int(1e3 * LONGEST_SECONDS / max(round_ms, 1e-3))), min(least, LEAST_ROUNDS))
+    pools = len({name if name in own_threads else None for name in runs})
+    round_ms += 1e3 * SETTLE_SECONDS * (pools if pools > 1 else 0)
+    least = max(min(least, int(1e3 * longest_seconds / max(round_ms, 1e-3))), min(least, slow_rounds))
     rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
     readings: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)
@@ -218,10 +290,23 @@ def read_in_turns(
     gc.collect()
     gc.disable()
     try:
-        for i in range(rounds):
+        begin = time.perf_counter()
+        for i in itertools.count():
+            over = i >= rounds
+            if watch is not None and (watch.due() or i in (rounds, LONGER * rounds)):
+                _let_sleep(pool)
+                watch.look(i)
+                pool = None
+                if over:
+                    late = time.perf_counter() - begin > 1e-3 * rounds * round_ms + extra_seconds
+                    if late or i == LONGER * rounds or len(watch.quiet()) >= min(rounds, least):
+                        break
+                runs[names[i % len(names)]]()  # the caches hold what was looked at
+            elif over and watch is None:
+                break
             shift = i % len(names)
             for name in names[shift:] + names[:shift]:
-                if name in slow and i >= LEAST_ROUNDS:
+                if name in slow and i >= slow_rounds:
                     continue
                 before, pool = pool, name if name in own_threads else None
                 if before != pool:
@@ -232,12 +317,23 @@ def read_in_turns(
                 readings[name].append(read_ms(runs[name], repeats[name], device))
     finally:
         gc.enable()
+    _let_sleep(pool)
     return readings
 
 
-def peak_bytes(run: Run, device: str) -> int:
-    """The most bytes of torch's allocator in use during a call, above what was in use before it."""
-    run()
+def _let_sleep(pool: str | None) -> None:
+    """Wait until threads that are not torch's have stopped to spin."""
+    if pool is not None:
+        time.sleep(SETTLE_SECONDS)
+
+
+def peak_bytes(run: Run, device: str, warm: bool = False) -> int:
+    """The most bytes of torch's allocator in use during a call, above what was in use before it.
+
+    ``warm``: it has been called before, and so made what it makes but once.
+    """
+    if not warm:
+        run()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -258,21 +354,6 @@ def peak_bytes(run: Run, device: str) -> int:
         live += event.nbytes()
         peak = max(peak, live)
     return peak
-
-
-class Probe:
-    """A fixed piece of work, timed again and again: if it slows down, something else is using the machine."""
-
-    def __init__(self, device: str) -> None:
-        n = 512 if device == "cpu" else 4096
-        self.a, self.b, self.device = torch.rand(n, n, device=device), torch.rand(n, n, device=device), device
-        self.best = float("inf")
-        self.read()
-
-    def read(self) -> float:
-        now = statistics.median(read_ms(lambda: self.a @ self.b, 1, self.device) for _ in range(7))
-        self.best = min(self.best, now)
-        return now
 
 
 # ----------------------------------------------------------------------------------------------------- cases
@@ -327,46 +408,84 @@ def mode_context(mode: str) -> AbstractContextManager[Any]:
 
 
 class Input:
-    """A case's arguments on a device, and the answers that its providers are checked with."""
+    """A case's arguments on a device, and the answers that its providers are checked with.
 
-    def __init__(self, case: Case, device: str, tiny: bool = False) -> None:
+    ``every_mode``: all modes of the case will be asked for, so that the gradients may be computed with the first answer.
+    """
+
+    def __init__(self, case: Case, device: str, tiny: bool = False, every_mode: bool = False) -> None:
         make = case.tiny if tiny else case.make_args
         made = make(Random(str(case)))
         self.case, self.device = case, device
+        self.together = every_mode and bool(case.gradients) and not OPERATORS[case.op].mutated
         operator = OPERATORS[case.op].reference
         self.reference = operator if tiny or case.reference is None else case.reference
         self.args = tuple(_moved(a, device) for a in made)
-        self._known: dict[Any, list[tuple[Tensor, ...]]] = {}
+        self._known: dict[Any, Answers] = {}
+        #: by provider, variant and whether with gradients: verdicts, which hold for all modes that compute the same, ...
+        self.verdicts: dict[tuple[str, str, bool], str | None] = {}
+        self.ranks: dict[tuple[str, bool], dict[str, float]] = {}  #: ... the times of a provider's variants in ms, ...
+        self.calls: dict[tuple[str, str, bool], Run] = {}  #: ... and calls that were prepared for a check, to be timed
 
-    def _answers(self, reference: Callable[..., Any], mode: str) -> list[tuple[Tensor, ...]]:
+    def _answers(self, reference: Callable[..., Any], mode: str) -> Answers:
         """The reference in fp64, then in the input's dtype in each memory layout."""
+        if self.together and mode != "forward+backward" and reference is self.reference:
+            both = self._answers(reference, "forward+backward")
+            return both.pick(range(len(both[0]) - len(self.case.gradients)))
         key = (reference, mode == "forward+backward")
         if key not in self._known:
+            if key[1]:  # the modes come in order: those without gradients are over
+                self._known = {k: answers for k, answers in self._known.items() if k[1]}
             with mode_context(mode):
-                self._known[key] = [
-                    _tensors(prepare(plain(reference), self.case, args, mode)())
+                self._known[key] = Answers(
+                    _detached(prepare(plain(reference), self.case, args, mode)())
                     for args in (_in_fp64(self.args, self.case.bits), *_layouts(self.args))
-                ]
+                )
         return self._known[key]
 
     def check(self, provider: Provider, mode: str, slack: int = 1) -> str | None:
         """Why the provider's answer on this input is wrong, or None; also what it raises, as a sentence."""
+        return self.checked(provider, mode, slack)[0]
+
+    def checked(self, provider: Provider, mode: str, slack: int = 1) -> tuple[str | None, Run | None]:
+        """What :meth:`check` says, and the call that it was said of, if the provider could prepare one."""
         answers = self._answers(provider.reference or self.reference, mode)
         gradients = len(self.case.gradients) if mode == "forward+backward" else 0
         if provider.outputs is not None:
             outputs = len(answers[0]) - gradients
-            answers = [(*a[: provider.outputs], *a[outputs:]) for a in answers]
+            answers = answers.pick([*range(outputs)[: provider.outputs], *range(outputs, len(answers[0]))])
+        call = None
         try:
             with mode_context(mode):
-                got = _tensors(prepare(provider, self.case, self.args, mode)())
+                call = prepare(provider, self.case, self.args, mode)
+                got = _tensors(call())
             if OPERATORS[self.case.op].mutated:
                 got = got[: provider.outputs]
         except Exception as error:  # a peer that cannot run here is reported, and the others go on
             words = str(error).strip() or "no message"
-            return f"{type(error).__name__}: {words.splitlines()[0]}"
+            return f"{type(error).__name__}: {words.splitlines()[0]}", call
         if self.case.compared is not None:
-            got, *answers = (self.case.compared(a, self.args) for a in (got, *answers))
-        return disagreement(got, answers[0], answers[1:], self.case.rounding or self.case.dtype, gradients, slack)
+            got = self.case.compared(got, self.args)
+            answers = Answers(_detached(self.case.compared(a, self.args)) for a in answers)
+        return _disagreement(got, answers, self.case.rounding or self.case.dtype, gradients, slack), call
+
+    def verdict(self, name: str, variant: str, provider: Provider, mode: str) -> str | None:
+        """What :meth:`check` says, said once for all modes that compute the same; its call is kept for one of them."""
+        key = (name, variant, mode == "forward+backward")
+        if key not in self.verdicts:
+            for other in [k for k in self.calls if k[2] != key[2]]:
+                del self.calls[other]
+            self.verdicts[key], call = self.checked(provider, mode, slack(name))
+            if self.verdicts[key] is None and call is not None and mode not in ("forward, cold", "first call"):
+                self.calls[key] = call
+        return self.verdicts[key]
+
+    def call(self, name: str, variant: str, provider: Provider, mode: str) -> Run:
+        """The call to time: the one that was checked, where it is still there and the mode asks for no other."""
+        key = (name, variant, mode == "forward+backward")
+        if mode in ("forward, cold", "first call") or key not in self.calls:
+            return self.runs(provider, mode)
+        return self.calls[key]
 
     def runs(self, provider: Provider, mode: str) -> Run:
         """The call to time; for ``forward, cold`` one that takes the next copy of the weights each time, for ``first call``
@@ -411,21 +530,36 @@ def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None)
     every = {"cofire": case.ours or plain(OPERATORS[case.op]), **case.providers}
     if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
         every[ONE_THREAD] = one_thread(OPERATORS[case.op])
-    found: dict[str, dict[str, Provider]] = {}
-    for name, entry in every.items():
-        if wanted and name not in (*wanted, "dense"):
-            continue
-        variants = {"": entry} if isinstance(entry, Provider) else dict(entry)
-        variants = {
-            v: p
-            for v, p in variants.items()
-            if device in p.devices
-            and (p.differentiable or mode != "forward+backward")
-            and not (p.hot and mode in ("forward, cold", "first call"))
-        }
-        if variants and not (name == "compile" and mode in ("forward, cold", "overhead", "first call")):
-            found[name] = variants
-    return found
+    every |= {name: entry for name, (peer, entry) in of_case(case, device).items() if peer.absence() is None}
+    found = {name: _variants(name, entry, device, mode) for name, entry in every.items() if _is_wanted(name, wanted)}
+    return {name: variants for name, variants in found.items() if variants}
+
+
+def absentees(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, str]:
+    """The peers that compute this case and give no number here, and why."""
+    return {
+        name: why
+        for name, (peer, entry) in of_case(case, device).items()
+        if _is_wanted(name, wanted) and _variants(name, entry, device, mode) and (why := peer.absence()) is not None
+    }
+
+
+def _is_wanted(name: str, wanted: Sequence[str] | None) -> bool:
+    return not wanted or name in (*wanted, "dense")
+
+
+def _variants(name: str, entry: Provider | Mapping[str, Provider], device: str, mode: str) -> dict[str, Provider]:
+    """Those that have a place in this mode."""
+    if name == "compile" and mode in ("forward, cold", "overhead", "first call"):
+        return {}
+    return {
+        v: p
+        for v, p in ({"": entry} if isinstance(entry, Provider) else entry).items()
+        if device in p.devices
+        and (p.differentiable or mode != "forward+backward")
+        and not (p.hot and mode in ("forward, cold", "first call"))
+        and (p.first or mode != "first call")
+    }
 
 
 def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int]) -> Row:
@@ -451,30 +585,67 @@ def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int
 
 
 def _pick(
-    name: str, variants: Mapping[str, Provider], input: Input, mode: str
+    name: str, variants: Mapping[str, Provider], input: Input, mode: str, seconds: float
 ) -> tuple[str | None, dict[str, float], dict[str, str]]:
     """The fastest correct variant, the times of all in ms, and why the others have none."""
-    wrong = {v: reason for v, p in variants.items() if (reason := input.check(p, mode, slack(name))) is not None}
+    wrong = {v: reason for v, p in variants.items() if (reason := input.verdict(name, v, p, mode)) is not None}
     right = {v: p for v, p in variants.items() if v not in wrong}
     if len(right) < 2:
         return next(iter(right), None), {}, wrong
-    with mode_context(mode):
-        hot = "forward" if mode == "forward, cold" else mode  # a layout's rank does not depend on where the weights are
-        readings = read_in_turns({v: input.runs(p, hot) for v, p in right.items()}, input.device, 0.1, 2, 15)
-    times = {v: statistics.median(r) for v, r in readings.items()}
-    return min(times, key=lambda v: times[v]), times, wrong
+    hot = "forward" if mode == "forward, cold" else mode  # a layout's rank does not depend on where the weights are
+    key = (name, hot == "forward+backward")
+    times = input.ranks.get(key, {}) if hot != "first call" else {}
+    if not {*right} <= {*times}:
+        with mode_context(mode):
+            runs = {v: input.call(name, v, p, hot) for v, p in right.items()}
+            times = _rank(runs, "cpu" if mode == "overhead" else input.device, seconds)
+        if hot != "first call":
+            input.ranks[key] = times
+    times = {v: times[v] for v in right}
+    best = min(times, key=lambda v: times[v])
+    for variant in {*right} - {best}:
+        input.calls.pop((name, variant, key[1]), None)
+    return best, times, wrong
 
 
-def measure(case: Case, mode: str, device: str, effort: Effort, wanted: Sequence[str] | None = None) -> list[Row]:
-    """All rows of one case in one mode."""
-    input = Input(case, device, tiny=mode == "overhead")
+def _rank(runs: Mapping[str, Run], device: str, seconds: float) -> dict[str, float]:
+    """The time of each in ms; of one that is far behind the fastest at once, its first warm call says enough."""
+    first = {v: _warm_up(run, device) for v, run in runs.items()}
+    shortest = min(first.values())
+    close = {v: run for v, run in runs.items() if shortest < READING_MS or first[v] <= BEHIND * shortest}
+    if len(close) < 2:
+        return first
+    expected = {v: first[v] for v in close}
+    readings = read_in_turns(close, device, seconds, 2, 15, expected=expected)
+    return {**first, **{v: statistics.median(r) for v, r in readings.items()}}
+
+
+def measure(
+    case: Case,
+    mode: str,
+    device: str,
+    effort: Effort,
+    wanted: Sequence[str] | None = None,
+    *,
+    given: Input | None = None,
+    probe: Probe | None = None,
+) -> list[Row]:
+    """All rows of one case in one mode; where cofire itself is wrong its row alone, without a number.
+
+    Args:
+        case, mode, device, effort: what to measure, where, and how long.
+        wanted: only these providers.
+        given: the case's input with the answers known so far, where another mode had it already.
+        probe: looks at the machine before, between and after; what it sees stands in the rows.
+    """
+    input = given if given is not None and mode != "overhead" else Input(case, device, tiny=mode == "overhead")
     cost = case.cost(input.args, mode)
     rows: dict[str, Row] = {}
     chosen: dict[str, Provider] = {}
     torch._dynamo.reset()  # compiled code of earlier cases would count against the limit for recompiling
     for name, variants in candidates(case, device, mode, wanted).items():
         rows[name] = row = _row(case, device, mode, name, cost)
-        best, times, wrong = _pick(name, variants, input, mode)
+        best, times, wrong = _pick(name, variants, input, mode, effort.variant_seconds)
         if times:
             row["variants_ms"] = times
         if wrong:
@@ -483,25 +654,49 @@ def measure(case: Case, mode: str, device: str, effort: Effort, wanted: Sequence
             row["correct"], chosen[name] = True, variants[best]
             if best:
                 row["variant"] = best
+        elif name == "cofire":
+            return [row]
+    own = {name for name, p in chosen.items() if p.own_threads}
     with mode_context(mode):
-        runs = {name: input.runs(p, mode) for name, p in chosen.items()}
-        own = {name for name, p in chosen.items() if p.own_threads}
-        limits = (effort.case_seconds, effort.least_rounds, effort.most_rounds)
-        readings = read_in_turns(runs, device, *limits, own)
+        runs = {name: input.call(name, rows[name].get("variant", ""), p, mode) for name, p in chosen.items()}
+        input.calls.clear()
+        clock = "cpu" if mode == "overhead" else device  # what a call costs the host, whoever computes
+        watch = Watch(probe) if probe is not None else None
+        readings = read_in_turns(
+            *(runs, clock, effort.case_seconds, effort.least_rounds, effort.most_rounds, own),
+            longest_seconds=effort.longest_seconds,
+            slow_rounds=effort.slow_rounds,
+            watch=watch,
+            extra_seconds=effort.extra_seconds,
+        )
         for name, run in runs.items():
-            _fill(rows[name], readings[name], readings.get("dense"))
-            rows[name]["peak_bytes"] = peak_bytes(run, device)
-    return list(rows.values())
+            _fill(rows[name], readings[name], readings.get("dense"), watch)
+            rows[name]["peak_bytes"] = peak_bytes(run, device, warm=True)
+    absent = absentees(case, device, mode, wanted)
+    return [*rows.values(), *(_absent_row(case, device, mode, name, cost, why) for name, why in absent.items())]
 
 
-def _fill(row: Row, readings: list[float], dense: list[float] | None) -> None:
-    """Everything that follows from the readings."""
+def _absent_row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int], why: str) -> Row:
+    """Of a peer that is not here: no number, and no reading of the probe."""
+    return {**_row(case, device, mode, provider, cost), "note": why, "absent": True}
+
+
+def _fill(row: Row, readings: list[float], dense: list[float] | None, watch: Watch | None) -> None:
+    """Everything that follows from the readings, and from the looks at the machine."""
+    every, quiet = counted(watch.quiet(), len(readings)) if watch is not None else (list(range(len(readings))), True)
+    if watch is not None:
+        looks = [look for _, look in watch.looks]
+        row.update(
+            probe_before=looks[0], probe=watch.seen(), probe_after=looks[-1], quiet_rounds=len(every) if quiet else 0
+        )
+    of_dense = dense or []
+    ratios = [of_dense[i] / readings[i] for i in every if i < len(of_dense)]
+    readings = [readings[i] for i in every]
     median = statistics.median(readings)
     row.update(
         median_ms=median, p20_ms=percentile(readings, 0.2), p80_ms=percentile(readings, 0.8), rounds=len(readings)
     )
-    if dense is not None and row["provider"] != "dense":
-        ratios = [d / r for d, r in zip(dense, readings)]
+    if ratios and row["provider"] != "dense":
         row["speedup"], row["speedup_low"], row["speedup_high"] = median_interval(ratios)
     row["gbs"], row["gflops"] = row["bytes"] / median / 1e6, row["flops"] / median / 1e6
 
@@ -516,11 +711,16 @@ def grade(results: Results) -> None:
             row["percent_of_ceiling"] = 100 * shortest / row["median_ms"]
 
 
-def mark_noise(rows: Sequence[Row], best_probe_ms: float) -> None:
-    """Mark the rows that were taken while the probe was slow, or whose own readings spread."""
+def mark_noise(rows: Sequence[Row], probe: Probe) -> None:
+    """Mark the rows that were taken while the machine was busy (``flagged``), or whose own readings spread (``noisy``)."""
+    usual = probe.usual()
     for row in rows:
-        spread = row["median_ms"] is not None and row["p80_ms"] > SPREAD * row["p20_ms"]
-        row["noisy"] = bool(spread or row["probe_ms"] > NOISE * best_probe_ms)
+        if row["median_ms"] is None:
+            row["noisy"] = False
+            continue
+        few = row.get("quiet_rounds", LEAST) < min(LEAST, row.get("rounds", LEAST))
+        row["flagged"] = few or probe.strangeness(row.get("probe", {}), usual) > BAND
+        row["noisy"] = row["flagged"] or row["p80_ms"] > SPREAD * row["p20_ms"]
 
 
 def run(
@@ -532,71 +732,167 @@ def run(
     providers: Sequence[str] | None = None,
     out: str | Path | None = None,
     progress: bool = True,
+    peers: Sequence[str | Path] = (),
+    *,
+    threads: int | None = None,
+    pin: bool = True,
+    fresh: bool = False,
+    announce: Callable[[str], Any] = lambda text: None,
 ) -> Results:
     """Run the benchmark suite and write a results file.
 
-    The file is written after every case, so that an interrupted run leaves what it has. Rows of other cases that are
-    already there and were measured in the same environment (device, versions of torch and Python, threads) stay, each with
-    its commit; otherwise the file is begun anew.
+    The file is written after every case, so that a run that is stopped leaves what it has; a case of each operator comes
+    first, then the next of each. The same call then goes on where it stopped, if neither cofire nor its environment has
+    changed; a run that was finished measures anew. A measurement in which the process died twice, as where a library
+    aborts, is left out. Rows of other cases that are already there and were measured in the same environment (device,
+    versions of torch and Python, threads) stay, each with its commit; otherwise the file is moved aside and begun anew, as
+    is one that is broken.
 
     Args:
         families: names of families; default all.
-        quick: a small subset with fewer rounds and without ``torch.compile``, about a minute.
+        quick: a case or two for each operator with fewer rounds, without ``torch.compile``, without first calls and,
+            where weights are cold, without the same in the caches; a few minutes.
         ops, cases: only these operators, only cases whose name contains one of these. Cases asked for by name run even
             if they are not in the quick subset.
         device: ``"cpu"`` or ``"cuda"``.
         providers: only these (``"dense"`` runs always: the ratios need it).
         out: the results file; default :func:`cofire.bench.results_path`.
         progress: show a bar.
+        peers: files that add a peer each (CONTRIBUTING.md shows one).
+        threads: how many threads torch uses; default as many as it uses now.
+        pin: keep the process on as many cores as it has threads.
+        fresh: measure everything anew, whatever a run that was stopped has measured.
+        announce: called with a line about a file that is continued or moved aside, and when the run is stopped.
 
     Returns:
-        The results, with the rows of the file.
+        The results, with the rows of the file. ``refused`` says where cofire's own answer was wrong: such a case gets no
+        number, and an earlier good measurement of it stays.
 
     Raises:
-        ValueError: an unknown family, operator, case or provider; near matches are listed.
+        ValueError: an unknown family, operator, case or provider; near matches are listed. A peer's file that cannot be
+            used; a number of threads below 1. FileNotFoundError: one that does not exist.
 
     Example:
         >>> results = run(["selection"], quick=True, out="/tmp/selection.json", progress=False)  # doctest: +SKIP
         >>> results.rows[0]["provider"]  # doctest: +SKIP
         'cofire'
     """
-    chosen = select(families, quick, ops, cases)
+    chosen = with_peers(select(families, quick, ops, cases), peers)
     _check_request(device, providers, chosen)
+    if threads is not None and threads < 1:
+        raise ValueError(f"bench: threads must be at least 1, got {threads}")
+    request: dict[str, Any] = {"families": families, "quick": quick, "ops": ops, "cases": cases}
+    request.update(device=device, providers=providers, peers=[str(p) for p in peers])
     if quick and not providers:
-        providers = [name for name in _provider_names(chosen) if name != "compile"]
-    path = Path(out) if out is not None else results_path(device, quick)
-    effort = Effort(quick)
-    table = roofs.measure(device, effort.ceiling_seconds)
-    results = _begin(path, environment(device, quick), table)
-    probe = Probe(device)
-    fresh: list[Row] = []
-    with _progress(progress, sum(len(c.modes) for c in chosen)) as advance:
-        for case, mode in ((c, m) for c in chosen for m in c.modes):
-            advance(f"{case}, {mode}")
-            rows = _measure_quietly(probe, effort, functools.partial(measure, case, mode, device, effort, providers))
-            for row in rows:
-                row["commit"], row["date"] = results.environment["commit"], results.environment["date"]
-            fresh += rows
-            mark_noise(fresh, probe.best)
-            results.add(rows)
-            grade(results)
-            results.save(path)
+        providers = [name for name in _provider_names(chosen, device) if name != "compile"]
+    with machine.settled(threads, pin, announce) as pinned, _little_garbage():
+        path = Path(out) if out is not None else results_path(device, quick)
+        here = {**environment(device, quick, chosen[0].peers if chosen else ()), "pinned": pinned}
+        results, record = resume.begin(path, here, request, fresh, announce)
+        steps = [(c, m) for c in _in_turns(chosen) for m in c.modes if not quick or cases or _is_quick(c, m)]
+        try:
+            _run(steps, results, record, Effort(quick), device, providers, path, progress, announce)
+        except KeyboardInterrupt as error:
+            done = f"{len(record.done)} of {len(steps)} measurements are in {path}"
+            announce(f"stopped by {resume.stopped(error)[0]}: {done}; the same command goes on with the others")
+            raise
     return results
 
 
-def _measure_quietly(probe: Probe, effort: Effort, measured: Callable[[], list[Row]]) -> list[Row]:
-    """Measure between two readings of the probe; where the machine was busy, once more, and keep the quieter rows."""
-    attempts = []
-    for _ in range(effort.attempts):
-        before = probe.read()
-        rows = measured()
-        slowest = max(before, probe.read())
-        for row in rows:
-            row["probe_ms"] = slowest
-        attempts.append((slowest, rows))
-        if slowest <= NOISE * probe.best:
-            break
-    return min(attempts, key=lambda attempt: attempt[0])[1]
+def _is_quick(case: Case, mode: str) -> bool:
+    """Weights that are cold stand for those in the caches, and nothing is prepared anew."""
+    return mode != "first call" and (mode != "forward" or not case.cold)
+
+
+def _in_turns(cases: Sequence[Case]) -> list[Case]:
+    """A case of each operator, then the next of each, and so on: a run that is stopped early has seen most operators."""
+    seen: Counter[str] = Counter()
+    turns: list[tuple[int, Case]] = []
+    for case in cases:
+        turns.append((seen[case.op], case))
+        seen[case.op] += 1
+    return [case for _, case in sorted(turns, key=lambda turn: turn[0])]
+
+
+def _run(
+    steps: Sequence[tuple[Case, str]],
+    results: Results,
+    record: resume.Record,
+    effort: Effort,
+    device: str,
+    providers: Sequence[str] | None,
+    path: Path,
+    progress: bool,
+    announce: Callable[[str], Any],
+) -> None:
+    """Measure what the record does not have yet, and write the file before and after each measurement."""
+    table = roofs.measure(device, effort.ceiling_seconds)
+    results.ceilings = roofs.highest(results.ceilings, table) if results.ceilings else table
+    probe = Probe(device)
+    if record.usual is not None:
+        probe.remember(record.usual, record.looks)
+    mine = record.rows(results)
+    left = [(c, m) for c, m in steps if f"{c}, {m}" not in record.done]
+    forecast = resume.Forecast([f"{c}, {m}" for c, m in left], _seconds(results))
+    given: Input | None = None
+    with _progress(progress, len(steps), len(record.done)) as advance:
+        for case, mode in left:
+            step = f"{case}, {mode}"
+            advance(step, forecast.left())
+            if record.deadly(step):
+                announce(f"{step} is left out: the process died in it {record.deaths[step]} times; --fresh tries again")
+                continue
+            begin = time.perf_counter()
+            with _under_way(step, results, record, path):
+                if mode != "overhead" and (given is None or given.case is not case):
+                    given = None  # free the last one's memory first
+                    given = Input(case, device, every_mode=True)
+                rows = measure(case, mode, device, effort, providers, given=given, probe=probe)
+            seconds = time.perf_counter() - begin
+            for row in rows:
+                row.update(commit=results.environment["commit"], date=results.environment["date"], run=record.id)
+                row["seconds"] = seconds
+            mine += results.keep(rows)
+            mark_noise(mine, probe)
+            forecast.done(seconds)
+            record.done.append(step)
+            record.usual, record.looks = probe.usual(), probe.looks
+            results.run = record.to_json()
+            grade(results)
+            results.save(path)
+    results.run = None
+    results.save(path)
+
+
+@contextmanager
+def _under_way(step: str, results: Results, record: resume.Record, path: Path) -> Iterator[None]:
+    """The file says which measurement is under way, so that the next run knows in which one this process died."""
+    record.begun = step
+    results.run = record.to_json()
+    results.save(path)
+    try:
+        yield
+    except BaseException:  # it has not died: whoever stopped it, or what is wrong, is known
+        record.begun = None
+        results.run = record.to_json()
+        results.save(path)
+        raise
+    record.begun = None
+
+
+def _seconds(results: Results) -> dict[str, float]:
+    """How long each measurement took, where the file says so."""
+    return {f"{r['op']}, {r['case']}, {r['dtype']}, {r['mode']}": r["seconds"] for r in results.rows if "seconds" in r}
+
+
+@contextmanager
+def _little_garbage() -> Iterator[None]:
+    """What is there before a run is no garbage: to look through it before each reading takes longer than the reading."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _check_request(device: str, providers: Sequence[str] | None, cases: Sequence[Case]) -> None:
@@ -604,40 +900,44 @@ def _check_request(device: str, providers: Sequence[str] | None, cases: Sequence
         raise ValueError(f"bench: device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench: device cuda needs an NVIDIA GPU that torch can see, and there is none")
-    known("provider", providers or (), _provider_names(cases))
+    known("provider", providers or (), _provider_names(cases, device))
 
 
-def _provider_names(cases: Sequence[Case]) -> list[str]:
-    return list(dict.fromkeys(["cofire", "dense", ONE_THREAD, *(name for c in cases for name in c.providers)]))
-
-
-def _begin(path: Path, here: dict[str, Any], table: dict[str, Any]) -> Results:
-    """What the file holds already, if it was measured in this environment."""
-    if path.exists():
-        earlier = Results.load(path)
-        if earlier.same_environment(here):
-            return Results(here, roofs.highest(earlier.ceilings, table), earlier.rows)
-    return Results(here, table)
+def _provider_names(cases: Sequence[Case], device: str) -> list[str]:
+    names = (name for c in cases for name in (*c.providers, *of_case(c, device)))
+    return list(dict.fromkeys(["cofire", "dense", ONE_THREAD, *names]))
 
 
 class _progress:  # noqa: N801  (used like a function)
-    """A bar, or nothing; gives the function that announces the next step."""
+    """A bar, or nothing; gives the function that announces the next step and the seconds that are left."""
 
-    def __init__(self, show: bool, steps: int) -> None:
-        self.show, self.steps = show, steps
+    def __init__(self, show: bool, steps: int, done: int = 0) -> None:
+        self.show, self.steps, self.first = show, steps, done
 
-    def __enter__(self) -> Callable[[str], None]:
+    def __enter__(self) -> Callable[[str, float | None], None]:
         if not self.show:
-            return lambda text: None
+            return lambda text, left: None
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-        self.bar = Progress(*columns)
+        columns = BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[left]}")
+        self.bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
         self.bar.start()
-        task = self.bar.add_task("", total=self.steps)
-        done = itertools.count()
-        return lambda text: self.bar.update(task, completed=next(done), description=text)
+        self.task = self.bar.add_task("", total=self.steps, completed=self.first, left="")
+        done = itertools.count(self.first)
+        return lambda text, left: self.bar.update(
+            self.task, completed=next(done), description=text, left=_time_left(left)
+        )
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, *_: Any) -> None:
         if self.show:
+            if kind is None:
+                self.bar.update(self.task, completed=self.steps, description="done", left="")
             self.bar.stop()
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    minutes = round(seconds / 60)
+    return f"about {minutes} min left" if minutes > 1 else f"about {round(seconds)} s left"

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cofire.bench import kv_fusion_attention, kv_fusion_decode, kv_fusion_masked
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
+from cofire.registry import OPERATORS
 
 # -------------------------------------------------------------------------------------------------- selection
 
@@ -159,12 +160,17 @@ def _halves(fused: Tensor, pick: Tensor) -> tuple[Tensor, Tensor]:
 Fuse = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Any]
 
 
+def _channels_first(tokens: Tensor, weight: Tensor) -> Tensor:
+    """``[B H, 2 d, n]``, without the padding."""
+    half, n = weight.shape[2] // 2, tokens.shape[2] - weight.shape[2] + 1
+    return tokens[:, :, half : half + n].flatten(0, 1).transpose(1, 2).contiguous()
+
+
 def by_channels(fuse: Fuse, compile: bool = False) -> Provider:
     """Tokens lie as a convolution wants them before time counts."""
 
     def setup(tokens: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, pick: Tensor) -> Run:
-        half, n = weight.shape[2] // 2, tokens.shape[2] - weight.shape[2] + 1
-        x = tokens[:, :, half : half + n].flatten(0, 1).transpose(1, 2).contiguous()
+        x = _channels_first(tokens, weight)
         run = torch.compile(fuse, dynamic=False) if compile else fuse
         return lambda: run(x, weight, bias, gate, pick)
 
@@ -202,9 +208,80 @@ def _fuse(b: int, h: int, n: int, d: int, merged: int, taps: int, **options: Any
     )
 
 
+# ------------------------------------------------------------------------------------- all that a reduction does
+
+
+def _caches(b: int, h: int, s: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and scores, of which no two are equal."""
+    rand = Random(f"caches {b}x{h}x{s}x{d}")
+    return rand.normal(b, h, s, d), rand.normal(b, h, s, d), rand.uniform(b, h, s).argsort(-1).float()
+
+
+Select = Callable[[Tensor, int, int, int], tuple[Tensor, Tensor, Tensor]]
+Gather = Callable[..., Tensor]
+
+
+def _reduce(select: Select, gather: Gather, fuse: Fuse) -> Provider:
+    """From caches and scores to the slots: as many are kept, and written to their place, as the rest is fused to."""
+
+    def setup(tokens: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, pick: Tensor) -> Run:
+        padding, (b, h, half) = weight.shape[2] // 2, pick.shape
+        sizes = b, h, tokens.shape[2] - 2 * padding + half, tokens.shape[3] // 2
+        key, value, scores = (x.to(tokens.device) for x in _caches(*sizes))
+        kept = [key.new_zeros(b, h, 2 * half, sizes[3]) for _ in range(2)]
+
+        def run() -> Any:
+            first, rest, best = select(scores, half, half, 0)
+            return fuse(gather(*kept, key, value, first, rest, padding), weight, bias, gate, best)
+
+        return run
+
+    return Provider(setup)
+
+
+def _in_channels(fuse: Fuse) -> Fuse:
+    """Tokens are laid out as a convolution wants them."""
+
+    def run(tokens: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, pick: Tensor) -> Any:
+        return fuse(_channels_first(tokens, weight), weight, bias, gate, pick)
+
+    return run
+
+
+def _whole(b: int, h: int, s: int, d: int, half: int, taps: int, **options: Any) -> Case:
+    def args(b: int, h: int, s: int, d: int, half: int, taps: int) -> Callable[[Random], Args]:
+        def make(rand: Random) -> Args:
+            key, value, scores = _caches(b, h, s, d)
+            first, rest, best = select_by_sorts(scores, half, half, 0)
+            kept = key.new_zeros(b, h, 2 * half, d)
+            tokens = gather_by_rows(kept, kept, key, value, first, rest, taps // 2)
+            weight = rand.normal(half, 2 * d, taps) / (2 * d * taps) ** 0.5
+            return tokens, weight, rand.normal(half), torch.tensor(0.5), best
+
+        return make
+
+    by_matrices, by_rows = _in_channels(fuse_by_matrices), _in_channels(fuse_by_rows)
+    return Case(
+        "kv_fuse",
+        f"selection and copies too, {b}x{h}, {s}x{d} to {2 * half}, {taps} taps",
+        torch.float32,
+        args(b, h, s, d, half, taps),
+        {
+            "eager": _reduce(select_by_sorts, gather_by_masks, by_matrices),
+            "dense": {
+                "topk": _reduce(select_by_topk, gather_by_rows, by_rows),
+                "sorts": _reduce(select_by_sorts, gather_by_rows, by_rows),
+            },
+        },
+        args(2, 2, 9, 4, 3, 3),
+        ours=_reduce(*(OPERATORS[name] for name in ("kv_select", "kv_gather_", "kv_fuse"))),
+        **options,
+    )
+
+
 #: A layer of Llama-2-7B with 512 slots, and one of a small language model with 64.
 CASES = [
-    _select(1, 32, 1024, 256, 256, quick=True),
+    _select(1, 32, 1024, 256, 256),
     _select(8, 4, 192, 32, 32, quick=True, overhead=True),
     _gather(1, 32, 1024, 128, 256, 512, 10),
     _gather(1, 32, 1024, 128, 256, 512, 10, dtype=torch.bfloat16),
@@ -212,6 +289,8 @@ CASES = [
     _fuse(1, 32, 768, 128, 256, 21),
     _fuse(1, 32, 768, 128, 256, 21, dtype=torch.bfloat16),
     _fuse(8, 4, 160, 32, 32, 9, quick=True, overhead=True),
+    _whole(8, 4, 192, 32, 32, 9),
+    _whole(1, 32, 1024, 128, 256, 21),
     *kv_fusion_attention.CASES,
     *kv_fusion_decode.CASES,
     *kv_fusion_masked.CASES,

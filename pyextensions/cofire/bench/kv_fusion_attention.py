@@ -107,6 +107,7 @@ def _attention(
         },
         args(1, 3, 9),
         gradients=(0, 1, 2),
+        facts={"decoding": False, "causal": causal},
         **options,
     )
 

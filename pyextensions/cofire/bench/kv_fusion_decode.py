@@ -95,6 +95,7 @@ def _decode(h: int, hkv: int, s: int, d: int, dtype: torch.dtype = torch.float32
         },
         args(9),
         ours=by_cache(lambda tokens: FullCache()),
+        facts={"decoding": True, "causal": True},
     )
 
 

@@ -147,6 +147,6 @@ CASES = [
     _attention(1, 32, 700, 128),
     _attention(1, 32, 700, 128, torch.bfloat16),
     _attention(8, 4, 76, 24, quick=True, overhead=True),
-    _append(8, 32, 700, 128, quick=True),
-    _append(1, 32, 700, 128, overhead=True),
+    _append(8, 32, 700, 128),
+    _append(1, 32, 700, 128, quick=True, overhead=True),
 ]

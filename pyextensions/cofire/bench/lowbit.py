@@ -18,15 +18,8 @@ from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 from cofire.bench.fake_quantize import CASES as FAKE
-from cofire.bench.lowbit_peers import (
-    Product,
-    clear_of_halves,
-    exact,
-    half,
-    int_mm,
-    peers,
-    reference,
-)
+from cofire.bench.lowbit_torch import int_mm, of_torch
+from cofire.bench.peers._products import Product, clear_of_halves, exact, half, reference
 from cofire.ops.lowbit import _dequantize_reference, int8_activations
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import NF4, quantize_weight
@@ -176,7 +169,7 @@ def qlinear_case(
         providers["eager"] = plain(_eager, hot=True)
     if compile:
         providers["compile"] = compiled(_eager)
-    providers |= peers(bits, group_size, dtype, activations, format, rows)
+    providers |= of_torch(bits, group_size, dtype, activations, format, rows)
     if bits == 4 and rows <= 8 and format != "nf4" and (dtype == HALF or activations == "int8"):
         # our own CUDA C++, which the dispatcher leaves to Triton until a GPU has compared them
         providers["peer:cofire CUDA C++"] = plain(_cuda, devices=("cuda",), differentiable=False)
@@ -200,6 +193,7 @@ def qlinear_case(
         cold=((1,) if format == "S5" else (1, 2)) if cold else (),
         reference=reference,
         arithmetic="int8" if activations == "int8" else None,
+        facts={"rows": rows, "bits": bits, "group_size": group_size, "format": format, "activations": activations},
         **options,
     )
 
@@ -210,7 +204,7 @@ def _int8(rows: int, *args: Any, **options: Any) -> Case:
 
 # Ordered by weight, which is made once for its neighbours.
 INTEGERS = [
-    *(_int8(m, quick=m in (1, 64), first=m == 1, overhead=m == 1, compile=m == 32) for m in (1, 4, 8, 16, 32, 64, 256)),
+    *(_int8(m, quick=m == 1, first=m == 1, overhead=m == 1, compile=m == 32) for m in (1, 4, 8, 16, 32, 64, 256)),
     *(_int8(m, dtype=HALF) for m in (1, 64)),
     *(_int8(m, group_size=32) for m in (1, 64)),
     _int8(64, format="minmax"),
@@ -223,7 +217,7 @@ INTEGERS = [
 ]
 EXACT = [
     *(qlinear_case(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
-    *(qlinear_case(m, dtype=HALF, quick=m == 32, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
+    *(qlinear_case(m, dtype=HALF, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
     *(qlinear_case(m, group_size=32, dtype=HALF) for m in (4, 64)),
     qlinear_case(1, 2),
     qlinear_case(64, 3),
@@ -266,6 +260,7 @@ def _gradients_of_scales(rows: int, dtype: torch.dtype, **options: Any) -> Case:
         {"dense": {"levels": Provider(_scaled)}, "eager": plain(_eager)},
         lambda rand: args(rand, TINY, min(rows, 7)),
         gradients=(0, 2),
+        facts={"rows": rows, "bits": 4, "group_size": 128, "format": "uniform", "activations": "exact"},
         backward_cost=lambda *args: (2 * OPERATORS["qlinear"].bytes(*args), 4 * args[0].numel() * args[1].shape[0]),  # type: ignore[misc]
         **options,
     )
@@ -344,7 +339,9 @@ def _eager_lora(*args: Any) -> Tensor:
     return y
 
 
-def _lora(rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", **options: Any) -> Case:
+def _lora(
+    rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", shape: tuple[int, int] = SQUARE, **options: Any
+) -> Case:
     """As QLoRA trains: nf4 in blocks of 64, rank 16."""
     rank = 16
 
@@ -362,9 +359,9 @@ def _lora(rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", **options:
         providers["eager"] = plain(_eager_lora, outputs=1)
     return Case(
         "qlora_linear",
-        f"M{rows} {SQUARE[0]}x{SQUARE[1]} {format} g64 rank {rank}",
+        f"M{rows} {shape[0]}x{shape[1]} {format} g64 rank {rank}",
         dtype,
-        lambda rand: args(rand, SQUARE, rows),
+        lambda rand: args(rand, shape, rows),
         providers,
         lambda rand: args(rand, TINY, min(rows, 7)),
         gradients=(0, 7, 8),
@@ -376,7 +373,7 @@ TRAINING = [
     *(_backward(m, quick=m == 16, overhead=m == 16) for m in (16, 256)),
     *(_backward(m, HALF) for m in (16, 256)),
     _gradients_of_scales(256, FLOAT),
-    _lora(16),
+    _lora(16, quick=True),
     _lora(256, overhead=True),
     _lora(256, HALF),
 ]
@@ -417,7 +414,9 @@ def _by_bytes(
     return _finish(F.embedding(codes.int(), table).view(len(codes), columns), scale, zero, group_size)
 
 
-def _dequantize(bits: int, group_size: int = 128, format: str = "uniform", **options: Any) -> Case:
+def _dequantize(
+    bits: int, group_size: int = 128, format: str = "uniform", shape: tuple[int, int] = SQUARE, **options: Any
+) -> Case:
     def args(shape: tuple[int, int]) -> Args:
         q = weight(shape, bits, group_size, format)
         return (*_parts(q), q.bits, q.group_size, shape[1])
@@ -428,9 +427,9 @@ def _dequantize(bits: int, group_size: int = 128, format: str = "uniform", **opt
         dense |= {"shifts": plain(_by_shifts), "bytes": plain(_by_bytes)}
     return Case(
         "dequantize",
-        f"{SQUARE[0]}x{SQUARE[1]} {format if format == 'nf4' else f'{bits} bits'} g{group_size}",
+        f"{shape[0]}x{shape[1]} {format if format == 'nf4' else f'{bits} bits'} g{group_size}",
         FLOAT,
-        lambda rand: args(SQUARE),
+        lambda rand: args(shape),
         {"dense": dense, "eager": eager},
         lambda rand: args(TINY),
         **options,

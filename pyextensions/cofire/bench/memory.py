@@ -88,13 +88,14 @@ def _hooks(method: str, weight: Tensor) -> EDKMHooks:
 def _forward(method: str, args: tuple[Any, ...]) -> Callable[[], Tensor]:
     """The forward pass of a method, ready to run."""
     from cofire.bench import clustering as bench
+    from cofire.bench.peers._coremltools import dkm
     from cofire.registry import OPERATORS
 
     if method.startswith("cofire"):
         grad = "implicit" if method.endswith("implicit") else "unroll"
         return lambda: OPERATORS["dkm"](*args[:-1], grad)[0]
     if method == "coremltools":
-        run = bench._coremltools_dkm(args[0].dtype)(*args)
+        run = dkm(args[0].dtype)(*args)
         return lambda: run()  # type: ignore[no-any-return]
     return lambda: (bench.eager_dkm_fp32 if method == "eager-fp32" else bench.eager_dkm)(*args)
 

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 
+from cofire.bench.machine import facts
+from cofire.bench.peers import Peer, distributions
 from cofire.files import replacing
 
 Row = dict[str, Any]
@@ -26,12 +29,21 @@ FOLDER = Path("benchmarks/results")
 KEY = ("family", "op", "case", "dtype", "device", "mode", "provider")  #: what makes a row that row
 COLUMNS = (*KEY, "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "peak_bytes", "correct", "noisy")
 UNCOMPARED = ("overhead", "first call")  #: modes that no summary counts among the speed-ups
-#: Distributions of the peers. The environment says which were there: a peer that was not has no row.
-PEERS = (
-    *("bitsandbytes", "coremltools", "faiss-cpu", "onnxruntime", "optimum-quanto", "scikit-learn", "sparseprop"),
-    *("torchao", "zentorch"),
-)
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_bytes")  #: what a provider with a wrong answer does not get
+PARTS = ("environment", "ceilings", "rows")  #: of a results file; ``run`` is there while a run is not finished
+#: Of the ceilings, and what every reader looks up in them; the bandwidths have the sizes that they have.
+SPEEDS: dict[str, tuple[str, ...]] = {
+    "copy_gbs": (),
+    "read_gbs": (),
+    "gemm_gflops": ("float32", "bfloat16"),
+    "conv_gflops": ("float32", "bfloat16"),
+}
+FORMAT = 2  #: of a results file; one without a number is of format 1, which lacks some of the environment
+#: What may differ between rows of one file, which say themselves what they measured, or does not change a time.
+UNPARTED = (
+    *("date", "commit", "cofire", "cofire_kernels", "peers"),
+    *("format", "kernel", "memory_limit", "affinity", "numpy", "triton"),
+)
 
 
 @dataclass
@@ -41,14 +53,35 @@ class Results:
     environment: dict[str, Any]
     ceilings: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
+    #: what a run that is not finished has done (:class:`cofire.bench.resume.Record`)
+    run: dict[str, Any] | None = None
+    #: why cofire itself got no number in this run; is not written
+    refused: list[str] = field(default_factory=list, compare=False)
 
     def add(self, rows: list[Row]) -> None:
-        """Put rows in, in place of older measurements of the same thing."""
+        """Put rows in, in place of older measurements of the same thing; a peer that is gone leaves its number here."""
+        timed = {tuple(r[k] for k in KEY) for r in self.rows if r["median_ms"] is not None}
+        rows = [r for r in rows if not (r.get("absent") and tuple(r[k] for k in KEY) in timed)]
         fresh = {tuple(r[k] for k in KEY) for r in rows}
         self.rows = [r for r in self.rows if tuple(r[k] for k in KEY) not in fresh] + rows
 
+    def keep(self, rows: list[Row]) -> list[Row]:
+        """Put the rows of one case in, unless cofire itself was wrong in it and had been right; returns those put in."""
+        ours = next((r for r in rows if r["provider"] == "cofire"), None)
+        if ours is not None and not ours["correct"]:
+            key = tuple(ours[k] for k in KEY)
+            stays = any(r["correct"] for r in self.rows if tuple(r[k] for k in KEY) == key)
+            what = "the earlier measurement stays" if stays else "there is no number"
+            where = f"{ours['op']}, {ours['case']}, {ours['dtype']}, {ours['mode']}"
+            self.refused.append(f"{where}: {ours.get('note', 'wrong')}; {what}")
+            if stays:
+                return []
+        self.add(rows)
+        return rows
+
     def to_json(self) -> dict[str, Any]:
-        return {"environment": self.environment, "ceilings": self.ceilings, "rows": self.rows}
+        found = {"environment": self.environment, "ceilings": self.ceilings, "rows": self.rows}
+        return found if self.run is None else {**found, "run": self.run}
 
     def save(self, path: str | Path) -> Path:
         """Write under a temporary name, then rename: a reader sees the old file or the new one.
@@ -69,24 +102,18 @@ class Results:
         """Read a results file.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: it is not one.
+            FileNotFoundError: there is none. ValueError: it is cut off, another kind of file, or of another cofire.
         """
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(data, dict) or set(data) != {"environment", "ceilings", "rows"}:
-            raise ValueError(f"bench: {path} is not a results file (environment, ceilings, rows)")
-        return cls(**data)
+        return cls(**_checked(_read(Path(path)), path))
 
     def same_environment(self, other: dict[str, Any]) -> bool:
         """Whether rows measured there may stand beside rows measured here: all but cofire itself is the same.
 
-        Each row says which commit it measured, and when.
+        Each row says which commit it measured, and when. What only one of the two says parts nobody: a file of an
+        earlier cofire knows less about its machine.
         """
-
-        def apart_from_cofire(environment: dict[str, Any]) -> dict[str, Any]:
-            other = ("date", "commit", "cofire", "cofire_kernels", "peers")
-            return {k: v for k, v in environment.items() if k not in other}
-
-        return apart_from_cofire(self.environment) == apart_from_cofire(other)
+        both = self.environment.keys() & other.keys() - set(UNPARTED)
+        return all(self.environment[k] == other[k] for k in both)
 
     def summary(self) -> str:
         """For people: how each operator compares with the strongest plain torch, losses included."""
@@ -103,14 +130,95 @@ class Results:
                 f"  {op}: {min(ratios):.2f}x to {max(ratios):.2f}x the strongest plain torch's speed, geometric mean "
                 f"{mean:.2f}x; slower in {lost} of {len(ratios)}"
             )
-        wrong = [r for r in self.rows if not r["correct"]]
+        wrong = [r for r in self.rows if not r["correct"] and not r.get("absent")]
         lines += [f"  no number: {r['provider']} on {r['op']}, {r['case']}, {r['dtype']}: {r['note']}" for r in wrong]
-        noisy = sum(r["noisy"] for r in self.rows)
-        return "\n".join([*lines, f"  {noisy} of {len(self.rows)} rows are noisy"])
+        absent = {r["provider"]: r["note"] for r in self.rows if r.get("absent")}
+        lines += [f"  {provider}: {note}" for provider, note in absent.items()]
+        return "\n".join([*lines, f"  {self.noise()}"])
+
+    def noise(self) -> str:
+        """How many rows are noisy, and what to do about it."""
+        noisy = [r for r in self.rows if r["noisy"]]
+        if not noisy:
+            return f"0 of {len(self.rows)} rows are noisy"
+        flagged = sum(bool(r.get("flagged")) for r in noisy)
+        ops = list(dict.fromkeys(r["op"] for r in noisy))
+        again = "" if len(ops) > 3 else "".join(f" --op {op}" for op in ops)
+        return (
+            f"{len(noisy)} of {len(self.rows)} rows are noisy (something else used the machine during {flagged} of them, "
+            f"the readings of the others spread): close what else runs, then cofire bench{again} measures them again"
+        )
 
 
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _read(path: Path) -> Any:
+    """The JSON in a file; what is wrong with it as a sentence."""
+    again = "measure again with cofire bench, or fetch the file again"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"bench: there is no results file {path}; cofire bench writes one") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"bench: {path} is not a results file: it is not text; name a file of cofire bench") from None
+    except OSError as error:
+        raise ValueError(f"bench: {path} cannot be read ({error.strerror}); name a file of cofire bench") from None
+    if not text.strip():
+        raise ValueError(f"bench: {path} is empty; {again}")
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
+            raise ValueError(f"bench: {path} is cut off in line {error.lineno}; {again}") from None
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(
+            f"bench: {path} is not a results file: no JSON at {where}; name a file of cofire bench"
+        ) from None
+
+
+def _checked(data: Any, path: str | Path) -> dict[str, Any]:
+    """The parts of a results file, each as it has to be."""
+    other = f"bench: {path} is not a results file"
+    parts = ", ".join(PARTS)
+    if not isinstance(data, dict) or not set(data) & set(PARTS):
+        raise ValueError(f"{other} ({parts}); name a file of cofire bench")
+    environment = data.get("environment")
+    written = environment.get("format", 1) if isinstance(environment, dict) else 1
+    unknown = sorted(set(data) - {*PARTS, "run"})
+    if unknown or not isinstance(written, int) or written > FORMAT:
+        what = f"has {', '.join(unknown)}" if unknown else f"is of format {written}"
+        raise ValueError(f"bench: {path} was written by a newer cofire (it {what}); install that one to read it")
+    missing = [name for name in PARTS if name not in data]
+    if missing:
+        raise ValueError(f"{other}: it lacks {', '.join(missing)} of {parts}; name a file of cofire bench")
+    kinds = {"environment": dict, "ceilings": dict, "rows": list, "run": dict}
+    for name, value in data.items():
+        if not isinstance(value, kinds[name]) and not (name == "run" and value is None):
+            raise ValueError(f"{other}: {name} is {type(value).__name__}, expected {kinds[name].__name__}")
+    _check_kept(data, path)
+    return data
+
+
+def _check_kept(data: dict[str, Any], path: str | Path) -> None:
+    """What every reader of a file may count on."""
+    older = f"bench: {path} was written by an older cofire or by another program"
+    again = "measure again with cofire bench"
+    for name in ("device", "kind", "threads", "torch"):
+        if name not in data["environment"]:
+            raise ValueError(f"{older}: its environment lacks {name}; {again}")
+    for kind, least in SPEEDS.items() if data["ceilings"] else ():  # a file of cofire bench-growth has none
+        table = data["ceilings"].get(kind)
+        if not isinstance(table, dict) or not table or not {*least} <= {*table}:
+            raise ValueError(f"{older}: its ceilings lack {' '.join([kind, *least])}; {again}")
+    for i, row in enumerate(data["rows"]):
+        missing = [c for c in COLUMNS if c not in row] if isinstance(row, dict) else list(COLUMNS)
+        if missing:
+            raise ValueError(f"{older}: row {i} lacks {', '.join(missing)}; {again}")
+        wrong = [c for c in NUMBERS if not isinstance(row[c], int | float | None)]
+        if wrong:
+            raise ValueError(f"{older}: row {i} has {wrong[0]}={row[wrong[0]]!r}, expected a number or null; {again}")
 
 
 def _check_row(row: Row) -> None:
@@ -136,12 +244,28 @@ def device_name(device: str) -> str:
 
 
 def results_path(device: str = "cpu", quick: bool = False) -> Path:
-    """``benchmarks/results/<device>.json``, the name made safe for files; quick runs have a file of their own."""
+    """``benchmarks/results/<device>.json``, the name made safe for files; quick runs have a file of their own.
+
+    Some machines do not tell which CPU they have ("AMD EPYC"). Where a file of that name was measured with other
+    instructions, the name says which ones this machine has.
+    """
     words = re.sub(r"\((?:r|tm|c)\)", "", device_name(device), flags=re.IGNORECASE)
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
-    if device == "cpu":
-        slug += f"-{torch.get_num_threads()}-threads"
-    return FOLDER / f"{slug}{'-quick' if quick else ''}.json"
+    if device != "cpu":
+        return FOLDER / f"{slug}{'-quick' if quick else ''}.json"
+    end = f"{torch.get_num_threads()}-threads{'-quick' if quick else ''}.json"
+    here = torch.backends.cpu.get_cpu_capability()
+    if _instructions_of(FOLDER / f"{slug}-{end}") not in (None, here):
+        return FOLDER / f"{slug}-{here.lower()}-{end}"
+    return FOLDER / f"{slug}-{end}"
+
+
+def _instructions_of(path: Path) -> str | None:
+    """Of the machine that a file was measured on, if there is such a file and it says so."""
+    try:
+        return str(Results.load(path).environment["instruction_set"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
 
 
 def results_files() -> list[Path]:
@@ -149,6 +273,10 @@ def results_files() -> list[Path]:
     found = sorted(FOLDER.glob("*.json"))
     full = {p.stem for p in found if not p.stem.endswith("-quick")}
     return [p for p in found if p.stem in full or p.stem.removesuffix("-quick") not in full]
+
+
+#: What is measured, in a checkout; results and pages of an earlier part of the run are no change of it.
+CODE = (":/csrc", ":/kernels", ":/pyextensions", ":/setup.py")
 
 
 def _commit() -> str | None:
@@ -161,7 +289,8 @@ def _commit() -> str | None:
 
     try:
         git("ls-files", "--error-unmatch", here.name)  # a site-packages inside somebody else's checkout is not ours
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+        changed = git("status", "--porcelain", "-uno", "--", *CODE)
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -173,8 +302,8 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def environment(device: str, quick: bool) -> dict[str, Any]:
-    """What a reader must know to judge or repeat the numbers."""
+def environment(device: str, quick: bool, peers: Iterable[Peer] = ()) -> dict[str, Any]:
+    """What a reader must know to judge or repeat the numbers; ``peers`` are those from outside."""
     from cofire import native
     from cofire.version import __version__
 
@@ -184,6 +313,7 @@ def environment(device: str, quick: bool) -> dict[str, Any]:
         "cpu": device_name("cpu"),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        **facts(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
         "cofire": __version__,
         "cofire_kernels": native.STATUS.variant or f"reference ({native.STATUS.reason})",
@@ -191,8 +321,11 @@ def environment(device: str, quick: bool) -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
+        "numpy": _version("numpy"),
+        "triton": _version("triton"),
         "platform": f"{sys.platform} {platform.machine()}",
         "quick": quick,
-        "peers": {name: _version(name) for name in PEERS},
+        "format": FORMAT,
+        "peers": {name: _version(name) for name in distributions(device, peers)},
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     }

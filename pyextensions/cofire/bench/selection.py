@@ -332,14 +332,14 @@ def _keep_list(name: str, shapes: list[tuple[int, int]], density: float, **optio
 
 CASES = [
     _compact(1, 512, 0.5),
-    _compact(8, 256, 0.5, quick=True),
+    _compact(8, 256, 0.5),
     _compact(128, 512, 0.5, quick=True, overhead=True),
     _compact(128, 512, 0.1),
     _compact(32, 4096, 0.5),
     *(_packed(op, 4096, 4096, providers, quick=True, overhead=True) for op, providers in PACKED.items()),
     *(_packed(op, 11008, 4096, providers) for op, providers in PACKED.items()),
     _keep(512, 2048, 0.5, "row", quick=True, overhead=True),
-    _keep(512, 2048, 0.5, "tensor", quick=True),
+    _keep(512, 2048, 0.5, "tensor"),
     _keep(512, 2048, 0.5, "block", group=4, quick=True),
     _keep(4096, 4096, 0.5, "row"),
     _keep(4096, 4096, 0.1, "row", "wanda"),

@@ -270,13 +270,13 @@ def _similarity(b: int, h: int, n: int, bits: int, **options: Any) -> Case:
 
 #: Shapes of the stages of PVTv2-B0 and of DeiT-T.
 CASES = [
-    _hash(32, 1, 3136, 32, 25, 16, quick=True, overhead=True),
-    _hash(1, 1, 3136, 32, 25, 16),
+    _hash(32, 1, 3136, 32, 25, 16, overhead=True),
+    _hash(1, 1, 3136, 32, 25, 16, quick=True),
     _hash(32, 2, 784, 32, 25, 16),
-    _binary(32, 1, 3136, 32, quick=True, overhead=True),
-    _binary(32, 3, 196, 64),
-    _attention(32, 1, 3136, 32, 16, quick=True, overhead=True),
-    _attention(1, 1, 3136, 32, 16),
+    _binary(32, 1, 3136, 32, overhead=True),
+    _binary(32, 3, 196, 64, quick=True),
+    _attention(32, 1, 3136, 32, 16, overhead=True),
+    _attention(1, 1, 3136, 32, 16, quick=True),
     _attention(32, 3, 196, 64, 64),
     _similarity(1, 1, 3136, 16, quick=True, overhead=True),
     _similarity(8, 3, 196, 64),

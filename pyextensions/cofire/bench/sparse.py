@@ -2,15 +2,13 @@
 """Benchmark cases of masked and compressed weights: linear layers and convolutions, normal, masks at random.
 
 ``dense`` is the product with all weights, pruned ones as zeros, in the best dtype; ``peer:torch csr`` is torch's own CSR
-with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks, ``peer:sparseprop`` (where installed) the layer of Nikdan
-et al. 2023 (2302.04852). ``eager`` is the mask multiplied at every call, as
-pruning is usually written.
+with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks; the layers of other libraries are in
+:mod:`cofire.bench.peers`. ``eager`` is the mask multiplied at every call, as pruning is usually written.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cofire.bench import sparse_refine, sparse_training
-from cofire.bench.cases import Args, Case, Provider, Random, Run, installed, plain
+from cofire.bench import sparse_refine, sparse_step, sparse_training
+from cofire.bench.cases import Args, Case, Provider, Random, Run, plain
 from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse import SparseWeight
 from cofire.ops.sparse_weight import dense_values
@@ -83,15 +81,6 @@ def _torch_bsr(*args: Any) -> Run:
     return lambda: torch.mm(w, x.t()).t()
 
 
-def _sparseprop(*args: Any) -> Run:
-    """SparseProp (Nikdan et al. 2023, 2302.04852): the function of its linear layer, forward and backward."""
-    x, _, values, index, offsets, *_ = args
-    layer = importlib.import_module("sparseprop.modules.functions").SparseLinearFunction
-    where = (offsets.int(), index.int())
-    rows = offsets.numel() - 1
-    return lambda: layer.apply(x, values, where, None, rows)
-
-
 def has_half(rows: int) -> bool:
     """Whether a library has bfloat16 products worth trying."""
     return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -125,11 +114,9 @@ def _spmm(
     providers: dict[str, Any] = {"dense": dense}
     if dtype == FLOAT and values == FLOAT and not backward:
         if format == "csr":
-            providers["peer:torch csr"] = Provider(_torch_csr, devices=("cpu",), differentiable=False, expansion=8 / 6)
+            providers["peer:torch csr"] = Provider(_torch_csr, differentiable=False, expansion=8 / 6)
         elif format == "block" and block[0] == block[1]:
             providers["peer:torch bsr"] = Provider(_torch_bsr, devices=("cpu",), differentiable=False)
-    if dtype == FLOAT and values == FLOAT and format == "csr" and rows > 1 and installed("sparseprop"):
-        providers["peer:sparseprop"] = Provider(_sparseprop, devices=("cpu",), differentiable=backward, expansion=8 / 6)
     kind = f"{block[0]}x{block[1]} blocks" if format == "block" else format
     words = [f"M{rows}", f"{shape[0]}x{shape[1]}", pattern or f"{round(100 * (1 - density))} %", kind]
     words += ["int8 values"] if values == torch.int8 else []
@@ -142,6 +129,14 @@ def _spmm(
         lambda rand: args(rand, (64, 96), min(rows, 7)),
         cold=() if backward else (2, 3),
         gradients=(0, 2) if backward else (),
+        facts={
+            "rows": rows,
+            "density": density,
+            "format": format,
+            "values": values,
+            "pattern": pattern,
+            "backward": backward,
+        },
         **options,
     )
 
@@ -150,7 +145,7 @@ def _trained_dense(*args: Any) -> Run:
     """A dense layer whose weight is made beforehand: of the gradient of the values, the product is dense."""
     x, _, values, index, offsets, scale, *rest = args
     w = dense_values(*(values.detach(), index, offsets, scale, *rest, FLOAT))
-    row = torch.repeat_interleave(torch.arange(rest[1]), offsets.diff())
+    row = torch.repeat_interleave(torch.arange(rest[1], device=x.device), offsets.diff())
 
     class Layer(torch.autograd.Function):
         @staticmethod
@@ -174,14 +169,17 @@ def _sampled_addmm(*args: Any) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pattern = torch.sparse_csr_tensor(
-            offsets.int(), index.int(), torch.zeros(index.numel()), size=(grad.shape[1], x.shape[1])
+            offsets.int(),
+            index.int(),
+            torch.zeros(index.numel(), device=index.device),
+            size=(grad.shape[1], x.shape[1]),
         )
     return lambda: torch.sparse.sampled_addmm(pattern, grad.t(), x, beta=0.0).values()
 
 
 def _dense_then_taken(*args: Any) -> Run:
     grad, x, index, offsets, *_ = args
-    row = torch.repeat_interleave(torch.arange(grad.shape[1]), offsets.diff())
+    row = torch.repeat_interleave(torch.arange(grad.shape[1], device=x.device), offsets.diff())
     column = index.long()
     return lambda: (grad.t() @ x)[row, column]
 
@@ -198,7 +196,7 @@ def _sddmm(rows: int, density: float, shape: tuple[int, int] = TRAINED, **option
         lambda rand: args(rand, shape, rows),
         {
             "dense": Provider(_dense_then_taken, differentiable=False),
-            "peer:torch sampled_addmm": Provider(_sampled_addmm, devices=("cpu",), differentiable=False),
+            "peer:torch sampled_addmm": Provider(_sampled_addmm, differentiable=False),
         },
         lambda rand: args(rand, (64, 96), min(rows, 7)),
         **options,
@@ -234,16 +232,16 @@ def _multiply_floats(weight: Tensor, bits: Tensor) -> Run:
     return lambda: weight * mask
 
 
-def _apply_mask(dtype: torch.dtype) -> Case:
+def _apply_mask(dtype: torch.dtype, shape: tuple[int, int] = SQUARE) -> Case:
     def args(rand: Random, shape: tuple[int, int]) -> Args:
         w, bits = _masked(shape, rand)
         return w.to(dtype), bits
 
     return Case(
         "apply_mask",
-        f"{SQUARE[0]}x{SQUARE[1]} 50 %",
+        f"{shape[0]}x{shape[1]} 50 %",
         dtype,
-        lambda rand: args(rand, SQUARE),
+        lambda rand: args(rand, shape),
         {
             "eager": Provider(_multiply),
             "dense": {"where": Provider(_where), "mask of floats": Provider(_multiply_floats)},
@@ -267,16 +265,16 @@ def _plain_layer(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | Non
     return F.linear(input, weight, bias)
 
 
-def _masked_linear(rows: int, mode: str, **options: Any) -> Case:
+def _masked_linear(rows: int, mode: str, shape: tuple[int, int] = SQUARE, **options: Any) -> Case:
     def args(rand: Random, shape: tuple[int, int], rows: int) -> Args:
         w, bits = _masked(shape, rand)
         return rand.normal(rows, shape[1]), w, bits, None, mode, 0.0
 
     return Case(
         "masked_linear",
-        f"M{rows} {SQUARE[0]}x{SQUARE[1]} 50 %, {mode}",
+        f"M{rows} {shape[0]}x{shape[1]} 50 %, {mode}",
         FLOAT,
-        lambda rand: args(rand, SQUARE, rows),
+        lambda rand: args(rand, shape, rows),
         {
             "eager": Provider(_linear_with_mask),
             "peer:plain layer": Provider(_without_mask, reference=_plain_layer),
@@ -329,6 +327,7 @@ def _conv(batch: int, channels: int, size: int, density: float, kernel: int = 3,
             "eager": plain(_decoded_conv),
         },
         lambda rand: args(rand, 8, 7, 2),
+        facts={"batch": batch, "density": density, "kernel": kernel},
         **options,
     )
 
@@ -341,16 +340,19 @@ CASES = [
     *(_spmm(1, d, "bitmap", dtype=HALF) for d in (0.5, 0.3)),
     _spmm(1, 0.5, "bitmap", dtype=HALF, pattern="2:4"),
     _spmm(1, 0.5, "bitmap", values=torch.int8),
-    _spmm(1, 0.1, "csr", dtype=HALF),
+    *(_spmm(m, 0.1, "csr", dtype=HALF) for m in (1, 256)),
     *(_spmm(16, d, "csr") for d in (0.3, 0.1)),
-    *(_spmm(m, d, "csr", quick=m == 256 and d == 0.1) for m in (256, 512) for d in (0.2, 0.1, 0.05)),
+    *(_spmm(m, d, "csr") for m in (256, 512) for d in (0.2, 0.1, 0.05)),
     *(_spmm(m, 0.1, "block", block=b) for m in (16, 256) for b in ((16, 1), (16, 16), (32, 32))),
     _spmm(512, 0.1, "csr", shape=TRAINED, backward=True),
     _sddmm(512, 0.1),
+    _sddmm(64, 0.1, quick=True),
     *(_apply_mask(dtype) for dtype in (FLOAT, HALF)),
     *(_masked_linear(m, mode) for m in (64, 256) for mode in ("invariant", "hard")),
-    *(_conv(1, 256, 14, d, gradients=(0, 2) if d == 0.1 else ()) for d in (0.2, 0.1)),
+    _masked_linear(64, "invariant", TRAINED, quick=True),
+    *(_conv(1, 256, 14, d, gradients=(0, 2) if d == 0.1 else (), quick=d == 0.1) for d in (0.2, 0.1)),
     _conv(8, 64, 56, 0.1),
     *sparse_training.CASES,
+    *sparse_step.CASES,
     *sparse_refine.CASES,
 ]

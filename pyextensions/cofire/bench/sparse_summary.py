@@ -42,6 +42,14 @@ def _training(index: Index, results: Results) -> Found:
     return against(index, "peer:plain layer", cases)
 
 
+def _steps(index: Index, results: Results) -> Found:
+    """The time of the unmasked step in the masked one's."""
+    steps = {"256 rows, 10 %": (256, 0.1), "512 rows, 50 %": (512, 0.5)}
+    name = "a step of training, {} rows, {} keep {:g}"
+    cases = [(words, (name.format(m, SQUARE, d), "float32", HOT)) for words, (m, d) in steps.items()]
+    return against(index, "dense", cases)
+
+
 TARGETS = (
     Target("bitmap, one row, fp32, half the weights, against dense", 1.7, "x", _one_row("bitmap", "float32", "50 %")),
     Target("the same, 30 % of the weights", 2.4, "x", _one_row("bitmap", "float32", "70 %")),
@@ -61,6 +69,7 @@ TARGETS = (
            _case("peer:torch sampled_addmm", f"M512 {TRAINED} 90 %")),
     Target("square blocks, 256 rows, 90 %, against torch's BSR", 2.5, "x", _blocks),
     Target("the mode invariant, forward and backward, against the layer without a mask", 0.95, "x", _training),
+    Target("the same with AdamW, a whole step, against the step without a mask", 0.95, "x", _steps),
     Target("selection, 11008x4096, against the best of torch", 10, "x", _selection),
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse_training import _adam_update, _sgd_update
 
 FLOAT, HALF = torch.float32, torch.bfloat16
-LARGE, TINY = (4096, 4096), (8, 64)
+LARGE, SMALL, TINY = (4096, 4096), (1024, 1024), (8, 64)
 
 Providers = dict[str, Provider | Mapping[str, Provider]]
 
@@ -37,7 +37,7 @@ def _state(x: Tensor, mask: Tensor, packed: bool) -> Tensor:
     return x[mask] if packed else torch.where(mask, x, 0.0)
 
 
-def _adam_args(rand: Random, shape: tuple[int, int], density: float, packed: bool) -> Args:
+def adam_args(rand: Random, shape: tuple[int, int], density: float, packed: bool) -> Args:
     mask = rand.mask(*shape, density)
     w = torch.where(mask, rand.normal(*shape), 0.0)
     m, v = _state(rand.normal(*shape), mask, packed), _state(rand.uniform(*shape), mask, packed)
@@ -75,7 +75,7 @@ def _torch_adamw(masked: bool, **how: bool) -> Callable[..., Run]:
     return setup
 
 
-def _adamw_without_mask(
+def adamw_without_mask(
     w: Tensor, g: Tensor, m: Tensor, v: Tensor, _: None, bits: Tensor, offsets: Tensor | None, *options: Any
 ) -> None:
     """What the dense bound computes."""
@@ -101,9 +101,9 @@ def _compiled_adamw(*args: Any) -> Run:
     return lambda: fused(w, g, m, v, mask)
 
 
-def _adam(density: float, packed: bool = False, **options: Any) -> Case:
+def _adam(density: float, packed: bool = False, shape: tuple[int, int] = LARGE, **options: Any) -> Case:
     outputs = 1 if packed else None  # theirs have no packed state to compare
-    dense = {"reference": _adamw_without_mask, "outputs": outputs}
+    dense = {"reference": adamw_without_mask, "outputs": outputs}
     providers: Providers = {
         "eager": {
             "fused": Provider(_torch_adamw(True, fused=True, foreach=False), outputs=outputs),
@@ -117,11 +117,11 @@ def _adam(density: float, packed: bool = False, **options: Any) -> Case:
     }
     return Case(
         "masked_adam_",
-        f"{LARGE[0]}x{LARGE[1]} keep {density:g}{' values-only state' if packed else ''}",
+        f"{shape[0]}x{shape[1]} keep {density:g}{' values-only state' if packed else ''}",
         FLOAT,
-        lambda rand: _adam_args(rand, LARGE, density, packed),
+        lambda rand: adam_args(rand, shape, density, packed),
         providers,
-        lambda rand: _adam_args(rand, TINY, density, packed),
+        lambda rand: adam_args(rand, TINY, density, packed),
         **options,
     )
 
@@ -156,7 +156,7 @@ def _sgd_without_mask(w: Tensor, g: Tensor, buffer: Tensor, bits: Tensor, offset
     buffer.copy_(moments[0])
 
 
-def _sgd(density: float, **options: Any) -> Case:
+def _sgd(density: float, shape: tuple[int, int] = LARGE, **options: Any) -> Case:
     providers: Providers = {
         "eager": {
             "fused": Provider(_torch_sgd(True, fused=True, foreach=False)),
@@ -169,9 +169,9 @@ def _sgd(density: float, **options: Any) -> Case:
     }
     return Case(
         "masked_sgd_",
-        f"{LARGE[0]}x{LARGE[1]} keep {density:g}",
+        f"{shape[0]}x{shape[1]} keep {density:g}",
         FLOAT,
-        lambda rand: _sgd_args(rand, LARGE, density),
+        lambda rand: _sgd_args(rand, shape, density),
         providers,
         lambda rand: _sgd_args(rand, TINY, density),
         **options,
@@ -235,12 +235,12 @@ def _masks(outputs: tuple[Tensor, ...], args: Args) -> tuple[Tensor, ...]:
     return weight, mask if mask.dtype == torch.bool else _mask(weight, mask)
 
 
-def _move(density: float, scope: str, **options: Any) -> Case:
+def _move(density: float, scope: str, shape: tuple[int, int] = LARGE, **options: Any) -> Case:
     return Case(
         "prune_and_grow_",
-        f"{LARGE[0]}x{LARGE[1]} keep {density:g} {scope}",
+        f"{shape[0]}x{shape[1]} keep {density:g} {scope}",
         FLOAT,
-        lambda rand: _move_args(rand, LARGE, density, scope),
+        lambda rand: _move_args(rand, shape, density, scope),
         {"eager": Provider(_by(_sort)), "dense": {"topk": Provider(_by(_topk)), "sort": Provider(_by(_sort))}},
         lambda rand: _move_args(rand, TINY, density, scope),
         compared=_masks,
@@ -280,7 +280,7 @@ def _statistics(rows: int, columns: int, dtype: torch.dtype, **options: Any) -> 
     )
 
 
-def _gram(rows: int, columns: int) -> Case:
+def _gram(rows: int, columns: int, **options: Any) -> Case:
     return Case(
         "gram",
         f"{rows}x{columns}",
@@ -288,6 +288,7 @@ def _gram(rows: int, columns: int) -> Case:
         lambda rand: (rand.normal(rows, columns),),
         {"dense": plain(lambda x: x.t() @ x)},
         lambda rand: (rand.normal(*TINY),),
+        **options,
     )
 
 
@@ -296,15 +297,15 @@ def eager_groups(w: Tensor, g: Tensor, r: int, c: int) -> tuple[Tensor, Tensor, 
     return w.square().sum((1, 3)), g.square().sum((1, 3)), (w * g).sum((1, 3))
 
 
-def _groups(r: int, c: int, **options: Any) -> Case:
+def _groups(r: int, c: int, shape: tuple[int, int] = LARGE, **options: Any) -> Case:
     def args(rand: Random, shape: tuple[int, int], r: int, c: int) -> Args:
         return rand.normal(*shape), rand.normal(*shape), r, c
 
     return Case(
         "group_statistics",
-        f"{LARGE[0]}x{LARGE[1]} groups of {r}x{c}",
+        f"{shape[0]}x{shape[1]} groups of {r}x{c}",
         FLOAT,
-        lambda rand: args(rand, LARGE, r, c),
+        lambda rand: args(rand, shape, r, c),
         {"dense": plain(eager_groups), "compile": compiled(eager_groups)},
         lambda rand: args(rand, TINY, min(r, TINY[0]), min(c, TINY[1])),
         **options,
@@ -312,16 +313,19 @@ def _groups(r: int, c: int, **options: Any) -> Case:
 
 
 CASES = [
-    _adam(0.1, quick=True, overhead=True),
+    _adam(0.1, overhead=True),
+    _adam(0.1, shape=SMALL, quick=True),
     _adam(0.5),
     _adam(0.1, packed=True),
     _adam(0.5, packed=True),
     _sgd(0.1),
-    _move(0.1, "row", quick=True),
+    _sgd(0.1, shape=SMALL, quick=True),
+    _move(0.1, "row"),
+    _move(0.1, "row", SMALL, quick=True),
     _move(0.1, "tensor"),
     _statistics(2048, 4096, FLOAT, quick=True),
     _statistics(2048, 4096, HALF),
-    _gram(2048, 1024),
+    _gram(2048, 1024, quick=True),
     _groups(1, 4096),
-    _groups(16, 16),
+    _groups(16, 16, quick=True),
 ]

@@ -94,7 +94,7 @@ class Plan:
     """How an experiment trains; rates are those of AdamW, which rise shortly and fall as a cosine to zero."""
 
     dense_epochs: int = 20
-    epochs: int = 10
+    epochs: int = 40
     batch: int = 64
     dense_lr: float = 2e-3
     lr: float = 1e-3  #: of every training that follows
@@ -109,6 +109,7 @@ class Plan:
     text_keep: float = 1.0  #: of answers of a word: in the paper, too, those of fewer than 50 tokens stay whole
     weight: float = 100.0
     predictor_width: int = 64
+    noise: bool = False  #: in training: a sample of the predictor's two logits, else the likelier one, as when deployed
     keeps: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)  #: shares at which the trained networks are tested too
     #: Train without a share of the training images and score on them, so that a setting is chosen without the test.
     validate: bool = False
@@ -198,6 +199,7 @@ class Run:
             predictor_depth=1,
             predictor_heads=4,
             predictor_hidden=2 * plan.predictor_width,
+            noise=plan.noise,
             choice=choice,
         )
 
@@ -284,6 +286,10 @@ class Run:
             decoder_of(final).vision_keep = keep
             torch.manual_seed(0)  # of the choices by chance
             by_keep.append([keep, self.answers(final)["accuracy"]])
+        if method.choice == "learned":
+            decoder_of(final).vision_keep, decoder_of(final).vision = plan.vision_keep, None
+            torch.manual_seed(0)
+            row["in_their_place"] = self.answers(final)
         return row | {"by_keep": by_keep}
 
     def latency(self) -> None:

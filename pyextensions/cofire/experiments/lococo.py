@@ -78,7 +78,7 @@ class Plan:
     capacities: tuple[int, ...]  #: of the plot, first seed
     updates: int
     update_batch: int
-    update_lr: float  #: falls to zero on a line
+    update_lr: float  #: falls to zero, on a line or as a cosine
     trained: tuple[str, ...]  #: names of what is trained beside the fusions
     weight_decay: float
     cells: tuple[Cell, ...] = CELLS
@@ -90,6 +90,9 @@ class Plan:
     bptt: int = 1
     fusion_rate: float = 1000.0
     other_rate: float = 5.0
+    cosine: bool = False
+    warm_up: int = 0  #: updates in which the rate rises
+    clip: float | None = None  #: of the norm of each group's gradients
     sinks: int = 4
     steps: int = 50  #: text only: of a round
     context: int = 1024  #: text only
@@ -100,8 +103,8 @@ class Plan:
 
 STREAM = Plan(
     width=64, depth=2, heads=2, kv_heads=2, epochs=40, batch=32, lr=3e-3, capacity=12, chunk=8, taps=5,
-    capacities=(6, 12, 24), updates=300, update_batch=32, update_lr=1e-3, trained=("norm",),
-    weight_decay=0.05, buffer=16, std=0.1, bptt=9, fusion_rate=50.0,
+    capacities=(6, 12, 24), updates=1000, update_batch=32, update_lr=1e-3, trained=("norm",),
+    weight_decay=0.05, buffer=16, std=0.1, bptt=9, fusion_rate=50.0, cosine=True, warm_up=50, clip=1.0,
 )  # fmt: skip
 CHARACTERS = Plan(
     width=128, depth=4, heads=4, kv_heads=2, epochs=9, batch=2, lr=3e-3, capacity=64, chunk=64, taps=9,
@@ -365,10 +368,13 @@ class _Run(Run):
         prepared.train()
         for step, (tokens, target) in zip(range(plan.updates), self.task.batches(seed + 1)):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * (1 - step / plan.updates)
+                group["lr"] = peak * share_of_rate(plan, step)
             optimizer.zero_grad(set_to_none=True)
             cache = new_cache(cell.policy, prepared, plan.sinks)
             losses.append(backward(prepared.read, cache, method.chunk, method.bptt, tokens, target))
+            if plan.clip is not None:
+                for group in optimizer.param_groups:
+                    nn.utils.clip_grad_norm_(group["params"], plan.clip)
             optimizer.step()
             method.step(prepared)
         tenth = max(plan.updates // 10, 1)
@@ -392,6 +398,13 @@ class _Run(Run):
                 found.append([cache.seen, cache.bytes])
         self.results["growth"] = found
         self.save()
+
+
+def share_of_rate(plan: Plan, step: int) -> float:
+    """Of the peak, at an update of the training through the cache."""
+    done = step / plan.updates
+    fallen = 0.5 * (1 + math.cos(math.pi * done)) if plan.cosine else 1 - done
+    return fallen * min(1.0, (step + 1) / max(plan.warm_up, 1))
 
 
 def _bytes_of_a_token(model: nn.Module) -> int:

@@ -178,6 +178,12 @@ def conditions(results: Results) -> str:
     trained = " and ".join({"norm": "norms", "embed": "embeddings"}.get(name, name) for name in plan["trained"])
     back = "the chunk after a compression" if plan["bptt"] == 1 else f"{plan['bptt']} chunks"
     local = f", the last {plan['local']} tokens among them" if plan["local"] else ""
+    course = ["that fall as a cosine"] if plan.get("cosine") else []  # files written before have no such settings
+    if plan.get("warm_up"):
+        course.append(f"after {plan['warm_up']} updates in which they rise")
+    if plan.get("clip") is not None:
+        course.append(f"with the gradients of each clipped to a norm of {plan['clip']:g}")
+    fall = "".join(f", {part}" for part in course)
     scores = ", scores divided by the number of queries that saw a token" if plan["normalize"] else ""
     sentences = (
         f"{settings['condition']} {task} Decoder of {plan['depth']} blocks, width {plan['width']}, {plan['heads']} heads of",
@@ -185,7 +191,7 @@ def conditions(results: Results) -> str:
         f"{plan['capacity']} tokens and a buffer of {plan['buffer']}, chunks of {plan['chunk']}{scores}. LoCoCo:",
         f"{plan['keep']:.0%} heavy hitters{local}, {plan['taps']} taps whose weights start with a deviation of {plan['std']:g};",
         f"trained for {plan['updates']} updates in batches of {plan['update_batch']}, at a rate of {plan['update_lr']:g} times",
-        f"{plan['fusion_rate']:g} for convolutions and gates and times {plan['other_rate']:g} for {trained}, with gradients",
+        f"{plan['fusion_rate']:g} for convolutions and gates and times {plan['other_rate']:g} for {trained}{fall}, with gradients",
         f"through {back}. *Trained alike*: the same updates of {trained} through the control's cache. The window has the first",
         f"{plan['sinks']} tokens and the last; *summed scores* (H2O) has the last half and, of the rest, what got most attention;",
         f"*latest scores* keeps what got most from the last chunk{local}, which is LoCoCo without mixtures.",

@@ -424,8 +424,8 @@ def kv_fuse(tokens: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, p
     """Fuse tokens into fewer slots: each is a mixture of all of them and, by the gate, one of them as it is.
 
     With x the n tokens, Z = relu(conv(x)) of as many channels as slots, P = softmax(Z) over the tokens, slot m is
-    ``gate (P x)_m + (1 - gate) x[pick_m]``. The convolution runs as products of shifted views of the tokens; neither it
-    nor P is stored.
+    ``gate (P x)_m + (1 - gate) x[pick_m]``. The convolution runs as products of shifted views of the tokens or, on a
+    CPU and of many taps, by frequencies; neither it nor P is stored.
 
     Args:
         tokens: float ``[B, H, n + taps - 1, 2 d]``, from :func:`kv_gather_` with ``padding=taps // 2``: key and value of a

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recommenders whose weights are labels of a few bits, and a palette for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from cofire.bench.end_to_end import recommender
+from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, decoded
+from cofire.bench.end_to_end.recommender import Recommender
+from cofire.methods import EDKM
+
+TOLERANCE = 1e-4
+BITS = (3, 2)
+
+
+def variant(model: nn.Module) -> Variant:
+    """A packed network, which must compute what its labels and palettes say."""
+    return Variant(model, decoded(model), TOLERANCE)
+
+
+def trained(plan: Recommender, *, epochs: int = 5, throughput: int = 64) -> Network:
+    """Trained dense, then with clustered weights."""
+
+    def build(seed: int, share: float) -> Mapping[str, Variant]:
+        dense = plan.network(seed, share)
+        rounds = max(1, round(share * epochs))
+        found = {DENSE: Variant(dense)}
+        for bits in BITS:
+            method = EDKM(bits=bits, total_steps=plan.steps(rounds))
+            model = plan.fit(method.prepare(dense), rounds, plan.lr / 4, seed + 1, method)
+            found[f"eDKM, {bits} bits"] = variant(method.finalize(model))
+        return found
+
+    return Network(
+        family="clustering",
+        name=plan.shape,
+        data=recommender.DATA,
+        build=build,
+        inputs=plan.inputs,
+        unit="users/s",
+        batch=throughput,
+        latency_of="one user",
+        evaluate=plan.score,
+        accuracy_kind=recommender.KIND,
+    )
+
+
+def random(items: int = 4096, width: int = 4096, *, throughput: int = 64) -> Network:
+    """One whose weights are in no cache."""
+
+    def build(seed: int, share: float) -> Mapping[str, Variant]:
+        torch.manual_seed(seed)
+        dense = recommender.perceptron(items, width).eval().requires_grad_(False)
+        found = {DENSE: Variant(dense)}
+        for bits in BITS:
+            method = EDKM(bits=bits)
+            found[f"k-means, {bits} bits"] = variant(method.finalize(method.prepare(dense).eval()))
+        return found
+
+    return Network(
+        family="clustering",
+        name=f"MLP recommender, {items}-{width}-{width}-{items}",
+        data=RANDOM_WEIGHTS,
+        build=build,
+        inputs=lambda n: recommender.random_uses(n, items),
+        unit="users/s",
+        batch=throughput,
+        latency_of="one user",
+    )
+
+
+NETWORKS = [trained(Recommender()), random()]

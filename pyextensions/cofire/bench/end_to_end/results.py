@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of the measured networks: what it holds, where it lies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cofire.bench.results import FOLDER, Results, results_path
+from cofire.files import write_atomically
+
+__all__ = ["COLUMNS", "NUMBERS", "Networks", "networks_files", "networks_path"]
+
+Row = dict[str, Any]
+KEY = ("family", "network", "variant")  #: what makes a row that row
+NUMBERS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "throughput", "peak_bytes", "accuracy")
+COLUMNS = (*KEY, *NUMBERS, "unit", "weight_bytes", "accuracy_kind", "noisy", "seconds", "correct")
+PARTS = {"environment": dict, "ceilings": dict, "rows": list}
+
+
+@dataclass
+class Networks:
+    """Rows measured under one environment; ``ceilings`` is empty: a network has none."""
+
+    environment: dict[str, Any]
+    ceilings: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def add(self, rows: list[Row]) -> None:
+        """Put rows in, in place of all older ones of the same networks."""
+        fresh = {(r["family"], r["network"]) for r in rows}
+        self.rows = [r for r in self.rows if (r["family"], r["network"]) not in fresh] + rows
+
+    def has(self, family: str, network: str) -> bool:
+        """Whether this commit measured the network, and came to its end."""
+        found = [r for r in self.rows if (r["family"], r["network"]) == (family, network)]
+        return bool(found) and all(r.get("commit") == self.environment["commit"] for r in found)
+
+    def same_environment(self, other: dict[str, Any]) -> bool:
+        """Whether rows measured there may stand beside these: all but cofire itself is the same."""
+        return Results(self.environment, {}).same_environment(other)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"environment": self.environment, "ceilings": self.ceilings, "rows": self.rows}
+
+    def save(self, path: str | Path) -> Path:
+        """Write under a temporary name, then rename: a reader sees the old file or the new one.
+
+        Raises:
+            ValueError: a row lacks a column, has numbers although its answer was wrong, or one that is none.
+        """
+        for row in self.rows:
+            _check_row(row)
+        return write_atomically(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Networks:
+        """Read a file of measured networks.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is not one, or not a whole one.
+        """
+        expected = "a file of `cofire bench-networks` (environment, ceilings, rows)"
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:  # of JSON, or of the encoding
+            raise ValueError(f"bench-networks: {path} must be {expected}, got no JSON: {error}") from None
+        if not isinstance(data, dict) or set(data) != set(PARTS):
+            got = f"the keys {sorted(data)}" if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"bench-networks: {path} must be {expected}, got {got}")
+        for name, kind in PARTS.items():
+            if not isinstance(data[name], kind):
+                got = type(data[name]).__name__
+                raise ValueError(f"bench-networks: {name} in {path} must be a {kind.__name__}, got {got}")
+        for row in data["rows"]:
+            try:
+                _check_row(row)
+            except ValueError as error:
+                raise ValueError(f"{error} (in {path})") from None
+        return cls(**data)
+
+
+def _check_row(row: Any) -> None:
+    if not isinstance(row, dict):
+        raise ValueError(f"bench-networks: a row must be a dict, got {type(row).__name__}")
+    missing = [c for c in COLUMNS if c not in row]
+    if missing:
+        raise ValueError(f"bench-networks: a row must have the columns {', '.join(missing)}; got {sorted(row)}")
+    what = ", ".join(str(row[k]) for k in KEY)
+    found = {c: row[c] for c in NUMBERS if row[c] is not None}
+    if not row["correct"] and found:
+        name, value = next(iter(found.items()))
+        raise ValueError(f"bench-networks: a variant with a wrong answer gets no number, got {name}={value} ({what})")
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"bench-networks: {name} must be a finite number or null, got {value!r} ({what})")
+
+
+def networks_path(device: str = "cpu", quick: bool = False) -> Path:
+    """``benchmarks/results/end_to_end/<device>.json``."""
+    return FOLDER / "end_to_end" / results_path(device, quick).name
+
+
+def networks_files(folders: Iterable[Path] = (FOLDER,)) -> list[Path]:
+    """All files of measured networks in the folders of results, but for those of quick runs and those moved aside."""
+    found = [path for folder in folders for path in sorted((folder / "end_to_end").glob("*.json"))]
+    return [path for path in found if not path.stem.endswith("-quick")]

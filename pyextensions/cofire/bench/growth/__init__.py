@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How time and memory grow with size, of every operator and every method: ``cofire bench-growth``.
+
+``operators.py`` and ``methods.py`` hold the sweeps; ``laws.py`` fits exponents, ``plots.py`` draws.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cofire.bench import harness, quiet, resume
+from cofire.bench.cases import families, known
+from cofire.bench.growth.laws import exponent, growth_table
+from cofire.bench.growth.plots import growth_plots
+from cofire.bench.growth.sweep import Sweep
+from cofire.bench.results import FOLDER, Results, Row, environment, results_path
+
+if TYPE_CHECKING:
+    from cofire.bench.growth.methods import MethodSweep
+
+__all__ = ["Sweep", "exponent", "growth_path", "growth_plots", "growth_table", "run", "select"]
+
+QUICK = 3  #: so many sizes, the smallest ones
+
+
+def growth_path(device: str = "cpu", quick: bool = False) -> Path:
+    """``benchmarks/results/growth/<device>.json``; quick runs have a file of their own."""
+    return FOLDER / "growth" / results_path(device, quick).name
+
+
+def select(
+    chosen_families: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+) -> list[Sweep | MethodSweep]:
+    """The sweeps asked for. With ``ops`` alone no methods, with ``methods`` alone no operators; methods by their names or
+    those of their classes.
+
+    Raises:
+        ValueError: an unknown family, operator or method; near matches are listed.
+    """
+    from cofire.bench.growth import methods as trained
+    from cofire.bench.growth import operators
+
+    chosen = known("family", chosen_families or families(), families())
+    found: list[Sweep | MethodSweep] = []
+    if ops or not methods:
+        swept = [s for s in operators.SWEEPS if s.family in chosen]
+        known("operator with a sweep", ops or (), sorted({s.op for s in swept}))
+        found += [s for s in swept if not ops or s.op in ops]
+    if methods or not ops:
+        ours = [s for s in trained.SWEEPS if s.family in chosen]
+        names = {s.op: {type(s.method).name, type(s.method).__name__} for s in ours}
+        known("method with a sweep", methods or (), sorted(set().union(*names.values())))
+        found += [s for s in ours if not methods or names[s.op] & set(methods)]
+    return found
+
+
+def run(
+    out: str | Path | None = None,
+    *,
+    families: Sequence[str] | None = None,
+    ops: Sequence[str] | None = None,
+    methods: Sequence[str] | None = None,
+    quick: bool = False,
+    device: str = "cpu",
+    fresh: bool = False,
+    progress: bool = True,
+    announce: Callable[[str], Any] = lambda text: None,
+) -> Results:
+    """Time operators and methods on larger and larger inputs, each answer checked, and write a results file.
+
+    The file is written after each point. A point that is there already, measured at this commit in this environment, is not
+    measured again: an interrupted run goes on where it stopped.
+
+    Args:
+        out: the file; default :func:`growth_path`.
+        families, ops, methods: only these (:func:`select`).
+        quick: only the three smallest sizes of each sweep.
+        device: ``"cpu"`` or ``"cuda"``.
+        fresh: measure again what is there.
+        progress: show a bar.
+        announce: called with a line about a file that is moved aside: one that was measured elsewhere.
+
+    Returns:
+        Results whose rows also have ``sweep`` (what grows), ``size``, and ``time_law`` and ``memory_law``, the names of what
+        theory expects. Of plain torch only up to the size where a call takes half a second. Rows of methods have the mode
+        ``step`` and the operator ``method:<Name>``; their ``dense`` is a step of the same network without the method.
+
+    Raises:
+        ValueError: an unknown family, operator, method or device; near matches are listed.
+
+    Example:
+        >>> run("/tmp/growth.json", ops=["dkm"], quick=True, progress=False).rows[0]["size"]  # doctest: +SKIP
+        65536
+    """
+    chosen = select(families, ops, methods)
+    harness._check_request(device, None, ())
+    path = Path(out) if out is not None else growth_path(device, quick)
+    results = _begin(path, environment(device, quick), announce)
+    points = [(sweep, size) for sweep in chosen for size in (sweep.sizes[:QUICK] if quick else sweep.sizes)]
+    effort, probe = harness.Effort(True), quiet.Probe(device)
+    began: list[Row] = []
+    with harness._progress(progress, len(points)) as advance:
+        for sweep, size in points:
+            advance(f"{sweep.op}, {sweep.label(size)}", None)
+            if not fresh and _measured(results, sweep, size, device):
+                continue
+            measured = functools.partial(sweep.measure, size, device, effort, _measured(results, sweep, None, device))
+            rows = _with_facts(measured, sweep, results, probe)
+            began += rows
+            harness.mark_noise(began, probe)
+            results.rows = [r for r in results.rows if not _is_of(r, sweep, size, device)] + rows
+            results.save(path)
+    return results
+
+
+def _begin(path: Path, here: dict[str, Any], announce: Callable[[str], Any]) -> Results:
+    """What the file holds already, if it was measured in this environment; else it is moved aside."""
+    if path.exists():
+        earlier = Results.load(path)
+        if resume.may_stay(path, earlier, here, announce):
+            return Results(here, {}, earlier.rows)
+    return Results(here, {})
+
+
+def _is_of(row: Row, sweep: Sweep | MethodSweep, size: int | None, device: str) -> bool:
+    """Whether a row belongs to a sweep, and to one size of it."""
+    same = (row["family"], row["op"], row.get("sweep"), row["device"]) == (sweep.family, sweep.op, sweep.grows, device)
+    return same and (size is None or row["case"].startswith(f"{sweep.label(size)}: "))
+
+
+def _measured(results: Results, sweep: Sweep | MethodSweep, size: int | None, device: str) -> list[Row]:
+    """The rows of this very commit: others say nothing about what is there, or affordable."""
+    commit = results.environment["commit"]
+    return [r for r in results.rows if _is_of(r, sweep, size, device) and r.get("commit") == commit]
+
+
+def _with_facts(
+    measured: Callable[[], list[Row]], sweep: Sweep | MethodSweep, results: Results, probe: quiet.Probe
+) -> list[Row]:
+    """The rows of a point between two readings of the probe, with what a reader must know of the sweep."""
+    before = probe.look()
+    rows = measured()
+    strangest = max(before, probe.look(), key=probe.strangeness)
+    facts = {"sweep": sweep.grows, "time_law": sweep.time, "memory_law": sweep.memory, "probe": strangest}
+    for row in rows:
+        row.update(facts, commit=results.environment["commit"], date=results.environment["date"])
+    return rows

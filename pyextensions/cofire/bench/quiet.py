@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the machine run as it usually does? Fixed pieces of work that are timed between the readings of a run.
+
+On a machine that is shared, a core slows down by half when its sibling works for somebody else, and memory by as much when
+others read theirs. Medians do not help: such a state lasts for seconds, longer than the readings of a case. So the readings
+are taken in segments, with a look at the machine before and after each, and a round of readings counts if everything
+was as usual in both looks. What is usual is decided by all looks of a run, and by no reading.
+"""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from cofire.bench import cuda_timing
+
+#: The time in ms of each piece of work.
+Look = dict[str, float]
+
+BAND = 1.1  #: what takes so many times as long as usual, or as much less, was disturbed
+SEGMENT_SECONDS = 0.06  #: of readings between two looks
+LEAST = 5  #: where fewer rounds are undisturbed all count, and the row is flagged
+CALIBRATION = 20  #: looks before the first case
+
+
+class Probe:
+    """Fixed work for all threads, for one core and for the memory, timed again and again.
+
+    ``work`` may be other pieces of work, each a function that returns how many ms it took.
+    """
+
+    def __init__(self, device: str, work: Mapping[str, Callable[[], float]] | None = None) -> None:
+        self.work = work if work is not None else _on_gpu() if device == "cuda" else _on_cpu()
+        self.looks = 0
+        self._ordered: dict[str, list[float]] = {part: [] for part in self.work}
+        for _ in range(CALIBRATION):
+            self.look()
+
+    def look(self) -> Look:
+        """The time that each piece takes now, the shortest of three."""
+        now = {part: round(min(timed() for _ in range(3)), 4) for part, timed in self.work.items()}
+        self.remember(now, 1)
+        return now
+
+    def remember(self, look: Look, looks: int) -> None:
+        """Count a look so many times; or what was usual in an earlier part of the run, after so many looks."""
+        for _ in range(looks):
+            self.looks += 1
+            for part, times in self._ordered.items():
+                bisect.insort(times, look[part])
+
+    def usual(self) -> Look:
+        """The lower quartile of all looks: what the machine reaches again and again."""
+        return {part: times[len(times) // 4] for part, times in self._ordered.items()}
+
+    def strangeness(self, look: Mapping[str, float], usual: Mapping[str, float] | None = None) -> float:
+        """How many times the piece that is farthest from its usual time takes as long, or as much less."""
+        usual = self.usual() if usual is None else usual
+        return max((max(look[p] / usual[p], usual[p] / look[p]) for p in usual if p in look), default=1.0)
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter_ns()
+    run()
+    return (time.perf_counter_ns() - begin) / 1e6
+
+
+def _count() -> None:
+    for _ in range(2000):
+        pass
+
+
+def _on_cpu() -> dict[str, Callable[[], float]]:
+    a, b = torch.rand(384, 384), torch.rand(384, 384)
+    source = torch.rand(6 << 20)  # with its copy larger than most last caches
+    target = torch.empty_like(source)
+    return {
+        "threads": lambda: _milliseconds(lambda: a @ b),
+        "core": lambda: _milliseconds(_count),
+        "memory": lambda: _milliseconds(lambda: target.copy_(source)),
+    }
+
+
+def _on_gpu() -> dict[str, Callable[[], float]]:
+    cuda_timing.warm_up()
+    a, b = torch.rand(4096, 4096, device="cuda"), torch.rand(4096, 4096, device="cuda")
+    return {"device": lambda: cuda_timing.read_ms(lambda: a @ b, 1), "core": lambda: _milliseconds(_count)}
+
+
+class Watch:
+    """The looks of one case, and which of its rounds they let count."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.looks: list[tuple[int, Look]] = []  #: how many rounds there were before each, and what it saw
+        self._last = float("-inf")
+
+    def due(self) -> bool:
+        return time.perf_counter() - self._last >= SEGMENT_SECONDS
+
+    def look(self, rounds: int) -> None:
+        self.looks.append((rounds, self.probe.look()))
+        self._last = time.perf_counter()
+
+    def quiet(self) -> list[int]:
+        """The rounds between two looks in which everything was as usual."""
+        return [i for (begin, _), (end, _) in self._quiet_segments() for i in range(begin, end)]
+
+    def seen(self) -> Look:
+        """The usual look around the rounds that count; around all where too few do."""
+        segments = self._quiet_segments() if len(self.quiet()) >= LEAST else []
+        looks = [look for pair in segments for _, look in pair] or [look for _, look in self.looks]
+        return {part: statistics.median(look[part] for look in looks) for part in looks[0]}
+
+    def _quiet_segments(self) -> list[tuple[tuple[int, Look], tuple[int, Look]]]:
+        usual = self.probe.usual()
+        fine = [self.probe.strangeness(look, usual) <= BAND for _, look in self.looks]
+        pairs = zip(self.looks, self.looks[1:])
+        return [pair for pair, before, after in zip(pairs, fine, fine[1:]) if before and after]
+
+
+def counted(quiet: Sequence[int], rounds: int) -> tuple[list[int], bool]:
+    """Which of a run's rounds count, and whether they were undisturbed: all of them count where too few were."""
+    found = [i for i in quiet if i < rounds]
+    if len(found) >= min(LEAST, rounds):
+        return found, True
+    return list(range(rounds)), False

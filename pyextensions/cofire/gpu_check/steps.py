@@ -1,0 +1,421 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the processes of gpu-check run: ``python -m cofire.gpu_check.steps <step>``, told the rest by the environment."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cofire.files import write_atomically
+from cofire.gpu_check.journal import BAD, GOOD, Journal
+from cofire.gpu_check.plan import checkout, workers
+from cofire.gpu_check.recorder import context_answers
+from cofire.gpu_check.runner import CONTEXT_LOST, NOT_HERE
+
+VERSIONS = (
+    "torch",
+    "triton",
+    "cupy-cuda13x",
+    "cupy-cuda12x",
+    "cupy",
+    "numpy",
+    "pytest",
+    "pytest-xdist",
+    "typer",
+    "rich",
+    "ninja",
+)
+#: What nvidia-smi is asked for; it is only asked.
+QUERIES = (
+    "name",
+    "driver_version",
+    "memory.total",
+    "mig.mode.current",
+    "persistence_mode",
+    "compute_mode",
+    "ecc.mode.current",
+    "pstate",
+    "clocks.sm",
+    "clocks.max.sm",
+    "clocks.mem",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+    "clocks_throttle_reasons.active",
+)
+#: Kernels that a dry run compiles: one that streams, one that selects, one that routes. (A product takes ten seconds.)
+FEW = ("histogram16", "compact", "moe_route")
+
+
+class NotHereError(Exception):
+    """This machine cannot do the step; the sentence says why."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a step notes and leaves what it finds."""
+
+    out: Path
+    journal: Journal
+    slice: str
+    dry: bool
+
+    @property
+    def part(self) -> str:
+        return self.slice.partition("/")[0]
+
+    def each(self, items: Sequence[str], work: Callable[[str], str | None]) -> None:
+        """Do what has not ended yet, and note it. ``work`` gives a fault as a sentence, or None."""
+        self.journal.write(part=self.part, slice=self.slice, event="plan", total=len(items))
+        ended = {name for name, r in self.journal.items(self.part).items() if r["event"] in (*GOOD, *BAD)}
+        for item in items:
+            if item not in ended:
+                self.one(item, work)
+
+    def one(self, item: str, work: Callable[[str], str | None]) -> None:
+        about = {"part": self.part, "slice": self.slice, "item": item}
+        self.journal.write(**about, event="start")
+        begun = time.perf_counter()
+        try:
+            fault = work(item)
+        except Exception as error:  # the other items go on
+            fault = f"{type(error).__name__}: {error}"
+        seconds = round(time.perf_counter() - begun, 2)
+        if fault is None:
+            self.journal.write(**about, event="passed", seconds=seconds)
+            return
+        print(f"{item}: {fault}", flush=True)
+        self.journal.write(**about, event="failed", seconds=seconds, note=fault)
+        if not context_answers():
+            sys.stdout.flush()
+            os._exit(CONTEXT_LOST)
+
+
+def _json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def _need_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise NotHereError("torch sees no NVIDIA GPU")
+
+
+# ------------------------------------------------------------------------------------------------ environment
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def nvidia_smi() -> dict[str, str] | str:
+    """What nvidia-smi answers to :data:`QUERIES`, or why there is no answer."""
+    if shutil.which("nvidia-smi") is None:
+        return "nvidia-smi is not there"
+    try:
+        at_once = _ask_nvidia_smi(",".join(QUERIES))
+        if at_once is not None and at_once.count(",") == len(QUERIES) - 1:
+            return dict(zip(QUERIES, (word.strip() for word in at_once.split(",")), strict=True))
+        # one by one: this driver does not know some of them
+        return {query: _ask_nvidia_smi(query) or "not known to this driver" for query in QUERIES}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi gives no answer: {error}"
+
+
+def _ask_nvidia_smi(query: str) -> str | None:
+    call = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    answer = subprocess.run(call, capture_output=True, text=True, timeout=10, check=False)
+    return answer.stdout.strip() if answer.returncode == 0 else None
+
+
+def gpu() -> dict[str, Any] | None:
+    """What torch says of the GPU."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    names = (
+        "name",
+        "major",
+        "minor",
+        "total_memory",
+        "multi_processor_count",
+        "L2_cache_size",
+        "clock_rate",
+        "memory_clock_rate",
+    )
+    return {name: getattr(found, name, None) for name in names} | {"count": torch.cuda.device_count()}
+
+
+def environment(context: Context) -> None:
+    """What there is: GPU, driver, clocks, limits, versions. Nothing is changed."""
+    from cofire import native
+    from cofire.bench.results import environment as of_results
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    report = {
+        "gpu": gpu(),
+        "nvidia_smi": nvidia_smi(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in VERSIONS},
+        "cuda": torch.version.cuda,
+        "compiler": shutil.which(compiler()),
+        "native": native.STATUS.variant or native.STATUS.reason,
+        "workers": workers(),
+        "results": of_results(device, False),
+    }
+    _json(context.out / "environment.json", report)
+    print(json.dumps(report, indent=1))
+
+
+# ------------------------------------------------------------------------------------------------ preparation
+
+
+def compiler() -> str:
+    return shlex.split(os.environ.get("CXX", "c++"))[0]
+
+
+def build(context: Context) -> None:
+    """The C++ kernels, by the compiler that is there; without one the reference serves."""
+    root = checkout()
+    if root is None:
+        raise NotHereError("cofire is installed: it is built already, or without compiled kernels")
+    if shutil.which(compiler()) is None:
+        raise NotHereError(f"no C++ compiler ({compiler()}): on the CPU the reference serves")
+    if importlib.util.find_spec("setuptools") is None:
+        raise NotHereError("setuptools is not installed: on the CPU the reference serves")
+    if importlib.util.find_spec("ninja") is None and shutil.which("ninja") is None:
+        raise NotHereError(
+            "ninja is not installed, and without it the build would take too long: on the CPU the reference serves"
+        )
+    if context.dry:
+        raise NotHereError("a dry run builds nothing")
+    done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root, check=False)
+    if done.returncode:
+        raise SystemExit(f"the build failed with exit code {done.returncode}: on the CPU the reference serves")
+
+
+def ceilings(context: Context) -> None:
+    """What the rows are divided by."""
+    if context.dry:
+        raise NotHereError("a dry run measures nothing")
+    _need_gpu()
+    from cofire.bench.ceilings import measure
+
+    table = measure("cuda", 0.2)
+    _json(context.out / "ceilings.json", table)
+    print(json.dumps(table))
+
+
+def compile(context: Context) -> None:
+    """Every Triton kernel, ahead of time, for the GPU at hand (a dry run: a few, for sm_90)."""
+    if importlib.util.find_spec("triton") is None:
+        raise NotHereError("triton is not installed")
+    from cofire_kernels.aot import SHARED_MEMORY
+    from cofire_kernels.configs import entries
+
+    chip = "sm_{}{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "sm_90"
+    if chip not in SHARED_MEMORY:
+        raise NotHereError(f"kernels are compiled ahead of time for {', '.join(SHARED_MEMORY)}; this GPU is {chip}")
+    every = os.environ.get("COFIRE_GPU_CHECK_ALL_KERNELS") == "1"
+    names = list(FEW) if context.dry and not every else list(entries("default.json"))
+    command = [sys.executable, "-m", "cofire_kernels.aot", chip, "--dtypes", "bfloat16"]
+    command += [] if context.dry and not every else ["float32"]
+    left = set(names)
+    context.journal.write(part="compile", slice=context.slice, event="plan", total=len(names))
+    faults: dict[str, str] = {}
+    for facts in _lines([*command, "--configs", *names]):
+        if facts.get("error"):
+            faults[facts["config"]] = facts["error"]
+        left.discard(facts["config"])
+    for name in names:
+        about = {"part": "compile", "slice": context.slice, "item": name}
+        if name in left:
+            faults[name] = "compiled to nothing"
+        if name in faults:
+            context.journal.write(**about, event="failed", note=faults[name])
+        else:
+            context.journal.write(**about, event="passed")
+
+
+def _lines(command: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that a process prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command[1:4])} ended with exit code {process.returncode}")
+
+
+# --------------------------------------------------------------------------------------------------- measuring
+
+
+def tiles(context: Context) -> None:
+    """The best of the shipped tiles at the shipped sizes, kernel by kernel. A dry run asks for every kernel's tiles."""
+    if importlib.util.find_spec("triton") is None:
+        raise NotHereError("triton is not installed")
+    from cofire_kernels.configs import tune
+
+    if context.dry:
+        context.each(tune.names(), dry_tiles)
+        return
+    _need_gpu()
+    path = tune.file(context.out / "tiles")
+
+    def best(name: str) -> None:
+        tune.tune([name], path=path, seconds=30.0)
+
+    context.each(tune.names(), best)
+
+
+def dry_tiles(name: str) -> str | None:
+    """On tensors without memory, with launches that do nothing: some call of the kernel asks for its tile."""
+    from triton.runtime.jit import JITFunction
+
+    from cofire_kernels.configs import tune
+
+    launch = JITFunction.run
+    JITFunction.run = lambda *_, **__: None
+    try:
+        tune.best(name, torch.bfloat16, torch.device("meta"), measure=lambda call: 1.0)
+    finally:
+        JITFunction.run = launch
+    return None
+
+
+def results_file(out: Path) -> Path:
+    from cofire.bench.results import results_path
+
+    return out / results_path("cuda").name
+
+
+def benchmarks(context: Context, families: Sequence[str], which: str) -> None:
+    """Cases of families: the quick ones, all, or all by ``torch.compile``."""
+    from cofire.bench.cases import Case, of_family
+
+    cases: dict[str, Case] = {}
+    for case in (case for family in families for case in of_family(family)):
+        if which == "compile" and "compile" not in case.providers:
+            continue
+        if which != "quick" or case.quick:
+            cases[f"{case}, torch.compile" if which == "compile" else str(case)] = case
+    if context.dry:
+        context.each(list(cases), lambda item: dry_case(cases[item]))
+        return
+    _need_gpu()
+    path = results_file(context.out)
+    _keep_ceilings(context.out)
+    context.each(list(cases), lambda item: _measure(cases[item], which == "compile", path))
+
+
+def dry_case(case: Any) -> str | None:
+    """All providers that a GPU would time, made on the CPU on a small input where they can be; a fault, or None."""
+    from cofire.bench.harness import Input, candidates, prepare
+
+    input = Input(case, "cpu", tiny=True)
+    for mode in case.modes:
+        for name, variants in candidates(case, "cuda", mode, None).items():
+            for variant, provider in variants.items():
+                if "cpu" not in provider.devices or name == "compile":
+                    continue
+                try:
+                    prepare(provider, case, input.args, mode)
+                except Exception as error:
+                    if name in ("cofire", "dense"):
+                        return f"{mode}, {name} {variant}: {type(error).__name__}: {error}"
+    return None
+
+
+def _measure(case: Any, compiled: bool, path: Path) -> str | None:
+    from cofire.bench import harness
+
+    others = [name for name in harness._provider_names([case], "cuda") if name != "compile"]
+    providers = ["compile"] if compiled else others
+    results = harness.run(
+        [case.family], ops=[case.op], cases=[str(case)], device="cuda", providers=providers, out=path, progress=False
+    )
+    return "; ".join(results.refused) or None
+
+
+def _keep_ceilings(out: Path) -> None:
+    """Measure the ceilings once, not with every case: those of the part ``ceilings`` where they are there."""
+    from cofire.bench import ceilings as roofs
+
+    file = out / "ceilings.json"
+    if not file.exists():
+        _json(file, roofs.measure("cuda", 0.2))
+    table = json.loads(file.read_text(encoding="utf-8"))
+    roofs.measure = lambda *_, **__: table
+
+
+def command(context: Context, name: str) -> None:
+    """A command of ``cofire`` that resumes by itself, on the GPU."""
+    if importlib.util.find_spec("typer") is None:
+        raise NotHereError(f"cofire {name} needs typer: pip install typer")
+    from cofire.cli import app
+
+    if name not in {c.name or (c.callback.__name__ if c.callback else "") for c in app.registered_commands}:
+        raise NotHereError(f"this cofire has no command {name}")
+    if context.dry:
+        raise NotHereError("a dry run measures nothing")
+    _need_gpu()
+    folder = {"bench-growth": "growth", "bench-networks": "end_to_end"}[name]
+    out = context.out / folder / results_file(context.out).name
+    done = subprocess.run(
+        [sys.executable, "-m", "cofire.cli", name, "--device", "cuda", "--out", str(out)], check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"cofire {name} ended with exit code {done.returncode}")
+
+
+def absent(context: Context, reason: str) -> None:
+    """Something that this machine has not."""
+    raise NotHereError(reason)
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cofire.gpu_check.steps")
+    parser.add_argument(
+        "step", choices=("environment", "build", "ceilings", "compile", "tiles", "benchmarks", "command", "absent")
+    )
+    parser.add_argument("text", nargs="?")
+    parser.add_argument("--family", action="append", default=[])
+    parser.add_argument("--pass", dest="which", default="quick")
+    options = parser.parse_args(None if arguments is None else list(arguments))
+    journal = Journal(Path(os.environ["COFIRE_GPU_CHECK_JOURNAL"]))
+    context = Context(
+        journal.path.parent,
+        journal,
+        os.environ["COFIRE_GPU_CHECK_SLICE"],
+        os.environ.get("COFIRE_GPU_CHECK_DRY") == "1",
+    )
+    given = [options.family, options.which] if options.step == "benchmarks" else [options.text] if options.text else []
+    try:
+        globals()[options.step](context, *given)
+    except NotHereError as reason:
+        print(reason)
+        return NOT_HERE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
