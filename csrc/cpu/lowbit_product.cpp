@@ -12,6 +12,7 @@
 #include <bit>
 #include <cmath>
 
+#include "amx.h"
 #include "lowbit.h"
 #include "one_thread.h"
 #include "pages.h"
@@ -41,7 +42,8 @@ namespace {
 #endif
 }
 
-constexpr int64_t kRowsAtOnce = 64;  // of x, multiplied by one tile of the weight
+// Of x, multiplied by one tile of the weight: on AMX, where decoding it takes longer than a product.
+constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
 
@@ -50,10 +52,13 @@ struct Rows {
   int64_t count, columns, stride;
   at::Tensor values;  // fp32 [count, stride]
   // Words of four bytes, of two bf16 or of a float, by panels: the rows that a loop takes together
-  // stand side by side, word by word. Apart they would be on a page each, and fetched one by one.
+  // stand side by side, word by word or some words of each. Apart they would be on a page each, and
+  // fetched one by one.
   at::Tensor words;
   const uint32_t* first_word = nullptr;
   int word_shift;               // a word has 1 << word_shift columns
+  int64_t run = 1;              // words of a row that stand side by side in its panel: more on AMX
+  int64_t at_once = kRowsAtOnce;
   std::vector<int64_t> panels;  // the first row of each, and `count`
   at::Tensor sums;              // fp32 [count, groups]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
@@ -63,7 +68,7 @@ struct Rows {
     const int64_t all = static_cast<int64_t>(panels.size()) - 1;
     std::vector<int64_t> firsts{0};
     for (int64_t to = 1; to < all; ++to) {
-      if (panels[to + 1] - panels[firsts.back()] > kRowsAtOnce) firsts.push_back(to);
+      if (panels[to + 1] - panels[firsts.back()] > at_once) firsts.push_back(to);
     }
     firsts.push_back(all);
     return firsts;
@@ -143,8 +148,12 @@ void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t
   }
 }
 
-Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, Way way) {
+// `run`: words of a row that AMX takes at a time; without it 1.
+Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, Way way,
+             int64_t run) {
   Rows rows;
+  rows.run = run;
+  if (run > 1) rows.at_once = kRowsAtOnceAmx;
   rows.count = x.size(0);
   rows.columns = x.size(1);
   // A few rows of floats are read as they are.
@@ -161,7 +170,8 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
   if (in_panels) rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
   for (int64_t m = 0; m < rows.count;) {
     rows.panels.push_back(m);
-    m += way == Way::kFew ? part_of_few(rows.count - m) : next_part(rows.count - m, kTileRows);
+    m += way == Way::kFew ? part_of_few(rows.count - m)
+                          : next_part(rows.count - m, run > 1 ? amx::kRows : kTileRows);
   }
   rows.panels.push_back(rows.count);
   if (!in_panels && !sums) return rows;
@@ -197,10 +207,15 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
               from = narrowed.data();
             }
             if (in_panels) {
-              uint32_t* to = all_words + first * words + r;
+              uint32_t* to = all_words + first * words + r * run;
               const auto* word = static_cast<const char*>(from);
-              for (const char* end = word + 4 * words; word < end; word += 4, to += together) {
-                std::memcpy(to, word, 4);
+              const char* end = word + 4 * words;
+              if (run > 1) {
+                for (; word < end; word += 4 * run, to += together * run) {
+                  std::memcpy(to, word, 4 * run);
+                }
+              } else {
+                for (; word < end; word += 4, to += together) std::memcpy(to, word, 4);
               }
             }
             if (sums) {
@@ -721,6 +736,41 @@ void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint
 }
 #endif
 
+#if defined(COFIRE_AMX)
+// The same on AMX, for up to amx::kRows rows; `p`: [words / run][rows][run].
+template <bool Pairs>
+void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c, int64_t rows,
+              int64_t run) {
+  alignas(64) uint32_t all[amx::kRows * kWidth];
+  const uint8_t* tile = piece.tile;
+  for (int64_t g = 0; g < piece.groups; ++g) {
+    amx::multiply<Pairs>(p, tile, piece.words, rows, run, all);
+    F16 factor[kTileBlocks], moved[kTileBlocks];
+    COFIRE_UNROLL
+    for (int j = 0; j < kTileBlocks; ++j) {
+      const int64_t at = g * kWidth + 16 * j;
+      factor[j] = F16::load(piece.scale + at);
+      moved[j] = piece.shift != nullptr ? F16::load(piece.shift + at) : F16::zero();
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const float sum = sums != nullptr ? sums[r * piece.all_groups + g] : 0;
+      const W16 off = piece.middle != 0 ? taken_off(piece.middle, sum) : W16::zero();
+      COFIRE_UNROLL
+      for (int j = 0; j < kTileBlocks; ++j) {
+        float* to = c + r * kWidth + 16 * j;
+        const W16 whole = W16::load(all + r * kWidth + 16 * j);
+        const F16 total = Pairs ? as_float(whole) : to_float(W16{_mm512_add_epi32(whole.v, off.v)});
+        F16 y = fma(factor[j], total, F16::load(to));
+        if (piece.shift != nullptr) y = fma(moved[j], F16::all(sum), y);
+        y.store(to);
+      }
+    }
+    p += piece.words * rows;
+    tile += piece.words * 4 * kWidth;
+  }
+}
+#endif
+
 using Tile = void (*)(const Piece&, const uint32_t*, const float*, float*);
 
 template <Bytes Kind, int... R>
@@ -798,6 +848,12 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
     });
     return found;
   };
+#if defined(COFIRE_AMX)
+  using Registers = amx::Registers;
+  const auto on_amx = pairs ? tile_amx<true> : tile_amx<false>;
+#else
+  struct Registers {};
+#endif
   // `piece` steps of the blocks from `first` on, from step `at` on.
   const auto decode = [&](int64_t first, int64_t used, int64_t at, int64_t piece, uint8_t* tile) {
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
@@ -843,9 +899,9 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
     };
     return
         [&, gather, tile = std::vector<uint8_t>(64 + groups * part * kStep * kWidth * size),
-         c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
-         factor = std::vector<float>(groups * kWidth), moved = std::vector<float>(groups * kWidth)](
-            int64_t first, int64_t used, int64_t from, int64_t to) mutable {
+         c = std::vector<float>(std::min(x.at_once, x.count) * kWidth),
+         factor = std::vector<float>(groups * kWidth), moved = std::vector<float>(groups * kWidth),
+         registers = Registers()](int64_t first, int64_t used, int64_t from, int64_t to) mutable {
           const int64_t m = x.panels[from], rows = x.panels[to] - m;
           sink.ask_for(m, rows, first * kBlock);
           std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
@@ -866,8 +922,16 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
               for (int64_t i = from; i < to; ++i) {
                 const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
                 const float* sums = all_sums != nullptr ? all_sums + r * w.groups + g : nullptr;
-                kernel(together)(piece, x.panel(r, together, at * kStep), sums,
-                                 c.data() + (r - m) * kWidth);
+                const uint32_t* panel = x.panel(r, together, at * kStep);
+                float* results = c.data() + (r - m) * kWidth;
+#if defined(COFIRE_AMX)
+                if (x.run > 1) {
+                  registers.shape(together, x.run);
+                  on_amx(piece, panel, sums, results, together, x.run);
+                  continue;
+                }
+#endif
+                kernel(together)(piece, panel, sums, results);
               }
             }
           }
@@ -920,7 +984,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
   const int64_t cost = x.stride * kWidth / 2 * x.count;
   by_tiles(x, w, blocks, cost, [&] {
     return [&, tile = std::vector<float>(kDepth * kWidth),
-            c = std::vector<float>(std::min(kRowsAtOnce, x.count) * kWidth),
+            c = std::vector<float>(std::min(x.at_once, x.count) * kWidth),
             values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
                int64_t first, int64_t used, int64_t from, int64_t to) mutable {
       const int64_t m = x.panels[from], rows = x.panels[to] - m;
@@ -1018,6 +1082,13 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   return dtype == at::kBFloat16 && exact && has_bf16() ? Way::kPairs : Way::kFloats;
 }
 
+// How many words of a row AMX takes at a time: whole rows of a tile, where groups fill them.
+static int64_t run_of(const Packed* w, Way way) {
+  if (!(way == Way::kBytes || way == Way::kPairs) || !amx::found()) return 1;
+  const int64_t steps = w->groups == 1 ? w->steps : w->group / kStep;
+  return way == Way::kPairs || steps % 2 == 0 ? amx::kWords : amx::kWords / 2;
+}
+
 std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
   const std::string limit = std::to_string(int8 ? kFewBytes : kFewFloats);
@@ -1053,7 +1124,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   const bool moved = shift != nullptr && shift->defined() && way != Way::kFloats;
   const bool sums = moved || (int8 && w != nullptr && w->byte_middle != 0);
   const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
-                            w != nullptr ? w->groups : 1, int8, sums, way);
+                            w != nullptr ? w->groups : 1, int8, sums, way, run_of(w, way));
   const Sink sink{rows, low_rank, int8,
                   bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
   switch (way) {
