@@ -5,8 +5,7 @@
 
 #include "lanes16.h"
 
-#if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__) && defined(__linux__) && \
-    defined(__GNUC__)
+#if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #define COFIRE_AMX
 #include <ATen/cpu/Utils.h>
 #include <cpuid.h>
@@ -26,7 +25,8 @@ inline bool found() {
   static const bool is = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll && at::cpu::init_amx();
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll &&
+           at::cpu::init_amx();
   }();
   return is;
 }
@@ -68,8 +68,8 @@ class Registers {
   int64_t rows_ = 0, words_ = 0;
 };
 
-// sums[r][3 * 16] = what `count` words of the rows of `x` give with those of `tile`: signed bytes of
-// x times unsigned ones of the weight, or pairs of bf16. `x`: [count / words][rows][words];
+// sums[r][3 * 16] = what `count` words of the rows of `x` give with those of `tile`: signed bytes
+// of x times unsigned ones of the weight, or pairs of bf16. `x`: [count / words][rows][words];
 // `tile`: [count][3 * 16].
 template <bool Pairs>
 COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t count, int64_t rows,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators of the family: dequantize, qlinear and qlora_linear, their
 // backwards, and the packed layout that they keep.
+#include "lines.h"
 #include "lowbit.h"
 
 #include <ATen/TensorOperators.h>
@@ -494,7 +495,7 @@ at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Ten
   const int64_t tiles = (columns + kColumns - 1) / kColumns;
   const int64_t cost = w.rows * kColumns / 2 * count;
   in_parts(tiles, grain_of(cost), [&](int64_t begin, int64_t end) {
-    std::vector<float> tile(kDepth * kColumns), c(count * kColumns);
+    Lines<float> tile(kDepth * kColumns), c(count * kColumns);
     std::vector<uint8_t> bytes(kColumns + 16);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k = t * kColumns, used = std::min(kColumns, columns - k);
@@ -568,7 +569,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> qlinear_b
   const int64_t tiles = (w.rows + kRows - 1) / kRows;
   at::parallel_for(
       0, tiles, grain_of(kRows * columns * (1 + count)), [&](int64_t begin, int64_t end) {
-        std::vector<float> dense(kRows * padded);
+        Lines<float> dense(kRows * padded);
         std::vector<uint8_t> bytes(columns + 16);
         for (int64_t t = begin; t < end; ++t) {
           const int64_t n = t * kRows, rows = std::min(kRows, w.rows - n);

@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "amx.h"
+#include "lines.h"
 #include "lowbit.h"
 #include "one_thread.h"
 #include "pages.h"
@@ -42,7 +43,8 @@ namespace {
 #endif
 }
 
-// Of x, multiplied by one tile of the weight: on AMX, where decoding it takes longer than a product.
+// Of x, multiplied by one tile of the weight: on AMX, where decoding it takes longer than a
+// product.
 constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
@@ -56,8 +58,8 @@ struct Rows {
   // fetched one by one.
   at::Tensor words;
   const uint32_t* first_word = nullptr;
-  int word_shift;               // a word has 1 << word_shift columns
-  int64_t run = 1;              // words of a row that stand side by side in its panel: more on AMX
+  int word_shift;   // a word has 1 << word_shift columns
+  int64_t run = 1;  // words of a row that stand side by side in its panel: more on AMX
   int64_t at_once = kRowsAtOnce;
   std::vector<int64_t> panels;  // the first row of each, and `count`
   at::Tensor sums;              // fp32 [count, groups]: of values, or of bytes
@@ -179,52 +181,52 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
   rows.first_word = all_words;
   const auto* values = rows.values.const_data_ptr<float>();
   const int64_t panels = static_cast<int64_t>(rows.panels.size()) - 1;
-  at::parallel_for(
-      0, panels, grain_of(8 * kTileRows * rows.stride), [&](int64_t begin, int64_t end) {
-        static_assert(kStep % kLanes == 0);
-        // One row; what is beyond its columns stays zero.
-        std::vector<int8_t> bytes(int8 ? rows.stride : 0);
-        std::vector<float> widened(bytes_as_floats ? rows.stride : 0);
-        std::vector<c10::BFloat16> narrowed(pairs ? rows.stride : 0);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t first = rows.panels[i], together = rows.panels[i + 1] - first;
-          for (int64_t r = 0; r < together; ++r) {
-            const int64_t m = first + r;
-            const float* v = values + m * rows.stride;
-            const void* from = v;
-            if (int8) {
-              rows.scales.mutable_data_ptr<float>()[m] =
-                  quantize_row(v, rows.columns, bytes.data());
-              from = bytes.data();
-            }
-            if (bytes_as_floats) {
-              std::copy(bytes.begin(), bytes.end(), widened.begin());
-              from = widened.data();
-            } else if (pairs) {
-              for (int64_t k = 0; k < rows.stride; k += kLanes) {
-                store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
-              }
-              from = narrowed.data();
-            }
-            if (in_panels) {
-              uint32_t* to = all_words + first * words + r * run;
-              const auto* word = static_cast<const char*>(from);
-              const char* end = word + 4 * words;
-              if (run > 1) {
-                for (; word < end; word += 4 * run, to += together * run) {
-                  std::memcpy(to, word, 4 * run);
-                }
-              } else {
-                for (; word < end; word += 4, to += together) std::memcpy(to, word, 4);
-              }
-            }
-            if (sums) {
-              sum_groups(v, int8 ? bytes.data() : nullptr, group, groups,
-                         rows.sums.mutable_data_ptr<float>() + m * groups);
-            }
-          }
-        }
-      });
+  at::parallel_for(0, panels, grain_of(8 * kTileRows * rows.stride),
+                   [&](int64_t begin, int64_t end) {
+                     static_assert(kStep % kLanes == 0);
+                     // One row; what is beyond its columns stays zero.
+                     std::vector<int8_t> bytes(int8 ? rows.stride : 0);
+                     std::vector<float> widened(bytes_as_floats ? rows.stride : 0);
+                     std::vector<c10::BFloat16> narrowed(pairs ? rows.stride : 0);
+                     for (int64_t i = begin; i < end; ++i) {
+                       const int64_t first = rows.panels[i], together = rows.panels[i + 1] - first;
+                       for (int64_t r = 0; r < together; ++r) {
+                         const int64_t m = first + r;
+                         const float* v = values + m * rows.stride;
+                         const void* from = v;
+                         if (int8) {
+                           rows.scales.mutable_data_ptr<float>()[m] =
+                               quantize_row(v, rows.columns, bytes.data());
+                           from = bytes.data();
+                         }
+                         if (bytes_as_floats) {
+                           std::copy(bytes.begin(), bytes.end(), widened.begin());
+                           from = widened.data();
+                         } else if (pairs) {
+                           for (int64_t k = 0; k < rows.stride; k += kLanes) {
+                             store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
+                           }
+                           from = narrowed.data();
+                         }
+                         if (in_panels) {
+                           uint32_t* to = all_words + first * words + r * run;
+                           const auto* word = static_cast<const char*>(from);
+                           const char* end = word + 4 * words;
+                           if (run > 1) {
+                             for (; word < end; word += 4 * run, to += together * run) {
+                               std::memcpy(to, word, 4 * run);
+                             }
+                           } else {
+                             for (; word < end; word += 4, to += together) std::memcpy(to, word, 4);
+                           }
+                         }
+                         if (sums) {
+                           sum_groups(v, int8 ? bytes.data() : nullptr, group, groups,
+                                      rows.sums.mutable_data_ptr<float>() + m * groups);
+                         }
+                       }
+                     }
+                   });
   return rows;
 }
 
@@ -813,18 +815,21 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
 }
 
 // Calls f(first, used, from, to), in parts, for each tile of kTileBlocks blocks and each of x's
-// pieces of panels. A small weight stays in the cache while x goes by; else x does, tile by tile.
+// pieces of panels. An x that the second-level cache holds stays there while the weight goes by;
+// of a larger one a piece does, where the codes that then go by once for each are the lesser.
 template <typename Start>
 void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Start& start) {
-  constexpr int64_t kSmall = 1 << 17;  // bytes
+  constexpr int64_t kHeld = 1 << 19;  // bytes
   const std::vector<int64_t> pieces = x.pieces();
   const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t all = static_cast<int64_t>(pieces.size()) - 1;
-  const bool small = w != nullptr && w->codes.numel() <= kSmall;
+  const int64_t of_x = static_cast<int64_t>(x.words.nbytes());
+  const bool by_pieces = w != nullptr && of_x > kHeld && w->codes.numel() * all < of_x * tiles;
   in_parts(tiles * all, grain_of(cost / all), [&](int64_t begin, int64_t end) {
     auto multiply = start();
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t tile = small ? i % tiles : i / all, piece = small ? i / tiles : i % all;
+      const int64_t tile = by_pieces ? i % tiles : i / all;
+      const int64_t piece = by_pieces ? i / tiles : i % all;
       const int64_t first = tile * kTileBlocks;
       multiply(first, std::min<int64_t>(kTileBlocks, blocks - first), pieces[piece],
                pieces[piece + 1]);
@@ -883,13 +888,16 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   // Decoded at a time: some groups, or a part of one.
-  const int64_t at_most = kTileBytes / (kStep * kWidth * size);
+  // AMX takes bytes so fast that of two tiles the lesser, which leaves room in the cache, is
+  // better.
+  const int64_t tile_bytes = x.run > 1 && !pairs ? kTileBytes / 2 : kTileBytes;
+  const int64_t at_most = tile_bytes / (kStep * kWidth * size);
   const int64_t groups = std::max<int64_t>(std::min(at_most / steps, w.groups), 1);
   const int64_t part = std::min(steps, at_most);
   by_tiles(x, &w, w.blocks, cost, [&] {
     // Of the groups from g on, for the blocks from `first` on.
     const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,
-                            int64_t used, std::vector<float>& to) {
+                            int64_t used, Lines<float>& to) {
       for (int64_t b = 0; b < used; ++b) {
         const float* from = all.const_data_ptr<float>() + ((first + b) * w.groups + g) * kBlock;
         for (int64_t i = 0; i < now; ++i) {
@@ -898,9 +906,9 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
       }
     };
     return
-        [&, gather, tile = std::vector<uint8_t>(64 + groups * part * kStep * kWidth * size),
-         c = std::vector<float>(std::min(x.at_once, x.count) * kWidth),
-         factor = std::vector<float>(groups * kWidth), moved = std::vector<float>(groups * kWidth),
+        [&, gather, tile = Lines<uint8_t>(groups * part * kStep * kWidth * size),
+         c = Lines<float>(std::min(x.at_once, x.count) * kWidth),
+         factor = Lines<float>(groups * kWidth), moved = Lines<float>(groups * kWidth),
          registers = Registers()](int64_t first, int64_t used, int64_t from, int64_t to) mutable {
           const int64_t m = x.panels[from], rows = x.panels[to] - m;
           sink.ask_for(m, rows, first * kBlock);
@@ -983,8 +991,8 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
   constexpr int64_t kDepth = kTileBytes / (4 * kWidth) / kStep * kStep;  // columns of a tile
   const int64_t cost = x.stride * kWidth / 2 * x.count;
   by_tiles(x, w, blocks, cost, [&] {
-    return [&, tile = std::vector<float>(kDepth * kWidth),
-            c = std::vector<float>(std::min(x.at_once, x.count) * kWidth),
+    return [&, tile = Lines<float>(kDepth * kWidth),
+            c = Lines<float>(std::min(x.at_once, x.count) * kWidth),
             values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
                int64_t first, int64_t used, int64_t from, int64_t to) mutable {
       const int64_t m = x.panels[from], rows = x.panels[to] - m;
