@@ -6,7 +6,12 @@
 #include "lanes16.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#if __has_include(<amxtileintrin.h>)  // a compiler so new comes with an assembler that knows them
 #define COFIRE_AMX
+#endif
+#endif
+
+#if defined(COFIRE_AMX)
 #include <ATen/cpu/Utils.h>
 #include <cpuid.h>
 #endif

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The operators of the family: dequantize, qlinear and qlora_linear, their
 // backwards, and the packed layout that they keep.
-#include "lines.h"
 #include "lowbit.h"
 
 #include <ATen/TensorOperators.h>
@@ -18,6 +17,7 @@
 #include <mutex>
 #include <unordered_map>
 
+#include "lines.h"
 #include "pages.h"
 #include "parts.h"
 

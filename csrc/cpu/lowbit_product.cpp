@@ -1100,14 +1100,16 @@ static int64_t run_of(const Packed* w, Way way) {
 std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
   const std::string limit = std::to_string(int8 ? kFewBytes : kFewFloats);
+  const std::string on_amx = amx::found() ? ", multiplied on AMX" : "";
   switch (way_of(w, count, dtype, int8)) {
     case Way::kFew:
       return "codes decoded in registers: " + rows + ", up to " + limit;
     case Way::kBytes:
       return "tiles of the weight decoded to bytes: " + rows + ", more than " + limit +
-             (w.int8_lut && w.bits > 4 ? " or a table of more than 16 entries" : "");
+             (w.int8_lut && w.bits > 4 ? " or a table of more than 16 entries" : "") + on_amx;
     case Way::kPairs:
-      return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit;
+      return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit +
+             on_amx;
     case Way::kFloats:
       return "tiles of the weight decoded to floats: " + rows + ", more than " + limit;
     case Way::kLibrary:
