@@ -13,6 +13,7 @@
 #include <cmath>
 
 #include "amx.h"
+#include "features.h"
 #include "lines.h"
 #include "lowbit.h"
 #include "one_thread.h"
@@ -24,24 +25,6 @@ inline namespace CPU_CAPABILITY {
 namespace lowbit {
 
 namespace {
-
-[[maybe_unused]] bool has_vnni() {
-#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  static const bool found = __builtin_cpu_supports("avx512vnni");
-  return found;
-#else
-  return false;
-#endif
-}
-
-[[maybe_unused]] bool has_bf16() {
-#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found;
-#else
-  return false;
-#endif
-}
 
 // Of x, multiplied by one tile of the weight: on AMX, where decoding it takes longer than a
 // product.

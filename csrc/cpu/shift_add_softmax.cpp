@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "features.h"
 #include "lanes16.h"
 #include "parts.h"
 #include "shift_add_attention.h"
@@ -297,6 +298,7 @@ COFIRE_INLINE float weigh(const uint8_t* distances, int64_t valid, int near, int
 }
 
 // sums += weights [kRows][kKeys] times values [kKeys][kColumns], of the first `depth` keys.
+template <bool>
 COFIRE_INLINE void multiply(const float* weights, const float* values, int64_t depth, const float*,
                             const float*, float* sums, int64_t stride) {
   F16 acc[kRows];
@@ -311,6 +313,7 @@ COFIRE_INLINE void multiply(const float* weights, const float* values, int64_t d
   for (int r = 0; r < kRows; ++r) (F16::load(sums + r * stride) + acc[r]).store(sums + r * stride);
 }
 
+template <bool Vnni>
 COFIRE_INLINE void multiply(const int16_t* weights, const int16_t* values, int64_t depth,
                             const float* scales, const float* factors, float* sums,
                             int64_t stride) {
@@ -324,7 +327,7 @@ COFIRE_INLINE void multiply(const int16_t* weights, const int16_t* values, int64
       for (int r = 0; r < kRows; ++r) {
         uint32_t pair;
         std::memcpy(&pair, weights + r * kKeys + k + 2 * half(), sizeof(pair));
-        acc[r] = dot_pairs(acc[r], W16::all(pair), x);
+        acc[r] = dot_pairs<Vnni>(acc[r], W16::all(pair), x);
       }
     });
   }
@@ -345,7 +348,7 @@ struct Prepared {
 };
 
 // The outputs of the queries [first, first + rows) of a set; their codes are in the workspace.
-template <typename P, typename T>
+template <bool Vnni, typename P, typename T>
 void attend(const Sizes& s, const Prepared<P>& set, const Tables& tables, int64_t first,
             int64_t rows, Workspace<P>& ws, T* out) {
   const int64_t columns = s.columns(), end = (rows + kRows - 1) / kRows * kRows;
@@ -390,8 +393,8 @@ void attend(const Sizes& s, const Prepared<P>& set, const Tables& tables, int64_
     const float* scales = set.scales + b * columns;
     for (int64_t c = 0; c < columns; c += kColumns) {
       for (int64_t r = 0; r < end; r += kRows) {
-        multiply(ws.weights + r * kKeys, values + c * kKeys, depth, scales + c, ws.factor + r,
-                 sums + r * columns + c, columns);
+        multiply<Vnni>(ws.weights + r * kKeys, values + c * kKeys, depth, scales + c, ws.factor + r,
+                       sums + r * columns + c, columns);
       }
     }
   }
@@ -436,7 +439,11 @@ void attend_all(const Sizes& s, const Tables& tables, int64_t sets, uint64_t mas
     const Prepared<P> keys = {plane + set * blocks * s.groups * kKeys,
                               prepared + set * blocks * kKeys * columns,
                               scale + set * blocks * columns};
-    attend(s, keys, tables, first, rows, *ws, out + from * s.d);
+    if (whole && has_vnni()) {
+      attend<whole>(s, keys, tables, first, rows, *ws, out + from * s.d);
+    } else {
+      attend<false>(s, keys, tables, first, rows, *ws, out + from * s.d);
+    }
   });
 }
 
