@@ -3,10 +3,8 @@
 // still in the cache.
 #pragma once
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/mm.h>
 
 #include <algorithm>
 
@@ -20,10 +18,6 @@ namespace kv_fusion {
 inline at::Tensor matrix(const float* data, int64_t rows, int64_t columns, int64_t stride) {
   return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1},
                        at::TensorOptions(at::kFloat));
-}
-
-inline void multiply(at::Tensor out, const at::Tensor& a, const at::Tensor& b, bool add = false) {
-  add ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
 }
 
 // Rows in fp32: where they are, or converted.

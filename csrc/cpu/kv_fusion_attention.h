@@ -168,9 +168,9 @@ void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, cons
       const int64_t from = set * rows + first;
       const Floats queries(q + from * s.d, count, s.d, s.d);
       const at::Tensor w = matrix(weights, count, width, width);
-      multiply(w, queries.matrix(0, count, s.d), keys.matrix(0, width, s.d).t());
+      library_product(w, queries.matrix(0, count, s.d), keys.matrix(0, width, s.d).t());
       weigh(Block{set, task, first, count, width}, weights, factors.data());
-      multiply(matrix(mixed, count, s.d, s.d), w, values.matrix(0, width, s.d));
+      library_product(matrix(mixed, count, s.d, s.d), w, values.matrix(0, width, s.d));
       for (int64_t r = 0; r < count; ++r) {
         const Vec by(factors[r]);
         for_vectors(s.d, [&](int64_t c, auto n) {
@@ -216,15 +216,16 @@ void attend_backward(const Sizes& s, const at::Tensor& grad, const at::Tensor& q
       const at::Tensor w = matrix(weights, count, width, width);
       const at::Tensor slope = matrix(slopes, count, width, width);
       const at::Tensor seen_keys = keys.matrix(0, width, s.d);
-      multiply(w, queries.matrix(0, count, s.d), seen_keys.t());
-      multiply(slope, grads.matrix(0, count, s.d), values.matrix(0, width, s.d).t());
+      library_product(w, queries.matrix(0, count, s.d), seen_keys.t());
+      library_product(slope, grads.matrix(0, count, s.d), values.matrix(0, width, s.d).t());
       slopes_of(Block{set, set, first, count, width}, weights, slopes);
-      multiply(matrix(sum_v, width, s.d, s.d), w.t(), grads.matrix(0, count, s.d), true);
-      multiply(matrix(sum_k, width, s.d, s.d), slope.t(), queries.matrix(0, count, s.d), true);
+      library_product(matrix(sum_v, width, s.d, s.d), w.t(), grads.matrix(0, count, s.d), true);
+      library_product(matrix(sum_k, width, s.d, s.d), slope.t(), queries.matrix(0, count, s.d),
+                      true);
       if constexpr (std::is_same_v<T, float>) {
-        multiply(matrix(dq + from * s.d, count, s.d, s.d), slope, seen_keys);
+        library_product(matrix(dq + from * s.d, count, s.d, s.d), slope, seen_keys);
       } else {
-        multiply(matrix(mixed, count, s.d, s.d), slope, seen_keys);
+        library_product(matrix(mixed, count, s.d, s.d), slope, seen_keys);
         for_vectors(count * s.d, [&](int64_t i, auto n) {
           store_f32(dq + from * s.d + i, load(mixed + i, n), n);
         });

@@ -144,9 +144,9 @@ at::Tensor by_points(const Shape& s, const Transforms& to, const at::Tensor& wei
   const int64_t all = s.slots * s.width;
   each_by_one_thread((all + kColumns - 1) / kColumns, [&](int64_t i) {
     const int64_t first = i * kColumns, count = std::min(kColumns, all - first);
-    multiply(matrix(data + first, s.points, count, all),
-             matrix(to.taps.data(), s.points, s.taps, s.taps),
-             matrix(from + first * s.taps, count, s.taps, s.taps).t());
+    library_product(matrix(data + first, s.points, count, all),
+                    matrix(to.taps.data(), s.points, s.taps, s.taps),
+                    matrix(from + first * s.taps, count, s.taps, s.taps).t());
   });
   return out;
 }
@@ -160,9 +160,9 @@ at::Tensor to_taps(const Shape& s, const Transforms& to, const at::Tensor& produ
   const int64_t all = s.slots * s.width;
   each_by_one_thread((all + kColumns - 1) / kColumns, [&](int64_t i) {
     const int64_t first = i * kColumns, count = std::min(kColumns, all - first);
-    multiply(matrix(data + first * s.taps, count, s.taps, s.taps),
-             matrix(from + first, s.points, count, all).t(),
-             matrix(to.taps.data(), s.points, s.taps, s.taps));
+    library_product(matrix(data + first * s.taps, count, s.taps, s.taps),
+                    matrix(from + first, s.points, count, all).t(),
+                    matrix(to.taps.data(), s.points, s.taps, s.taps));
   });
   return out;
 }
@@ -212,11 +212,11 @@ struct Group {
     const int64_t segments = s.segments();
     each_by_one_thread(sets * segments, [&](int64_t task) {
       const int64_t i = task / segments, t = task % segments;
-      multiply(segment_of(i, t), inputs_of(t),
-               rows[i]->matrix(t * s.segment, s.inputs(t), s.width));
+      library_product(segment_of(i, t), inputs_of(t),
+                      rows[i]->matrix(t * s.segment, s.inputs(t), s.width));
     });
     each_by_one_thread(s.points, [&](int64_t p) {
-      multiply(logits_at(p, sets), tokens_at(p, sets), weight_of(p, 0, s.slots).t());
+      library_product(logits_at(p, sets), tokens_at(p, sets), weight_of(p, 0, s.slots).t());
     });
   }
 
@@ -262,8 +262,8 @@ struct Group {
       }
     }
     for (int64_t t = 0; t < s.segments(); ++t) {
-      multiply(logits_of(i, t, tile.first, tile.count), outputs_of(t).t(),
-               tile.rows(slopes + t * s.segment * tile.stride, s.outputs(t)));
+      library_product(logits_of(i, t, tile.first, tile.count), outputs_of(t).t(),
+                      tile.rows(slopes + t * s.segment * tile.stride, s.outputs(t)));
     }
   }
 };
@@ -284,13 +284,13 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
   const Shape& s = group.s;
   if (s.by_taps()) {
     for (int64_t j = 0; j < s.taps; ++j) {
-      multiply(tile.rows(out, s.tokens()), group.rows[set]->matrix(j, s.tokens(), s.width),
-               group.weight_of(j, tile.first, tile.count).t(), j > 0);
+      library_product(tile.rows(out, s.tokens()), group.rows[set]->matrix(j, s.tokens(), s.width),
+                      group.weight_of(j, tile.first, tile.count).t(), j > 0);
     }
   } else {
     for (int64_t t = 0; t < s.segments(); ++t) {
-      multiply(tile.rows(out + t * s.segment * tile.stride, s.outputs(t)), group.outputs_of(t),
-               group.logits_of(set, t, tile.first, tile.count));
+      library_product(tile.rows(out + t * s.segment * tile.stride, s.outputs(t)),
+                      group.outputs_of(t), group.logits_of(set, t, tile.first, tile.count));
     }
   }
   float constants[kSlots] = {};
@@ -359,7 +359,7 @@ void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const f
       float largest[kSlots], sums[kSlots];
       logits_of(group, i, tile, shares, largest);
       exponentials(tile, n, shares, largest, sums);
-      multiply(product, tile.rows(shares, n).t(), group.tokens_of(i));
+      library_product(product, tile.rows(shares, n).t(), group.tokens_of(i));
       for (int64_t r = 0; r < tile.count; ++r) {
         const int64_t slot = (base + i) * s.slots + tile.first + r;
         const float* one = group.token(i, pick[slot]);
@@ -505,7 +505,7 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
           });
         }
         const at::Tensor grad = grads.narrow(0, 0, tile.count);
-        multiply(tile.rows(products, n), group.tokens_of(i), grad.t());
+        library_product(tile.rows(products, n), group.tokens_of(i), grad.t());
         slopes_of(tile, n, gate, logits, products, slots);
         for (int64_t r = 0; r < tile.count; ++r) {
           const int64_t slot = tile.first + r;
@@ -521,7 +521,7 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
                 .store(one + c, static_cast<int>(m));
           });
         }
-        if (to_tokens) multiply(grad_rows(i, middle, n), tile.rows(products, n), grad, true);
+        if (to_tokens) library_product(grad_rows(i, middle, n), tile.rows(products, n), grad, true);
         group.keep(i, tile, logits);
       }
     });
@@ -532,27 +532,28 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
         const at::Tensor sum =
             matrix(to_weight + (j * s.slots + tile.first) * s.width, tile.count, s.width, s.width);
         for (int64_t i = 0; i < now; ++i) {
-          multiply(sum, group.logits_of(i, 0, tile.first, tile.count).t(),
-                   group.rows[i]->matrix(j, n, s.width), true);
+          library_product(sum, group.logits_of(i, 0, tile.first, tile.count).t(),
+                          group.rows[i]->matrix(j, n, s.width), true);
         }
       });
     } else {
       each_by_one_thread(s.points, [&](int64_t p) {
-        multiply(matrix(to_weight + p * s.slots * s.width, s.slots, s.width, s.width),
-                 group.logits_at(p, now).t(), group.tokens_at(p, now), true);
+        library_product(matrix(to_weight + p * s.slots * s.width, s.slots, s.width, s.width),
+                        group.logits_at(p, now).t(), group.tokens_at(p, now), true);
         if (!to_tokens) return;
-        multiply(group.tokens_at(p, now), group.logits_at(p, now), group.weight_of(p, 0, s.slots));
+        library_product(group.tokens_at(p, now), group.logits_at(p, now),
+                        group.weight_of(p, 0, s.slots));
       });
     }
     if (to_tokens) {
       each_by_one_thread(now, [&](int64_t i) {
         for (int64_t j = 0; s.by_taps() && j < s.taps; ++j) {
-          multiply(grad_rows(i, j, n), group.logits_of(i, 0, 0, s.slots),
-                   group.weight_of(j, 0, s.slots), true);
+          library_product(grad_rows(i, j, n), group.logits_of(i, 0, 0, s.slots),
+                          group.weight_of(j, 0, s.slots), true);
         }
         for (int64_t t = 0; t < s.segments(); ++t) {
-          multiply(grad_rows(i, t * s.segment, s.inputs(t)), group.inputs_of(t).t(),
-                   group.segment_of(i, t), true);
+          library_product(grad_rows(i, t * s.segment, s.inputs(t)), group.inputs_of(t).t(),
+                          group.segment_of(i, t), true);
         }
       });
     }

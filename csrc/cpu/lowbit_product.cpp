@@ -6,9 +6,6 @@
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight alone, so results do not depend on the number of threads.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
-
 #include <bit>
 #include <cmath>
 
@@ -971,7 +968,10 @@ void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, in
 
 void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
-  constexpr int64_t kDepth = kTileBytes / (4 * kWidth) / kStep * kStep;  // columns of a tile
+  // Columns of a tile. Their products are one sum after the other, which must not lose more than
+  // the library's, whose sums are shorter on AVX-512.
+  constexpr int64_t kLongest = kLanes == 16 ? 64 : 256;
+  constexpr int64_t kDepth = std::min<int64_t>(kTileBytes / (4 * kWidth) / kStep * kStep, kLongest);
   const int64_t cost = x.stride * kWidth / 2 * x.count;
   by_tiles(x, w, blocks, cost, [&] {
     return [&, tile = Lines<float>(kDepth * kWidth),
@@ -1045,13 +1045,10 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
       at::Tensor out =
           y.scalar_type() == at::kFloat ? to : at::empty({count, used}, rows.options());
       const at::Tensor from = rows.narrow(0, m, count);
-      if (added.defined()) {
-        at::addmm_out(out, added.narrow(0, n, used), from, weight);
-      } else {
-        at::mm_out(out, from, weight);
-      }
+      if (added.defined()) out.copy_(added.narrow(0, n, used).expand_as(out));
+      library_product(out, from, weight, added.defined());
       if (low_rank.low.defined()) {
-        out.addmm_(low_rank.low.narrow(0, m, count), low_rank.b.narrow(1, n, used));
+        library_product(out, low_rank.low.narrow(0, m, count), low_rank.b.narrow(1, n, used), true);
       }
       if (!out.is_same(to)) to.copy_(out);
     });

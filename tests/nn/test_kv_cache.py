@@ -264,8 +264,10 @@ def test_gate_of_zero_drops_like_heavy_hitters(decoder):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_changes_within_the_capacity(decoder, policy):
+    """Token for token; a prompt in pieces is multiplied by other kernels of the library, so that its logits may round otherwise."""
     full, bounded = (generate(decoder, make(p, 40), 33, batch=2) for p in ("full", policy))
-    assert torch.equal(full[0], bounded[0]) and torch.equal(full[1], bounded[1])
+    assert torch.equal(full[0], bounded[0])
+    torch.testing.assert_close(full[1], bounded[1])
 
 
 @pytest.mark.parametrize("policy", ["full", *POLICIES])
