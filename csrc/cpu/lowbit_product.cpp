@@ -10,7 +10,7 @@
 #include <cmath>
 
 #include "amx.h"
-#include "features.h"
+#include "instructions.h"
 #include "lines.h"
 #include "lowbit.h"
 #include "one_thread.h"

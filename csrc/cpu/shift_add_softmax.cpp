@@ -20,7 +20,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "features.h"
+#include "instructions.h"
 #include "lanes16.h"
 #include "parts.h"
 #include "shift_add_attention.h"
