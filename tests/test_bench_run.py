@@ -650,12 +650,19 @@ def test_results_of_other_conditions_are_moved_aside(three: list[Case], tmp_path
     )
 
 
+def test_amx_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    for has, said in ((["avx2", "amx_tile"], f"{capability} AMX"), (["avx2"], capability), (None, capability)):
+        monkeypatch.setattr(results, "instructions", lambda has=has: has)
+        assert results.instruction_set() == said
+
+
 def test_two_machines_of_one_name_have_a_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setattr(results, "device_name", lambda device: "Some CPU")
+    monkeypatch.setattr(results, "instruction_set", lambda: "AVX9 TILES")
     assert results.results_path().name == "some-cpu-1-threads.json"
-    here = torch.backends.cpu.get_cpu_capability()
-    for has, name in ((here, "some-cpu-1-threads.json"), ("OTHER", f"some-cpu-{here.lower()}-1-threads.json")):
+    for has, name in (("AVX9 TILES", "some-cpu-1-threads.json"), ("AVX9", "some-cpu-avx9-tiles-1-threads.json")):
         data = good()
         data["environment"]["instruction_set"] = has
         (tmp_path / "some-cpu-1-threads.json").write_text(json.dumps(data))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cofire.bench.machine import facts
+from cofire.bench.machine import facts, instructions
 from cofire.bench.peers import Peer, distributions
 from cofire.files import replacing
 
@@ -243,6 +243,12 @@ def device_name(device: str) -> str:
     return match.group(1).strip() if match else platform.processor() or platform.machine()
 
 
+def instruction_set() -> str:
+    """The widest vectors that torch uses here, and AMX where the CPU has it: what it does to products is more than that."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{capability} AMX" if "amx_tile" in (instructions() or ()) else capability
+
+
 def results_path(device: str = "cpu", quick: bool = False) -> Path:
     """``benchmarks/results/<device>.json``, the name made safe for files; quick runs have a file of their own.
 
@@ -254,9 +260,9 @@ def results_path(device: str = "cpu", quick: bool = False) -> Path:
     if device != "cpu":
         return FOLDER / f"{slug}{'-quick' if quick else ''}.json"
     end = f"{torch.get_num_threads()}-threads{'-quick' if quick else ''}.json"
-    here = torch.backends.cpu.get_cpu_capability()
+    here = instruction_set()
     if _instructions_of(FOLDER / f"{slug}-{end}") not in (None, here):
-        return FOLDER / f"{slug}-{here.lower()}-{end}"
+        return FOLDER / f"{slug}-{here.lower().replace(' ', '-')}-{end}"
     return FOLDER / f"{slug}-{end}"
 
 
@@ -314,7 +320,7 @@ def environment(device: str, quick: bool, peers: Iterable[Peer] = ()) -> dict[st
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         **facts(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": instruction_set(),
         "cofire": __version__,
         "cofire_kernels": native.STATUS.variant or f"reference ({native.STATUS.reason})",
         "commit": _commit(),
