@@ -1057,6 +1057,13 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
 
 }  // namespace
 
+// Up to how many rows codes are decoded in registers. A tile of AMX is worth its decoding from more
+// rows on than one that other instructions multiply.
+static int64_t most_few(bool int8) {
+  if (!int8) return kFewFloats;
+  return amx::found() ? std::max(kFewBytes, 8) : kFewBytes;
+}
+
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
     return Way::kLibrary;
@@ -1064,7 +1071,7 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!can_pack(w)) return Way::kStored;
   // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
   const bool looked_up = int8 && w.int8_lut && w.bits > 4;
-  if (count <= (int8 ? kFewBytes : kFewFloats) && !looked_up) return Way::kFew;
+  if (count <= most_few(int8) && !looked_up) return Way::kFew;
   if (int8) return Way::kBytes;
   const bool exact = !w.lut.defined() || w.int8_lut;
   return dtype == at::kBFloat16 && exact && has_bf16() ? Way::kPairs : Way::kFloats;
@@ -1079,7 +1086,7 @@ static int64_t run_of(const Packed* w, Way way) {
 
 std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
-  const std::string limit = std::to_string(int8 ? kFewBytes : kFewFloats);
+  const std::string limit = std::to_string(most_few(int8));
   const std::string on_amx = amx::found() ? ", multiplied on AMX" : "";
   switch (way_of(w, count, dtype, int8)) {
     case Way::kFew:
