@@ -406,6 +406,21 @@ def test_the_number_of_threads_changes_nothing() -> None:
             assert all(torch.equal(flat[0], other) for other in flat[1:])
 
 
+@pytest.mark.parametrize("rows", [70, 520])
+def test_long_sums_are_the_same_for_any_number_of_threads(rows: int) -> None:
+    """Of 2,048 products, by tiles and by the library, which cuts so long a sum otherwise for one thread than for several."""
+    sizes, rest = (96, 2048, 4, 128), {"zero": "bytes"}
+    rand = Random("long sums")
+    codes, scale, zero, offset, lut = weight(rand, *sizes, **rest)
+    q = QTensor(codes, scale, (96, 2048), 4, 128, zero, offset, lut)
+    x = rand.normal(rows, 2048)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(ops.qlinear(x, q))
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 # ------------------------------------------------------------------------------------------------------ the way
 
 compiled = pytest.mark.skipif(native.STATUS.variant is None, reason="no compiled kernels")
