@@ -82,3 +82,12 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     assert torch.empty(2).isnan().all(), "uninitialised memory is not filled"
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For small inputs: more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import xml.etree.ElementTree
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,7 @@ from cofire.bench.growth import methods as trained
 from cofire.cli import app
 from cofire.methods import METHODS
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small inputs: more threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Hurried(harness.Effort):

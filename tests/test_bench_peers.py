@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,12 +33,7 @@ WRONG = HEAD + 'PEER = Peer("wrong", lambda case: plain(lambda x, mode: (x.mean(
 MISSING = HEAD + 'PEER = Peer("far", lambda case: plain(lambda x, mode: x), {"no_such_package": "no-such-pip"})\n'
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def pool_case() -> Case:

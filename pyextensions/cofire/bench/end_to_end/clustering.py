@@ -6,20 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from cofire.bench.end_to_end import recommender
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, decoded
+from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, compressed
 from cofire.bench.end_to_end.recommender import Recommender
 from cofire.methods import EDKM
 
-TOLERANCE = 1e-4
 BITS = (3, 2)
-
-
-def variant(model: nn.Module) -> Variant:
-    """A packed network, which must compute what its labels and palettes say."""
-    return Variant(model, decoded(model), TOLERANCE)
 
 
 def trained(plan: Recommender, *, epochs: int = 5, throughput: int = 64) -> Network:
@@ -32,7 +25,7 @@ def trained(plan: Recommender, *, epochs: int = 5, throughput: int = 64) -> Netw
         for bits in BITS:
             method = EDKM(bits=bits, total_steps=plan.steps(rounds))
             model = plan.fit(method.prepare(dense), rounds, plan.lr / 4, seed + 1, method)
-            found[f"eDKM, {bits} bits"] = variant(method.finalize(model))
+            found[f"eDKM, {bits} bits"] = compressed(method.finalize(model))
         return found
 
     return Network(
@@ -58,7 +51,7 @@ def random(items: int = 4096, width: int = 4096, *, throughput: int = 64) -> Net
         found = {DENSE: Variant(dense)}
         for bits in BITS:
             method = EDKM(bits=bits)
-            found[f"k-means, {bits} bits"] = variant(method.finalize(method.prepare(dense).eval()))
+            found[f"k-means, {bits} bits"] = compressed(method.finalize(method.prepare(dense).eval()))
         return found
 
     return Network(

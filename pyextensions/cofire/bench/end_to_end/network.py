@@ -20,6 +20,7 @@ __all__ = [
     "Call",
     "Network",
     "Variant",
+    "compressed",
     "decoded",
     "disagreement",
     "in_double",
@@ -117,6 +118,11 @@ def decoded(model: nn.Module) -> nn.Module:
     result = copy.deepcopy(model)
     new = {id(m): plain for m in result.modules() if (plain := _plain(m)) is not None}
     return replace_modules(result, new).eval()
+
+
+def compressed(model: nn.Module) -> Variant:
+    """A packed network in fp32, which must compute what its decoded weights say."""
+    return Variant(model, decoded(model), 1e-4)
 
 
 class InDouble(nn.Module):

@@ -9,17 +9,11 @@ import torch
 from torch import nn
 
 from cofire.bench.end_to_end import recommender
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, decoded
+from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, compressed
 from cofire.bench.end_to_end.recommender import Recommender
 from cofire.methods import DSnoT, GradualPruning
 
-TOLERANCE = 1e-4
 DENSITIES = (0.5, 0.1)
-
-
-def variant(model: nn.Module) -> Variant:
-    """A compressed network, which must compute what its zeros and weights say."""
-    return Variant(model, decoded(model), TOLERANCE)
 
 
 def trained(plan: Recommender, *, epochs: int = 8, throughput: int = 64) -> Network:
@@ -30,9 +24,11 @@ def trained(plan: Recommender, *, epochs: int = 8, throughput: int = 64) -> Netw
         found = {DENSE: Variant(dense)}
         wanda = DSnoT(DENSITIES[0], layers=["*"])
         calibration = plan.uses.train[:512].split(128)
-        found[f"DSnoT, {DENSITIES[0]:.0%} kept"] = variant(wanda.finalize(wanda.prepare(dense, calibration)).eval())
+        found[f"DSnoT, {DENSITIES[0]:.0%} kept"] = compressed(wanda.finalize(wanda.prepare(dense, calibration)).eval())
         for density in DENSITIES:
-            found[f"gradual pruning, {density:.0%} kept"] = variant(_pruned(plan, dense, density, share, seed, epochs))
+            found[f"gradual pruning, {density:.0%} kept"] = compressed(
+                _pruned(plan, dense, density, share, seed, epochs)
+            )
         return found
 
     return Network(
@@ -64,7 +60,7 @@ def random(items: int = 4096, width: int = 4096, *, throughput: int = 64) -> Net
     def build(seed: int, share: float) -> Mapping[str, Variant]:
         torch.manual_seed(seed)
         dense = recommender.perceptron(items, width).eval().requires_grad_(False)
-        return {DENSE: Variant(dense)} | {f"{d:.0%} kept": variant(_compressed(dense, d)) for d in DENSITIES}
+        return {DENSE: Variant(dense)} | {f"{d:.0%} kept": compressed(_compressed(dense, d)) for d in DENSITIES}
 
     return Network(
         family="sparse",
