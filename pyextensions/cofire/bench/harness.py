@@ -6,8 +6,8 @@ How a number comes about:
 * A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number. cofire has to keep to
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
-  more than a minute). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the first
-  7 alone. A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
+  more than twelve seconds). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the
+  first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
   ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 1 ms are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
@@ -58,8 +58,9 @@ SHORT_MS = 3.0  #: a shorter call runs once, untimed, before each of its reading
 SETTLE_SECONDS = 0.1
 #: A reading of so many ms that is so many times the shortest is slow: it takes part in the first few rounds alone.
 SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
+LONG_MS, LONG_ROUNDS = 500.0, 3  #: of a slow reading that lasts longer there are fewer, and it is not warmed up twice
 BEHIND = 2.0  #: a variant that takes so many times as long as another one is not timed again
-LONGEST_SECONDS = 60  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
+LONGEST_SECONDS = 12  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
 LONGER = 4  #: times the rounds that fit are the most, while too few of them were undisturbed
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
@@ -247,6 +248,8 @@ def read_ms(run: Run, repeats: int, device: str) -> float:
 def _warm_up(run: Run, device: str) -> float:
     """Milliseconds of a warm call."""
     first = read_ms(run, 1, device)
+    if first > LONG_MS:
+        return first
     if first > SLOW_MS:  # so long a call leaves little to warm up
         return min(first, read_ms(run, 1, device))
     run()
@@ -278,7 +281,11 @@ def read_in_turns(
     expected = expected or {name: _warm_up(run, device) for name, run in runs.items()}
     repeats = {name: max(1, math.ceil(READING_MS / max(ms, 1e-5))) for name, ms in expected.items()}
     longest = max(SLOW_MS, SLOW_TIMES * min(expected.values(), default=0.0))
-    slow = {name for name, ms in expected.items() if ms > longest}
+    slow = {
+        name: min(slow_rounds, LONG_ROUNDS) if ms > LONG_MS else slow_rounds
+        for name, ms in expected.items()
+        if ms > longest
+    }
     round_ms = sum(expected[name] * repeats[name] for name in runs if name not in slow)
     pools = len({name if name in own_threads else None for name in runs})
     round_ms += 1e3 * SETTLE_SECONDS * (pools if pools > 1 else 0)
@@ -306,7 +313,7 @@ def read_in_turns(
                 break
             shift = i % len(names)
             for name in names[shift:] + names[:shift]:
-                if name in slow and i >= slow_rounds:
+                if i >= slow.get(name, rounds * LONGER + 1):
                     continue
                 before, pool = pool, name if name in own_threads else None
                 if before != pool:
