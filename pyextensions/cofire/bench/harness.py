@@ -7,8 +7,9 @@ How a number comes about:
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
   more than twelve seconds). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the
-  first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to
-  ``dense``, with a 95 % interval that assumes nothing about their distribution (:func:`median_interval`).
+  first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its
+  speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes nothing about their
+  distribution (:func:`median_interval`).
 * Calls shorter than 1 ms are repeated within one reading. A short call runs once untimed before it, so that it finds
   the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
   that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
