@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cofire import models, ops
 from cofire.methods import METHODS, DynamicLLaVA
-from cofire.methods.dynamic_llava import chosen, decoder_of
+from cofire.methods.dynamic_llava import best, chosen, decoder_of
 from cofire.models.vision_language import VisionLanguageDecoder
 from methods.protocol import check_protocol
 
@@ -138,6 +138,42 @@ def test_the_choice_is_a_sample_of_the_softmax_with_its_softened_gradient() -> N
     soft = torch.sigmoid(torch.tensor(1.0 / 0.5))
     slope = soft * (1 - soft) / 0.5
     torch.testing.assert_close(found[0], torch.stack([slope, -slope]))
+
+
+def test_exactly_as_many_are_kept_with_the_gradient_of_a_sigmoid_around_the_last() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [0.5, 0.0], [1.0, 2.0], [0.0, 0.5]]], requires_grad=True)
+    mask = best(logits, 2, torch.tensor(0.5), noise=False)
+    assert mask.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    mask.backward(torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
+    soft = ((torch.tensor([2.0, 0.5, -1.0, -0.5]) - 0.0) / 0.5).sigmoid()  # between 0.5, the last kept, and -0.5
+    slope = soft * (1 - soft) / 0.5 * torch.tensor([1.0, 2.0, 3.0, 4.0])
+    torch.testing.assert_close(logits.grad[0], torch.stack([slope, -slope], 1))
+    assert best(torch.zeros(1, 3, 2), 3, torch.tensor(1.0), noise=True).tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_exact_noise_is_that_of_the_sample_and_fades_with_the_temperature() -> None:
+    torch.manual_seed(0)
+    logits = torch.zeros(20_000, 2, 2)
+    logits[:, 0, 0] = 1.0
+    difference = torch.tensor([best(logits, 1, torch.tensor(t), noise=True)[:, 0].mean() for t in (1.0, 0.1)])
+    # of two logistic numbers the first wins from a lead a with chance e^a (e^a - 1 - a) / (e^a - 1)^2
+    lead = torch.tensor([1.0, 10.0]).double()
+    expected = lead.exp() * (lead.exp() - 1 - lead) / (lead.exp() - 1) ** 2
+    torch.testing.assert_close(difference.double(), expected, rtol=0, atol=0.012)
+    assert (best(logits, 1, torch.tensor(0.3), noise=True).sum(1) == 1).all()
+
+
+def test_exact_training_sees_what_the_deployed_network_sees() -> None:
+    model = prepared(exact=True, text_keep=1.0)
+    trained, deployed = (model.train(mode)(IMAGES, TEXT, answer=3) for mode in (True, False))
+    torch.testing.assert_close(trained, deployed, rtol=1e-3, atol=1e-4)
+    model.train()(IMAGES, TEXT, answer=3)
+    alone = chosen(
+        decoder_of(model).vision(decoder_of(model)._before(model.hidden(IMAGES, TEXT))[:, :16]), torch.ones(()), False
+    )
+    torch.testing.assert_close(method().loss(model), 100 * (0.3 - alone.mean(1)).square().mean())
+    F.cross_entropy(model(IMAGES, TEXT, answer=3).flatten(0, 1), TEXT.flatten()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder_of(model).vision.parameters())
 
 
 def test_the_temperature_falls_to_a_tenth() -> None:

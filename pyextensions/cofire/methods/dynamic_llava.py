@@ -68,6 +68,9 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         min_answer: in training, shorter answers stay whole.
         predictor_width, predictor_depth, predictor_heads, predictor_hidden: of the vision predictor's transformer.
         noise: whether the choice is sampled in training; else the likelier one is taken.
+        exact: whether in training, too, exactly as many of an image's tokens are kept as when deployed, those whose logits
+            differ most; noise is then added to that difference, times the temperature. Else each token is kept or dropped
+            for itself, as published, and an image keeps more or fewer.
         choice: "learned", or "random": the control that keeps as many of the image's tokens, by chance.
 
     Raises:
@@ -98,6 +101,7 @@ class DynamicLLaVA(Method, name="dynamicllava"):
     predictor_heads: int = 8
     predictor_hidden: int = 2048
     noise: bool = True
+    exact: bool = False
     choice: str = "learned"
 
     def __post_init__(self) -> None:
@@ -316,6 +320,25 @@ def chosen(logits: Tensor, temperature: Tensor, noise: bool) -> Tensor:
     return hard + (soft - soft.detach())
 
 
+def best(logits: Tensor, count: int, temperature: Tensor, noise: bool) -> Tensor:
+    """Zeros and exactly ``count`` ones a row: the tokens that gain most by being kept. The gradient is that of a sigmoid around
+    the last one's rank. Noise, that of the sample in :func:`chosen`, fades with the temperature: tokens are tried first, and
+    are those of the deployed network at last."""
+    gain = logits[..., 0].float() - logits[..., 1].float()
+    if noise:
+        u = torch.rand_like(gain).clamp(1e-7, 1 - 1e-7)
+        gain = gain + temperature * (
+            u.log() - (-u).log1p()
+        )  # the difference of two samples of Gumbel's law is logistic
+    index, *_ = ops.kv_select(gain.detach()[:, None], count, 0)
+    hard = torch.zeros_like(gain).scatter(1, index[:, 0].long(), 1.0)
+    lowest = gain.detach().masked_fill(hard == 0, math.inf).amin(1, keepdim=True)
+    highest = gain.detach().masked_fill(hard == 1, -math.inf).amax(1, keepdim=True)
+    between = torch.where(highest.isfinite(), (lowest + highest) / 2, lowest)
+    soft = ((gain - between) / temperature).sigmoid()
+    return hard + (soft - soft.detach())
+
+
 # --------------------------------------------------------------------------------------------------------- decoder
 
 
@@ -365,7 +388,7 @@ class SparseDecoder(Decoder):
         learned = method.choice == "learned"
         self.vision = VisionPredictor(features, *sizes).to(example) if learned else None
         self.text = TextPredictor(features, method.predictor_width).to(example) if method.text_keep < 1 else None
-        self.layer, self.noise = method.layer, method.noise
+        self.layer, self.noise, self.exact = method.layer, method.noise, method.exact
         self.vision_keep, self.text_keep, self.min_answer = method.vision_keep, method.text_keep, method.min_answer
         self.register_buffer("temperature", torch.ones((), device=example.device))
         self.rate_loss: Tensor | None = None
@@ -503,8 +526,11 @@ class SparseDecoder(Decoder):
             vision = self._by_chance(x, images)
             loss = x.new_zeros((), dtype=torch.float32, requires_grad=True)
         else:
-            vision = chosen(self.vision(x[:, :images]), temperature, self.noise)
-            loss = (self.vision_keep - vision.mean(1)).square().mean()
+            logits = self.vision(x[:, :images])
+            vision = alone = chosen(logits, temperature, self.noise and not self.exact)
+            if self.exact:
+                vision = best(logits, self.kept_of(images), temperature, self.noise)
+            loss = (self.vision_keep - alone.mean(1)).square().mean()
         parts = [vision, vision.new_ones(batch, answer - images)]
         if self.text is not None and answer < x.shape[1]:
             real = _real(x, lengths)[:, answer:]
