@@ -36,8 +36,9 @@ inline bool found() {
   return is;
 }
 
-// The tile registers of this thread: 0 to 2 hold sums of some rows of x, 3 a part of those rows, so
-// many words of each, and 4 to 6 the same words of the weight. Given back at the end of its life.
+// The tile registers of this thread, given back at the end of its life. As `shape` makes them: 0 to
+// 2 hold sums of some rows of x, 3 a part of those rows, so many words of each, and 4 to 6 the same
+// words of the weight. As `square` does: all are whole.
 class Registers {
  public:
   Registers() = default;
@@ -52,24 +53,34 @@ class Registers {
   // Shaped only where they are not yet so: it takes some 100 cycles.
   void shape(int64_t rows, int64_t words) {
     if (rows == rows_ && words == words_) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    const auto set = [&](int i, int64_t count, int64_t width) {
-      config.rows[i] = static_cast<uint8_t>(count);
-      config.row_bytes[i] = static_cast<uint16_t>(4 * width);
-    };
-    for (int i = 0; i < 3; ++i) set(i, rows, kWords);
-    set(3, rows, words);
-    for (int i = 4; i < 7; ++i) set(i, words, kWords);
-    asm volatile("ldtilecfg %0" : : "m"(config));
+    Config config;
+    for (int i = 0; i < 3; ++i) config.set(i, rows, kWords);
+    config.set(3, rows, words);
+    for (int i = 4; i < 7; ++i) config.set(i, words, kWords);
+    config.load();
     rows_ = rows;
     words_ = words;
   }
 
+  void square() {
+    Config config;
+    for (int i = 0; i < 8; ++i) config.set(i, kRows, kWords);
+    config.load();
+    rows_ = words_ = -1;
+  }
+
  private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+
+    void set(int i, int64_t count, int64_t width) {
+      rows[i] = static_cast<uint8_t>(count);
+      row_bytes[i] = static_cast<uint16_t>(4 * width);
+    }
+    void load() const { asm volatile("ldtilecfg %0" : : "m"(*this)); }
+  };
   int64_t rows_ = 0, words_ = 0;
 };
 
@@ -103,6 +114,43 @@ COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t coun
   asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(to), "r"(row) : "memory");
   asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(to + 64), "r"(row) : "memory");
   asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(to + 128), "r"(row) : "memory");
+}
+
+// Where a tile of pairs of bf16 and its successors lie: `row` bytes from row to row, `next` to the
+// tile beside it, `step` to the one that is multiplied after it.
+struct Factor {
+  const void* data;
+  int64_t row, next, step;
+};
+
+// c [32][32] = (or +=) the sum over `steps` of a [32][32] b [32][32], of bf16; c's rows are
+// `c_row` bytes apart. Rows of `a` and pairs of rows of `b` may overlap those beside them.
+// The registers are square.
+COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, int64_t c_row,
+                                   bool add) {
+  auto* first = reinterpret_cast<uint8_t*>(c);
+  auto* second = first + kRows * c_row;
+  if (add) {
+    asm volatile("tileloadd (%0, %1, 1), %%tmm0" : : "r"(first), "r"(c_row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm1" : : "r"(first + 64), "r"(c_row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm2" : : "r"(second), "r"(c_row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm3" : : "r"(second + 64), "r"(c_row) : "memory");
+  } else {
+    asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
+  }
+  const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
+  for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
+    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(x), "r"(a.row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(w), "r"(b.row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm7" : : "r"(w + b.next), "r"(b.row) : "memory");
+    asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(x + a.next), "r"(a.row) : "memory");
+    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+  }
+  asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(first), "r"(c_row) : "memory");
+  asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(first + 64), "r"(c_row) : "memory");
+  asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(second), "r"(c_row) : "memory");
+  asm volatile("tilestored %%tmm3, (%0, %1, 1)" : : "r"(second + 64), "r"(c_row) : "memory");
 }
 
 #else

@@ -6,7 +6,8 @@
 // (Karatsuba), so that 48 outputs of 21 taps take 101 products instead of 1008. Products of all
 // segments at a frequency are one product of matrices, as are the transforms, whose length is
 // small. The logits of a tile of slots, token by token, are turned into shares in place and
-// multiplied with the tokens. The backward computes them again.
+// multiplied with the tokens. The backward computes them again. In bf16, on AMX, the convolution is
+// computed as it stands (kv_fusion_windows.h).
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 
 #include "exponential.h"
 #include "kv_fusion.h"
+#include "kv_fusion_windows.h"
 #include "pages.h"
 
 namespace cofire {
@@ -36,6 +38,7 @@ struct Shape {
   int64_t sets, rows, width, slots, taps;  // `rows` of a set with the padding, of `width` features
   int64_t segment = 0;                     // outputs of one, 0: tap by tap
   int64_t points = 1;                      // real products of a segment and the taps
+  bool windows = false;                    // by windows of bf16, on AMX
 
   Shape(int64_t sets_, int64_t rows_, int64_t width_, int64_t slots_, int64_t taps_)
       : sets(sets_), rows(rows_), width(width_), slots(slots_), taps(taps_) {
@@ -58,6 +61,11 @@ struct Shape {
         points = real;
       }
     }
+  }
+  void take_windows() {
+    windows = true;
+    segment = 0;
+    points = 1;
   }
   // One frequency is real, of an even length two; the others come in pairs.
   static int64_t points_of(int64_t length) { return (3 * length - 1) / 2; }
@@ -179,19 +187,60 @@ struct Tile {
   at::Tensor rows(const float* data, int64_t n) const { return matrix(data, n, count, stride); }
 };
 
+// The weight as a product needs it.
+struct Weight {
+  at::Tensor numbers;  // `by_points`
+  Halves blocks;       // by windows: blocks of 32 slots
+
+  Weight(const Shape& s, const Transforms& to, const at::Tensor& weight) {
+    if (!s.windows) {
+      numbers = by_points(s, to, weight);
+      return;
+    }
+#if defined(COFIRE_AMX)
+    const at::Tensor taps = weight.contiguous();
+    const auto* from = reinterpret_cast<const uint16_t*>(taps.const_data_ptr<at::BFloat16>());
+    blocks.resize(s.slots * s.width * s.taps);
+    in_turns(s.slots / kSquare, [&](int64_t i) {
+      pack_block(from, i * kSquare, s.width, s.taps, blocks.data() + i * of_block(s));
+    });
+#endif
+  }
+  static int64_t of_block(const Shape& s) { return kSquare * s.width * s.taps; }
+};
+
 // Some sets at a time: their tokens, these and the logits by frequencies.
 struct Group {
   const Shape& s;
   const Transforms& transforms;
+  const Weight& all_of_weight;
   const float* weight;
   const float* bias;
+  const uint16_t* windows = nullptr;  // tokens of the first set
+  int64_t parities = 1;
+  Halves slopes;          // by windows: the logits' gradients, [set][slots][room]
+  Lines<uint32_t> pairs;  // and pairs of tokens, [set][pairs][width]: from the first slot's middle
+                          // on, or [set][2][pairs][width], from the first and the second token on
   std::vector<std::optional<Floats>> rows;
   at::Tensor of_tokens;  // [set and segment][points][width]
   at::Tensor of_logits;  // [set and segment][points][slots]; tap by tap [set][tokens][slots]
 
-  Group(const Shape& shape, const Transforms& t, const float* weight_, const float* bias_,
+  Group(const Shape& shape, const Transforms& t, const Weight& weight_, const float* bias_,
         bool keeps_logits)
-      : s(shape), transforms(t), weight(weight_), bias(bias_), rows(s.group()) {
+      : s(shape),
+        transforms(t),
+        all_of_weight(weight_),
+        weight(s.windows ? nullptr : weight_.numbers.const_data_ptr<float>()),
+        bias(bias_),
+        rows(s.group()) {
+#if defined(COFIRE_AMX)
+    if (s.windows) {
+      parities = keeps_logits ? 2 : 1;
+      if (keeps_logits) slopes.resize(s.group() * s.slots * slope_room());
+      pairs.resize(s.group() * of_pairs());
+      return;
+    }
+#endif
     const auto room = [&](int64_t each) {
       return empty_in_large_pages({s.group() * each}, at::TensorOptions(at::kFloat));
     };
@@ -202,6 +251,18 @@ struct Group {
   // The products of the sets' tokens with the weight, from which logits are made.
   template <typename T>
   void take(const T* tokens, int64_t sets) {
+#if defined(COFIRE_AMX)
+    if (s.windows) {
+      windows = reinterpret_cast<const uint16_t*>(tokens);
+      in_turns(sets * parities, [&](int64_t task) {
+        const int64_t i = task / parities, first = parities == 1 ? s.taps / 2 : task % parities;
+        const int64_t count = parities == 1 ? s.tokens() : s.rows - first;
+        pack_pairs(window_of(i) + first * s.width, count, s.width, pairs_each(),
+                   pairs.data() + task * pairs_each() * s.width);
+      });
+      return;
+    }
+#endif
     const int64_t grain = std::is_same_v<T, float> ? sets : 1;  // else they are converted
     at::parallel_for(0, sets, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -219,6 +280,19 @@ struct Group {
       library_product(logits_at(p, sets), tokens_at(p, sets), weight_of(p, 0, s.slots).t());
     });
   }
+
+  const uint16_t* window_of(int64_t i) const { return windows + i * s.rows * s.width; }
+  int64_t slope_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
+#if defined(COFIRE_AMX)
+  int64_t pairs_each() const { return pairs_of(s.tokens(), parities == 1 ? 0 : s.taps - 1); }
+  int64_t of_pairs() const { return parities * pairs_each() * s.width; }
+  const uint16_t* block_of(int64_t slot) const {
+    return all_of_weight.blocks.data() + slot / kSquare * Weight::of_block(s);
+  }
+  uint16_t* slopes_at(int64_t i, int64_t slot) {
+    return slopes.data() + (i * s.slots + slot) * slope_room();
+  }
+#endif
 
   at::Tensor segment_of(int64_t i, int64_t t) const {
     float* data = of_tokens.mutable_data_ptr<float>();
@@ -243,9 +317,6 @@ struct Group {
   }
   // Tokens without their padding.
   at::Tensor tokens_of(int64_t i) const { return rows[i]->matrix(s.taps / 2, s.tokens(), s.width); }
-  const float* token(int64_t i, int64_t index) const {
-    return rows[i]->data + (s.taps / 2 + index) * rows[i]->stride;
-  }
   // The transforms of a segment.
   at::Tensor inputs_of(int64_t t) const {
     return matrix(transforms.tokens.data(), s.points, s.inputs(t), s.length());
@@ -253,17 +324,59 @@ struct Group {
   at::Tensor outputs_of(int64_t t) const {
     return matrix(transforms.outputs.data(), s.outputs(t), s.points, s.points);
   }
+  // The mixtures of a tile's slots [count][width], by shares [tokens][stride].
+  void mix(int64_t i, const Tile& tile, const float* shares, float* out) const {
+#if defined(COFIRE_AMX)
+    if (s.windows) {
+      Halves by_slots(tile.count * slope_room());
+      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
+      amx::Registers registers;
+      registers.square();
+      mixtures(by_slots.data(), tile.count, slope_room(), pairs.data() + i * of_pairs(), s.width,
+               out);
+      return;
+    }
+#endif
+    library_product(matrix(out, tile.count, s.width, s.width), tile.rows(shares, s.tokens()).t(),
+                    tokens_of(i));
+  }
+  // Products of a set's tokens and the gradients of a tile's slots, in fp32 and as they came.
+  template <typename T>
+  void along(int64_t i, const Tile& tile, const at::Tensor& grad, const T* key, const T* value,
+             float* out) const {
+#if defined(COFIRE_AMX)
+    if (s.windows) {
+      Lines<uint32_t> packed(s.width / 2 * tile.stride);
+      pack_gradients(reinterpret_cast<const uint16_t*>(key),
+                     reinterpret_cast<const uint16_t*>(value), tile.count, s.width / 2, tile.stride,
+                     packed.data());
+      amx::Registers registers;
+      registers.square();
+      along_gradients(window_of(i) + s.taps / 2 * s.width, s.tokens(), s.width, packed.data(),
+                      tile.count, tile.stride, out);
+      return;
+    }
+#endif
+    library_product(tile.rows(out, s.tokens()), tokens_of(i), grad.t());
+  }
   // The gradient of a tile's logits takes their place.
-  void keep(int64_t i, const Tile& tile, const float* slopes) {
+  void keep(int64_t i, const Tile& tile, const float* slopes_from) {
+#if defined(COFIRE_AMX)
+    if (s.windows) {
+      transpose(slopes_from, s.tokens(), tile.count, tile.stride, slopes_at(i, tile.first),
+                slope_room());
+      return;
+    }
+#endif
     if (s.by_taps()) {
       float* to = of_logits.mutable_data_ptr<float>() + i * s.of_logits() + tile.first;
       for (int64_t k = 0; k < s.tokens(); ++k) {
-        std::copy_n(slopes + k * tile.stride, tile.count, to + k * s.slots);
+        std::copy_n(slopes_from + k * tile.stride, tile.count, to + k * s.slots);
       }
     }
     for (int64_t t = 0; t < s.segments(); ++t) {
       library_product(logits_of(i, t, tile.first, tile.count), outputs_of(t).t(),
-                      tile.rows(slopes + t * s.segment * tile.stride, s.outputs(t)));
+                      tile.rows(slopes_from + t * s.segment * tile.stride, s.outputs(t)));
     }
   }
 };
@@ -282,7 +395,16 @@ constexpr int64_t kTerms = 32;
 // relu(convolution + bias) of a tile, [tokens][stride], and the largest of each column.
 void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, float* largest) {
   const Shape& s = group.s;
-  if (s.by_taps()) {
+  if (s.windows) {
+#if defined(COFIRE_AMX)
+    amx::Registers registers;
+    registers.square();
+    for (int64_t c = 0; c < tile.count; c += kSquare) {
+      window_products(group.window_of(set), s.tokens(), s.width, s.taps,
+                      group.block_of(tile.first + c), out + c, tile.stride);
+    }
+#endif
+  } else if (s.by_taps()) {
     for (int64_t j = 0; j < s.taps; ++j) {
       library_product(tile.rows(out, s.tokens()), group.rows[set]->matrix(j, s.tokens(), s.width),
                       group.weight_of(j, tile.first, tile.count).t(), j > 0);
@@ -342,8 +464,13 @@ void exponentials(const Tile& tile, int64_t n, float* logits, const float* large
   });
 }
 
+// Where a token of a set begins.
+int64_t token_at(const Shape& s, int64_t set, int64_t index) {
+  return (set * s.rows + s.taps / 2 + index) * s.width;
+}
+
 template <typename T>
-void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const float* weight,
+void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const Weight& weight,
           const float* bias, float gate, const int32_t* pick, T* key, T* value) {
   const int64_t n = s.tokens(), d = s.width / 2, tiles = s.tiles();
   Group group(s, transforms, weight, bias, false);
@@ -359,10 +486,10 @@ void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const f
       float largest[kSlots], sums[kSlots];
       logits_of(group, i, tile, shares, largest);
       exponentials(tile, n, shares, largest, sums);
-      library_product(product, tile.rows(shares, n).t(), group.tokens_of(i));
+      group.mix(i, tile, shares, mixed);
       for (int64_t r = 0; r < tile.count; ++r) {
         const int64_t slot = (base + i) * s.slots + tile.first + r;
-        const float* one = group.token(i, pick[slot]);
+        const T* one = tokens + token_at(s, base + i, pick[slot]);
         const Vec of_mixed(gate / sums[r]), of_one(1 - gate);
         for (int64_t half = 0; half < 2; ++half) {
           T* out = (half == 0 ? key : value) + slot * d;
@@ -377,7 +504,8 @@ void fuse(const Shape& s, const Transforms& transforms, const T* tokens, const f
   }
 }
 
-float dot(const float* a, const float* b, int64_t n) {
+template <typename T>
+float dot(const float* a, const T* b, int64_t n) {
   Vec sum(0.0f);
   for_vectors(
       n, [&](int64_t i, auto m) { sum = at::vec::fmadd(load(a + i, m), load(b + i, m), sum); });
@@ -468,7 +596,7 @@ struct Gradients {
 // tokens, and with the weight.
 template <typename T>
 void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_key,
-                   const T* grad_value, const T* tokens, const float* weight, const float* bias,
+                   const T* grad_value, const T* tokens, const Weight& weight, const float* bias,
                    float gate, const int32_t* pick, Gradients& to) {
   const int64_t n = s.tokens(), d = s.width / 2, tiles = s.tiles(), middle = s.taps / 2;
   Group group(s, transforms, weight, bias, true);
@@ -505,14 +633,16 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
           });
         }
         const at::Tensor grad = grads.narrow(0, 0, tile.count);
-        library_product(tile.rows(products, n), group.tokens_of(i), grad.t());
+        const int64_t begin = ((base + i) * s.slots + tile.first) * d;
+        group.along(i, tile, grad, grad_key + begin, grad_value + begin, products);
         slopes_of(tile, n, gate, logits, products, slots);
         for (int64_t r = 0; r < tile.count; ++r) {
           const int64_t slot = tile.first + r;
           const int64_t picked = pick[(base + i) * s.slots + slot];
           const float* line = g + r * s.width;
           of_bias[i * s.slots + slot] = slots.bias[r];
-          of_gate[i * s.slots + slot] = slots.along[r] - dot(line, group.token(i, picked), s.width);
+          of_gate[i * s.slots + slot] =
+              slots.along[r] - dot(line, tokens + token_at(s, base + i, picked), s.width);
           if (!to_tokens) continue;
           float* one = to_rows + (i * s.rows + middle + picked) * s.width;
           const Vec by(1 - gate);
@@ -525,7 +655,19 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
         group.keep(i, tile, logits);
       }
     });
-    if (s.by_taps()) {
+    if (s.windows) {
+#if defined(COFIRE_AMX)
+      in_turns(s.slots / kSquare, [&](int64_t block) {
+        amx::Registers registers;
+        registers.square();
+        for (int64_t i = 0; i < now; ++i) {
+          add_to_weight(group.slopes_at(i, block * kSquare), group.slope_room(),
+                        group.pairs.data() + i * group.of_pairs(), group.pairs_each(), s.width,
+                        s.taps, to_weight + block * kSquare * s.width, s.slots * s.width);
+        }
+      });
+#endif
+    } else if (s.by_taps()) {
       each_by_one_thread(s.taps * tiles, [&](int64_t task) {
         const int64_t j = task / tiles;
         const Tile tile(s, task % tiles);
@@ -594,6 +736,12 @@ float number_of(const at::Tensor& gate) {
   return gate.to(at::kFloat).contiguous().const_data_ptr<float>()[0];
 }
 
+// Whether the convolution goes by windows: where AMX multiplies what is given, in whole squares.
+bool by_windows(const Shape& s, const at::Tensor& tokens, const at::Tensor& weight) {
+  return tokens.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
+         s.slots % kSquare == 0 && s.width % kSquare == 0 && s.tokens() >= kSquare && amx::found();
+}
+
 // Whether fp32 is wide enough.
 bool fits(const at::Tensor& tokens, const at::Tensor& weight, const Optional& bias,
           const at::Tensor& gate) {
@@ -609,10 +757,11 @@ std::tuple<at::Tensor, at::Tensor> kv_fuse(const at::Tensor& tokens, const at::T
   if (!fits(tokens, weight, bias, gate)) {
     return reference("cofire::kv_fuse", &kv_fuse, tokens, weight, bias, gate, pick);
   }
-  const Shape s = shape_of("kv_fuse", tokens, weight, bias, gate, pick);
+  Shape s = shape_of("kv_fuse", tokens, weight, bias, gate, pick);
+  if (by_windows(s, tokens, weight)) s.take_windows();
   const Transforms transforms(s);
   const at::Tensor x = tokens.contiguous(), index = pick.contiguous();
-  const at::Tensor w = by_points(s, transforms, weight);
+  const Weight w(s, transforms, weight);
   const at::Tensor constant = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   check_pick("kv_fuse", index, s.tokens());
   const auto empty = [&] {
@@ -622,7 +771,7 @@ std::tuple<at::Tensor, at::Tensor> kv_fuse(const at::Tensor& tokens, const at::T
   if (key.numel() == 0) return {key, value};
   dispatch(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    fuse<T>(s, transforms, x.const_data_ptr<T>(), w.const_data_ptr<float>(),
+    fuse<T>(s, transforms, x.const_data_ptr<T>(), w,
             constant.defined() ? constant.const_data_ptr<float>() : nullptr, number_of(gate),
             index.const_data_ptr<int32_t>(), key.mutable_data_ptr<T>(),
             value.mutable_data_ptr<T>());
@@ -639,13 +788,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
     return reference("cofire::kv_fuse_backward", &kv_fuse_backward, grad_key, grad_value, tokens,
                      weight, bias, gate, pick, to_tokens);
   }
-  const Shape s = shape_of("kv_fuse_backward", tokens, weight, bias, gate, pick);
+  Shape s = shape_of("kv_fuse_backward", tokens, weight, bias, gate, pick);
+  if (!to_tokens && by_windows(s, tokens, weight)) s.take_windows();
   TORCH_CHECK(grad_key.sizes() == grad_value.sizes() && grad_key.dim() == 4 &&
                   grad_key.numel() == s.sets * s.slots * s.width / 2,
               "kv_fuse_backward: the gradients do not fit tokens");
   const Transforms transforms(s);
   const at::Tensor x = tokens.contiguous(), index = pick.contiguous();
-  const at::Tensor w = by_points(s, transforms, weight);
+  const Weight w(s, transforms, weight);
   const at::Tensor constant = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
   const at::Tensor gk = grad_key.contiguous(), gv = grad_value.contiguous();
   check_pick("kv_fuse_backward", index, s.tokens());
@@ -658,7 +808,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
     dispatch(x.scalar_type(), [&](auto t) {
       using T = decltype(t);
       fuse_backward<T>(s, transforms, gk.const_data_ptr<T>(), gv.const_data_ptr<T>(),
-                       x.const_data_ptr<T>(), w.const_data_ptr<float>(),
+                       x.const_data_ptr<T>(), w,
                        constant.defined() ? constant.const_data_ptr<float>() : nullptr,
                        number_of(gate), index.const_data_ptr<int32_t>(), to);
     });

@@ -122,18 +122,28 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
     "frequencies": ((1, 9, 70, 16, 66, 21), {"scale": 0.1}),  # enough work for them; heads, segments, slots in parts
+    # whole squares of slots and features, as AMX multiplies them in bf16; tokens that are no multiple of one
+    "squares": ((2, 3, 45, 16, 32, 5), {"scale": 0.1}),
+    "more_squares": ((1, 5, 97, 32, 96, 21), {"scale": 0.03, "bias": False}),
 }
+WITHOUT_TOKENS = (
+    "no_bias",
+    "slots",
+    "filter",
+    "squares",
+    "more_squares",
+)  # the gradient of the tokens is not asked for
 LATER = ("no_heads", "heads")
 
 
 def when(name: str) -> dict[str, bool]:
-    return {"full": name in LATER, "interpreted": name != "frequencies"}
+    return {"full": name in LATER, "interpreted": name not in ("frequencies", "squares", "more_squares")}
 
 
 FUSE = [Sample(f"fuse_{name}", fuse(*s, **o), **when(name)) for name, (s, o) in SHAPES.items()]
 FUSE_BACKWARD = [
-    Sample(f"fuse_{name}_b", fuse(*s, **o, backward="-" if i % 3 == 1 else "x"), **when(name))
-    for i, (name, (s, o)) in enumerate(SHAPES.items())
+    Sample(f"fuse_{name}_b", fuse(*s, **o, backward="-" if name in WITHOUT_TOKENS else "x"), **when(name))
+    for name, (s, o) in SHAPES.items()
 ]
 FUSE_TINY = [Sample("fuse_tiny", fuse(2, 2, 5, 3, 2, 3)), Sample("fuse_resized", fuse(3, 2, 7, 2, 4, 5))]
 FUSE_TINY_BACKWARD = [
