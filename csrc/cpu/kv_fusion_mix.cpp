@@ -332,8 +332,8 @@ struct Group {
       transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
       amx::Registers registers;
       registers.square();
-      mixtures(by_slots.data(), tile.count, slope_room(), pairs.data() + i * of_pairs(), s.width,
-               out);
+      mixtures(by_slots.data(), tile.count, slope_room(), pairs.data() + i * of_pairs(),
+               pairs_each(), s.width, out);
       return;
     }
 #endif
@@ -657,13 +657,23 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
     });
     if (s.windows) {
 #if defined(COFIRE_AMX)
-      in_turns(s.slots / kSquare, [&](int64_t block) {
+      const int64_t blocks = s.slots / kSquare;
+      in_turns(blocks * (s.width / kSquare), [&](int64_t task) {
+        const int64_t slot = task % blocks * kSquare, f = task / blocks * kSquare;
+        Lines<float> sums(s.taps * kSquare * kSquare);
         amx::Registers registers;
         registers.square();
         for (int64_t i = 0; i < now; ++i) {
-          add_to_weight(group.slopes_at(i, block * kSquare), group.slope_room(),
-                        group.pairs.data() + i * group.of_pairs(), group.pairs_each(), s.width,
-                        s.taps, to_weight + block * kSquare * s.width, s.slots * s.width);
+          add_to_taps(group.slopes_at(i, slot), group.slope_room(),
+                      group.pairs.data() + i * group.of_pairs(), group.pairs_each(), s.width,
+                      s.taps, f, sums.data());
+        }
+        for (int64_t j = 0; j < s.taps; ++j) {
+          for (int64_t r = 0; r < kSquare; ++r) {
+            float* to = to_weight + (j * s.slots + slot + r) * s.width + f;
+            const float* from = sums.data() + (j * kSquare + r) * kSquare;
+            for (int64_t c = 0; c < kSquare; ++c) to[c] += from[c];
+          }
         }
       });
 #endif

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 
 #include "amx.h"
 #include "lines.h"
@@ -55,49 +56,73 @@ inline int64_t pairs_of(int64_t n, int64_t last) {
   return (n + kSquare - 1) / kSquare * (kSquare / 2) + last / 2 + 1;
 }
 
-// [pairs][width][2]: each row of x and the next one, or zeros after the last of `rows`.
+// [width / 16][pairs][16]: each row of x and the next one, or zeros after the last of `rows`. A
+// tile is one piece of memory: rows that are a power of two apart would drive each other out of the
+// cache.
 inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t pairs,
                        uint32_t* to) {
-  for (int64_t p = 0; p < pairs; ++p, to += width) {
+  constexpr int64_t kWords = amx::kWords;
+  for (int64_t p = 0; p < pairs; ++p, to += kWords) {
+    const int64_t there = std::clamp<int64_t>(rows - 2 * p, 0, 2);
     const uint16_t *one = x + 2 * p * width, *two = one + width;
-    if (2 * p + 1 < rows) {
-      for (int64_t c = 0; c < width; ++c) to[c] = one[c] | static_cast<uint32_t>(two[c]) << 16;
-    } else if (2 * p < rows) {
-      for (int64_t c = 0; c < width; ++c) to[c] = one[c];
-    } else {
-      std::fill_n(to, width, 0);
+    for (int64_t f = 0; f < width; f += kWords) {
+      uint32_t* tile = to + f * pairs;
+      for (int64_t c = 0; c < kWords; ++c) {
+        tile[c] = (there > 0 ? one[f + c] : 0) | static_cast<uint32_t>(there > 1 ? two[f + c] : 0)
+                                                     << 16;
+      }
     }
   }
 }
 
-COFIRE_INLINE uint32_t bits_of(float x) { return c10::BFloat16(x).x; }
+// Bits of bf16, rounded to even; in words, so that the compiler takes many at a time.
+COFIRE_INLINE uint32_t bits_of(float x) {
+  const auto bits = std::bit_cast<uint32_t>(x);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
 
-// Of slopes [n][stride] the first `count` columns, transposed: [count][room], zeros after the n-th.
+// Of slopes [n][stride] the first `count` columns, transposed: [count / 16][room / 32][16][32],
+// zeros after the n-th.
 inline void transpose(const float* slopes, int64_t n, int64_t count, int64_t stride, uint16_t* to,
                       int64_t room) {
-  for (int64_t c = 0; c < count; ++c) std::fill_n(to + c * room + n, room - n, 0);
-  int64_t t = 0;
-  for (; t + 2 <= n; t += 2) {
-    const float *one = slopes + t * stride, *two = one + stride;
-    for (int64_t c = 0; c < count; ++c) {
-      const uint32_t pair = bits_of(one[c]) | bits_of(two[c]) << 16;
-      std::memcpy(to + c * room + t, &pair, sizeof pair);
-    }
-  }
-  for (; t < n; ++t) {
-    for (int64_t c = 0; c < count; ++c) {
-      to[c * room + t] = static_cast<uint16_t>(bits_of(slopes[t * stride + c]));
+  constexpr int64_t kRows = amx::kRows, kWords = amx::kWords;
+  uint32_t pairs[kWords][kRows];
+  for (int64_t c = 0; c < count; c += kRows) {
+    for (int64_t t = 0; t < room; t += kSquare, to += kTileHalves) {
+      for (int64_t p = 0; p < kWords; ++p) {
+        const float *one = slopes + (t + 2 * p) * stride + c, *two = one + stride;
+        if (t + 2 * p + 1 < n) {
+          for (int64_t r = 0; r < kRows; ++r) pairs[p][r] = bits_of(one[r]) | bits_of(two[r]) << 16;
+        } else if (t + 2 * p < n) {
+          for (int64_t r = 0; r < kRows; ++r) pairs[p][r] = bits_of(one[r]);
+        } else {
+          std::fill_n(pairs[p], kRows, 0);
+        }
+      }
+      auto* words = reinterpret_cast<uint32_t*>(to);
+      for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t p = 0; p < kWords; ++p) words[r * kWords + p] = pairs[p][r];
+      }
     }
   }
 }
 
-// out [count][width] = shares [count][room], of slots, times tokens in pairs.
-inline void mixtures(const uint16_t* shares, int64_t count, int64_t room, const uint32_t* pairs,
-                     int64_t width, float* out) {
-  for (int64_t c = 0; c < count; c += kSquare) {
+// Two rows of tiles from slot `c` on, of what `transpose` made of the slopes or shares of slots.
+COFIRE_INLINE amx::Factor of_slots(const uint16_t* transposed, int64_t c, int64_t room) {
+  return {transposed + c * room, 64, 2 * amx::kRows * room, 2 * kTileHalves};
+}
+
+// Two columns of tiles from feature f and pair p on, of what `pack_pairs` made.
+COFIRE_INLINE amx::Factor of_tokens(const uint32_t* pairs, int64_t count, int64_t f, int64_t p) {
+  return {pairs + f * count + p * amx::kWords, 64, 64 * count, 2 * kTileHalves};
+}
+
+// out [slots][width] = shares of slots, transposed, times tokens, so many pairs.
+inline void mixtures(const uint16_t* shares, int64_t slots, int64_t room, const uint32_t* pairs,
+                     int64_t count, int64_t width, float* out) {
+  for (int64_t c = 0; c < slots; c += kSquare) {
     for (int64_t f = 0; f < width; f += kSquare) {
-      amx::multiply_square({shares + c * room, 2 * room, 2 * amx::kRows * room, 64},
-                           {pairs + f, 4 * width, 64, 4 * amx::kRows * width}, room / kSquare,
+      amx::multiply_square(of_slots(shares, c, room), of_tokens(pairs, count, f, 0), room / kSquare,
                            out + c * width + f, 4 * width, false);
     }
   }
@@ -129,20 +154,18 @@ inline void along_gradients(const uint16_t* x, int64_t n, int64_t width, const u
   }
 }
 
-// to [taps][..][width] += slopes [32][room] times the tokens from tap j on, for each tap and all
-// features; taps of `to` are `apart` numbers apart. `pairs`: [2][count][width], of both parities.
-inline void add_to_weight(const uint16_t* slopes, int64_t room, const uint32_t* pairs,
-                          int64_t count, int64_t width, int64_t taps, float* to, int64_t apart) {
+// sums [taps][32][32] += slopes of 32 slots, transposed, times the 32 features from f on of the
+// tokens from tap j on, for each tap. `pairs`: of both parities, count each.
+inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pairs, int64_t count,
+                        int64_t width, int64_t taps, int64_t f, float* sums) {
   constexpr int64_t kSteps = 8;  // so many tokens times 32, which the taps share
-  for (int64_t f = 0; f < width; f += kSquare) {
-    for (int64_t t = 0; t < room; t += kSteps * kSquare) {
-      const int64_t steps = std::min(kSteps, (room - t) / kSquare);
-      for (int64_t j = 0; j < taps; ++j) {
-        const uint32_t* from = pairs + (j % 2 * count + (t + j) / 2) * width + f;
-        amx::multiply_square({slopes + t, 2 * room, 2 * amx::kRows * room, 64},
-                             {from, 4 * width, 64, 4 * amx::kRows * width}, steps,
-                             to + j * apart + f, 4 * width, true);
-      }
+  for (int64_t t = 0; t < room; t += kSteps * kSquare) {
+    amx::Factor left = of_slots(slopes, 0, room);
+    left.data = slopes + t / kSquare * kTileHalves;
+    for (int64_t j = 0; j < taps; ++j) {
+      amx::multiply_square(left, of_tokens(pairs + j % 2 * count * width, count, f, (t + j) / 2),
+                           std::min(kSteps, (room - t) / kSquare), sums + j * kSquare * kSquare,
+                           4 * kSquare, true);
     }
   }
 }
