@@ -16,6 +16,7 @@
 #include <cmath>
 #include <numbers>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -831,6 +832,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
           bias.has_value() ? to.bias.to(bias->scalar_type()) : nothing(), of_gate};
 }
 
+// How kv_fuse would compute the convolution of these arguments.
+std::string kv_fuse_plan(const at::Tensor& tokens, const at::Tensor& weight, const Optional& bias,
+                         const at::Tensor& gate, const at::Tensor& pick) {
+  if (!fits(tokens, weight, bias, gate)) return "the reference";
+  const Shape s = shape_of("kv_fuse", tokens, weight, bias, gate, pick);
+  if (by_windows(s, tokens, weight)) return "the convolution by windows in bf16, multiplied on AMX";
+  if (s.by_taps()) return "the convolution tap by tap in fp32";
+  return "the convolution by frequencies in fp32: " + std::to_string(s.points) + " products for " +
+         std::to_string(s.segment) + " outputs of " + std::to_string(s.taps) + " taps";
+}
+
 }  // namespace kv_fusion
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
@@ -839,3 +851,4 @@ TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("kv_fuse", &cofire::kv_fusion::kv_fuse);
   m.impl("kv_fuse_backward", &cofire::kv_fusion::kv_fuse_backward);
 }
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) { m.def("kv_fuse", &cofire::kv_fusion::kv_fuse_plan); }

@@ -176,6 +176,21 @@ def test_exact_training_sees_what_the_deployed_network_sees() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder_of(model).vision.parameters())
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_choice_stands_after_its_share_of_the_steps(exact: bool) -> None:
+    """The predictors have no gradient then, of the task or of the shares; the network goes on."""
+    model, how, moved = prepared(settle=0.5, exact=exact, weight=1.0), method(settle=0.5, weight=1.0), []
+    for _ in range(4):
+        model.zero_grad()
+        loss = F.cross_entropy(model.train()(IMAGES, TEXT, answer=3).flatten(0, 1), TEXT.flatten())
+        (loss + how.loss(model)).backward()
+        decoder = decoder_of(model)
+        moved.append([any(p.grad.any() for p in part.parameters()) for part in (decoder.vision, decoder.text)])
+        assert all(p.grad.any() for p in decoder.blocks[-1].parameters())
+        how.step(model)
+    assert moved == [[True, True]] * 2 + [[False, False]] * 2
+
+
 def test_the_temperature_falls_to_a_tenth() -> None:
     model = prepared()
     temperatures = []
@@ -295,6 +310,7 @@ def test_report_counts_what_is_left_out() -> None:
     ("options", "sentence"),
     [
         ({"vision_keep": 0.0}, r"vision_keep must be in \(0, 1\], got 0"),
+        ({"settle": 0.0}, r"settle must be in \(0, 1\], got 0"),
         ({"text_keep": 1.5}, r"text_keep must be in \(0, 1\], got 1.5"),
         ({"layer": -1}, "layer must be at least 0, got -1"),
         ({"predictor_heads": 3}, r"predictor_width must be a multiple of predictor_heads \(3\), got 8"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cofire
 from cofire import ops
 from cofire.ops import kv_fusion
 from cofire.ops.kv_fusion import rows_at
@@ -285,6 +287,27 @@ def test_it_is_the_convolution_of_torch(n: int, d: int, merged: int, taps: int) 
     torch.testing.assert_close(found[0][rest].double(), right[0][rest], rtol=0, atol=1e-4)
     for o, r in zip(found[1:], right[1:], strict=True):
         torch.testing.assert_close(o.double(), r, rtol=0, atol=1e-4)
+
+
+def test_explain_says_how_the_convolution_is_computed() -> None:
+    found = {}
+    for name in ("odd", "frequencies", "squares"):
+        size, options = SHAPES[name]
+        for dtype in (torch.float32, torch.bfloat16):
+            args = [x.to(dtype) if x.is_floating_point() else x for x in fuse(*size, **options)(Random("explain"))]
+            ((call),) = cofire.explain("kv_fuse", *args)
+            found[name, dtype] = call["kernel"]
+    if not found["odd", torch.float32].startswith("c++"):
+        pytest.skip(found["odd", torch.float32])
+    assert found["odd", torch.float32].endswith("tap by tap in fp32")
+    assert re.search(
+        r"frequencies in fp32: \d+ products for \d+ outputs of 21 taps", found["frequencies", torch.float32]
+    )
+    amx = "multiplied on AMX" in found["squares", torch.bfloat16]
+    assert amx or found["squares", torch.bfloat16].endswith("in fp32")
+    assert all(
+        "AMX" not in text for (name, dtype), text in found.items() if (name, dtype) != ("squares", torch.bfloat16)
+    )
 
 
 def _fuse(**changes: Any) -> Any:

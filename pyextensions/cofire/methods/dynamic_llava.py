@@ -71,6 +71,8 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         exact: whether in training, too, exactly as many of an image's tokens are kept as when deployed, those whose logits
             differ most; noise is then added to that difference, times the temperature. Else each token is kept or dropped
             for itself, as published, and an image keeps more or fewer.
+        settle: share of ``steps``, in (0, 1], after which the predictors get no gradient any more: the network then learns to
+            answer by a choice that stands. 1: never, as published.
         choice: "learned", or "random": the control that keeps as many of the image's tokens, by chance.
 
     Raises:
@@ -102,12 +104,15 @@ class DynamicLLaVA(Method, name="dynamicllava"):
     predictor_hidden: int = 2048
     noise: bool = True
     exact: bool = False
+    settle: float = 1.0
     choice: str = "learned"
 
     def __post_init__(self) -> None:
         name = type(self).__name__
-        check_number(name, vision_keep=self.vision_keep, text_keep=self.text_keep, weight=self.weight)
-        for which in ("vision_keep", "text_keep"):
+        check_number(
+            name, vision_keep=self.vision_keep, text_keep=self.text_keep, settle=self.settle, weight=self.weight
+        )
+        for which in ("vision_keep", "text_keep", "settle"):
             if not 0 < getattr(self, which) <= 1:
                 raise ValueError(f"{name}: {which} must be in (0, 1], got {getattr(self, which)}")
         if not 0 <= self.weight < math.inf:
@@ -388,7 +393,7 @@ class SparseDecoder(Decoder):
         learned = method.choice == "learned"
         self.vision = VisionPredictor(features, *sizes).to(example) if learned else None
         self.text = TextPredictor(features, method.predictor_width).to(example) if method.text_keep < 1 else None
-        self.layer, self.noise, self.exact = method.layer, method.noise, method.exact
+        self.layer, self.noise, self.exact, self.settle = method.layer, method.noise, method.exact, method.settle
         self.vision_keep, self.text_keep, self.min_answer = method.vision_keep, method.text_keep, method.min_answer
         self.register_buffer("temperature", torch.ones((), device=example.device))
         self.rate_loss: Tensor | None = None
@@ -526,7 +531,7 @@ class SparseDecoder(Decoder):
             vision = self._by_chance(x, images)
             loss = x.new_zeros((), dtype=torch.float32, requires_grad=True)
         else:
-            logits = self.vision(x[:, :images])
+            logits = self._settled(self.vision(x[:, :images]))
             vision = alone = chosen(logits, temperature, self.noise and not self.exact)
             if self.exact:
                 vision = best(logits, self.kept_of(images), temperature, self.noise)
@@ -534,7 +539,7 @@ class SparseDecoder(Decoder):
         parts = [vision, vision.new_ones(batch, answer - images)]
         if self.text is not None and answer < x.shape[1]:
             real = _real(x, lengths)[:, answer:]
-            text = chosen(self.text(x[:, answer:]), temperature, self.noise)
+            text = chosen(self._settled(self.text(x[:, answer:])), temperature, self.noise)
             count = real.sum(1)
             mean = (text * real).sum(1) / count.clamp(min=1)
             loss = loss + torch.where(count >= max(self.min_answer, 1), (self.text_keep - mean).square(), 0).mean()
@@ -543,6 +548,14 @@ class SparseDecoder(Decoder):
             parts.append(vision.new_ones(batch, x.shape[1] - answer))
         self.rate_loss = loss
         return torch.cat(parts, 1)
+
+    def _settled(self, logits: Tensor) -> Tensor:
+        """Without a gradient from then on. The temperature says when, on its device, so that a training that is resumed
+        knows it too."""
+        if self.settle == 1:
+            return logits
+        fixed = logits.detach()
+        return torch.where(self.temperature > 0.1**self.settle * (1 + 1e-6), logits, fixed)
 
     def _by_chance(self, x: Tensor, images: int) -> Tensor:
         scores = torch.rand(x.shape[0], images, device=x.device)
