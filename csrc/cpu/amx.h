@@ -153,6 +153,32 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   asm volatile("tilestored %%tmm3, (%0, %1, 1)" : : "r"(second + 64), "r"(c_row) : "memory");
 }
 
+// c [3][16][16] = a b, for unsigned numbers of 16 bits a, [16 rows] in two planes of their high and
+// their low bytes, and signed ones b, whose low bytes are signed too: the products of the high
+// bytes, those of a high and a low one, and those of the low bytes, over 64 `steps` numbers each.
+// The registers are square. `a`: rows are `a_row` bytes apart; `b`: [numbers / 4][16][4].
+COFIRE_INLINE void multiply_planes(const uint8_t* a_high, const uint8_t* a_low, int64_t a_row,
+                                   const int8_t* b_high, const int8_t* b_low, int64_t steps,
+                                   int32_t* c) {
+  constexpr int64_t kRow = 64;
+  asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2");
+  for (int64_t q = 0; q < steps; ++q) {
+    const int64_t tile = q * kRows * kRow;
+    asm volatile("tileloadd (%0, %1, 1), %%tmm3" : : "r"(a_high + q * kRow), "r"(a_row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(b_high + tile), "r"(kRow) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(a_low + q * kRow), "r"(a_row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(b_low + tile), "r"(kRow) : "memory");
+    asm volatile(
+        "tdpbusd %tmm5, %tmm3, %tmm0\n\t"
+        "tdpbusd %tmm5, %tmm4, %tmm1\n\t"
+        "tdpbusd %tmm6, %tmm4, %tmm2\n\t"
+        "tdpbusd %tmm6, %tmm3, %tmm1");
+  }
+  asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(c), "r"(kRow) : "memory");
+  asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(c + 256), "r"(kRow) : "memory");
+  asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(c + 512), "r"(kRow) : "memory");
+}
+
 #else
 
 inline bool found() { return false; }

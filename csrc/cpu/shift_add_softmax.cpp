@@ -2,7 +2,8 @@
 // binary_softmax_attention: softmax(scale S) V, where S counts bits that agree. A tile of queries
 // goes over the keys block by block: distances of codes by tables of four bits, weights by a table
 // of the distances, and the product of the weights with the values, where the time goes: in fp32,
-// or in 16 bits, which is twice as fast.
+// or in 16 bits, which is twice as fast, and on AMX in bytes, of which the products are put
+// together.
 //
 // Softmax does not change when a constant is taken from the scores of a query, so that distances
 // alone matter: scores are -step * distance. They are counted from the nearest key so far.
@@ -20,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "instructions.h"
 #include "lanes16.h"
 #include "parts.h"
@@ -174,17 +176,43 @@ void arrange(const T* value, int64_t count, int64_t d, const uint8_t* order, int
   });
 }
 
+// The same for AMX: [columns / kColumns][2][kKeys / 4][kColumns][4] bytes, the high and the low
+// ones, both signed.
+inline void to_planes(int64_t columns, int16_t* values) {
+  alignas(64) int16_t copy[kKeys * kColumns];
+  for (int64_t c = 0; c < columns; c += kColumns, values += kKeys * kColumns) {
+    std::copy_n(values, kKeys * kColumns, copy);
+    auto* high = reinterpret_cast<int8_t*>(values);
+    int8_t* low = high + kKeys * kColumns;
+    for (int64_t k = 0; k < kKeys; ++k) {
+      for (int64_t i = 0; i < kColumns; ++i) {
+        const int16_t value = copy[k / 2 * kColumns * 2 + i * 2 + k % 2];
+        const auto part = static_cast<int8_t>(value);
+        const int64_t at = (k / 4 * kColumns + i) * 4 + k % 4;
+        low[at] = part;
+        high[at] = static_cast<int8_t>((value - part) >> 8);
+      }
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------ a tile of queries
+
+// How weights and values are multiplied.
+enum class By { kVectors, kVnni, kAmx };
+
+By fastest() { return amx::found() ? By::kAmx : has_vnni() ? By::kVnni : By::kVectors; }
 
 // What a thread works with.
 template <typename P>
 struct Workspace {
   alignas(64) P weights[kQueries * kKeys];
   alignas(64) uint8_t distances[kQueries * kKeys];
-  float factor[kQueries];  // of a block's weights
-  float total[kQueries];   // of all weights
-  int near[kQueries];      // the least distance of a block
-  int least[kQueries];     // the least so far
+  alignas(64) uint8_t high[kQueries * kKeys], low[kQueries * kKeys];  // bytes of weights, for AMX
+  float factor[kQueries];                                             // of a block's weights
+  float total[kQueries];                                              // of all weights
+  int near[kQueries];   // the least distance of a block
+  int least[kQueries];  // the least so far
   uint64_t codes[kQueries] = {};
   at::Tensor sums;  // [kQueries][columns]
 };
@@ -339,6 +367,39 @@ COFIRE_INLINE void multiply(const int16_t* weights, const int16_t* values, int64
   }
 }
 
+// The products of a block in bytes: sums [rows][stride] of queries times columns, as above.
+template <typename P>
+void multiply_on_amx(Workspace<P>& ws, const P* values, int64_t rows, int64_t columns,
+                     int64_t depth, const float* scales, float* sums) {
+#if defined(COFIRE_AMX)
+  if constexpr (std::is_same_v<P, int16_t>) {
+    for (int64_t i = 0; i < rows * kKeys; ++i) {
+      ws.high[i] = static_cast<uint8_t>(ws.weights[i] >> 8);
+      ws.low[i] = static_cast<uint8_t>(ws.weights[i]);
+    }
+    alignas(64) int32_t parts[3 * amx::kRows * kColumns];
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      const auto* high = reinterpret_cast<const int8_t*>(values + c * kKeys);
+      const F16 scale = F16::load(scales + c);
+      for (int64_t r = 0; r < rows; r += amx::kRows) {
+        amx::multiply_planes(ws.high + r * kKeys, ws.low + r * kKeys, kKeys, high,
+                             high + kKeys * kColumns, depth / 64, parts);
+        for (int64_t i = 0; i < amx::kRows; ++i) {
+          const auto part = [&](int64_t k) {
+            return _mm512_load_si512(parts + (k * amx::kRows + i) * kColumns);
+          };
+          const __m512i whole = _mm512_add_epi32(
+              _mm512_slli_epi32(_mm512_add_epi32(_mm512_slli_epi32(part(0), 8), part(1)), 8),
+              part(2));
+          float* p = sums + (r + i) * columns + c;
+          fma(to_float(W16{whole}) * scale, F16::all(ws.factor[r + i]), F16::load(p)).store(p);
+        }
+      }
+    }
+  }
+#endif
+}
+
 // The keys and values of a set.
 template <typename P>
 struct Prepared {
@@ -348,10 +409,16 @@ struct Prepared {
 };
 
 // The outputs of the queries [first, first + rows) of a set; their codes are in the workspace.
-template <bool Vnni, typename P, typename T>
+template <By How, typename P, typename T>
 void attend(const Sizes& s, const Prepared<P>& set, const Tables& tables, int64_t first,
             int64_t rows, Workspace<P>& ws, T* out) {
-  const int64_t columns = s.columns(), end = (rows + kRows - 1) / kRows * kRows;
+  constexpr int64_t kTogether = How == By::kAmx ? amx::kRows : kRows;
+  static_assert(kQueries % kTogether == 0);
+  const int64_t columns = s.columns(), end = (rows + kTogether - 1) / kTogether * kTogether;
+#if defined(COFIRE_AMX)
+  amx::Registers registers;
+  if constexpr (How == By::kAmx) registers.square();
+#endif
   float* sums = ws.sums.template data_ptr<float>();
   std::fill_n(sums, end * columns, 0.0f);
   std::fill(ws.weights + rows * kKeys, ws.weights + end * kKeys, P{});
@@ -391,10 +458,14 @@ void attend(const Sizes& s, const Prepared<P>& set, const Tables& tables, int64_
     const int64_t depth = std::min(kKeys, (s.keys - b * kKeys + 63) / 64 * 64);
     const P* values = set.values + b * kKeys * columns;
     const float* scales = set.scales + b * columns;
+    if constexpr (How == By::kAmx) {
+      multiply_on_amx(ws, values, end, columns, depth, scales, sums);
+      continue;
+    }
     for (int64_t c = 0; c < columns; c += kColumns) {
       for (int64_t r = 0; r < end; r += kRows) {
-        multiply<Vnni>(ws.weights + r * kKeys, values + c * kKeys, depth, scales + c, ws.factor + r,
-                       sums + r * columns + c, columns);
+        multiply<How == By::kVnni>(ws.weights + r * kKeys, values + c * kKeys, depth, scales + c,
+                                   ws.factor + r, sums + r * columns + c, columns);
       }
     }
   }
@@ -413,6 +484,7 @@ void attend_all(const Sizes& s, const Tables& tables, int64_t sets, uint64_t mas
                 const W* key, const T* value, T* out) {
   const int64_t blocks = s.blocks(), columns = s.columns();
   constexpr bool whole = std::is_same_v<P, int16_t>;
+  const By how = whole ? fastest() : By::kVectors;
   at::Tensor planes = at::empty({sets * blocks * s.groups * kKeys}, at::kByte);
   at::Tensor values = at::empty({sets * blocks * kKeys * columns}, whole ? at::kShort : at::kFloat);
   at::Tensor scales = at::empty({sets * blocks * columns}, at::kFloat);
@@ -425,6 +497,9 @@ void attend_all(const Sizes& s, const Tables& tables, int64_t sets, uint64_t mas
     split(key + from, count, mask, s.groups, plane + i * s.groups * kKeys);
     arrange(value + from * s.d, count, s.d, tables.order_of(P{}), prepared + i * kKeys * columns,
             scale + i * columns);
+    if constexpr (whole) {
+      if (how == By::kAmx) to_planes(columns, prepared + i * kKeys * columns);
+    }
   });
   const int64_t tiles = (s.queries + kQueries - 1) / kQueries;
   in_turns(sets * tiles, [&](int64_t i) {
@@ -439,11 +514,14 @@ void attend_all(const Sizes& s, const Tables& tables, int64_t sets, uint64_t mas
     const Prepared<P> keys = {plane + set * blocks * s.groups * kKeys,
                               prepared + set * blocks * kKeys * columns,
                               scale + set * blocks * columns};
-    if (whole && has_vnni()) {
-      attend<whole>(s, keys, tables, first, rows, *ws, out + from * s.d);
-    } else {
-      attend<false>(s, keys, tables, first, rows, *ws, out + from * s.d);
+    const auto run = [&](auto by) {
+      attend<by()>(s, keys, tables, first, rows, *ws, out + from * s.d);
+    };
+    if constexpr (whole) {
+      if (how == By::kAmx) return run(std::integral_constant<By, By::kAmx>{});
+      if (how == By::kVnni) return run(std::integral_constant<By, By::kVnni>{});
     }
+    run(std::integral_constant<By, By::kVectors>{});
   });
 }
 
