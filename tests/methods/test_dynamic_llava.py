@@ -176,6 +176,17 @@ def test_exact_training_sees_what_the_deployed_network_sees() -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in decoder_of(model).vision.parameters())
 
 
+@pytest.mark.parametrize("detach", [False, True])
+def test_the_loss_of_the_shares_reaches_the_layers_below_unless_it_is_detached(detach: bool) -> None:
+    model = prepared(detach=detach).train()
+    model(IMAGES, TEXT, answer=3)
+    method().loss(model).backward()
+    decoder = decoder_of(model)
+    assert all(p.grad.any() for part in (decoder.vision, decoder.text) for p in part.parameters())
+    below = [p.grad is not None and bool(p.grad.any()) for p in decoder.blocks[0].parameters()]
+    assert not any(below) if detach else all(below)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_choice_stands_after_its_share_of_the_steps(exact: bool) -> None:
     """The predictors have no gradient then, of the task or of the shares; the network goes on."""

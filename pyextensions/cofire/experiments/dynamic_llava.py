@@ -111,6 +111,7 @@ class Plan:
     predictor_width: int = 64
     noise: bool = False  #: in training: a sample of the predictor's two logits, else the likelier one, as when deployed
     exact: bool = True  #: in training, too, exactly as many tokens as when deployed
+    detach: bool = True  #: the predictors train no layer below them
     settle: float = 0.4  #: share of the training after which the choice stands
     keeps: tuple[float, ...] = (0.0625, 0.125, 0.25, 0.5, 1.0)  #: shares at which the trained networks are tested too
     #: Train without a share of the training images and score on them, so that a setting is chosen without the test.
@@ -203,6 +204,7 @@ class Run:
             predictor_hidden=2 * plan.predictor_width,
             noise=plan.noise,
             exact=plan.exact,
+            detach=plan.detach,
             settle=plan.settle,
             choice=choice,
         )

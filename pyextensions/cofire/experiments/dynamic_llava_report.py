@@ -129,6 +129,8 @@ def conditions(results: Results) -> str:
     choice = "a sample decides" if plan.get("noise", True) else "the likelier of two logits decides"
     if plan.get("exact", False):
         choice = "as many as when deployed" + (", of a sample" if plan["noise"] else "")
+    if plan.get("detach", False):
+        choice += ", the predictor trains no layer below it"
     if plan.get("settle", 1) < 1:
         choice += f", and after {plan['settle']:.0%} of the training the choice stands"
     texts = "all" if plan["text_keep"] == 1 else f"a share of {plan['text_keep']:g}"

@@ -71,6 +71,8 @@ class DynamicLLaVA(Method, name="dynamicllava"):
         exact: whether in training, too, exactly as many of an image's tokens are kept as when deployed, those whose logits
             differ most; noise is then added to that difference, times the temperature. Else each token is kept or dropped
             for itself, as published, and an image keeps more or fewer.
+        detach: whether the predictors pass no gradient on to the layers below. Else the loss of the shares, with its weight,
+            trains those too, as published.
         settle: share of ``steps``, in (0, 1], after which the predictors get no gradient any more: the network then learns to
             answer by a choice that stands. 1: never, as published.
         choice: "learned", or "random": the control that keeps as many of the image's tokens, by chance.
@@ -104,6 +106,7 @@ class DynamicLLaVA(Method, name="dynamicllava"):
     predictor_hidden: int = 2048
     noise: bool = True
     exact: bool = False
+    detach: bool = False
     settle: float = 1.0
     choice: str = "learned"
 
@@ -393,7 +396,8 @@ class SparseDecoder(Decoder):
         learned = method.choice == "learned"
         self.vision = VisionPredictor(features, *sizes).to(example) if learned else None
         self.text = TextPredictor(features, method.predictor_width).to(example) if method.text_keep < 1 else None
-        self.layer, self.noise, self.exact, self.settle = method.layer, method.noise, method.exact, method.settle
+        self.layer, self.noise, self.exact = method.layer, method.noise, method.exact
+        self.detach, self.settle = method.detach, method.settle
         self.vision_keep, self.text_keep, self.min_answer = method.vision_keep, method.text_keep, method.min_answer
         self.register_buffer("temperature", torch.ones((), device=example.device))
         self.rate_loss: Tensor | None = None
@@ -527,11 +531,12 @@ class SparseDecoder(Decoder):
     def _mask(self, x: Tensor, images: int, answer: int, lengths: Tensor | None) -> Tensor:
         """In training: which tokens others attend to ``[B, N]``, with a gradient; and the loss of their shares."""
         temperature, batch = self.temperature, x.shape[0]
+        seen = x.detach() if self.detach else x
         if self.vision is None:
             vision = self._by_chance(x, images)
             loss = x.new_zeros((), dtype=torch.float32, requires_grad=True)
         else:
-            logits = self._settled(self.vision(x[:, :images]))
+            logits = self._settled(self.vision(seen[:, :images]))
             vision = alone = chosen(logits, temperature, self.noise and not self.exact)
             if self.exact:
                 vision = best(logits, self.kept_of(images), temperature, self.noise)
@@ -539,7 +544,7 @@ class SparseDecoder(Decoder):
         parts = [vision, vision.new_ones(batch, answer - images)]
         if self.text is not None and answer < x.shape[1]:
             real = _real(x, lengths)[:, answer:]
-            text = chosen(self._settled(self.text(x[:, answer:])), temperature, self.noise)
+            text = chosen(self._settled(self.text(seen[:, answer:])), temperature, self.noise)
             count = real.sum(1)
             mean = (text * real).sum(1) / count.clamp(min=1)
             loss = loss + torch.where(count >= max(self.min_answer, 1), (self.text_keep - mean).square(), 0).mean()
