@@ -31,7 +31,7 @@ namespace kv_fusion {
 namespace {
 
 constexpr int64_t kSlots = 64;         // of a tile, at most
-constexpr int64_t kRoom = 10 << 20;    // numbers that are kept of the sets taken at a time
+constexpr int64_t kRoom = 4 << 20;     // numbers that are kept of the sets taken at a time
 constexpr int64_t kLongest = 128;      // segment, with what it shares with the next
 constexpr int64_t kColumns = 1 << 12;  // of a weight's transform, by a thread
 
@@ -188,10 +188,26 @@ struct Tile {
   at::Tensor rows(const float* data, int64_t n) const { return matrix(data, n, count, stride); }
 };
 
+// Memory of torch's, which begins with a line of the cache and is counted as its other tensors are.
+template <typename T>
+class Room {
+ public:
+  Room() = default;
+  explicit Room(int64_t count)
+      : owner_(empty_in_large_pages({count * static_cast<int64_t>(sizeof(T))},
+                                    at::TensorOptions(at::kByte))),
+        data_(reinterpret_cast<T*>(owner_.mutable_data_ptr<uint8_t>())) {}
+  T* at(int64_t i) const { return data_ + i; }
+
+ private:
+  at::Tensor owner_;
+  T* data_ = nullptr;
+};
+
 // The weight as a product needs it.
 struct Weight {
-  at::Tensor numbers;  // `by_points`
-  Halves blocks;       // by windows: blocks of 32 slots
+  at::Tensor numbers;     // `by_points`
+  Room<uint16_t> blocks;  // by windows: blocks of 32 slots
 
   Weight(const Shape& s, const Transforms& to, const at::Tensor& weight) {
     if (!s.windows) {
@@ -201,9 +217,9 @@ struct Weight {
 #if defined(COFIRE_AMX)
     const at::Tensor taps = weight.contiguous();
     const auto* from = reinterpret_cast<const uint16_t*>(taps.const_data_ptr<at::BFloat16>());
-    blocks.resize(s.slots * s.width * s.taps);
+    blocks = Room<uint16_t>(s.slots * s.width * s.taps);
     in_turns(s.slots / kSquare, [&](int64_t i) {
-      pack_block(from, i * kSquare, s.width, s.taps, blocks.data() + i * of_block(s));
+      pack_block(from, i * kSquare, s.width, s.taps, blocks.at(i * of_block(s)));
     });
 #endif
   }
@@ -219,8 +235,8 @@ struct Group {
   const float* bias;
   const uint16_t* windows = nullptr;  // tokens of the first set
   int64_t parities = 1;
-  Halves slopes;          // by windows: the logits' gradients, [set][slots][room]
-  Lines<uint32_t> pairs;  // and pairs of tokens, [set][pairs][width]: from the first slot's middle
+  Room<uint16_t> slopes;  // by windows: the logits' gradients, [set][slots][room]
+  Room<uint32_t> pairs;   // and pairs of tokens, [set][pairs][width]: from the first slot's middle
                           // on, or [set][2][pairs][width], from the first and the second token on
   std::vector<std::optional<Floats>> rows;
   at::Tensor of_tokens;  // [set and segment][points][width]
@@ -237,8 +253,8 @@ struct Group {
 #if defined(COFIRE_AMX)
     if (s.windows) {
       parities = keeps_logits ? 2 : 1;
-      if (keeps_logits) slopes.resize(s.group() * s.slots * slope_room());
-      pairs.resize(s.group() * of_pairs());
+      if (keeps_logits) slopes = Room<uint16_t>(s.group() * s.slots * slope_room());
+      pairs = Room<uint32_t>(s.group() * of_pairs());
       return;
     }
 #endif
@@ -259,7 +275,7 @@ struct Group {
         const int64_t i = task / parities, first = parities == 1 ? s.taps / 2 : task % parities;
         const int64_t count = parities == 1 ? s.tokens() : s.rows - first;
         pack_pairs(window_of(i) + first * s.width, count, s.width, pairs_each(),
-                   pairs.data() + task * pairs_each() * s.width);
+                   pairs.at(task * pairs_each() * s.width));
       });
       return;
     }
@@ -288,10 +304,10 @@ struct Group {
   int64_t pairs_each() const { return pairs_of(s.tokens(), parities == 1 ? 0 : s.taps - 1); }
   int64_t of_pairs() const { return parities * pairs_each() * s.width; }
   const uint16_t* block_of(int64_t slot) const {
-    return all_of_weight.blocks.data() + slot / kSquare * Weight::of_block(s);
+    return all_of_weight.blocks.at(slot / kSquare * Weight::of_block(s));
   }
   uint16_t* slopes_at(int64_t i, int64_t slot) {
-    return slopes.data() + (i * s.slots + slot) * slope_room();
+    return slopes.at((i * s.slots + slot) * slope_room());
   }
 #endif
 
@@ -333,8 +349,8 @@ struct Group {
       transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
       amx::Registers registers;
       registers.square();
-      mixtures(by_slots.data(), tile.count, slope_room(), pairs.data() + i * of_pairs(),
-               pairs_each(), s.width, out);
+      mixtures(by_slots.data(), tile.count, slope_room(), pairs.at(i * of_pairs()), pairs_each(),
+               s.width, out);
       return;
     }
 #endif
@@ -666,8 +682,8 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
         registers.square();
         for (int64_t i = 0; i < now; ++i) {
           add_to_taps(group.slopes_at(i, slot), group.slope_room(),
-                      group.pairs.data() + i * group.of_pairs(), group.pairs_each(), s.width,
-                      s.taps, f, sums.data());
+                      group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps, f,
+                      sums.data());
         }
         for (int64_t j = 0; j < s.taps; ++j) {
           for (int64_t r = 0; r < kSquare; ++r) {
