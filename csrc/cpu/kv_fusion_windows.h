@@ -158,14 +158,16 @@ inline void along_gradients(const uint16_t* x, int64_t n, int64_t width, const u
 // tokens from tap j on, for each tap. `pairs`: of both parities, count each.
 inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pairs, int64_t count,
                         int64_t width, int64_t taps, int64_t f, float* sums) {
-  constexpr int64_t kSteps = 8;  // so many tokens times 32, which the taps share
+  constexpr int64_t kSteps = 8;  // so many tokens times 32, which every second tap shares
   for (int64_t t = 0; t < room; t += kSteps * kSquare) {
     amx::Factor left = of_slots(slopes, 0, room);
     left.data = slopes + t / kSquare * kTileHalves;
-    for (int64_t j = 0; j < taps; ++j) {
-      amx::multiply_square(left, of_tokens(pairs + j % 2 * count * width, count, f, (t + j) / 2),
-                           std::min(kSteps, (room - t) / kSquare), sums + j * kSquare * kSquare,
-                           4 * kSquare, true);
+    for (int64_t parity = 0; parity < 2; ++parity) {
+      for (int64_t j = parity; j < taps; j += 2) {
+        amx::multiply_square(left, of_tokens(pairs + parity * count * width, count, f, (t + j) / 2),
+                             std::min(kSteps, (room - t) / kSquare), sums + j * kSquare * kSquare,
+                             4 * kSquare, true);
+      }
     }
   }
 }
