@@ -85,6 +85,12 @@ def test_inputs_keep_clear_of_halves() -> None:
 # -------------------------------------------------------------------------------------------------------- peers
 
 
+def test_int8_activations_of_few_features_make_a_case() -> None:
+    """Fewer than a group of the peers."""
+    (case,) = suite.select(["shift_add"], False, None, ["M3136 512x64 shifts of 4 bits int8 activations"])
+    assert case.make_args(Random(str(case)))[0].shape == (3136, 64)
+
+
 def test_peers_of_torch_itself_are_always_there() -> None:
     def names(*given: Any) -> set[str]:
         return set(lowbit_torch.of_torch(*given))
