@@ -167,7 +167,6 @@ def _results(**changes: dict[str, Any]) -> dict[str, Any]:
             "at least 10 points ahead of random tokens in the place of the chosen",
         ),
         ({"chosen": {"vision_rate": 0.285}}, "keeps its share"),
-        ({"chosen": {"kept_tokens": 18}}, "as deployed, the kept share"),
         ({"chosen": {"ink": 0.59}}, "twice chance"),
         ({"chosen": {"differing": 1}}, "the same answers"),
         ({"chosen": {"token_layers": 141}}, "cut by half"),

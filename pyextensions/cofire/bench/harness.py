@@ -314,7 +314,7 @@ def read_in_turns(
                 break
             shift = i % len(names)
             for name in names[shift:] + names[:shift]:
-                if i >= slow.get(name, rounds * LONGER + 1):
+                if i >= slow.get(name, math.inf):
                     continue
                 before, pool = pool, name if name in own_threads else None
                 if before != pool:

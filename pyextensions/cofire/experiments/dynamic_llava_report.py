@@ -44,11 +44,6 @@ def criteria(results: Results) -> list[Criterion]:
         ahead, name = _differences(cells, _cells(results, control)), f"at least {GAIN:.0f} points ahead of {words}"
         found.append(Criterion(name, _text(ahead), mean(ahead) >= GAIN) if ahead else Criterion(name, "not run", None))
     aim = results["settings"]["plan"]["vision_keep"]
-    kept, tokens = cells[0]["kept_tokens"], cells[0]["image_tokens"]
-    text = f"{kept} of {tokens} tokens, {kept / tokens:.3f} for {aim:g}"
-    found.append(
-        Criterion(f"as deployed, the kept share is within {TOLERANCE}", text, abs(kept / tokens - aim) <= TOLERANCE)
-    )
     rate = mean(cell["vision_rate"] for cell in cells)
     worst = max(abs(cell["vision_rate"] - aim) for cell in cells)
     text = f"{rate:.3f} for {aim:g}, the farthest seed off by {worst:.3f}"

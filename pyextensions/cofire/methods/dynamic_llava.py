@@ -329,15 +329,15 @@ def chosen(logits: Tensor, temperature: Tensor, noise: bool) -> Tensor:
 
 
 def best(logits: Tensor, count: int, temperature: Tensor, noise: bool) -> Tensor:
-    """Zeros and exactly ``count`` ones a row: the tokens that gain most by being kept. The gradient is that of a sigmoid around
-    the last one's rank. Noise, that of the sample in :func:`chosen`, fades with the temperature: tokens are tried first, and
-    are those of the deployed network at last."""
+    """Zeros and exactly ``count`` ones a row: the tokens that gain most by being kept.
+
+    The gradient is that of a sigmoid around what parts them from the others. Noise, that of the sample in :func:`chosen`,
+    fades with the temperature: tokens are tried first, and are those of the deployed network at last.
+    """
     gain = logits[..., 0].float() - logits[..., 1].float()
     if noise:
-        u = torch.rand_like(gain).clamp(1e-7, 1 - 1e-7)
-        gain = gain + temperature * (
-            u.log() - (-u).log1p()
-        )  # the difference of two samples of Gumbel's law is logistic
+        # The difference of two samples of Gumbel's law is logistic.
+        gain = gain + temperature * torch.rand_like(gain).logit(1e-7)
     index, *_ = ops.kv_select(gain.detach()[:, None], count, 0)
     hard = torch.zeros_like(gain).scatter(1, index[:, 0].long(), 1.0)
     lowest = gain.detach().masked_fill(hard == 0, math.inf).amin(1, keepdim=True)
