@@ -54,8 +54,8 @@ def missing(x: Tensor, mode: str) -> tuple[Tensor]:
 
 
 class Hurried(harness.Effort):
-    def __init__(self, quick: bool) -> None:
-        super().__init__(quick)
+    def __init__(self, quick: bool, device: str = "cpu") -> None:
+        super().__init__(quick, device)
         self.case_seconds = 0.01
 
 

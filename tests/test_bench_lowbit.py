@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -155,7 +154,7 @@ def test_a_first_call_has_weights_that_were_never_seen() -> None:
         seen.append((args[1].data_ptr(), args[1]))
         return lambda: args[0]
 
-    case = replace(lowbit.qlinear_case(1), first=True)
+    case = lowbit.qlinear_case(1, first=True)
     assert case.modes == ["forward", "forward, cold", "first call"]
     given = harness.Input(case, "cpu", tiny=True)
     run = given.runs(Provider(setup), "first call")

@@ -48,7 +48,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Hurried(runner.Effort):
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, device: str = "cpu") -> None:
         self.training, self.seconds, self.least_rounds, self.most_rounds, self.attempts = 0.0, 0.0, 2, 2, 1
 
 

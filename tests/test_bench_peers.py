@@ -49,8 +49,8 @@ def suite_of_one(monkeypatch: pytest.MonkeyPatch) -> Case:
     """``run`` sees this one case, and ceilings that cost no time."""
 
     class Hurried(harness.Effort):
-        def __init__(self, quick: bool) -> None:
-            super().__init__(quick)
+        def __init__(self, quick: bool, device: str = "cpu") -> None:
+            super().__init__(quick, device)
             self.case_seconds = 0.01
 
     case = pool_case()

@@ -51,7 +51,7 @@ def case_named(name: str, **options: Any) -> Case:
 
 
 class Hurried(harness.Effort):
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, device: str = "cpu") -> None:
         super().__init__(True)
         self.case_seconds = 0.0
         self.least_rounds = 3
@@ -335,7 +335,7 @@ def test_a_wrong_answer_of_cofire_is_refused(three: list[Case], tmp_path: Path) 
     said = CliRunner().invoke(app, ["bench", "--out", str(path)])
     assert said.exit_code == 1
     words = said.output.replace("\n", "")
-    assert "refused, because cofire's own answer was wrong" in words
+    assert "no number, because cofire's own answer was wrong or the case could not be measured" in words
     assert "channel_pool, b, float32, forward: output 0 is off by" in words
     rows = bench.Results.load(path).rows
     kept = [r for r in rows if r["case"] == "b"]
@@ -344,6 +344,17 @@ def test_a_wrong_answer_of_cofire_is_refused(three: list[Case], tmp_path: Path) 
     assert red["provider"] == "cofire" and not red["correct"] and red["median_ms"] is None
     assert all(r["run"] != before.rows[0]["run"] for r in rows if r["case"] in "ac"), "the others were measured"
     assert "run" not in json.loads(path.read_text())
+
+
+def test_a_case_that_cannot_be_measured_does_not_stop_the_others(three: list[Case], tmp_path: Path) -> None:
+    def broken(rand: Any) -> Any:
+        raise MemoryError("too large for this machine")
+
+    three[1] = replace(three[1], make_args=broken)
+    found = bench.run(out=tmp_path / "r.json", progress=False)
+    assert {r["case"] for r in found.rows} == {"a", "c"}
+    expected = "channel_pool, b, float32, forward: MemoryError: too large for this machine; there is no number"
+    assert found.refused == [expected] and found.run is None
 
 
 def test_a_wrong_provider_does_not_end_in_an_error(three: list[Case], tmp_path: Path) -> None:

@@ -94,7 +94,9 @@ def bench(
         )
     typer.echo(json.dumps(results.to_json(), indent=2) if as_json else results.summary())
     if results.refused:
-        typer.echo("cofire: no number, because cofire's own answer was wrong or the case could not be measured:", err=True)
+        typer.echo(
+            "cofire: no number, because cofire's own answer was wrong or the case could not be measured:", err=True
+        )
         for line in results.refused:
             typer.echo(f"  {line}", err=True)
         raise typer.Exit(1)

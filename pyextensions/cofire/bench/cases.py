@@ -114,6 +114,7 @@ class Case:
     quick: bool = False
     gradients: tuple[int, ...] = ()  #: what to differentiate by, by position; adds the mode ``forward+backward``
     cold: tuple[int, ...] = ()  #: positions of the weights to rotate through memory; adds the mode ``forward, cold``
+    hot: bool = True  #: False: with the weights cold alone, as inference meets them, and without the mode ``forward``
     #: the operator's representative: adds the mode ``overhead``, the time of one call on the tiny input, and to
     #: ``forward`` the time on one thread
     overhead: bool = False
@@ -141,7 +142,7 @@ class Case:
 
     @property
     def modes(self) -> list[str]:
-        found = ["forward"]
+        found = ["forward"] if self.hot or not self.cold else []
         found += ["forward, cold"] if self.cold else []
         found += ["first call"] if self.first else []
         found += ["forward+backward"] if self.gradients else []

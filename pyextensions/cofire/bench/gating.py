@@ -289,6 +289,7 @@ def _conv(
     compile: bool = False,
     backward: bool = False,
     cold: bool = False,
+    quick: bool = False,
     **options: Any,
 ) -> Case:
     providers: dict[str, Provider | Mapping[str, Provider]] = {
@@ -317,6 +318,8 @@ def _conv(
         gradients=(0, 1, 2) if backward else (),
         compared=_read_gradients,
         cold=(1,) if cold else (),
+        hot=quick,
+        quick=quick,
         flops=_conv_flops,
         **options,
     )
@@ -352,7 +355,7 @@ def _compact_conv(layer: Layer, keep: float, dtype: torch.dtype = FLOAT, **optio
     )
 
 
-KEEPS = (1, 0.9, 0.75, 0.5, 0.3, 0.1)
+KEEPS, FEW = (1, 0.9, 0.75, 0.5, 0.3, 0.1), (1, 0.5, 0.1)
 RESNET_14 = Layer(8, 256, 256, 14)  # stage 3 of ResNet-18 and -34
 SWEEP = (
     replace(RESNET_14, batch=1),
@@ -381,7 +384,8 @@ def _sweep(layer: Layer, keep: float, dtype: torch.dtype) -> Case:
 
 
 CONVOLUTIONS = [
-    *(_sweep(layer, keep, dtype) for layer in SWEEP for dtype in (FLOAT, HALF) for keep in KEEPS),
+    *(_sweep(layer, keep, FLOAT) for layer in SWEEP for keep in (KEEPS if layer in SWEEP[:2] else FEW)),
+    *(_sweep(layer, keep, HALF) for layer in SWEEP for keep in (FEW if layer == RESNET_14 else (0.5,))),
     *(_conv(VGG_4, 0.5, dtype, naive=True, cold=True, quick=dtype == FLOAT) for dtype in (FLOAT, HALF)),
     _conv(replace(VGG_4, batch=8), 0.5, naive=True),
     *(_conv(SWEEP[0], 0.6, dtype, naive=True, cold=dtype == FLOAT) for dtype in (FLOAT, HALF)),
@@ -506,15 +510,15 @@ def _linear(
 
 
 LINEARS = [
-    *(_linear(1, (1, 0.5), dtype, cold=(1,)) for dtype in (FLOAT, HALF)),
-    *(_linear(1, (0.5, 1), dtype, column_major=True, cold=(1,)) for dtype in (FLOAT, HALF)),
+    *(_linear(1, (1, 0.5), dtype, cold=(1,), hot=False) for dtype in (FLOAT, HALF)),
+    *(_linear(1, (0.5, 1), dtype, column_major=True, cold=(1,), hot=False) for dtype in (FLOAT, HALF)),
     *(
         _linear(1, (0.5, 0.5), dtype, gather=True, cold=(1,), quick=dtype == FLOAT, overhead=dtype == FLOAT)
         for dtype in (FLOAT, HALF)
     ),
     *(_linear(batch, (0.5, 0.5), dtype) for batch in (8, 32, 256) for dtype in (FLOAT, HALF)),
-    _linear(1, (0.1, 0.1), cold=(1,)),
-    _linear(1, (1, 1), cold=(1,)),
+    _linear(1, (0.1, 0.1), cold=(1,), hot=False),
+    _linear(1, (1, 1), cold=(1,), hot=False),
     _linear(32, (1, 1), gradients=(0, 1, 2)),
 ]
 

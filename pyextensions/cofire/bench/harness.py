@@ -6,7 +6,7 @@ How a number comes about:
 * A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number. cofire has to keep to
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
-  more than twelve seconds). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the
+  more than five seconds). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the
   first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its
   speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes nothing about their
   distribution (:func:`median_interval`).
@@ -62,7 +62,7 @@ SETTLE_SECONDS = 0.1
 SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
 LONG_MS, LONG_ROUNDS = 500.0, 3  #: of a slow reading that lasts longer there are fewer, and it is not warmed up twice
 BEHIND = 2.0  #: a variant that takes so many times as long as another one is not timed again
-LONGEST_SECONDS = 12  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
+LONGEST_SECONDS = 5  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
 LONGER = 4  #: times the rounds that fit are the most, while too few of them were undisturbed
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
 
@@ -74,12 +74,12 @@ class Effort:
         short = quick or device == "cuda"
         self.least_rounds = 7 if quick else 30
         self.most_rounds = 30 if short else 100
-        self.case_seconds = 0.2 if short else 1.5
+        self.case_seconds = 0.2 if short else 1.0
         self.variant_seconds = 0.03 if short else 0.1  #: to find the fastest of a provider's variants
         self.longest_seconds = 2.0 if short else LONGEST_SECONDS
         self.slow_rounds = 3 if quick else LEAST_ROUNDS
         self.ceiling_seconds = 0.02 if quick else 0.2
-        self.extra_seconds = 0.2 if short else 1.5  #: to find enough rounds in which the machine was quiet
+        self.extra_seconds = 0.2 if short else 1.0  #: to find enough rounds in which the machine was quiet
 
 
 # ---------------------------------------------------------------------------------------------- correctness

@@ -191,6 +191,7 @@ def qlinear_case(
         providers,
         tiny,
         cold=((1,) if format == "S5" else (1, 2)) if cold else (),
+        hot=compile or bool(options.get("first")),
         reference=reference,
         arithmetic="int8" if activations == "int8" else None,
         facts={"rows": rows, "bits": bits, "group_size": group_size, "format": format, "activations": activations},

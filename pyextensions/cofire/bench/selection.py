@@ -350,6 +350,6 @@ CASES = [
     _keep(11008, 4096, 0.5, "row"),
     _keep(11008, 4096, 0.5, "tensor"),
     _keep(11008, 4096, 0.1, "tensor", "taylor"),
-    _keep_list("attention block", [(2048, 2048)] * 4 + [(5504, 2048)] * 2, 0.5),
+    _keep_list("attention block of 1024", [(1024, 1024)] * 4 + [(2752, 1024)] * 2, 0.5),
     _keep_list("MLP 64-512x3-16", [(512, 64), (512, 512), (512, 512), (16, 512)], 0.2, quick=True, overhead=True),
 ]

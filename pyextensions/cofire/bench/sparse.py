@@ -128,6 +128,7 @@ def _spmm(
         providers,
         lambda rand: args(rand, (64, 96), min(rows, 7)),
         cold=() if backward else (2, 3),
+        hot=bool(options.get("quick")),
         gradients=(0, 2) if backward else (),
         facts={
             "rows": rows,
