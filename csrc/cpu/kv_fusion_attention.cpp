@@ -88,14 +88,14 @@ void attend_with_scores(const Sizes& s, const at::Tensor& query, const at::Tenso
     bool counts = false;
     for (int64_t r = 0; r < at.count; ++r) {
       const int64_t row = at.first + r;
-      const Sum sum = weigh(weights + r * at.width, s.seen(row), at.width, s.scale);
+      const Sum sum = weigh(weights + r * at.stride, s.seen(row), at.width, s.scale);
       log_sums[at.set * s.rows() + row] = s.scale * sum.most + std::log(sum.total);
       inverse[r] = 1 / sum.total;
       const bool late = row % s.queries >= s.queries - window;
       shares[r] = late ? inverse[r] : 0.0f;
       counts |= late;
     }
-    if (counts) add_by_key(weights, at.count, at.width, at.width, shares, part + at.task * s.keys);
+    if (counts) add_by_key(weights, at.count, at.width, at.stride, shares, part + at.task * s.keys);
   });
   if (chunks == 1) return;
   at::parallel_for(0, s.sets(), grain_of(chunks * s.keys), [&](int64_t begin, int64_t end) {
@@ -126,7 +126,7 @@ void normalize_scores(const Sizes& s, int64_t window, float* scores) {
 void slopes_of(const Sizes& s, const Block& at, const float* grad_lse, float* weights,
                float* slopes) {
   for (int64_t r = 0; r < at.count; ++r) {
-    float *p = weights + r * at.width, *dp = slopes + r * at.width;
+    float *p = weights + r * at.stride, *dp = slopes + r * at.stride;
     const Sum sum = weigh(p, s.seen(at.first + r), at.width, s.scale);
     const Vec inverse(1 / sum.total);
     Vec along(0.0f);
@@ -196,6 +196,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_with_scores_backward(
   return {to_query, to_key, to_value};
 }
 
+// How attention_with_scores would multiply, and its backward.
+std::string attention_with_scores_plan(const at::Tensor& query, const at::Tensor& key,
+                                       const at::Tensor& value, bool causal, double scale,
+                                       int64_t /*window*/, bool /*normalize*/) {
+  if (!covered(query)) return "the reference";
+  const Sizes s = sizes_of("attention_with_scores", query, key, value, causal, scale);
+  return way_of(s, query.scalar_type(), false);
+}
+
+std::string attention_with_scores_backward_plan(const at::Tensor& grad,
+                                                const Optional& /*grad_lse*/,
+                                                const at::Tensor& query, const at::Tensor& key,
+                                                const at::Tensor& value, bool causal,
+                                                double scale) {
+  if (!covered(grad)) return "the reference";
+  const Sizes s = sizes_of("attention_with_scores_backward", query, key, value, causal, scale);
+  return way_of(s, query.scalar_type(), true);
+}
+
 }  // namespace kv_fusion
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
@@ -203,4 +222,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_with_scores_backward(
 TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("attention_with_scores", &cofire::kv_fusion::attention_with_scores);
   m.impl("attention_with_scores_backward", &cofire::kv_fusion::attention_with_scores_backward);
+}
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) {
+  m.def("attention_with_scores", &cofire::kv_fusion::attention_with_scores_plan);
+  m.def("attention_with_scores_backward", &cofire::kv_fusion::attention_with_scores_backward_plan);
 }

@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <limits>
+#include <string>
 #include <vector>
 
 #include "exponential.h"
 #include "kv_fusion.h"
 #include "kv_fusion_few.h"
+#include "kv_fusion_tiles.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -84,9 +86,10 @@ inline float largest_of(const float* x, int64_t count) {
   return reduce_max(at::vec::maximum(most, other));
 }
 
-// Rows [first, first + count) of a set, row by row their `width` products with keys.
+// Rows [first, first + count) of a set, row by row their `width` products with keys; rows are
+// `stride` apart.
 struct Block {
-  int64_t set, task, first, count, width;
+  int64_t set, task, first, count, width, stride;
 };
 
 // `attend` for one query of each head: parts of a set's keys, whose sums are added in their order.
@@ -108,7 +111,7 @@ void attend_few(const Sizes& s, const at::Tensor& query, const at::Tensor& key,
                  weights.data() + set * rows * width + first, width);
   };
   const auto weigh_set = [&](int64_t set) {
-    weigh(Block{set, set, 0, rows, width}, weights.data() + set * rows * width,
+    weigh(Block{set, set, 0, rows, width, width}, weights.data() + set * rows * width,
           factors.data() + set * rows);
   };
   const auto mix_part = [&](int64_t task) {
@@ -140,15 +143,147 @@ void attend_few(const Sizes& s, const at::Tensor& query, const at::Tensor& key,
   }
 }
 
+// Whether a pass over keys and values is enough: for one query of each head, of a few. (Several
+// queries, as a piece of a prompt has them, are summed up as all of it is.)
+inline bool are_few(const Sizes& s) { return s.queries == 1 && s.groups <= kFew; }
+
+// Whether the products are made on the tiles of AMX.
+template <typename T>
+bool on_tiles(const Sizes& s) {
+  return std::is_same_v<T, at::BFloat16> && s.d % kSquare == 0 && amx::found();
+}
+
+// How `attend` would multiply, or its gradient.
+inline std::string way_of(const Sizes& s, at::ScalarType type, bool backward) {
+  if (!backward && are_few(s)) return "vector by vector, for one query of each head";
+  return type == at::kBFloat16 && on_tiles<at::BFloat16>(s) ? "products of bf16 on AMX"
+                                                            : "products of the library in fp32";
+}
+
+#if defined(COFIRE_AMX)
+
+template <typename T>
+const uint16_t* bits_of(const T* x) {
+  return reinterpret_cast<const uint16_t*>(x);
+}
+
+// `attend` on tiles.
+template <typename T, typename F>
+void attend_on_tiles(const Sizes& s, const at::Tensor& query, const at::Tensor& key,
+                     const at::Tensor& value, at::Tensor& output, F&& weigh) {
+  constexpr int64_t kBlock = 2 * kSquare;
+  const Cache<T> k(key), v(value);
+  const uint16_t* q = bits_of(query.const_data_ptr<T>());
+  T* out = output.mutable_data_ptr<T>();
+  const int64_t rows = s.rows(), chunks = s.chunks(), d = s.d;
+  each_by_one_thread(s.sets() * chunks, [&](int64_t task) {
+    const int64_t set = task / chunks, begin = task % chunks * kQueries;
+    const int64_t end = std::min(rows, begin + kQueries), most = s.width(begin, end);
+    const int64_t b = set / s.heads, h = set % s.heads, room = squares(most);
+    // Rows that are a power of two apart would drive each other out of the cache.
+    const int64_t line = room + 16, wide = room + kSquare;
+    const Scratch<uint32_t> keys(room * d / 2), values(room / 2 * d);
+    const Scratch<float> weights(kBlock * line), mixed(kBlock * d);
+    const Scratch<uint16_t> halves(kBlock * wide), copied(kBlock * d);
+    pack_features(bits_of(k.at(b, h)), most, k.row(), d, room, keys.data());
+    pack_pairs(bits_of(v.at(b, h)), most, d, v.row(), room / 2, values.data());
+    amx::Registers registers;
+    registers.square();
+    float factors[kBlock];
+    for (int64_t first = begin; first < end; first += kBlock) {
+      const int64_t count = std::min(kBlock, end - first), width = s.width(first, first + count);
+      const int64_t from = set * rows + first, whole = squares(count), columns = squares(width);
+      const WholeRows queries(q + from * d, count, d, copied.data());
+      row_products(queries.data, whole, d, keys.data(), columns, weights.data(), line);
+      weigh(Block{set, task, first, count, width, line}, weights.data(), factors);
+      halve(weights.data(), count, width, line, whole, columns, halves.data(), wide);
+      mix_rows(halves.data(), whole, wide, columns, values.data(), room / 2, d, mixed.data());
+      for (int64_t r = 0; r < count; ++r) {
+        const Vec by(factors[r]);
+        for_vectors(d, [&](int64_t c, auto n) {
+          store_f32(out + (from + r) * d + c, load(mixed.data() + r * d + c, n) * by, n);
+        });
+      }
+    }
+  });
+}
+
+// `attend_backward` on tiles: the weights and slopes of some blocks are kept, in bf16, until what
+// they add to the gradients of keys and values is worth reading those.
+template <typename T, typename F>
+void attend_backward_on_tiles(const Sizes& s, const at::Tensor& grad, const at::Tensor& query,
+                              const at::Tensor& key, const at::Tensor& value, at::Tensor& to_query,
+                              at::Tensor& to_key, at::Tensor& to_value, F&& slopes_of) {
+  constexpr int64_t kBlock = kSquare, kChunk = 4 * kBlock;
+  const Cache<T> k(key), v(value);
+  const uint16_t *q = bits_of(query.const_data_ptr<T>()), *g = bits_of(grad.const_data_ptr<T>());
+  T *dq = to_query.mutable_data_ptr<T>(), *dk = to_key.mutable_data_ptr<T>(),
+    *dv = to_value.mutable_data_ptr<T>();
+  const int64_t rows = s.rows(), d = s.d, room = squares(s.keys);
+  each_by_one_thread(s.sets(), [&](int64_t set) {
+    const int64_t b = set / s.heads, h = set % s.heads, size = s.keys * d;
+    const int64_t line = room + 16, wide = room + kSquare;
+    const Scratch<uint32_t> keys(room * d / 2), values(room * d / 2), pairs(room / 2 * d);
+    const Scratch<uint32_t> of_queries(kChunk / 2 * d), of_grads(kChunk / 2 * d);
+    const Scratch<float> weights(kBlock * line), slopes(kBlock * line), mixed(kBlock * d);
+    const Scratch<float> sum_k(room * d), sum_v(room * d);
+    const Scratch<uint16_t> halves(kBlock * wide), copied(kBlock * d), copied_grads(kBlock * d);
+    const Scratch<uint16_t> kept(kChunk * room), kept_slopes(kChunk * room);
+    pack_features(bits_of(k.at(b, h)), s.keys, k.row(), d, room, keys.data());
+    pack_features(bits_of(v.at(b, h)), s.keys, v.row(), d, room, values.data());
+    pack_pairs(bits_of(k.at(b, h)), s.keys, d, k.row(), room / 2, pairs.data());
+    for (const Scratch<float>* sum : {&sum_k, &sum_v}) std::fill_n(sum->data(), room * d, 0.0f);
+    amx::Registers registers;
+    registers.square();
+    for (int64_t begin = 0; begin < rows; begin += kChunk) {
+      const int64_t end = std::min(rows, begin + kChunk), blocks = squares(end - begin) / kSquare;
+      const int64_t seen = squares(s.width(begin, end));
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t first = begin + i * kBlock, count = std::min(kBlock, end - first);
+        const int64_t width = s.width(first, first + count), columns = squares(width);
+        const int64_t from = set * rows + first;
+        const WholeRows queries(q + from * d, count, d, copied.data());
+        const WholeRows grads(g + from * d, count, d, copied_grads.data());
+        row_products(queries.data, kBlock, d, keys.data(), columns, weights.data(), line);
+        row_products(grads.data, kBlock, d, values.data(), columns, slopes.data(), line);
+        slopes_of(Block{set, set, first, count, width, line}, weights.data(), slopes.data());
+        halve(slopes.data(), count, width, line, kBlock, columns, halves.data(), wide);
+        mix_rows(halves.data(), kBlock, wide, columns, pairs.data(), room / 2, d, mixed.data());
+        for_vectors(count * d, [&](int64_t c, auto n) {
+          store_f32(dq + from * d + c, load(mixed.data() + c, n), n);
+        });
+        for (int64_t c = 0; c < seen; c += amx::kRows) {
+          const int64_t to = (c / amx::kRows * blocks + i) * kTileHalves;
+          transposed_square(weights.data() + c, count, width - c, line, kept.data() + to);
+          transposed_square(slopes.data() + c, count, width - c, line, kept_slopes.data() + to);
+        }
+      }
+      const int64_t whole = blocks * kSquare, at = (set * rows + begin) * d;
+      pack_pairs(q + at, end - begin, d, d, whole / 2, of_queries.data());
+      pack_pairs(g + at, end - begin, d, d, whole / 2, of_grads.data());
+      add_by_keys(kept.data(), seen, whole, of_grads.data(), d, sum_v.data());
+      add_by_keys(kept_slopes.data(), seen, whole, of_queries.data(), d, sum_k.data());
+    }
+    for_vectors(size, [&](int64_t i, auto n) {
+      store_f32(dk + set * size + i, load(sum_k.data() + i, n), n);
+      store_f32(dv + set * size + i, load(sum_v.data() + i, n), n);
+    });
+  });
+}
+
+#endif
+
 // The sum of values by weights. weigh(block, products, factors) makes weights of products, in
 // place, and gives each row a factor for what it sums up to. Tasks are chunks of a set's rows.
 template <typename T, typename F>
 void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
             at::Tensor& output, F&& weigh) {
-  // (Several queries, as a piece of a prompt has them, are summed up as all of it is.)
-  if (s.queries == 1 && s.groups <= kFew) {
+  if (are_few(s)) {
     return attend_few<T>(s, query, key, value, output, weigh);
   }
+#if defined(COFIRE_AMX)
+  if (on_tiles<T>(s)) return attend_on_tiles<T>(s, query, key, value, output, weigh);
+#endif
   const Cache<T> k(key), v(value);
   const T* q = query.const_data_ptr<T>();
   T* out = output.mutable_data_ptr<T>();
@@ -169,7 +304,7 @@ void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, cons
       const Floats queries(q + from * s.d, count, s.d, s.d);
       const at::Tensor w = matrix(weights, count, width, width);
       library_product(w, queries.matrix(0, count, s.d), keys.matrix(0, width, s.d).t());
-      weigh(Block{set, task, first, count, width}, weights, factors.data());
+      weigh(Block{set, task, first, count, width, width}, weights, factors.data());
       library_product(matrix(mixed, count, s.d, s.d), w, values.matrix(0, width, s.d));
       for (int64_t r = 0; r < count; ++r) {
         const Vec by(factors[r]);
@@ -187,6 +322,12 @@ template <typename T, typename F>
 void attend_backward(const Sizes& s, const at::Tensor& grad, const at::Tensor& query,
                      const at::Tensor& key, const at::Tensor& value, at::Tensor& to_query,
                      at::Tensor& to_key, at::Tensor& to_value, F&& slopes_of) {
+#if defined(COFIRE_AMX)
+  if (on_tiles<T>(s)) {
+    return attend_backward_on_tiles<T>(s, grad, query, key, value, to_query, to_key, to_value,
+                                       slopes_of);
+  }
+#endif
   const Cache<T> k(key), v(value);
   const T *q = query.const_data_ptr<T>(), *g = grad.const_data_ptr<T>();
   T *dq = to_query.mutable_data_ptr<T>(), *dk = to_key.mutable_data_ptr<T>(),
@@ -218,7 +359,7 @@ void attend_backward(const Sizes& s, const at::Tensor& grad, const at::Tensor& q
       const at::Tensor seen_keys = keys.matrix(0, width, s.d);
       library_product(w, queries.matrix(0, count, s.d), seen_keys.t());
       library_product(slope, grads.matrix(0, count, s.d), values.matrix(0, width, s.d).t());
-      slopes_of(Block{set, set, first, count, width}, weights, slopes);
+      slopes_of(Block{set, set, first, count, width, width}, weights, slopes);
       library_product(matrix(sum_v, width, s.d, s.d), w.t(), grads.matrix(0, count, s.d), true);
       library_product(matrix(sum_k, width, s.d, s.d), slope.t(), queries.matrix(0, count, s.d),
                       true);

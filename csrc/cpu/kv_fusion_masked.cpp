@@ -132,7 +132,7 @@ at::Tensor masked_softmax_attention(const at::Tensor& query, const at::Tensor& k
     attend<decltype(t)>(
         m.sizes, q, key, value, output, [&](const Block& at, float* weights, float* factors) {
           for (int64_t r = 0; r < at.count; ++r) {
-            factors[r] = weigh(m, at.set, at.first + r, at.width, weights + r * at.width);
+            factors[r] = weigh(m, at.set, at.first + r, at.width, weights + r * at.stride);
           }
         });
   });
@@ -165,13 +165,35 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> masked_softmax_attent
                                    [&](const Block& at, float* weights, float* slopes) {
                                      for (int64_t r = 0; r < at.count; ++r) {
                                        slopes_of(m, at.set, at.first + r, at.width,
-                                                 weights + r * at.width, slopes + r * at.width,
+                                                 weights + r * at.stride, slopes + r * at.stride,
                                                  by_key + at.set * s.keys);
                                      }
                                    });
     });
   }
   return {to_query, to_key, to_value, sums.sum(1).to(mask.scalar_type())};
+}
+
+// How masked_softmax_attention would multiply, and its backward.
+std::string masked_softmax_attention_plan(const at::Tensor& query, const at::Tensor& key,
+                                          const at::Tensor& value, const at::Tensor& mask,
+                                          bool causal, double scale, double eps, bool parity) {
+  if (!covered(query) || !covered(mask)) return "the reference";
+  const at::Tensor floats = in_floats(mask);
+  const Masked m =
+      masked_of("masked_softmax_attention", query, key, value, floats, causal, scale, eps, parity);
+  return way_of(m.sizes, query.scalar_type(), false);
+}
+
+std::string masked_softmax_attention_backward_plan(const at::Tensor& grad, const at::Tensor& query,
+                                                   const at::Tensor& key, const at::Tensor& value,
+                                                   const at::Tensor& mask, bool causal,
+                                                   double scale, double eps, bool parity) {
+  if (!covered(grad) || !covered(mask)) return "the reference";
+  const at::Tensor floats = in_floats(mask);
+  const Masked m = masked_of("masked_softmax_attention_backward", query, key, value, floats, causal,
+                             scale, eps, parity);
+  return way_of(m.sizes, query.scalar_type(), true);
 }
 
 at::Tensor kv_append_(const at::Tensor& cache_key, const at::Tensor& cache_value,
@@ -237,4 +259,9 @@ TORCH_LIBRARY_IMPL(cofire, CPU, m) {
   m.impl("masked_softmax_attention_backward",
          &cofire::kv_fusion::masked_softmax_attention_backward);
   m.impl("kv_append_", &cofire::kv_fusion::kv_append_);
+}
+TORCH_LIBRARY_FRAGMENT(cofire_plan, m) {
+  m.def("masked_softmax_attention", &cofire::kv_fusion::masked_softmax_attention_plan);
+  m.def("masked_softmax_attention_backward",
+        &cofire::kv_fusion::masked_softmax_attention_backward_plan);
 }

@@ -274,7 +274,7 @@ struct Group {
       in_turns(sets * parities, [&](int64_t task) {
         const int64_t i = task / parities, first = parities == 1 ? s.taps / 2 : task % parities;
         const int64_t count = parities == 1 ? s.tokens() : s.rows - first;
-        pack_pairs(window_of(i) + first * s.width, count, s.width, pairs_each(),
+        pack_pairs(window_of(i) + first * s.width, count, s.width, s.width, pairs_each(),
                    pairs.at(task * pairs_each() * s.width));
       });
       return;

@@ -5,7 +5,7 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
+#include <array>
 
 #include "amx.h"
 #include "lines.h"
@@ -56,15 +56,15 @@ inline int64_t pairs_of(int64_t n, int64_t last) {
   return (n + kSquare - 1) / kSquare * (kSquare / 2) + last / 2 + 1;
 }
 
-// [width / 16][pairs][16]: each row of x and the next one, or zeros after the last of `rows`. A
-// tile is one piece of memory: rows that are a power of two apart would drive each other out of the
-// cache.
-inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t pairs,
-                       uint32_t* to) {
+// [width / 16][pairs][16]: each row of x and the next one, `stride` apart, or zeros after the last
+// of `rows`. A tile is one piece of memory: rows that are a power of two apart would drive each
+// other out of the cache.
+inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t stride,
+                       int64_t pairs, uint32_t* to) {
   constexpr int64_t kWords = amx::kWords;
   for (int64_t p = 0; p < pairs; ++p, to += kWords) {
     const int64_t there = std::clamp<int64_t>(rows - 2 * p, 0, 2);
-    const uint16_t *one = x + 2 * p * width, *two = one + width;
+    const uint16_t *one = x + 2 * p * stride, *two = one + stride;
     for (int64_t f = 0; f < width; f += kWords) {
       uint32_t* tile = to + f * pairs;
       for (int64_t c = 0; c < kWords; ++c) {
@@ -75,34 +75,73 @@ inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t p
   }
 }
 
-// Bits of bf16, rounded to even; in words, so that the compiler takes many at a time.
-COFIRE_INLINE uint32_t bits_of(float x) {
-  const auto bits = std::bit_cast<uint32_t>(x);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+// The words of 16 rows become those of 16 columns.
+COFIRE_INLINE void transpose_words(__m512i (&rows)[16]) {
+  __m512i two[16];
+  for (int i = 0; i < 16; i += 2) {
+    two[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    two[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  __m512i four[16];  // in each quarter, 4 rows of a column of it
+  for (int i = 0; i < 16; i += 4) {
+    four[i] = _mm512_unpacklo_epi64(two[i], two[i + 2]);
+    four[i + 1] = _mm512_unpackhi_epi64(two[i], two[i + 2]);
+    four[i + 2] = _mm512_unpacklo_epi64(two[i + 1], two[i + 3]);
+    four[i + 3] = _mm512_unpackhi_epi64(two[i + 1], two[i + 3]);
+  }
+  constexpr int kEven = 0x88, kOdd = 0xdd;
+  for (int j = 0; j < 4; ++j) {
+    const __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], kEven);
+    const __m512i b = _mm512_shuffle_i32x4(four[j], four[4 + j], kOdd);
+    const __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], kEven);
+    const __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], kOdd);
+    rows[j] = _mm512_shuffle_i32x4(a, c, kEven);
+    rows[4 + j] = _mm512_shuffle_i32x4(b, d, kEven);
+    rows[8 + j] = _mm512_shuffle_i32x4(a, c, kOdd);
+    rows[12 + j] = _mm512_shuffle_i32x4(b, d, kOdd);
+  }
+}
+
+// In bf16, rounded to even: first those of `low`. What multiplies on AMX converts so, too.
+COFIRE_INLINE __m512i halves_of(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  return both;
+}
+
+// The first of 16 numbers, so many as there are; zeros for the others.
+COFIRE_INLINE __m512 load_part(const float* x, int64_t there) {
+  if (there >= kLanes) return _mm512_loadu_ps(x);
+  return _mm512_maskz_loadu_ps(there > 0 ? static_cast<__mmask16>((1u << there) - 1) : 0, x);
+}
+
+// 32 rows of 16 columns, of which so many are there, transposed: [16][32] in bf16.
+inline void transposed_square(const float* x, int64_t rows, int64_t columns, int64_t stride,
+                              uint16_t* to) {
+  alignas(64) static constexpr auto kInterleaved = [] {
+    std::array<uint16_t, 32> at{};
+    for (uint16_t i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+    return at;
+  }();
+  const __m512i interleaved = _mm512_load_si512(kInterleaved.data());
+  __m512i pairs[16];
+  for (int64_t p = 0; p < amx::kWords; ++p) {
+    const float* one = x + 2 * p * stride;
+    const __m512 low = load_part(one, 2 * p < rows ? columns : 0);
+    const __m512 high = load_part(one + stride, 2 * p + 1 < rows ? columns : 0);
+    pairs[p] = _mm512_permutexvar_epi16(interleaved, halves_of(low, high));
+  }
+  transpose_words(pairs);
+  for (int64_t r = 0; r < amx::kRows; ++r) _mm512_store_si512(to + r * kSquare, pairs[r]);
 }
 
 // Of slopes [n][stride] the first `count` columns, transposed: [count / 16][room / 32][16][32],
 // zeros after the n-th.
 inline void transpose(const float* slopes, int64_t n, int64_t count, int64_t stride, uint16_t* to,
                       int64_t room) {
-  constexpr int64_t kRows = amx::kRows, kWords = amx::kWords;
-  uint32_t pairs[kWords][kRows];
-  for (int64_t c = 0; c < count; c += kRows) {
+  for (int64_t c = 0; c < count; c += amx::kRows) {
     for (int64_t t = 0; t < room; t += kSquare, to += kTileHalves) {
-      for (int64_t p = 0; p < kWords; ++p) {
-        const float *one = slopes + (t + 2 * p) * stride + c, *two = one + stride;
-        if (t + 2 * p + 1 < n) {
-          for (int64_t r = 0; r < kRows; ++r) pairs[p][r] = bits_of(one[r]) | bits_of(two[r]) << 16;
-        } else if (t + 2 * p < n) {
-          for (int64_t r = 0; r < kRows; ++r) pairs[p][r] = bits_of(one[r]);
-        } else {
-          std::fill_n(pairs[p], kRows, 0);
-        }
-      }
-      auto* words = reinterpret_cast<uint32_t*>(to);
-      for (int64_t r = 0; r < kRows; ++r) {
-        for (int64_t p = 0; p < kWords; ++p) words[r * kWords + p] = pairs[p][r];
-      }
+      transposed_square(slopes + t * stride + c, n - t, amx::kRows, stride, to);
     }
   }
 }

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cofire import ops
+import cofire
+from cofire import native, ops
 from cofire.ops import kv_fusion_attention
 from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
 
@@ -42,11 +43,15 @@ def attention(
     return make
 
 
-def cached(rand: Random) -> Args:
+def cached(d: int) -> Callable[[Random], Args]:
     """Keys and values that are parts of a larger cache."""
-    query, *_ = attention(2, 4, 2, 5, 1, 8)(rand)
-    key, value = rand.normal(2, 2, 3, 40, 8)[:, :, :2, 3:20].unbind(0)
-    return query, key, value, True, 0.3, 3, True
+
+    def make(rand: Random) -> Args:
+        query, *_ = attention(2, 4, 2, 5, 1, d)(rand)
+        key, value = rand.normal(2, 2, 3, 40, d)[:, :, :2, 3:20].unbind(0)
+        return query, key, value, True, 0.3, 3, True
+
+    return make
 
 
 #: b, h, hkv, q, s, d
@@ -62,6 +67,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "tasks": ((1, 2, 1, 150, 163, 4), {"window": 100}),  # blocks and tasks that end within a head
     "wide": ((1, 1, 1, 40, 2500, 4), {}),  # blocks of fewer queries
     "sharp": ((1, 2, 2, 6, 40, 8), {"scale": 9.0}),  # most weights are nothing
+    "squares": ((1, 4, 2, 150, 163, 32), {"window": 100}),  # of 32 features: some processors multiply on tiles
+    "squares_full": ((1, 2, 1, 45, 300, 64), {"causal": False, "normalize": True}),
+    "squares_few": ((2, 2, 2, 3, 9, 96), {}),
     "no_queries": ((1, 2, 2, 0, 4, 3), {}),
     "no_heads": ((1, 0, 0, 3, 4, 3), {}),
     "no_window": ((1, 2, 2, 3, 4, 3), {"window": 0, "normalize": True}),
@@ -69,14 +77,19 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 SECOND_TIER = ("square", "no_heads", "no_window", "more_queries")
 OF_FORWARD = ("window", "normalize")
 FORWARD = [
-    *(Sample(f"attention_{name}", attention(*s, **o), full=name in SECOND_TIER) for name, (s, o) in SHAPES.items()),
-    Sample("attention_cached", cached),
+    *(
+        Sample(f"attention_{n}", attention(*s, **o), full=n in SECOND_TIER, interpreted=not n.startswith("squares"))
+        for n, (s, o) in SHAPES.items()
+    ),
+    Sample("attention_cached", cached(8)),
+    Sample("attention_cached_squares", cached(32)),
 ]
 BACKWARD = [
     Sample(
         f"attention_{name}_b",
         attention(*s, **{n: v for n, v in o.items() if n not in OF_FORWARD}, backward="l" if i % 2 else "g"),
         full=name in SECOND_TIER,
+        interpreted=not name.startswith("squares"),
     )
     for i, (name, (s, o)) in enumerate(SHAPES.items())
 ]
@@ -246,3 +259,20 @@ def test_refusal(check: Callable[[], None]) -> None:
 
 def test_examples() -> None:
     check_examples(kv_fusion_attention)
+
+
+def test_explain_says_how_the_products_are_made() -> None:
+    if native.STATUS.variant is None:
+        pytest.skip(f"no compiled kernels: {native.STATUS.reason}")
+    found = {}
+    for name in ("decode", "odd", "squares"):
+        sizes, options = SHAPES[name]
+        for dtype in (torch.float32, torch.bfloat16):
+            query, key, value, *_ = attention(*sizes, **options)(Random("explain"))
+            ((call),) = cofire.explain("attention_with_scores", query.to(dtype), key.to(dtype), value.to(dtype))
+            found[name, dtype] = call["kernel"].rpartition(": ")[2]
+    tiles = "products of bf16 on AMX"
+    few, library = "vector by vector, for one query of each head", "products of the library in fp32"
+    last = found.pop(("squares", torch.bfloat16))
+    assert found == {key: few if key[0] == "decode" else library for key in found}
+    assert last in (tiles, library)  # as the processor has it

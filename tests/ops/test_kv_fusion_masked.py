@@ -54,15 +54,24 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "one": ((1, 1, 1, 1, 1, 1), {}),
     "tasks": ((1, 2, 1, 150, 163, 4), {"eps": 1e-2}),  # blocks and tasks that end within a head
     "sharp": ((1, 2, 2, 6, 40, 8), {"scale": 4.0, "mask": "soft"}),  # most weights are nothing
+    "squares": ((1, 4, 2, 150, 163, 32), {"mask": "soft", "eps": 1e-2}),  # some processors multiply on tiles
+    "squares_parity": ((1, 2, 1, 70, 90, 64), {"parity": True, "eps": 1e-2}),
     "no_queries": ((1, 2, 2, 0, 4, 3), {}),
     "no_heads": ((1, 0, 0, 3, 4, 3), {}),
 }
 SECOND_TIER = ("square", "no_heads", "sharp", "one")
-FORWARD = [Sample(f"masked_{name}", attention(*s, **o), full=name in SECOND_TIER) for name, (s, o) in SHAPES.items()]
-BACKWARD = [
-    Sample(f"masked_{name}_b", attention(*s, **o, backward=True), full=name in SECOND_TIER)
-    for name, (s, o) in SHAPES.items()
-]
+FORWARD, BACKWARD = (
+    [
+        Sample(
+            f"masked_{name}{'_b' if backward else ''}",
+            attention(*s, **o, backward=backward),
+            full=name in SECOND_TIER,
+            interpreted=not name.startswith("squares"),
+        )
+        for name, (s, o) in SHAPES.items()
+    ]
+    for backward in (False, True)
+)
 TINY = [
     Sample("masked_tiny", attention(2, 4, 2, 3, 5, 4, mask="soft")),
     Sample("masked_resized", attention(3, 6, 3, 4, 7, 5, mask="soft")),
