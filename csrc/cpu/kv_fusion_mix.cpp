@@ -34,6 +34,7 @@ constexpr int64_t kSlots = 64;         // of a tile, at most
 constexpr int64_t kRoom = 4 << 20;     // numbers that are kept of the sets taken at a time
 constexpr int64_t kLongest = 128;      // segment, with what it shares with the next
 constexpr int64_t kColumns = 1 << 12;  // of a weight's transform, by a thread
+constexpr int64_t kTogether = 512;     // rows of sets that are multiplied at a time, tap by tap
 
 struct Shape {
   int64_t sets, rows, width, slots, taps;  // `rows` of a set with the padding, of `width` features
@@ -47,7 +48,8 @@ struct Shape {
     // as long to read as a few of them, a call of the library as many.
     constexpr int64_t kRead = 8, kCall = 1 << 16;
     const int64_t weight = width * slots;
-    int64_t least = taps * (weight * (sets * tokens() + kRead) + sets * tiles() * kCall);
+    const int64_t products = (sets * rows + kTogether - 1) / kTogether;
+    int64_t least = taps * (weight * (sets * rows + kRead) + products * kCall);
     least -= least / 8;  // tap by tap where it is much the same
     for (int64_t length = taps + 3; length <= kLongest; ++length) {
       const int64_t outputs = length - taps + 1, count = (tokens() + outputs - 1) / outputs;
@@ -80,8 +82,8 @@ struct Shape {
   int64_t inputs(int64_t i) const { return std::min(length(), rows - i * segment); }
   // Rows of a weight by taps, or by frequencies.
   int64_t weights() const { return by_taps() ? taps : points; }
-  // Of the logits of a set, by frequencies, or token by token.
-  int64_t of_logits() const { return (by_taps() ? tokens() : segments() * points) * slots; }
+  // Of the logits of a set, by frequencies, or token by token, with those of its padding.
+  int64_t of_logits() const { return (by_taps() ? rows : segments() * points) * slots; }
   int64_t of_tokens() const { return segments() * points * width; }
   // How many sets are taken at a time, for any number of threads.
   int64_t group() const {
@@ -238,9 +240,10 @@ struct Group {
   Room<uint16_t> slopes;  // by windows: the logits' gradients, [set][slots][room]
   Room<uint32_t> pairs;   // and pairs of tokens, [set][pairs][width]: from the first slot's middle
                           // on, or [set][2][pairs][width], from the first and the second token on
-  std::vector<std::optional<Floats>> rows;
-  at::Tensor of_tokens;  // [set and segment][points][width]
-  at::Tensor of_logits;  // [set and segment][points][slots]; tap by tap [set][tokens][slots]
+  at::Tensor of_tokens;   // [set and segment][points][width]
+  at::Tensor of_logits;   // [set and segment][points][slots]; tap by tap [set][rows][slots]
+  at::Tensor converted;   // rows of the sets, where they are not in fp32
+  const float* flat = nullptr;  // rows of all sets, one after the other
 
   Group(const Shape& shape, const Transforms& t, const Weight& weight_, const float* bias_,
         bool keeps_logits)
@@ -248,8 +251,7 @@ struct Group {
         transforms(t),
         all_of_weight(weight_),
         weight(s.windows ? nullptr : weight_.numbers.const_data_ptr<float>()),
-        bias(bias_),
-        rows(s.group()) {
+        bias(bias_) {
 #if defined(COFIRE_AMX)
     if (s.windows) {
       parities = keeps_logits ? 2 : 1;
@@ -262,7 +264,7 @@ struct Group {
       return empty_in_large_pages({s.group() * each}, at::TensorOptions(at::kFloat));
     };
     if (!s.by_taps()) of_tokens = room(s.of_tokens());
-    if (!s.by_taps() || keeps_logits) of_logits = room(s.of_logits());
+    of_logits = room(s.of_logits() + kLanes);  // whole vectors are read
   }
 
   // The products of the sets' tokens with the weight, from which logits are made.
@@ -280,22 +282,52 @@ struct Group {
       return;
     }
 #endif
-    const int64_t grain = std::is_same_v<T, float> ? sets : 1;  // else they are converted
-    at::parallel_for(0, sets, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        rows[i].emplace(tokens + i * s.rows * s.width, s.rows, s.width, s.width);
-      }
-    });
-    if (s.by_taps()) return;
+    const int64_t size = s.rows * s.width;
+    if constexpr (std::is_same_v<T, float>) {
+      flat = tokens;
+    } else {
+      if (!converted.defined()) converted = at::empty({s.group() * size}, at::kFloat);
+      auto* to = converted.mutable_data_ptr<float>();
+      at::parallel_for(0, sets, grain_of(size), [&](int64_t begin, int64_t end) {
+        for_vectors((end - begin) * size, [&](int64_t c, auto count) {
+          const int64_t at = begin * size + c;
+          load(tokens + at, count).store(to + at, static_cast<int>(count));
+        });
+      });
+      flat = to;
+    }
+    if (s.by_taps()) {
+      // Sets follow each other in one product; what lies across two of them is of no use.
+      const int64_t all = in_one(sets);
+      each_by_one_thread((all + kTogether - 1) / kTogether, [&](int64_t task) {
+        const int64_t first = task * kTogether, count = std::min(kTogether, all - first);
+        for (int64_t j = 0; j < s.taps; ++j) {
+          library_product(logits_from(first, 0, count, s.slots), rows_from(first + j, count),
+                          weight_of(j, 0, s.slots).t(), j > 0);
+        }
+      });
+      return;
+    }
     const int64_t segments = s.segments();
     each_by_one_thread(sets * segments, [&](int64_t task) {
       const int64_t i = task / segments, t = task % segments;
       library_product(segment_of(i, t), inputs_of(t),
-                      rows[i]->matrix(t * s.segment, s.inputs(t), s.width));
+                      rows_from(i * s.rows + t * s.segment, s.inputs(t)));
     });
     each_by_one_thread(s.points, [&](int64_t p) {
       library_product(logits_at(p, sets), tokens_at(p, sets), weight_of(p, 0, s.slots).t());
     });
+  }
+
+  // How many rows of some sets, one after the other, have all their taps among those.
+  int64_t in_one(int64_t sets) const { return sets * s.rows - s.taps + 1; }
+  // Rows of all sets, as they follow each other, and logits of slots [slot, slot + many).
+  at::Tensor rows_from(int64_t first, int64_t count) const {
+    return matrix(flat + first * s.width, count, s.width, s.width);
+  }
+  at::Tensor logits_from(int64_t first, int64_t slot, int64_t count, int64_t many) const {
+    float* data = of_logits.mutable_data_ptr<float>() + first * s.slots + slot;
+    return matrix(data, count, many, s.slots);
   }
 
   const uint16_t* window_of(int64_t i) const { return windows + i * s.rows * s.width; }
@@ -333,7 +365,7 @@ struct Group {
     return matrix(weight + (p * s.slots + first) * s.width, count, s.width, s.width);
   }
   // Tokens without their padding.
-  at::Tensor tokens_of(int64_t i) const { return rows[i]->matrix(s.taps / 2, s.tokens(), s.width); }
+  at::Tensor tokens_of(int64_t i) const { return rows_from(i * s.rows + s.taps / 2, s.tokens()); }
   // The transforms of a segment.
   at::Tensor inputs_of(int64_t t) const {
     return matrix(transforms.tokens.data(), s.points, s.inputs(t), s.length());
@@ -390,6 +422,7 @@ struct Group {
       for (int64_t k = 0; k < s.tokens(); ++k) {
         std::copy_n(slopes_from + k * tile.stride, tile.count, to + k * s.slots);
       }
+      for (int64_t k = s.tokens(); k < s.rows; ++k) std::fill_n(to + k * s.slots, tile.count, 0.0f);
     }
     for (int64_t t = 0; t < s.segments(); ++t) {
       library_product(logits_of(i, t, tile.first, tile.count), outputs_of(t).t(),
@@ -412,6 +445,8 @@ constexpr int64_t kTerms = 32;
 // relu(convolution + bias) of a tile, [tokens][stride], and the largest of each column.
 void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, float* largest) {
   const Shape& s = group.s;
+  const float* from = out;
+  int64_t stride = tile.stride;
   if (s.windows) {
 #if defined(COFIRE_AMX)
     amx::Registers registers;
@@ -422,10 +457,8 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
     }
 #endif
   } else if (s.by_taps()) {
-    for (int64_t j = 0; j < s.taps; ++j) {
-      library_product(tile.rows(out, s.tokens()), group.rows[set]->matrix(j, s.tokens(), s.width),
-                      group.weight_of(j, tile.first, tile.count).t(), j > 0);
-    }
+    from = group.of_logits.const_data_ptr<float>() + set * s.of_logits() + tile.first;
+    stride = s.slots;
   } else {
     for (int64_t t = 0; t < s.segments(); ++t) {
       library_product(tile.rows(out + t * s.segment * tile.stride, s.outputs(t)),
@@ -443,8 +476,9 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
     }
     for (int64_t i = 0; i < s.tokens(); ++i) {
       float* line = out + i * tile.stride + c;
+      const float* sums = from + i * stride + c;
       COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
-        const Vec logit = at::vec::maximum(Vec::loadu(line + v * kLanes) + by[v], zero);
+        const Vec logit = at::vec::maximum(Vec::loadu(sums + v * kLanes) + by[v], zero);
         logit.store(line + v * kLanes);
         most[v] = at::vec::maximum(most[v], logit);
       }
@@ -695,15 +729,14 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
       });
 #endif
     } else if (s.by_taps()) {
+      // (The slopes between two sets are zero.)
       each_by_one_thread(s.taps * tiles, [&](int64_t task) {
-        const int64_t j = task / tiles;
+        const int64_t j = task / tiles, all = group.in_one(now);
         const Tile tile(s, task % tiles);
         const at::Tensor sum =
             matrix(to_weight + (j * s.slots + tile.first) * s.width, tile.count, s.width, s.width);
-        for (int64_t i = 0; i < now; ++i) {
-          library_product(sum, group.logits_of(i, 0, tile.first, tile.count).t(),
-                          group.rows[i]->matrix(j, n, s.width), true);
-        }
+        library_product(sum, group.logits_from(0, tile.first, all, tile.count).t(),
+                        group.rows_from(j, all), true);
       });
     } else {
       each_by_one_thread(s.points, [&](int64_t p) {
