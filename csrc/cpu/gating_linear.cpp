@@ -209,11 +209,11 @@ std::pair<double, double> cost_and_limit(const LinearProblem& p, const at::Tenso
   const bool columns = column_major(weight);
   const Selection& kept = columns ? p.in : p.out;
   const double size = static_cast<double>(std::max<int64_t>(1, kept.channels()));
+  const bool tiles = weight.scalar_type() != at::kFloat && has_amx();
   const double cost = gated_linear_cost(static_cast<double>(kept.total()) / size,
-                                        static_cast<double>(kept.touched()) / size);
-  const bool offered =
-      p.batch <= kLinearSamples && (weight.scalar_type() == at::kFloat || !has_amx());
-  return {cost / dense_linear_cost(p.batch, columns), offered ? kLinearMargin : 0.0};
+                                        static_cast<double>(kept.touched()) / size, tiles);
+  return {cost / dense_linear_cost(p.batch, columns, tiles),
+          p.batch <= kLinearSamples ? kLinearMargin : 0.0};
 }
 
 template <typename T>

@@ -16,6 +16,8 @@ namespace {
 
 constexpr int64_t kRows = 128;  // of a piece: its values stay in a cache and are read twice there
 constexpr int64_t kColumns = 256;  // and its columns
+constexpr int64_t kLong = 128;     // columns of a group that is summed up by itself, ...
+constexpr int64_t kShort = 4;      // ... and rows of one for which a vector is enough
 
 // Mean, squared deviations from it and largest magnitude of each column of a piece.
 template <typename T>
@@ -105,6 +107,36 @@ inline float sum(const double* x, int64_t count) {
   return static_cast<float>(total);
 }
 
+// The three sums over a group whose rows are long: pieces of them in registers, then in fp64.
+template <typename T>
+std::array<double, 3> long_group(const T* w, const T* g, int64_t stride, int64_t rows,
+                                 int64_t columns) {
+  constexpr int64_t kPiece = 32 * kLanes;
+  std::array<double, 3> total{};
+  for (int64_t r = 0; r < rows; ++r, w += stride, g += stride) {
+    for (int64_t c = 0; c < columns; c += kPiece) {
+      Vec ww[2] = {Vec(0.0f), Vec(0.0f)}, gg[2] = {ww[0], ww[0]}, wg[2] = {ww[0], ww[0]};
+      const int64_t end = std::min(columns, c + kPiece);
+      int64_t i = c;
+      const auto add = [&](int64_t at, int which, auto rest) {
+        const Vec a = load(w + at, rest), b = load(g + at, rest);
+        ww[which] = at::vec::fmadd(a, a, ww[which]);
+        gg[which] = at::vec::fmadd(b, b, gg[which]);
+        wg[which] = at::vec::fmadd(a, b, wg[which]);
+      };
+      constexpr std::integral_constant<int64_t, kLanes> whole;
+      for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+        COFIRE_UNROLL for (int v = 0; v < 2; ++v) add(i + v * kLanes, v, whole);
+      }
+      for (; i < end; i += kLanes) add(i, 0, std::min(kLanes, end - i));
+      total[0] += static_cast<double>(reduce_add(ww[0] + ww[1]));
+      total[1] += static_cast<double>(reduce_add(gg[0] + gg[1]));
+      total[2] += static_cast<double>(reduce_add(wg[0] + wg[1]));
+    }
+  }
+  return total;
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> groups(const at::Tensor& weight,
                                                       const at::Tensor& grad, int64_t block_rows,
                                                       int64_t block_columns) {
@@ -132,6 +164,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> groups(const at::Tensor& weight,
   dispatch(w.scalar_type(), [&](auto type) {
     const auto* ws = w.const_data_ptr<decltype(type)>();
     const auto* gs = g.const_data_ptr<decltype(type)>();
+    if (block_columns >= (block_rows < kShort ? kLanes : kLong)) {
+      at::parallel_for(
+          0, down * across, grain_of(block_rows * block_columns), [&](int64_t first, int64_t last) {
+            for (int64_t i = first; i < last; ++i) {
+              const int64_t at = i / across * block_rows * columns + i % across * block_columns;
+              const auto sums = long_group(ws + at, gs + at, columns, block_rows, block_columns);
+              for (int j = 0; j < 3; ++j) to[j][i] = static_cast<float>(sums[j]);
+            }
+          });
+      return;
+    }
     at::parallel_for(
         0, down * blocks, grain_of(width * block_rows), [&](int64_t first, int64_t last) {
           std::vector<float> sums(3 * width);

@@ -191,6 +191,8 @@ GROUPS = [
     Sample("blocks", groups(6, 35, 2, 7)),
     Sample("rows", groups(3, 129, 1, 129)),
     Sample("columns", groups(33, 5, 33, 1)),
+    Sample("long_rows", groups(8, 1300, 4, 650)),  # pieces of a row
+    Sample("short", groups(6, 74, 3, 37)),
     Sample("empty", groups(0, 4, 2, 2), full=True),
     Sample("large", groups(256, 1200, 128, 300), full=True),
 ]
