@@ -3,6 +3,8 @@
 // a decoded weight, whose words lie as `vpdpbusd` and `vdpbf16ps` read them too.
 #pragma once
 
+#include <array>
+
 #include "lanes16.h"
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -83,6 +85,23 @@ class Registers {
   };
   int64_t rows_ = 0, words_ = 0;
 };
+
+// In bf16, rounded to even: first those of `low`.
+COFIRE_INLINE __m512i halves_of(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+  return both;
+}
+
+// Pairs of them.
+COFIRE_INLINE __m512i pairs_of(__m512 first, __m512 second) {
+  alignas(64) static constexpr auto kInterleaved = [] {
+    std::array<uint16_t, 32> at{};
+    for (uint16_t i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+    return at;
+  }();
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved.data()), halves_of(first, second));
+}
 
 // sums[r][3 * 16] = what `count` words of the rows of `x` give with those of `tile`: signed bytes
 // of x times unsigned ones of the weight, or pairs of bf16. `x`: [count / words][rows][words];

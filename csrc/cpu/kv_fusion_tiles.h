@@ -68,8 +68,8 @@ inline void halve(const float* weights, int64_t count, int64_t width, int64_t li
     const int64_t there = r < count ? width : 0;
     for (int64_t c = 0; c < columns; c += kSquare) {
       const float* from = weights + r * line + c;
-      _mm512_store_si512(to + r * wide + c, halves_of(load_part(from, there - c),
-                                                      load_part(from + 16, there - c - 16)));
+      _mm512_store_si512(to + r * wide + c, amx::halves_of(load_part(from, there - c),
+                                                           load_part(from + 16, there - c - 16)));
     }
   }
 }

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 
 #include "amx.h"
 #include "lines.h"
@@ -102,13 +101,6 @@ COFIRE_INLINE void transpose_words(__m512i (&rows)[16]) {
   }
 }
 
-// In bf16, rounded to even: first those of `low`. What multiplies on AMX converts so, too.
-COFIRE_INLINE __m512i halves_of(__m512 low, __m512 high) {
-  __m512i both;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
-  return both;
-}
-
 // The first of 16 numbers, so many as there are; zeros for the others.
 COFIRE_INLINE __m512 load_part(const float* x, int64_t there) {
   if (there >= kLanes) return _mm512_loadu_ps(x);
@@ -118,18 +110,12 @@ COFIRE_INLINE __m512 load_part(const float* x, int64_t there) {
 // 32 rows of 16 columns, of which so many are there, transposed: [16][32] in bf16.
 inline void transposed_square(const float* x, int64_t rows, int64_t columns, int64_t stride,
                               uint16_t* to) {
-  alignas(64) static constexpr auto kInterleaved = [] {
-    std::array<uint16_t, 32> at{};
-    for (uint16_t i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-    return at;
-  }();
-  const __m512i interleaved = _mm512_load_si512(kInterleaved.data());
   __m512i pairs[16];
   for (int64_t p = 0; p < amx::kWords; ++p) {
     const float* one = x + 2 * p * stride;
     const __m512 low = load_part(one, 2 * p < rows ? columns : 0);
     const __m512 high = load_part(one + stride, 2 * p + 1 < rows ? columns : 0);
-    pairs[p] = _mm512_permutexvar_epi16(interleaved, halves_of(low, high));
+    pairs[p] = amx::pairs_of(low, high);
   }
   transpose_words(pairs);
   for (int64_t r = 0; r < amx::kRows; ++r) _mm512_store_si512(to + r * kSquare, pairs[r]);

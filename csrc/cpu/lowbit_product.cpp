@@ -28,6 +28,7 @@ namespace {
 constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
+constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
 
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
@@ -226,12 +227,13 @@ struct Sink {
     for (int64_t r = 0; r < count; ++r) __builtin_prefetch(to + r * row, 1);
   }
 
-  // c: [count][kWidth] for the rows from m on and the columns from n on; changed.
-  void operator()(float* c, int64_t m, int64_t count, int64_t n, int64_t width) const {
+  // c: [count][kWidth], rows `apart`, for the rows from m on and the columns from n on; changed.
+  void operator()(float* c, int64_t m, int64_t count, int64_t n, int64_t width,
+                  int64_t apart = kWidth) const {
     if (low_rank.low.defined()) {
       const int64_t rank = low_rank.low.size(1);
       product(low_rank.low.const_data_ptr<float>() + m * rank, rank, 1,
-              low_rank.b.const_data_ptr<float>() + n, low_rank.b.size(1), c, kWidth, count, rank);
+              low_rank.b.const_data_ptr<float>() + n, low_rank.b.size(1), c, apart, count, rank);
     }
     dispatch(y.scalar_type(), [&](auto example) {
       using T = decltype(example);
@@ -244,7 +246,7 @@ struct Sink {
         const float a = scaled ? scales[r] : 1.0f;
         int64_t j = 0;
         for (; j + 16 <= used; j += 16) {
-          F16 value = F16::load(c + r * kWidth + j);
+          F16 value = F16::load(c + r * apart + j);
           if (scaled) value = rounded(value * F16::all(a));
           if (added != nullptr) value = value + F16::load(added + j);
           if constexpr (std::is_same_v<T, float>) {
@@ -258,7 +260,7 @@ struct Sink {
           }
         }
         for (; j < used; ++j) {
-          float value = c[r * kWidth + j];
+          float value = c[r * apart + j];
           if (scaled) value = rounded(value * a);
           if (added != nullptr) value += added[j];
           to[r * all + j] = static_cast<T>(value);
@@ -966,6 +968,117 @@ void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, in
   });
 }
 
+#if defined(COFIRE_AMX)
+
+// Decodes one step of a block to the weight itself, in pairs of bf16: a tile.
+template <int Bits, Value How>
+void step_to_tile(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 factor, F16 moved,
+                  uint8_t* tile) {
+  ask_for<Bits>(codes + kTileAhead);
+  const Planes<Bits> planes(codes);
+  unrolled<8>([&](auto q) __attribute__((always_inline)) {
+    const W16 quad = decoder.prepared(planes.template quad<q>());
+    unrolled<2>([&](auto h) __attribute__((always_inline)) {
+      const F16 first = fma(decoder.template value<q, 2 * h>(planes, quad), factor, moved);
+      const F16 second = fma(decoder.template value<q, 2 * h + 1>(planes, quad), factor, moved);
+      _mm512_store_si512(tile + (2 * q + h) * 64, amx::pairs_of(first.v, second.v));
+    });
+  });
+}
+
+constexpr int64_t kTile = 1024;               // bytes
+constexpr int64_t kDeep = 8;                  // steps that are decoded at a time, for ...
+constexpr int64_t kMostRows = 512;            // ... so many rows of x
+constexpr int64_t kNarrow = 2 * kTileBlocks;  // blocks, or twice as many
+
+// Steps [from, from + count) of some blocks, [blocks][kDeep] tiles; zeros for those that are not
+// there.
+void decode_tiles(const Packed& w, int64_t first, int64_t blocks, int64_t from, int64_t count,
+                  uint8_t* to) {
+  with_value(w, [&](auto bits, auto how) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      uint8_t* tile = to + b * kDeep * kTile;
+      if (first + b >= w.blocks) {
+        std::fill_n(tile, count * kTile, uint8_t{0});
+        continue;
+      }
+      const Decoder<bits, how> decoder(w, first + b);
+      const int64_t block = (first + b) * w.groups * kBlock;
+      const float* scale = w.scale.const_data_ptr<float>() + block;
+      const float* shift = w.shift.defined() ? w.shift.const_data_ptr<float>() + block : nullptr;
+      for (int64_t s = from; s < from + count; ++s, tile += kTile) {
+        const int64_t g = w.groups == 1 ? 0 : s * kStep / w.group;
+        const F16 factor = F16::load(scale + g * kBlock);
+        const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
+        step_to_tile(w.step(first + b, s), decoder, factor, moved, tile);
+      }
+    }
+  });
+}
+
+// Many rows in bf16, on AMX: both factors in tiles, each one piece of memory.
+void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_rank,
+                     const MaybeTensor& bias, const at::Tensor& y) {
+  constexpr int64_t kTogether = 2 * amx::kRows;
+  const at::Tensor input = x.contiguous();
+  const auto* from = static_cast<const uint8_t*>(input.const_data_ptr());
+  const int64_t count = x.size(0), columns = x.size(1), row = 2 * columns;
+  const int64_t panels = round_up(count, kTogether) / amx::kRows;
+  // [w.steps / kDeep][panels][kDeep]: what is multiplied by the same steps lies together. Panels a
+  // power of two apart would drive each other out of the cache.
+  const at::Tensor tiles = at::empty({panels * round_up(w.steps, kDeep) * kTile}, at::kByte);
+  const auto tile_of = [&](int64_t panel, int64_t s) {
+    return ((s / kDeep * panels + panel) * kDeep + s % kDeep) * kTile;
+  };
+  auto* packed_x = tiles.mutable_data_ptr<uint8_t>();
+  at::parallel_for(0, panels, grain_of(amx::kRows * columns), [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin * amx::kRows; m < end * amx::kRows; ++m) {
+      for (int64_t s = 0; s < w.steps; ++s) {
+        uint8_t* to = packed_x + tile_of(m / amx::kRows, s) + m % amx::kRows * 64;
+        const int64_t there = m < count ? std::min<int64_t>(row - 64 * s, 64) : 0;
+        if (there < 64) std::memset(to, 0, 64);
+        if (there > 0) std::memcpy(to, from + m * row + 64 * s, there);
+      }
+    }
+  });
+  const Rows none{count, columns};
+  const Sink sink{none, low_rank, false,
+                  bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
+  // Blocks that read x together: the more, the less often it comes from the third-level cache.
+  // Sums are the same for any number of them.
+  const int64_t pieces = (count + kMostRows - 1) / kMostRows;
+  const bool many = pieces * w.blocks >= 8 * kNarrow * at::get_num_threads();
+  const int64_t wide = many ? 2 * kNarrow : kNarrow, strips = (w.blocks + wide - 1) / wide;
+  const int64_t apart = (wide + 1) * kBlock;
+  in_turns(strips * pieces, [&](int64_t task) {
+    const int64_t first = task % strips * wide, m = task / strips * kMostRows;
+    const int64_t rows = std::min(kMostRows, count - m), whole = round_up(rows, kTogether);
+    const int64_t size = wide * kDeep * kTile;
+    const at::Tensor scratch = at::empty({size + whole * apart * 4}, at::kByte);
+    auto* decoded = scratch.mutable_data_ptr<uint8_t>();
+    auto* c = reinterpret_cast<float*>(decoded + size);
+    amx::Registers registers;
+    registers.square();
+    for (int64_t s = 0; s < w.steps; s += kDeep) {
+      const int64_t deep = std::min(kDeep, w.steps - s);
+      decode_tiles(w, first, wide, s, deep, decoded);
+      for (int64_t b = 0; b < wide; b += 2) {
+        for (int64_t r = 0; r < whole; r += kTogether) {
+          const uint8_t* panel = packed_x + tile_of((m + r) / amx::kRows, s);
+          amx::multiply_square({panel, 64, kDeep * kTile, kTile},
+                               {decoded + b * kDeep * kTile, 64, kDeep * kTile, kTile}, deep,
+                               c + r * apart + b * kBlock, 4 * apart, s > 0);
+        }
+      }
+    }
+    for (int64_t n = 0; n < wide * kBlock && first * kBlock + n < y.size(1); n += kWidth) {
+      sink(c + n, m, rows, first * kBlock + n, kWidth, apart);
+    }
+  });
+}
+
+#endif
+
 void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
   // Columns of a tile. Their products are one sum after the other, which must not lose more than
@@ -1065,6 +1178,9 @@ static int64_t most_few(bool int8) {
 }
 
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+  if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
+    return Way::kHalves;
+  }
   if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
     return Way::kLibrary;
   }
@@ -1097,6 +1213,9 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
     case Way::kPairs:
       return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit +
              on_amx;
+    case Way::kHalves:
+      return "tiles of the weight decoded to bf16, scales included: " + rows + ", " +
+             std::to_string(kHalvesRows) + " or more" + on_amx;
     case Way::kFloats:
       return "tiles of the weight decoded to floats: " + rows + ", more than " + limit;
     case Way::kLibrary:
@@ -1114,6 +1233,9 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   if (y.numel() == 0) return;
   const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
   if (way == Way::kLibrary) return multiply_library(x, stored, w, bias, low_rank, y);
+#if defined(COFIRE_AMX)
+  if (way == Way::kHalves) return multiply_halves(x, *w, low_rank, bias, y);
+#endif
   const at::Tensor* shift = w == nullptr       ? nullptr
                             : int8             ? &w->byte_shift
                             : way == Way::kFew ? &w->few_shift
