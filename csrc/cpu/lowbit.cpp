@@ -485,12 +485,15 @@ std::string plan_qlinear(const at::Tensor& input, const at::Tensor& codes, const
 // dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored.
 at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Tensor& low,
                           const at::Tensor& lora_a) {
-  const at::Tensor dy = float_rows(rows_of(grad), 1, kApart);
-  const int64_t count = dy.size(0), apart = dy.size(1), columns = w.columns;
+  const int64_t columns = w.columns;
   auto shape = grad.sizes().vec();
   shape.back() = columns;
   at::Tensor dx = at::empty(shape, grad.options());
   if (dx.numel() == 0) return dx;
+  const at::Tensor rows = rows_of(grad);
+  if (multiply_transposed(rows, w, {low, lora_a}, dx.view({rows.size(0), columns}))) return dx;
+  const at::Tensor dy = float_rows(rows, 1, kApart);
+  const int64_t count = dy.size(0), apart = dy.size(1);
   constexpr int64_t kColumns = (kWidth % 8 == 0 ? 4 : 1) * kWidth, kDepth = 64;
   const int64_t tiles = (columns + kColumns - 1) / kColumns;
   const int64_t cost = w.rows * kColumns / 2 * count;

@@ -250,6 +250,10 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* packed,
               const MaybeTensor& bias, const LowRank& low_rank, bool int8, const at::Tensor& y);
 
+// y = x W + low b, of shapes [M, N] and [M, K], where that goes by tiles of bf16; else false.
+bool multiply_transposed(const at::Tensor& x, const Stored& w, const LowRank& low_rank,
+                         const at::Tensor& y);
+
 }  // namespace lowbit
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire

@@ -1016,24 +1016,27 @@ void decode_tiles(const Packed& w, int64_t first, int64_t blocks, int64_t from, 
   });
 }
 
-// Many rows in bf16, on AMX: both factors in tiles, each one piece of memory.
-void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_rank,
-                     const MaybeTensor& bias, const at::Tensor& y) {
+// Many rows in bf16, on AMX: both factors in tiles, each one piece of memory. decode(first, count,
+// from, steps, to) makes those of blocks of 16 columns of y, [count][kDeep].
+template <typename Decode>
+void multiply_tiles(const at::Tensor& x, int64_t blocks, const LowRank& low_rank,
+                    const MaybeTensor& bias, const at::Tensor& y, const Decode& decode) {
   constexpr int64_t kTogether = 2 * amx::kRows;
   const at::Tensor input = x.contiguous();
   const auto* from = static_cast<const uint8_t*>(input.const_data_ptr());
   const int64_t count = x.size(0), columns = x.size(1), row = 2 * columns;
+  const int64_t steps = round_up(columns, kStep) / kStep;
   const int64_t panels = round_up(count, kTogether) / amx::kRows;
-  // [w.steps / kDeep][panels][kDeep]: what is multiplied by the same steps lies together. Panels a
+  // [steps / kDeep][panels][kDeep]: what is multiplied by the same steps lies together. Panels a
   // power of two apart would drive each other out of the cache.
-  const at::Tensor tiles = at::empty({panels * round_up(w.steps, kDeep) * kTile}, at::kByte);
+  const at::Tensor tiles = at::empty({panels * round_up(steps, kDeep) * kTile}, at::kByte);
   const auto tile_of = [&](int64_t panel, int64_t s) {
     return ((s / kDeep * panels + panel) * kDeep + s % kDeep) * kTile;
   };
   auto* packed_x = tiles.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, panels, grain_of(amx::kRows * columns), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin * amx::kRows; m < end * amx::kRows; ++m) {
-      for (int64_t s = 0; s < w.steps; ++s) {
+      for (int64_t s = 0; s < steps; ++s) {
         uint8_t* to = packed_x + tile_of(m / amx::kRows, s) + m % amx::kRows * 64;
         const int64_t there = m < count ? std::min<int64_t>(row - 64 * s, 64) : 0;
         if (there < 64) std::memset(to, 0, 64);
@@ -1047,8 +1050,8 @@ void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_ra
   // Blocks that read x together: the more, the less often it comes from the third-level cache.
   // Sums are the same for any number of them.
   const int64_t pieces = (count + kMostRows - 1) / kMostRows;
-  const bool many = pieces * w.blocks >= 8 * kNarrow * at::get_num_threads();
-  const int64_t wide = many ? 2 * kNarrow : kNarrow, strips = (w.blocks + wide - 1) / wide;
+  const bool many = pieces * blocks >= 8 * kNarrow * at::get_num_threads();
+  const int64_t wide = many ? 2 * kNarrow : kNarrow, strips = (blocks + wide - 1) / wide;
   const int64_t apart = (wide + 1) * kBlock;
   in_turns(strips * pieces, [&](int64_t task) {
     const int64_t first = task % strips * wide, m = task / strips * kMostRows;
@@ -1059,9 +1062,9 @@ void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_ra
     auto* c = reinterpret_cast<float*>(decoded + size);
     amx::Registers registers;
     registers.square();
-    for (int64_t s = 0; s < w.steps; s += kDeep) {
-      const int64_t deep = std::min(kDeep, w.steps - s);
-      decode_tiles(w, first, wide, s, deep, decoded);
+    for (int64_t s = 0; s < steps; s += kDeep) {
+      const int64_t deep = std::min(kDeep, steps - s);
+      decode(first, wide, s, deep, decoded);
       for (int64_t b = 0; b < wide; b += 2) {
         for (int64_t r = 0; r < whole; r += kTogether) {
           const uint8_t* panel = packed_x + tile_of((m + r) / amx::kRows, s);
@@ -1075,6 +1078,45 @@ void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_ra
       sink(c + n, m, rows, first * kBlock + n, kWidth, apart);
     }
   });
+}
+
+void multiply_halves(const at::Tensor& x, const Packed& w, const LowRank& low_rank,
+                     const MaybeTensor& bias, const at::Tensor& y) {
+  multiply_tiles(x, w.blocks, low_rank, bias, y,
+                 [&](int64_t first, int64_t blocks, int64_t from, int64_t count, uint8_t* to) {
+                   decode_tiles(w, first, blocks, from, count, to);
+                 });
+}
+
+// The same with the weight itself, not transposed: of a step, 32 rows of it.
+void multiply_rows_of(const at::Tensor& x, const Stored& w, const LowRank& low_rank,
+                      const at::Tensor& y) {
+  multiply_tiles(x, (w.columns + kBlock - 1) / kBlock, low_rank, MaybeTensor(), y,
+                 [&](int64_t first, int64_t blocks, int64_t from, int64_t count, uint8_t* to) {
+                   const int64_t k = first * kBlock, width = blocks * kBlock;
+                   const int64_t used = std::min(width, w.columns - k);
+                   std::vector<uint8_t> bytes(width + 16);
+                   Lines<float> values(2 * width);
+                   for (int64_t s = 0; s < count; ++s) {
+                     for (int64_t p = 0; p < kStep / 2; ++p) {
+                       for (int64_t i = 0; i < 2; ++i) {
+                         const int64_t n = (from + s) * kStep + 2 * p + i;
+                         float* row = values.data() + i * width;
+                         if (n < w.rows) {
+                           w.values_of(n, k, used, bytes.data(), row);
+                         } else {
+                           std::fill_n(row, used, 0.0f);
+                         }
+                       }
+                       for (int64_t b = 0; b < blocks; ++b) {
+                         const float* one = values.data() + b * kBlock;
+                         _mm512_store_si512(
+                             to + (b * kDeep + s) * kTile + p * 64,
+                             amx::pairs_of(_mm512_load_ps(one), _mm512_load_ps(one + width)));
+                       }
+                     }
+                   }
+                 });
 }
 
 #endif
@@ -1226,6 +1268,17 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
   }
   return "tiles decoded from the stored codes: groups or palettes that blocks of 16 rows and 32 "
          "columns do not fit";
+}
+
+bool multiply_transposed(const at::Tensor& x, const Stored& w, const LowRank& low_rank,
+                         const at::Tensor& y) {
+#if defined(COFIRE_AMX)
+  if (x.scalar_type() == at::kBFloat16 && x.size(0) >= kHalvesRows && amx::found()) {
+    multiply_rows_of(x, w, low_rank, y);
+    return true;
+  }
+#endif
+  return false;
 }
 
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const MaybeTensor& bias,
