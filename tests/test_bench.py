@@ -171,6 +171,11 @@ def test_cold_weights_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen[:5] == seen[5:10] == seen[10:], "each is used once before time counts"
 
 
+def test_copies_are_laid_out_as_weights_are() -> None:
+    for weight in (torch.ones(2048, 1024), torch.ones(1024, 2048).t()):
+        assert harness._copy(weight).stride() == weight.stride()
+
+
 def test_peak_counts_what_a_call_allocates() -> None:
     x = torch.ones(1 << 16)
     assert harness.peak_bytes(lambda: (x + 1) * 2, "cpu") == pytest.approx(2 * 4 * x.numel(), abs=256)

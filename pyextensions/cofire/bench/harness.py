@@ -519,8 +519,8 @@ class Input:
 
 
 def _copy(weight: Tensor) -> Tensor:
-    """In large pages where those who make such weights would ask for them."""
-    copy = in_large_pages(weight)
+    """Laid out as it is; in large pages where those who make such weights would ask for them."""
+    copy = in_large_pages(weight) if weight.is_contiguous() else weight
     return weight.clone() if copy is weight else copy
 
 
