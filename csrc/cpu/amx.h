@@ -27,12 +27,15 @@ constexpr int64_t kWords = 16;  // four bytes each, of a row of a tile
 
 #if defined(COFIRE_AMX)
 
-// Whether this machine multiplies bytes and pairs of bf16 on tiles, and the system lets it.
+// Whether this machine multiplies bytes and pairs of bf16 on tiles, and the system lets it; and
+// rounds to bf16, which all such machines do, but a virtual one may hide it.
 inline bool found() {
   static const bool is = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
     constexpr unsigned kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAll) == kAll &&
+    constexpr unsigned kRounds = 1u << 5;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kAll) != kAll) return false;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kRounds) != 0 &&
            at::cpu::init_amx();
   }();
   return is;

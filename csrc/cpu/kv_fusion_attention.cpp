@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // attention_with_scores: softmax(scale Q K^T) V, and the sums of its weights by key. A block of
 // queries goes over all keys that it sees: its weights stay in the cache for the product with the
-// values and for the sums. The products are the library's, each by one thread, so that results are
-// the same for any number of threads.
+// values and for the sums. The products are the library's, or tiles of AMX, each by one thread, so
+// that results are the same for any number of threads.
 #include "kv_fusion_attention.h"
 
 #include <cmath>
@@ -210,7 +210,7 @@ std::string attention_with_scores_backward_plan(const at::Tensor& grad,
                                                 const at::Tensor& query, const at::Tensor& key,
                                                 const at::Tensor& value, bool causal,
                                                 double scale) {
-  if (!covered(grad)) return "the reference";
+  if (!covered(grad) || grad.scalar_type() != query.scalar_type()) return "the reference";
   const Sizes s = sizes_of("attention_with_scores_backward", query, key, value, causal, scale);
   return way_of(s, query.scalar_type(), true);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What kinds of attention share: blocks of queries go over all keys that they see, and their
-// weights stay in the cache between the library's products. A kind of attention says what becomes
-// of a block's products: see attend and attend_backward.
+// weights stay in the cache between two products, by the library or on AMX. A kind of attention
+// says what becomes of a block's products: see attend and attend_backward.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -282,7 +282,9 @@ void attend(const Sizes& s, const at::Tensor& query, const at::Tensor& key, cons
     return attend_few<T>(s, query, key, value, output, weigh);
   }
 #if defined(COFIRE_AMX)
-  if (on_tiles<T>(s)) return attend_on_tiles<T>(s, query, key, value, output, weigh);
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (on_tiles<T>(s)) return attend_on_tiles<T>(s, query, key, value, output, weigh);
+  }
 #endif
   const Cache<T> k(key), v(value);
   const T* q = query.const_data_ptr<T>();
@@ -323,9 +325,11 @@ void attend_backward(const Sizes& s, const at::Tensor& grad, const at::Tensor& q
                      const at::Tensor& key, const at::Tensor& value, at::Tensor& to_query,
                      at::Tensor& to_key, at::Tensor& to_value, F&& slopes_of) {
 #if defined(COFIRE_AMX)
-  if (on_tiles<T>(s)) {
-    return attend_backward_on_tiles<T>(s, grad, query, key, value, to_query, to_key, to_value,
-                                       slopes_of);
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    if (on_tiles<T>(s)) {
+      return attend_backward_on_tiles<T>(s, grad, query, key, value, to_query, to_key, to_value,
+                                         slopes_of);
+    }
   }
 #endif
   const Cache<T> k(key), v(value);

@@ -189,7 +189,9 @@ std::string masked_softmax_attention_backward_plan(const at::Tensor& grad, const
                                                    const at::Tensor& key, const at::Tensor& value,
                                                    const at::Tensor& mask, bool causal,
                                                    double scale, double eps, bool parity) {
-  if (!covered(grad) || !covered(mask)) return "the reference";
+  if (!covered(grad) || grad.scalar_type() != query.scalar_type() || !covered(mask)) {
+    return "the reference";
+  }
   const at::Tensor floats = in_floats(mask);
   const Masked m = masked_of("masked_softmax_attention_backward", query, key, value, floats, causal,
                              scale, eps, parity);

@@ -264,7 +264,7 @@ struct Group {
       return empty_in_large_pages({s.group() * each}, at::TensorOptions(at::kFloat));
     };
     if (!s.by_taps()) of_tokens = room(s.of_tokens());
-    of_logits = room(s.of_logits() + kLanes);  // whole vectors are read
+    of_logits = room(s.of_logits());
   }
 
   // The products of the sets' tokens with the weight, from which logits are made.
@@ -467,6 +467,10 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
   }
   float constants[kSlots] = {};
   if (group.bias != nullptr) std::copy_n(group.bias + tile.first, tile.count, constants);
+  // (Other slots' logits beside those of the tile may be written at the same time.)
+  const auto load_sum = [&](const float* p, int64_t there) {
+    return from == out || there >= kLanes ? Vec::loadu(p) : Vec::loadu(p, there);
+  };
   for_columns(tile, [&](int64_t c, auto vectors) {
     Vec most[vectors()], by[vectors()];
     const Vec zero(0.0f);
@@ -478,7 +482,8 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
       float* line = out + i * tile.stride + c;
       const float* sums = from + i * stride + c;
       COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
-        const Vec logit = at::vec::maximum(Vec::loadu(sums + v * kLanes) + by[v], zero);
+        const Vec sum = load_sum(sums + v * kLanes, tile.count - c - v * kLanes);
+        const Vec logit = at::vec::maximum(sum + by[v], zero);
         logit.store(line + v * kLanes);
         most[v] = at::vec::maximum(most[v], logit);
       }

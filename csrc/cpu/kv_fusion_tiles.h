@@ -6,7 +6,6 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "kv_fusion_windows.h"
 

@@ -5,7 +5,7 @@
 // are decoded in registers and used there (decoding is most of the work, reading
 // the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
-// the weight alone, so results do not depend on the number of threads.
+// the weight, and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <bit>
 #include <cmath>
 
@@ -1060,6 +1060,7 @@ void multiply_tiles(const at::Tensor& x, int64_t blocks, const LowRank& low_rank
     const at::Tensor scratch = at::empty({size + whole * apart * 4}, at::kByte);
     auto* decoded = scratch.mutable_data_ptr<uint8_t>();
     auto* c = reinterpret_cast<float*>(decoded + size);
+    if (steps == 0) std::fill_n(c, whole * apart, 0.0f);
     amx::Registers registers;
     registers.square();
     for (int64_t s = 0; s < steps; s += kDeep) {

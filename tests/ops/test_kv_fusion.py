@@ -119,7 +119,9 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "one": ((1, 1, 1, 1, 1, 1), {}),
     "short": ((1, 2, 3, 2, 3, 9), {}),  # a convolution wider than the tokens
     "slots": ((1, 2, 40, 2, 150, 3), {}),  # tiles of slots
-    "heads": ((2, 9, 9, 2, 4, 3), {}),  # more heads than are taken at a time
+    "heads": ((2, 9, 9, 2, 4, 3), {}),
+    "together": ((1, 5, 150, 4, 70, 3), {"scale": 0.1}),  # more rows of all heads than one product takes, tap by tap
+    "together_frozen": ((1, 5, 150, 4, 70, 3), {"scale": 0.1}),
     "sharp": ((1, 1, 40, 8, 6, 7), {"scale": 2.0}),
     "filter": ((1, 2, 41, 16, 7, 9), {"scale": 0.1}),
     "no_heads": ((0, 2, 5, 3, 4, 3), {}),
@@ -129,12 +131,13 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "more_squares": ((1, 5, 97, 32, 96, 21), {"scale": 0.03, "bias": False}),
 }
 #: The gradient of the tokens is not asked for.
-WITHOUT_TOKENS = ("no_bias", "slots", "filter", "squares", "more_squares")
+WITHOUT_TOKENS = ("no_bias", "slots", "filter", "together_frozen", "squares", "more_squares")
 LATER = ("no_heads", "heads")
+LARGE = ("together", "together_frozen", "frequencies", "squares", "more_squares")
 
 
 def when(name: str) -> dict[str, bool]:
-    return {"full": name in LATER, "interpreted": name not in ("frequencies", "squares", "more_squares")}
+    return {"full": name in LATER, "interpreted": name not in LARGE}
 
 
 FUSE = [Sample(f"fuse_{name}", fuse(*s, **o), **when(name)) for name, (s, o) in SHAPES.items()]

@@ -43,12 +43,14 @@ def attention(
     return make
 
 
-def cached(d: int) -> Callable[[Random], Args]:
+def cached(d: int, backward: bool = False) -> Callable[[Random], Args]:
     """Keys and values that are parts of a larger cache."""
 
     def make(rand: Random) -> Args:
         query, *_ = attention(2, 4, 2, 5, 1, d)(rand)
         key, value = rand.normal(2, 2, 3, 40, d)[:, :, :2, 3:20].unbind(0)
+        if backward:
+            return rand.normal(2, 4, 5, d), None, query, key, value, True, 0.3
         return query, key, value, True, 0.3, 3, True
 
     return make
@@ -93,6 +95,7 @@ BACKWARD = [
     )
     for i, (name, (s, o)) in enumerate(SHAPES.items())
 ]
+BACKWARD.append(Sample("attention_cached_squares_b", cached(32, backward=True)))
 TINY = [
     Sample("attention_tiny", attention(2, 4, 2, 3, 5, 4, window=2)),
     Sample("attention_resized", attention(3, 6, 3, 4, 7, 5, window=2)),
@@ -264,11 +267,11 @@ def test_examples() -> None:
 def test_explain_says_how_the_products_are_made() -> None:
     if native.STATUS.variant is None:
         pytest.skip(f"no compiled kernels: {native.STATUS.reason}")
-    found = {}
+    found, rand = {}, Random("explain")
     for name in ("decode", "odd", "squares"):
         sizes, options = SHAPES[name]
         for dtype in (torch.float32, torch.bfloat16):
-            query, key, value, *_ = attention(*sizes, **options)(Random("explain"))
+            query, key, value, *_ = attention(*sizes, **options)(rand)
             ((call),) = cofire.explain("attention_with_scores", query.to(dtype), key.to(dtype), value.to(dtype))
             found[name, dtype] = call["kernel"].rpartition(": ")[2]
     tiles = "products of bf16 on AMX"
@@ -276,3 +279,13 @@ def test_explain_says_how_the_products_are_made() -> None:
     last = found.pop(("squares", torch.bfloat16))
     assert found == {key: few if key[0] == "decode" else library for key in found}
     assert last in (tiles, library)  # as the processor has it
+    for name, more in (("attention_with_scores", ()), ("masked_softmax_attention", (torch.ones(1, 163),))):
+        query, key, value = (rand.normal(1, n, t, 32).bfloat16() for n, t in ((4, 150), (2, 163), (2, 163)))
+        query.requires_grad_()
+
+        def both_ways(name: str = name, args: tuple[Tensor, ...] = (query, key, value, *more)) -> None:
+            found = getattr(ops, name)(*args)
+            (found if isinstance(found, Tensor) else found[0]).sum().backward()
+
+        calls = {call["operator"]: call["kernel"].rpartition(": ")[2] for call in cofire.explain(both_ways)}
+        assert calls == {name: last, f"{name}_backward": last}

@@ -15,7 +15,7 @@ from cofire import explain, native, ops
 from cofire.ops import QTensor, pack_bits
 from cofire.ops.lowbit import int8_activations
 from cofire.registry import OPERATORS
-from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals, threads
+from helpers import Args, Random, Refusal, Sample, check_close, check_examples, check_op, refusals, threads
 
 
 def weight(
@@ -147,7 +147,7 @@ def products(
 ) -> list[Sample]:
     chosen = [(n, r) for i, n in enumerate(names) for j, r in enumerate(("1", "2", "9")) if j == i % 3]
     chosen += [("4bits_g32", r) for r in ROWS] + [("palette", "3"), ("8bits", "131"), ("3bits_g32", "131")]
-    chosen += [("4bits_rows", "131"), ("palettes_of_blocks", "131")]
+    chosen += [("4bits_rows", "131"), ("palettes_of_blocks", "131"), ("no_rows", "131")]
     chosen = [c for c in dict.fromkeys(chosen) if c[0] in names]
     return [
         Sample(
@@ -430,6 +430,31 @@ compiled = pytest.mark.skipif(native.STATUS.variant is None, reason="no compiled
 def way(x: Tensor, q: QTensor, activations: str = "exact") -> str:
     (call,) = explain("qlinear", x, q, activations=activations)
     return call["kernel"]
+
+
+@compiled
+@pytest.mark.parametrize("rows", [131, 600])
+def test_many_rows_in_bf16(rows: int) -> None:
+    """Odd sizes, both ways, and the same bits for any number of threads: some processors multiply on tiles."""
+    n, columns = 1100, 328
+    rand = Random("many rows")
+    codes, scale, zero, offset, lut = weight(rand, n, columns, 4, columns, zero="bytes")
+    x, grad = rand.normal(rows, columns).bfloat16(), rand.normal(rows, n).bfloat16()
+    forward = (x, codes, scale, zero, offset, lut, None, 4, columns, "exact")
+    backward = (grad, None, codes, scale, zero, offset, lut, 4, columns, columns, "exact", True)
+    for name, args in (("qlinear", forward), ("qlinear_backward", backward)):
+        operator = OPERATORS[name]
+        exact, plain = (
+            r if isinstance(r, Tensor) else r[0]
+            for r in (operator.reference(args[0].double(), *args[1:]), operator.reference(*args))
+        )
+        found = []
+        for count in (1, 2, 3):
+            with threads(count):
+                y = operator(*args)
+            found.append(y if isinstance(y, Tensor) else y[0])
+        check_close(name, found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
+        assert all(torch.equal(found[0], y) for y in found), f"{name} depends on the number of threads"
 
 
 @compiled

@@ -6,13 +6,13 @@ How a number comes about:
 * A provider that does not agree with the fp64 reference (:func:`disagreement`) gets no number. cofire has to keep to
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
-  more than five seconds). A provider whose reading lasts 100 ms and ten times as long as the shortest takes part in the
-  first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its
+  more than five seconds, on a GPU two). A provider whose reading lasts 100 ms and ten times as long as the shortest takes
+  part in the first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its
   speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes nothing about their
   distribution (:func:`median_interval`).
-* Calls shorter than 1 ms are repeated within one reading. A short call runs once untimed before it, so that it finds
-  the caches and the threads as its own last call left them, not as another provider did; ``forward, cold`` is the mode
-  that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
+* Calls shorter than 1 ms (on a GPU 0.2 ms) are repeated within one reading. A short call runs once untimed before it, so
+  that it finds the caches and the threads as its own last call left them, not as another provider did; ``forward, cold``
+  is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
   runs under ``torch.inference_mode``.
 * Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
 * Fixed work, the probe, is timed before, between and after the readings of every case (:mod:`cofire.bench.quiet`). A round
@@ -775,8 +775,8 @@ def run(
         announce: called with a line about a file that is continued or moved aside, and when the run is stopped.
 
     Returns:
-        The results, with the rows of the file. ``refused`` says where cofire's own answer was wrong: such a case gets no
-        number, and an earlier good measurement of it stays.
+        The results, with the rows of the file. ``refused`` says where cofire's own answer was wrong, or what a case raised:
+        it gets no number, and an earlier good measurement of it stays.
 
     Raises:
         ValueError: an unknown family, operator, case or provider; near matches are listed. A peer's file that cannot be
@@ -853,19 +853,22 @@ def _run(
                 announce(f"{step} is left out: the process died in it {record.deaths[step]} times; --fresh tries again")
                 continue
             begin = time.perf_counter()
-            try:
-                with _under_way(step, results, record, path):
+            rows: list[Row] | None = None
+            with _under_way(step, results, record, path):
+                try:
                     if mode != "overhead" and (given is None or given.case is not case):
                         given = None  # free the last one's memory first
                         given = Input(case, device, every_mode=True)
                     rows = measure(case, mode, device, effort, providers, given=given, probe=probe)
-            except Exception as error:  # the fault of one case, and the others go on: if there is a GPU to go on with
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                given = None
-                results.refused.append(f"{step}: {type(error).__name__}: {error}; there is no number")
-                continue
+                except Exception as error:  # of one case: the others go on, if there is a GPU to go on with
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    given = None
+                    results.refused.append(f"{step}: {type(error).__name__}: {error}; there is no number")
             seconds = time.perf_counter() - begin
+            if rows is None:
+                forecast.done(seconds)
+                continue
             for row in rows:
                 row.update(commit=results.environment["commit"], date=results.environment["date"], run=record.id)
                 row["seconds"] = seconds
