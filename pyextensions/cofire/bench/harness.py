@@ -12,8 +12,8 @@ How a number comes about:
   distribution (:func:`median_interval`).
 * Calls shorter than 1 ms (on a GPU 0.2 ms) are repeated within one reading. A short call runs once untimed before it, so
   that it finds the caches and the threads as its own last call left them, not as another provider did; ``forward, cold``
-  is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first answer. Forward
-  runs under ``torch.inference_mode``.
+  is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first
+  answer. Forward runs under ``torch.inference_mode``.
 * Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
 * Fixed work, the probe, is timed before, between and after the readings of every case (:mod:`cofire.bench.quiet`). A round
   counts if the machine ran as usual before and after it, by 10 %, and a case goes on a little longer until there are
