@@ -182,9 +182,9 @@ void attend_on_tiles(const Sizes& s, const at::Tensor& query, const at::Tensor& 
     const int64_t b = set / s.heads, h = set % s.heads, room = squares(most);
     // Rows that are a power of two apart would drive each other out of the cache.
     const int64_t line = room + 16, wide = room + kSquare;
-    const Scratch<uint32_t> keys(room * d / 2), values(room / 2 * d);
-    const Scratch<float> weights(kBlock * line), mixed(kBlock * d);
-    const Scratch<uint16_t> halves(kBlock * wide), copied(kBlock * d);
+    const Room<uint32_t> keys(room * d / 2), values(room / 2 * d);
+    const Room<float> weights(kBlock * line), mixed(kBlock * d);
+    const Room<uint16_t> halves(kBlock * wide), copied(kBlock * d);
     pack_features(bits_of(k.at(b, h)), most, k.row(), d, room, keys.data());
     pack_pairs(bits_of(v.at(b, h)), most, d, v.row(), room / 2, values.data());
     amx::Registers registers;
@@ -223,16 +223,16 @@ void attend_backward_on_tiles(const Sizes& s, const at::Tensor& grad, const at::
   each_by_one_thread(s.sets(), [&](int64_t set) {
     const int64_t b = set / s.heads, h = set % s.heads, size = s.keys * d;
     const int64_t line = room + 16, wide = room + kSquare;
-    const Scratch<uint32_t> keys(room * d / 2), values(room * d / 2), pairs(room / 2 * d);
-    const Scratch<uint32_t> of_queries(kChunk / 2 * d), of_grads(kChunk / 2 * d);
-    const Scratch<float> weights(kBlock * line), slopes(kBlock * line), mixed(kBlock * d);
-    const Scratch<float> sum_k(room * d), sum_v(room * d);
-    const Scratch<uint16_t> halves(kBlock * wide), copied(kBlock * d), copied_grads(kBlock * d);
-    const Scratch<uint16_t> kept(kChunk * room), kept_slopes(kChunk * room);
+    const Room<uint32_t> keys(room * d / 2), values(room * d / 2), pairs(room / 2 * d);
+    const Room<uint32_t> of_queries(kChunk / 2 * d), of_grads(kChunk / 2 * d);
+    const Room<float> weights(kBlock * line), slopes(kBlock * line), mixed(kBlock * d);
+    const Room<float> sum_k(room * d), sum_v(room * d);
+    const Room<uint16_t> halves(kBlock * wide), copied(kBlock * d), copied_grads(kBlock * d);
+    const Room<uint16_t> kept(kChunk * room), kept_slopes(kChunk * room);
     pack_features(bits_of(k.at(b, h)), s.keys, k.row(), d, room, keys.data());
     pack_features(bits_of(v.at(b, h)), s.keys, v.row(), d, room, values.data());
     pack_pairs(bits_of(k.at(b, h)), s.keys, d, k.row(), room / 2, pairs.data());
-    for (const Scratch<float>* sum : {&sum_k, &sum_v}) std::fill_n(sum->data(), room * d, 0.0f);
+    for (const Room<float>* sum : {&sum_k, &sum_v}) std::fill_n(sum->data(), room * d, 0.0f);
     amx::Registers registers;
     registers.square();
     for (int64_t begin = 0; begin < rows; begin += kChunk) {

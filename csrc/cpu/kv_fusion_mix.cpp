@@ -190,22 +190,6 @@ struct Tile {
   at::Tensor rows(const float* data, int64_t n) const { return matrix(data, n, count, stride); }
 };
 
-// Memory of torch's, which begins with a line of the cache and is counted as its other tensors are.
-template <typename T>
-class Room {
- public:
-  Room() = default;
-  explicit Room(int64_t count)
-      : owner_(empty_in_large_pages({count * static_cast<int64_t>(sizeof(T))},
-                                    at::TensorOptions(at::kByte))),
-        data_(reinterpret_cast<T*>(owner_.mutable_data_ptr<uint8_t>())) {}
-  T* at(int64_t i) const { return data_ + i; }
-
- private:
-  at::Tensor owner_;
-  T* data_ = nullptr;
-};
-
 // The weight as a product needs it.
 struct Weight {
   at::Tensor numbers;     // `by_points`

@@ -3,11 +3,10 @@
 // multiplied with is packed once for a task; the weights between the products stay in fp32.
 #pragma once
 
-#include <ATen/ops/empty.h>
-
 #include <algorithm>
 
 #include "kv_fusion_windows.h"
+#include "pages.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -16,20 +15,6 @@ namespace kv_fusion {
 #if defined(COFIRE_AMX)
 
 inline int64_t squares(int64_t n) { return (n + kSquare - 1) / kSquare * kSquare; }
-
-// Scratch memory of torch's, which begins with a line of the cache.
-template <typename T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count)
-      : owner_(at::empty({count * static_cast<int64_t>(sizeof(T))}, at::kByte)),
-        data_(reinterpret_cast<T*>(owner_.mutable_data_ptr<uint8_t>())) {}
-  T* data() const { return data_; }
-
- private:
-  at::Tensor owner_;
-  T* data_;
-};
 
 // Keys or values as their products with rows read them: [room / 16][d / 2 pairs of features][16
 // keys], zeros after the last of `rows`, which are `stride` apart.
