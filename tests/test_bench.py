@@ -8,6 +8,7 @@ import math
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -352,3 +353,30 @@ def test_a_slow_provider_takes_part_in_the_first_rounds_alone(monkeypatch: pytes
     runs = {"fast": lambda: None, "slow": lambda: time.sleep(0.003)}
     readings = harness.read_in_turns(runs, "cpu", 0.001, 30, 100)
     assert len(readings["slow"]) == harness.LEAST_ROUNDS and len(readings["fast"]) >= 30
+
+
+def test_a_slow_call_is_not_repeated_after_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after a look at the machine either; a very slow one is timed by its warm call alone."""
+    calls = {"fast": 0, "slow": 0}
+
+    def counted(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            calls[name] += 1
+            time.sleep(seconds)
+
+        return run
+
+    monkeypatch.setattr(quiet, "SEGMENT_SECONDS", 0.0)  # a look in every round
+    monkeypatch.setattr(harness, "SLOW_MS", 2.0)
+    probe = quiet.Probe("cpu", {"core": lambda: 1.0})
+    runs = {"fast": counted("fast", 1e-4), "slow": counted("slow", 0.004)}
+
+    def readings() -> list[float]:
+        return harness.read_in_turns(runs, "cpu", 0.05, 30, 100, watch=quiet.Watch(probe))["slow"]
+
+    assert len(readings()) == harness.LEAST_ROUNDS
+    # a look, a round: of those in which it is the first it runs once untimed
+    assert calls["slow"] <= 2 + 2 * harness.LEAST_ROUNDS
+    calls["slow"] = 0
+    monkeypatch.setattr(harness, "ONCE_MS", 2.0)
+    assert len(readings()) == 1 and calls["slow"] == 2

@@ -456,7 +456,7 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
   Stored w = without_scales(codes, lut, bits, group_size, columns);
   auto shape = input.sizes().vec();
   shape.back() = w.rows;
-  at::Tensor y = at::empty(shape, input.options());
+  at::Tensor y = empty_in_large_pages(shape, input.options());
   if (y.numel() == 0) return y;
   const at::Tensor x = rows_of(input);
   const bool int8 = activations == "int8";
@@ -488,7 +488,7 @@ at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Ten
   const int64_t columns = w.columns;
   auto shape = grad.sizes().vec();
   shape.back() = columns;
-  at::Tensor dx = at::empty(shape, grad.options());
+  at::Tensor dx = empty_in_large_pages(shape, grad.options());
   if (dx.numel() == 0) return dx;
   const at::Tensor rows = rows_of(grad);
   if (multiply_transposed(rows, w, {low, lora_a}, dx.view({rows.size(0), columns}))) return dx;

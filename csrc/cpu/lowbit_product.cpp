@@ -63,23 +63,14 @@ struct Rows {
   }
 };
 
+// The magnitude of a float as an integer, of which that of a NaN is the largest: compilers make
+// vectors of their maxima, as they do not of those of floats.
+int32_t magnitude(float x) { return std::bit_cast<int32_t>(x) & 0x7fffffff; }
+
 float largest(const float* x, int64_t n) {
-  constexpr int kChains =
-      4;  // a maximum that keeps NaN takes three instructions, one after the other
-  Vec most[kChains];
-  for (Vec& m : most) m = Vec(0.0f);
-  int64_t i = 0;
-  for (; i + kChains * kLanes <= n; i += kChains * kLanes) {
-    COFIRE_UNROLL
-    for (int j = 0; j < kChains; ++j) {
-      most[j] = at::vec::maximum(most[j], Vec::loadu(x + i + j * kLanes).abs());
-    }
-  }
-  for (; i < n; i += kLanes) {
-    most[0] = at::vec::maximum(most[0], load_f32(x + i, std::min(kLanes, n - i)).abs());
-  }
-  return reduce_max(
-      at::vec::maximum(at::vec::maximum(most[0], most[1]), at::vec::maximum(most[2], most[3])));
+  int32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = std::max(most, magnitude(x[i]));
+  return std::bit_cast<float>(most);
 }
 
 // Rounds a row to symmetric bytes, halves to even, and returns the scale.
@@ -90,12 +81,24 @@ float quantize_row(const float* x, int64_t n, int8_t* out) {
     return scale;
   }
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  // In two loops over a piece, which compilers turn into vectors; of one they do not.
-  constexpr int64_t kPiece = 64;
+  // A product with the inverse may be off by some units in the last place, which matters next to
+  // the middle between two integers alone: a piece with such a number is divided.
+  constexpr float kClear = 0.5f - 1e-4f;
+  // In loops over a piece, which compilers turn into vectors; of one they do not.
+  constexpr int64_t kPiece = 128;
+  const float inverse = 1 / scale;
   float shifted[kPiece];
   for (int64_t i = 0; i < n; i += kPiece) {
     const int64_t now = std::min(kPiece, n - i);
-    for (int64_t j = 0; j < now; ++j) shifted[j] = x[i + j] / scale + kMagic;
+    int32_t farthest = 0;  // of the quotients, from the integers that they are rounded to
+    for (int64_t j = 0; j < now; ++j) {
+      const float quotient = x[i + j] * inverse;
+      shifted[j] = quotient + kMagic;
+      farthest = std::max(farthest, magnitude(quotient - (shifted[j] - kMagic)));
+    }
+    if (farthest >= magnitude(kClear)) {
+      for (int64_t j = 0; j < now; ++j) shifted[j] = x[i + j] / scale + kMagic;
+    }
     for (int64_t j = 0; j < now; ++j) {
       out[i + j] = static_cast<int8_t>(std::bit_cast<int32_t>(shifted[j]));
     }
@@ -221,10 +224,13 @@ struct Sink {
   const at::Tensor& y;
 
   // Asks for the lines that the results will go to: a column of them, which no machine foresees.
-  void ask_for(int64_t m, int64_t count, int64_t n) const {
-    const int64_t row = y.size(1) * y.element_size();
-    auto* to = static_cast<char*>(y.mutable_data_ptr()) + m * row + n * y.element_size();
-    for (int64_t r = 0; r < count; ++r) __builtin_prefetch(to + r * row, 1);
+  void ask_for(int64_t m, int64_t count, int64_t n, int64_t width) const {
+    const int64_t size = y.element_size(), row = y.size(1) * size;
+    const int64_t lines = (std::min(width, y.size(1) - n) * size + 63) / 64;
+    auto* to = static_cast<char*>(y.mutable_data_ptr()) + m * row + n * size;
+    for (int64_t r = 0; r < count; ++r, to += row) {
+      for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(to + 64 * i, 1);
+    }
   }
 
   // c: [count][kWidth], rows `apart`, for the rows from m on and the columns from n on; changed.
@@ -615,6 +621,7 @@ struct Piece {
   const float *scale, *shift;  // [groups][kWidth]; no shift: null
   int64_t all_groups;          // of x
   int64_t middle;              // what comes off each byte
+  bool first;                  // whether nothing was added to the results before
 };
 
 // c += scale * total + shift * sums.
@@ -729,6 +736,7 @@ void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c
   const uint8_t* tile = piece.tile;
   for (int64_t g = 0; g < piece.groups; ++g) {
     amx::multiply<Pairs>(p, tile, piece.words, rows, run, all);
+    const bool fresh = piece.first && g == 0;
     F16 factor[kTileBlocks], moved[kTileBlocks];
     COFIRE_UNROLL
     for (int j = 0; j < kTileBlocks; ++j) {
@@ -744,7 +752,7 @@ void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c
         float* to = c + r * kWidth + 16 * j;
         const W16 whole = W16::load(all + r * kWidth + 16 * j);
         const F16 total = Pairs ? as_float(whole) : to_float(W16{_mm512_add_epi32(whole.v, off.v)});
-        F16 y = fma(factor[j], total, F16::load(to));
+        F16 y = fresh ? factor[j] * total : fma(factor[j], total, F16::load(to));
         if (piece.shift != nullptr) y = fma(moved[j], F16::all(sum), y);
         y.store(to);
       }
@@ -798,15 +806,18 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
 
 // Calls f(first, used, from, to), in parts, for each tile of kTileBlocks blocks and each of x's
 // pieces of panels. An x that the second-level cache holds stays there while the weight goes by;
-// of a larger one a piece does, where the codes that then go by once for each are the lesser.
+// of a larger one a piece does, where the codes that then go by once for each are the lesser, and
+// of a large y, where all codes stay there beside it: its rows are written in one go.
 template <typename Start>
 void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Start& start) {
   constexpr int64_t kHeld = 1 << 19;  // bytes
   const std::vector<int64_t> pieces = x.pieces();
   const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t all = static_cast<int64_t>(pieces.size()) - 1;
-  const int64_t of_x = static_cast<int64_t>(x.words.nbytes());
-  const bool by_pieces = w != nullptr && of_x > kHeld && w->codes.numel() * all < of_x * tiles;
+  const int64_t of_x = static_cast<int64_t>(x.words.nbytes()), of_y = 4 * x.count * blocks * kBlock;
+  const int64_t codes = w != nullptr ? w->codes.numel() : 0;
+  const bool by_pieces = w != nullptr && ((of_x > kHeld && codes * all < of_x * tiles) ||
+                                          (of_y > kHeld && codes < kHeld / 2));
   in_parts(tiles * all, grain_of(cost / all), [&](int64_t begin, int64_t end) {
     auto multiply = start();
     for (int64_t i = begin; i < end; ++i) {
@@ -893,8 +904,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
          factor = Lines<float>(groups * kWidth), moved = Lines<float>(groups * kWidth),
          registers = Registers()](int64_t first, int64_t used, int64_t from, int64_t to) mutable {
           const int64_t m = x.panels[from], rows = x.panels[to] - m;
-          sink.ask_for(m, rows, first * kBlock);
-          std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
+          sink.ask_for(m, rows, first * kBlock, used * kBlock);
           for (int64_t g = 0; g < w.groups; g += groups) {
             const int64_t now = std::min(groups, w.groups - g);
             gather(w.scale, g, now, first, used, factor);
@@ -907,7 +917,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
               const int64_t middle = pairs || s > 0 ? 0 : w.byte_middle;
               const Piece piece{tile.data(), now,           length * kStep / 4 * size,
                                 held,        factor.data(), shift,
-                                w.groups,    middle};
+                                w.groups,    middle,        at == 0};
               const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
               for (int64_t i = from; i < to; ++i) {
                 const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
@@ -921,6 +931,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
                   continue;
                 }
 #endif
+                if (at == 0) std::fill_n(results, together * kWidth, 0.0f);
                 kernel(together)(piece, panel, sums, results);
               }
             }
@@ -1135,7 +1146,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
             values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
                int64_t first, int64_t used, int64_t from, int64_t to) mutable {
       const int64_t m = x.panels[from], rows = x.panels[to] - m;
-      sink.ask_for(m, rows, first * kBlock);
+      sink.ask_for(m, rows, first * kBlock, used * kBlock);
       std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
       for (int64_t k = 0; k < x.columns; k += kDepth) {
         const int64_t depth = std::min(kDepth, x.columns - k);

@@ -508,11 +508,46 @@ def _binary_softmax_attention(make: Make, sizes: Sizes) -> list[Call]:
         options = (bits, scale, kind, causal, precision)
         return lambda: shift_add_attention.binary_softmax_attention(query, key, value, None, None, *options)
 
+    codes = _codes(make, 32, 2, 8, 1024)
     return [
         call(64, 0.125, "sign", False, "high"),
         call(64, 0.125, "sign", True, "highest"),
         call(64, 2.0, "sign", False, "high"),
         call(16, 0.25, "binary", False, "high"),
+        lambda: shift_add_attention.binary_softmax_attention_backward(
+            value, codes, codes, value, value, value, 32, 0.125, "sign", False
+        ),
+    ]
+
+
+def _binary_linear_attention(make: Make, sizes: Sizes) -> list[Call]:
+    if make.dtype.itemsize != sizes["element_size"]:
+        return []
+    value, weight = make.values(32, 3, 784, sizes["features"]), make.values(3, 9)
+
+    def call(bits: int, weight: Tensor | None) -> list[Call]:
+        codes = _codes(make, bits, 32, 3, 784)
+        args = (codes, codes, value, weight, value, value, bits, 1e-6)
+        return [
+            lambda: shift_add_attention.binary_linear_attention(*args),
+            lambda: shift_add_attention.binary_linear_attention_backward(value, *args),
+        ]
+
+    return [*call(16, weight), *call(64, None)]
+
+
+def _binary_codes(make: Make, sizes: Sizes) -> list[Call]:
+    width, anchors, bits = sizes["features"], 25, 16
+    x, threshold = make.values(32, 3, 784, width), make.values(3)
+    a, center, projection = make.values(3, anchors, width), make.values(3, anchors), make.values(3, bits, anchors)
+    gate, sigma = _codes(make, bits, 32, 3, 784), torch.ones((32, 3), device=make.device)
+    grad, features = make.values(32, 3, 784, bits), x[..., :64]
+    return [
+        lambda: shift_add_attention.hash_encode(x, a, center, projection, 1e-6),
+        lambda: shift_add_attention.hash_encode_backward(grad, x, a, projection, gate, sigma, 1e-6),
+        lambda: shift_add_attention.binary_encode(features, threshold, 1e-6),
+        lambda: shift_add_attention.binary_encode(features, None, 1e-6),
+        lambda: shift_add_attention.binary_encode_backward(x, x, 1e-6),
     ]
 
 
@@ -635,6 +670,8 @@ CASES: dict[str, Callable[[Make, Sizes], list[Call]]] = {
     "gram_swap": _gram_swap,
     "hamming_similarity": _hamming_similarity,
     "binary_softmax_attention": _binary_softmax_attention,
+    "binary_linear_attention": _binary_linear_attention,
+    "binary_codes": _binary_codes,
     "moe_route": _moe_route,
     "moe2_linear": lambda make, sizes: _moe2_linear(make, sizes, backward=False),
     "moe2_input_gradient": lambda make, sizes: _moe2_linear(make, sizes, backward=True),

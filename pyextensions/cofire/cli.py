@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,12 +93,15 @@ def bench(
             announce=lambda text: typer.echo(f"cofire: {text}.", err=True),
         )
     typer.echo(json.dumps(results.to_json(), indent=2) if as_json else results.summary())
-    if results.refused:
-        typer.echo(
-            "cofire: no number, because cofire's own answer was wrong or the case could not be measured:", err=True
-        )
-        for line in results.refused:
-            typer.echo(f"  {line}", err=True)
+    _refused("no number, because cofire's own answer was wrong or the case could not be measured", results.refused)
+
+
+def _refused(why: str, lines: Iterable[str]) -> None:
+    """Say what of a run has no number, and end with exit code 1 if anything has none."""
+    lines = list(lines)
+    for line in [f"cofire: {why}:", *(f"  {line}" for line in lines)] if lines else []:
+        typer.echo(line, err=True)
+    if lines:
         raise typer.Exit(1)
 
 
@@ -132,6 +135,7 @@ def bench_memory(
     with _stoppable():
         found = _sentences(memory.run, method or None, out, announce=lambda text: typer.echo(text, err=True))
     typer.echo(memory.memory_table(found))
+    _refused("not measured, because of an error", found.get("refused", ()))
 
 
 @app.command("bench-growth")
@@ -157,6 +161,7 @@ def bench_growth(
     widths = [max(map(len, column)) for column in zip(headings, *lines)]
     for line in (headings, *lines):
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    _refused("not measured, because of an error", found.refused)
 
 
 @app.command("bench-networks")
@@ -176,6 +181,7 @@ def bench_networks(
     with _stoppable():
         found = _sentences(end_to_end.run, family or None, device, quick, **options)
     typer.echo(end_to_end.summary(found))
+    _refused("not measured, because of an error", found.refused)
 
 
 @app.command()

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cofire_kernels import configs
+from cofire_kernels.kv_fusion.attention import MOST_FEATURES, gradients
 from cofire_kernels.numerics import INTERPRETED
 
 #: The span of the exponents of 2 within which fp32 sums of powers of two lose nothing.
@@ -103,7 +104,7 @@ def binary_softmax_attention_kernel(
     tl.store(to, found, mask=(n < queries)[:, None] & (d < width)[None, :])
 
 
-def _width(bits: int) -> int:
+def width_of(bits: int) -> int:
     """Of a tile of bits: tensor cores multiply sixteen at least."""
     return max(16, int(triton.next_power_of_2(bits)))
 
@@ -117,7 +118,7 @@ def hamming_similarity(query: Tensor, key: Tensor, bits: int, kind: str) -> Tens
         with torch.cuda.device_of(query):
             hamming_similarity_kernel[(query.numel() // queries * tiles, triton.cdiv(keys, tile["BLOCK_M"]))](
                 query.contiguous(), key.contiguous(), out, queries, keys, tiles,
-                BITS=bits, WIDTH=_width(bits), SIGN=kind == "sign", **tile,
+                BITS=bits, WIDTH=width_of(bits), SIGN=kind == "sign", **tile,
             )  # fmt: skip
     return out
 
@@ -139,7 +140,54 @@ def binary_softmax_attention(
     with torch.cuda.device_of(value):
         binary_softmax_attention_kernel[(query.numel() // queries * tiles,)](
             query.contiguous(), key.contiguous(), value.contiguous(), out, queries, keys, width, tiles, step,
-            float(bits), BITS=bits, WIDTH=_width(bits), SIGN=sign, CAUSAL=causal, RUNNING=running,
+            float(bits), BITS=bits, WIDTH=width_of(bits), SIGN=sign, CAUSAL=causal, RUNNING=running,
             FAST=precision == "high", BLOCK_D=block, **tile,
         )  # fmt: skip
     return out
+
+
+@triton.jit
+def unpack_kernel(
+    codes_ptr, out_ptr, tokens, width, BITS: tl.constexpr, WIDTH: tl.constexpr, SIGN: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """What bits stand for, at the begin of rows of ``width`` numbers."""
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.arange(0, WIDTH)
+    found = features(codes_ptr, n, tokens, BITS, WIDTH, SIGN).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + n[:, None] * width + place[None, :], found, mask=(n < tokens)[:, None] & (place < BITS)[None, :])
+
+
+def _unpacked(codes: Tensor, bits: int, width: int, sign: bool, dtype: torch.dtype) -> Tensor:
+    """``[..., width]``, zeros from ``bits`` on."""
+    out = (torch.empty if width == bits else torch.zeros)((*codes.shape, width), dtype=dtype, device=codes.device)
+    if out.numel():
+        block = 64
+        unpack_kernel[(triton.cdiv(codes.numel(), block),)](
+            codes.contiguous(), out, codes.numel(), width, BITS=bits, WIDTH=width_of(bits), SIGN=sign, BLOCK=block
+        )
+    return out
+
+
+def binary_softmax_attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, query_link: Tensor | None, key_link: Tensor | None,
+    bits: int, scale: float, kind: str, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """By the gradients of attention of floats: they are asked for features and values in rows of the same length."""
+    width = max(bits, value.shape[3])
+    aligned = not causal or query.shape[2] == value.shape[2]  # there the last query sees the last key
+    if not aligned or width > MOST_FEATURES or grad.dtype != value.dtype:
+        args = (grad, query, key, value, query_link, key_link, bits, scale, kind, causal)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.cofire.binary_softmax_attention_backward.reference(*args)
+        return found
+    sign = kind == "sign"
+    with torch.cuda.device_of(value):
+        q, k = (_unpacked(codes, bits, width, sign, value.dtype) for codes in (query, key))
+    longer = (0, width - value.shape[3])
+    g, v = (torch.nn.functional.pad(x, longer) if longer[1] else x for x in (grad, value))
+    to_query, to_key, to_value, _ = gradients(g, None, q, k, v, None, causal, scale, 0.0, False)
+    slope = 2 if sign else 1  # of a feature, by its bit
+
+    def linked(link: Tensor | None, gradient: Tensor) -> Tensor:
+        return value.new_empty((0,)) if link is None else (slope * gradient[..., :bits]).contiguous()
+
+    return to_value[..., : value.shape[3]].contiguous(), linked(query_link, to_query), linked(key_link, to_key)

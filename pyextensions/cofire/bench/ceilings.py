@@ -35,9 +35,12 @@ def best_seconds(call: Callable[[], Any], device: str, seconds: float) -> float:
     return best
 
 
-def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """GB/s of a copy (bytes read and written) and of a sum (bytes read), by the bytes that the call touches."""
-    copy, read = {}, {}
+def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """GB/s of a copy, of a sum and of a change in place, by the bytes that the call reads and writes.
+
+    What is written where it was read needs not be fetched before, so that a change in place may move the most.
+    """
+    copy, read, change = {}, {}, {}
     for mib in SIZES_MIB_CUDA if device == "cuda" else SIZES_MIB:
         source = torch.rand(int(mib * MIB / 8), device=device)  # half of the bytes, in fp32
         target = torch.empty_like(source)
@@ -45,7 +48,8 @@ def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str,
         copy[f"{mib:g}"] = moved / best_seconds(functools.partial(target.copy_, source), device, seconds) / 1e9
         both = torch.cat([source, target])
         read[f"{mib:g}"] = moved / best_seconds(both.sum, device, seconds) / 1e9
-    return copy, read
+        change[f"{mib:g}"] = moved / best_seconds(source.neg_, device, seconds) / 1e9
+    return copy, read, change
 
 
 def _gemm(dtype: torch.dtype, device: str, seconds: float) -> float:
@@ -100,18 +104,18 @@ def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
     if device == "cuda":
         cuda_timing.warm_up()
     with torch.inference_mode():
-        copy, read = _bandwidth(device, seconds)
+        copy, read, change = _bandwidth(device, seconds)
         gemm = {str(d).removeprefix("torch."): _gemm(d, device, seconds) for d in DTYPES}
         gemm["int8"] = _int8(device, seconds)
         if device == "cuda" and (fp8 := _fp8(seconds)) is not None:
             gemm["float8_e4m3fn"] = fp8
         conv = {str(d).removeprefix("torch."): _conv(d, device, seconds) for d in DTYPES}
-    return {"copy_gbs": copy, "read_gbs": read, "gemm_gflops": gemm, "conv_gflops": conv}
+    return {"copy_gbs": copy, "read_gbs": read, "change_gbs": change, "gemm_gflops": gemm, "conv_gflops": conv}
 
 
 def highest(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The higher of two measurements of the same machine, speed by speed."""
-    return {kind: {k: max(a[kind].get(k, 0.0), b[kind][k]) for k in b[kind]} for kind in b}
+    """The higher of two measurements of the same machine, speed by speed; of an older file ``a`` some may not be there."""
+    return {kind: {k: max(a.get(kind, {}).get(k, 0.0), b[kind][k]) for k in b[kind]} for kind in b}
 
 
 def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float:
@@ -119,7 +123,13 @@ def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float
     sizes = sorted(ceilings["copy_gbs"], key=float)
     fitting = [s for s in sizes if moved <= float(s) * MIB]
     size = sizes[-1] if cold or not fitting else fitting[0]
-    return float(max(ceilings["copy_gbs"][size], ceilings["read_gbs"][size]))
+    return bandwidth_of(ceilings, size)
+
+
+def bandwidth_of(ceilings: dict[str, Any], size: str) -> float:
+    """The best of what moved so many MiB; files from before ``change_gbs`` do without."""
+    kinds = ("copy_gbs", "read_gbs", "change_gbs")
+    return float(max(ceilings[kind].get(size, 0.0) for kind in kinds if kind in ceilings))
 
 
 def arithmetic(ceilings: dict[str, Any], dtype: str) -> float:

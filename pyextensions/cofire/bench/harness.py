@@ -7,9 +7,9 @@ How a number comes about:
   the rule of its own tests, the others may be :func:`slack` times less exact.
 * Providers take turns, each round starts with another one, at least 30 rounds (7 in a quick run, and where 30 would take
   more than five seconds, on a GPU two). A provider whose reading lasts 100 ms and ten times as long as the shortest takes
-  part in the first 7 alone, in the first 3 where it lasts longer than half a second. A row's time is the median over rounds; its
-  speed-up is the median of the rounds' ratios to ``dense``, with a 95 % interval that assumes nothing about their
-  distribution (:func:`median_interval`).
+  part in the first 7 alone, in the first 3 where it lasts longer than half a second, in none after a call of 3 s.
+  A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to ``dense``, with a 95 %
+  interval that assumes nothing about their distribution (:func:`median_interval`).
 * Calls shorter than 1 ms (on a GPU 0.2 ms) are repeated within one reading. A short call runs once untimed before it, so
   that it finds the caches and the threads as its own last call left them, not as another provider did; ``forward, cold``
   is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first
@@ -61,6 +61,7 @@ SETTLE_SECONDS = 0.1
 #: A reading of so many ms that is so many times the shortest is slow: it takes part in the first few rounds alone.
 SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
 LONG_MS, LONG_ROUNDS = 500.0, 3  #: of a slow reading that lasts longer there are fewer, and it is not warmed up twice
+ONCE_MS = 3000.0  #: a slow call that lasts longer is timed once, after that of its check
 BEHIND = 2.0  #: a variant that takes so many times as long as another one is not timed again
 LONGEST_SECONDS = 5  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
 LONGER = 4  #: times the rounds that fit are the most, while too few of them were undisturbed
@@ -294,8 +295,9 @@ def read_in_turns(
     round_ms += 1e3 * SETTLE_SECONDS * (pools if pools > 1 else 0)
     least = max(min(least, int(1e3 * longest_seconds / max(round_ms, 1e-3))), min(least, slow_rounds))
     rounds = min(max(least, int(1e3 * seconds / max(round_ms, 1e-3))), most)
-    readings: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
+    once = {name for name in slow if expected[name] > ONCE_MS}
+    readings: dict[str, list[float]] = {name: [expected[name]] if name in once else [] for name in runs}
+    names = [name for name in runs if name not in once]
     pool: str | None = None  # whose threads were the last to work
     gc.collect()
     gc.disable()
@@ -303,6 +305,8 @@ def read_in_turns(
         begin = time.perf_counter()
         for i in itertools.count():
             over = i >= rounds
+            shift = i % len(names)
+            turn = [name for name in names[shift:] + names[:shift] if i < slow.get(name, math.inf)]
             if watch is not None and (watch.due() or i in (rounds, LONGER * rounds)):
                 _let_sleep(pool)
                 watch.look(i)
@@ -311,13 +315,10 @@ def read_in_turns(
                     late = time.perf_counter() - begin > 1e-3 * rounds * round_ms + extra_seconds
                     if late or i == LONGER * rounds or len(watch.quiet()) >= min(rounds, least):
                         break
-                runs[names[i % len(names)]]()  # the caches hold what was looked at
+                runs[turn[0]]()  # the caches hold what was looked at
             elif over and watch is None:
                 break
-            shift = i % len(names)
-            for name in names[shift:] + names[:shift]:
-                if i >= slow.get(name, math.inf):
-                    continue
+            for name in turn:
                 before, pool = pool, name if name in own_threads else None
                 if before != pool:
                     time.sleep(SETTLE_SECONDS)

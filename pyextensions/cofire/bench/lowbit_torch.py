@@ -40,6 +40,10 @@ def int4pack(*args: Any) -> Run:
     """torch's 4-bit product; scale and zero point in the dtype of the input."""
     p = Product(*args)
     scales = torch.stack((p.scale, torch.zeros_like(p.scale)), 2).transpose(0, 1).contiguous().to(p.input.dtype)
+    if p.input.is_cuda:
+        levels = p.levels().to(torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], 8)
+        return functools.partial(torch.ops.aten._weight_int4pack_mm, p.input, packed, p.group_size, scales)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(p.levels().int(), 1)
     return functools.partial(torch.ops.aten._weight_int4pack_mm_for_cpu, p.input, packed, p.group_size, scales)
 
@@ -93,7 +97,8 @@ def of_torch(
         return {}
     # in fp32 it takes half a second for 32 rows
     if bits == 4 and group_size in (32, 64, 128) and (dtype == HALF or rows <= 16):
-        return {"peer:torch-int4pack": Provider(int4pack, **cpu)}
+        there = ("cpu", "cuda") if dtype == HALF else ("cpu",)
+        return {"peer:torch-int4pack": Provider(int4pack, devices=there, differentiable=False)}
     if bits == 8 and group_size is None:
         return {"peer:torch-int8pack": Provider(int8pack, **cpu)}
     return {}

@@ -33,10 +33,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cofire.bench.cases import Random
 from cofire.bench.edkm_hooks import PAPER_LEARNERS, PAPER_MB, EDKMHooks
-from cofire.bench.results import FOLDER, environment, results_path
+from cofire.bench.results import FOLDER, Results, environment, results_path
+from cofire.bench.resume import may_stay
 from cofire.files import write_atomically
 
-__all__ = ["METHODS", "measure", "memory_table", "run"]
+__all__ = ["METHODS", "load", "measure", "memory_table", "run"]
+
+KEY = ("method", "shape", "clusters")  #: what makes a row that row
 
 LARGE, SMALL = (4096, 4096), (1024, 1024)
 CLUSTERS, ITERATIONS = (8, 16), 3
@@ -191,20 +194,23 @@ def run(
     clusters: Iterable[int] = CLUSTERS,
     announce: Callable[[str], Any] = lambda text: None,
 ) -> dict[str, Any]:
-    """Measure every method in a process of its own and write a file.
+    """Measure every method in a process of its own and write a file after each of them.
+
+    What the file holds of other methods stays, if it was measured in this environment.
 
     Args:
         methods: of :data:`METHODS`; default all (coremltools where it is installed).
         out: the file; default ``benchmarks/results/memory/<device>.json``.
         large, small: shapes of the weight, for ours and for those that keep maps.
         clusters: K.
-        announce: called with a line before each measurement.
+        announce: called with a line before each measurement, and about a file that is moved aside.
 
     Returns:
-        What the file holds: ``environment`` and ``rows``.
+        What the file holds, ``environment`` and ``rows``; and ``refused``, which measurements failed, with their last
+        lines.
 
     Raises:
-        ValueError: an unknown method. RuntimeError: a measurement that failed, with its last line.
+        ValueError: an unknown method, or a file that is none of this kind.
 
     Example:
         >>> run(["cofire"], out="/tmp/memory.json")["rows"][0]["saved_bytes"]  # doctest: +SKIP
@@ -213,8 +219,14 @@ def run(
     from cofire.bench.cases import installed, known
 
     default = [m for m in METHODS if m != "coremltools" or installed("coremltools")]
-    rows = []
-    for method in known("method", methods or default, list(METHODS)):
+    chosen = known("method", methods or default, list(METHODS))
+    path = Path(out) if out is not None else memory_path()
+    here, rows, refused = environment("cpu", False), [], []
+    if path.exists():
+        earlier = load(path)
+        if may_stay(path, Results(earlier["environment"], {}), here, announce):
+            rows = earlier["rows"]
+    for method in chosen:
         shape = large if method.startswith("cofire") else small
         for k in clusters:
             announce(f"{METHODS[method]}, {shape[0]}x{shape[1]}, K{k}")
@@ -222,11 +234,34 @@ def run(
             done = subprocess.run(call, capture_output=True, text=True)
             if done.returncode:
                 reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                raise RuntimeError(f"bench-memory: {method} ended with {done.returncode}: {reason}")
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    found = {"environment": environment("cpu", False), "rows": rows}
-    write_atomically(Path(out) if out is not None else memory_path(), json.dumps(found, indent=1) + "\n")
-    return found
+                refused.append(f"{method}, K{k}: ended with {done.returncode}: {reason}")
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            rows = [r for r in rows if any(r[name] != row[name] for name in KEY)] + [row]
+            write_atomically(path, json.dumps({"environment": here, "rows": rows}, indent=1) + "\n")
+    return {"environment": here, "rows": rows, "refused": refused}
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a file of :func:`run`.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is not one, or not a whole one.
+    """
+    what = f"bench-memory: {path} must be a file of `cofire bench-memory` (environment, rows)"
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON, or of the encoding
+        raise ValueError(f"{what}, got no JSON: {error}") from None
+    if not isinstance(data, dict) or set(data) != {"environment", "rows"}:
+        got = f"the keys {sorted(data)}" if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{what}, got {got}")
+    wanted = (*KEY, "weight_bytes", "saved_bytes", "peak_bytes")
+    lacking = [name for name in ("device", "threads", "torch", "date") if name not in data["environment"]]
+    lacking += [name for name in wanted if any(name not in row for row in data["rows"])]
+    if lacking:
+        raise ValueError(f"{what}, it lacks {', '.join(lacking)}")
+    return data
 
 
 def memory_path() -> Path:

@@ -116,7 +116,7 @@ def _spmm(
         if format == "csr":
             providers["peer:torch csr"] = Provider(_torch_csr, differentiable=False, expansion=8 / 6)
         elif format == "block" and block[0] == block[1]:
-            providers["peer:torch bsr"] = Provider(_torch_bsr, devices=("cpu",), differentiable=False)
+            providers["peer:torch bsr"] = Provider(_torch_bsr, differentiable=False)
     kind = f"{block[0]}x{block[1]} blocks" if format == "block" else format
     words = [f"M{rows}", f"{shape[0]}x{shape[1]}", pattern or f"{round(100 * (1 - density))} %", kind]
     words += ["int8 values"] if values == torch.int8 else []

@@ -31,7 +31,6 @@ from cofire.registry import Backward, Kernel, Operator, register, through_refere
 
 __all__ = ["binary_encode", "binary_linear_attention", "hamming_similarity", "hash_encode"]
 
-NO_TRITON = "the kernels are for CPUs: plain torch"
 #: The least sigma of a hash, of rows that all equal all anchors.
 SIGMA_FLOOR = 1e-12
 MOST_BITS = 64
@@ -219,7 +218,7 @@ hash_encode_backward = register(
         reference=_hash_encode_backward_reference,
         fake=lambda grad, input, *rest: torch.empty_like(input, memory_format=torch.contiguous_format),
         backward=through_reference(_hash_encode_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:hash_encode_backward"),
         bytes=lambda grad, input, *rest: size_of(grad, input, input, rest[2]),
     )
 )
@@ -234,7 +233,7 @@ _hash_encode = register(
         fake=_hash_encode_fake,
         backward=Backward(_save_hash_encode, _hash_encode_formula, "hash_encode_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:hash_encode"),
         bytes=lambda input, anchors, center, projection, eps: (
             size_of(input) + 2 * word_of(projection.shape[1]).itemsize * input[..., 0].numel()
         ),
@@ -331,7 +330,7 @@ binary_encode_backward = register(
         reference=_binary_encode_backward_reference,
         fake=lambda grad, input, eps: torch.empty_like(input, memory_format=torch.contiguous_format),
         backward=through_reference(_binary_encode_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_encode_backward"),
         bytes=lambda grad, input, eps: size_of(grad, input, input),
     )
 )
@@ -349,7 +348,7 @@ _binary_encode = register(
         ),
         backward=Backward(_save_binary_encode, _binary_encode_formula, "binary_encode_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_encode"),
         bytes=lambda input, threshold, eps: size_of(input) + word_of(input.shape[3]).itemsize * input[..., 0].numel(),
     )
 )
@@ -548,7 +547,7 @@ binary_linear_attention_backward = register(
         reference=_attention_backward_reference,
         fake=_attention_backward_fake,
         backward=through_reference(_attention_backward_reference),
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_linear_attention_backward"),
         bytes=lambda grad, query, key, value, weight, *rest: size_of(grad, query, key, value, value, *rest[:2]),
     )
 )
@@ -563,7 +562,7 @@ _attention = register(
         fake=lambda query, key, value, *rest: value.new_empty(value.shape),
         backward=Backward(_save_attention, _attention_formula, "binary_linear_attention_backward"),
         double_backward=True,
-        triton=NO_TRITON,
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_linear_attention"),
         flops=_attention_flops,
         bytes=lambda query, key, value, *rest: size_of(query, key, value, value),
     )

@@ -173,7 +173,7 @@ binary_softmax_attention_backward = register(
         reference=_attention_backward_reference,
         fake=_backward_fake,
         backward=through_reference(_attention_backward_reference),
-        triton="weights and their gradients in plain torch, products of the library",
+        triton=Kernel("cofire_kernels.shift_add_attention:binary_softmax_attention_backward"),
         bytes=lambda grad, query, key, value, *rest: size_of(grad, query, key, value, value, *rest[:2]),
     )
 )

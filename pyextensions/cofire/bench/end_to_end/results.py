@@ -19,6 +19,8 @@ Row = dict[str, Any]
 KEY = ("family", "network", "variant")  #: what makes a row that row
 NUMBERS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "throughput", "peak_bytes", "accuracy")
 COLUMNS = (*KEY, *NUMBERS, "unit", "weight_bytes", "accuracy_kind", "noisy", "seconds", "correct")
+#: What every reader of a file looks up in its environment.
+ENVIRONMENT = ("device", "kind", "threads", "torch", "instruction_set", "commit", "quick", "date")
 PARTS = {"environment": dict, "ceilings": dict, "rows": list}
 
 
@@ -29,6 +31,8 @@ class Networks:
     environment: dict[str, Any]
     ceilings: dict[str, Any] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    #: which networks raised an error in this run, and which; is not written
+    refused: list[str] = field(default_factory=list, compare=False)
 
     def add(self, rows: list[Row]) -> None:
         """Put rows in, in place of all older ones of the same networks."""
@@ -76,6 +80,9 @@ class Networks:
             if not isinstance(data[name], kind):
                 got = type(data[name]).__name__
                 raise ValueError(f"bench-networks: {name} in {path} must be a {kind.__name__}, got {got}")
+        lacking = [name for name in ENVIRONMENT if name not in data["environment"]]
+        if lacking:
+            raise ValueError(f"bench-networks: {path} must be {expected}, its environment lacks {', '.join(lacking)}")
         for row in data["rows"]:
             try:
                 _check_row(row)

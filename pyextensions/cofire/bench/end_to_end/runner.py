@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cofire.bench import harness, quiet, resume
+from cofire.bench import harness, machine, quiet, resume
 from cofire.bench.cases import Run, known
 from cofire.bench.end_to_end.network import DENSE, Call, Network, Variant, disagreement, is_dense, weight_bytes
 from cofire.bench.end_to_end.results import NUMBERS, Networks, Row, networks_path
@@ -218,7 +218,7 @@ def run(
         announce: called with a line about a file that is moved aside.
 
     Returns:
-        What the file holds.
+        What the file holds. ``refused`` says which networks raised an error, and which; the others go on.
 
     Raises:
         ValueError: an unknown family or device, or a file that is none of this kind.
@@ -234,18 +234,23 @@ def run(
         raise ValueError("bench-networks: device cuda needs an NVIDIA GPU that torch can see, and there is none")
     wanted = networks(chosen)
     path = Path(out) if out is not None else networks_path(device, quick)
-    found = _begin(path, environment(device, quick), announce)
-    missing = [n for n in wanted if again or not found.has(n.family, n.name)]
-    effort, probe = Effort(quick), quiet.Probe(device)
-    with harness._progress(progress, len(missing)) as advance:
-        for network in missing:
-            advance(str(network), None)
-            rows = measure(network, device, effort, probe)
-            for row in rows:
-                row["commit"], row["date"] = found.environment["commit"], found.environment["date"]
-                row["noisy"] = bool(row["noisy"] or probe.strangeness(row.get("probe", {})) > quiet.BAND)
-            found.add(rows)
-            found.save(path)
+    with machine.settled(None, True, announce) as pinned:
+        found = _begin(path, {**environment(device, quick), "pinned": pinned}, announce)
+        missing = [n for n in wanted if again or not found.has(n.family, n.name)]
+        effort, probe = Effort(quick), quiet.Probe(device)
+        with harness._progress(progress, len(missing)) as advance:
+            for network in missing:
+                advance(str(network), None)
+                try:
+                    rows = measure(network, device, effort, probe)
+                except Exception as error:  # of one network: the others go on
+                    found.refused.append(f"{network}: {type(error).__name__}: {error}")
+                    continue
+                for row in rows:
+                    row["commit"], row["date"] = found.environment["commit"], found.environment["date"]
+                    row["noisy"] = bool(row["noisy"] or probe.strangeness(row.get("probe", {})) > quiet.BAND)
+                found.add(rows)
+                found.save(path)
     return found
 
 

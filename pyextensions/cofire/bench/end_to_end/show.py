@@ -178,16 +178,24 @@ def write_page(folder: Path, files: Sequence[Path] | None = None) -> list[Path]:
     page = folder / "networks.md"
     if not page.exists() or MARKERS[0] not in page.read_text(encoding="utf-8"):
         return []
+    from cofire.bench.report.rows import titles
+    from cofire.bench.report.tables import NO_GPU
+    from cofire.bench.results import Results
+
     parts, written = [], [page]
-    for path in networks_files() if files is None else files:
-        found = Networks.load(path)
-        parts += [f"### {found.environment['device']}", _environment(found)]
+    paths = list(networks_files() if files is None else files)
+    networks = [Networks.load(path) for path in paths]
+    machines = titles([Results(found.environment, {}) for found in networks])
+    for path, found, machine in zip(paths, networks, machines):
+        parts += [f"### {machine}", _environment(found)]
         picture = plot(found)
         if picture:
             name = f"networks-{path.stem}.svg"
             written.append(write_atomically(folder / name, picture))
             parts.append(f"![how many times as fast as dense]({name})")
         parts.append(_markdown(*table(found)))
+    if parts and all(found.environment["kind"] != "cuda" for found in networks):
+        parts.append(NO_GPU)
     fill(page, MARKERS, "\n\n".join(parts) or "Not measured.")
     return written
 

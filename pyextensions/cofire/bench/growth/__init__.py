@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cofire.bench import harness, quiet, resume
+from cofire.bench import harness, machine, quiet, resume
 from cofire.bench.cases import families, known
 from cofire.bench.growth.laws import exponent, growth_table
 from cofire.bench.growth.plots import growth_plots
@@ -86,9 +86,10 @@ def run(
         announce: called with a line about a file that is moved aside: one that was measured elsewhere.
 
     Returns:
-        Results whose rows also have ``sweep`` (what grows), ``size``, and ``time_law`` and ``memory_law``, the names of what
-        theory expects. Of plain torch only up to the size where a call takes half a second. Rows of methods have the mode
-        ``step`` and the operator ``method:<Name>``; their ``dense`` is a step of the same network without the method.
+        Results, whose ``refused`` says which points raised an error, and which; the others go on. The rows also have
+        ``sweep`` (what grows), ``size``, and ``time_law`` and ``memory_law``, the names of what theory expects. Of plain
+        torch only up to the size where a call takes half a second. Rows of methods have the mode ``step`` and the operator
+        ``method:<Name>``; their ``dense`` is a step of the same network without the method.
 
     Raises:
         ValueError: an unknown family, operator, method or device; near matches are listed.
@@ -100,17 +101,21 @@ def run(
     chosen = select(families, ops, methods)
     harness._check_request(device, None, ())
     path = Path(out) if out is not None else growth_path(device, quick)
-    results = _begin(path, environment(device, quick), announce)
     points = [(sweep, size) for sweep in chosen for size in (sweep.sizes[:QUICK] if quick else sweep.sizes)]
-    effort, probe = harness.Effort(True), quiet.Probe(device)
     began: list[Row] = []
-    with harness._progress(progress, len(points)) as advance:
+    with machine.settled(None, True, announce) as pinned, harness._progress(progress, len(points)) as advance:
+        results = _begin(path, {**environment(device, quick), "pinned": pinned}, announce)
+        effort, probe = harness.Effort(True), quiet.Probe(device)
         for sweep, size in points:
             advance(f"{sweep.op}, {sweep.label(size)}", None)
             if not fresh and _measured(results, sweep, size, device):
                 continue
             measured = functools.partial(sweep.measure, size, device, effort, _measured(results, sweep, None, device))
-            rows = _with_facts(measured, sweep, results, probe)
+            try:
+                rows = _with_facts(measured, sweep, results, probe)
+            except Exception as error:  # of one point: the others go on
+                results.refused.append(f"{sweep.op}, {sweep.label(size)}: {type(error).__name__}: {error}")
+                continue
             began += rows
             harness.mark_noise(began, probe)
             results.rows = [r for r in results.rows if not _is_of(r, sweep, size, device)] + rows

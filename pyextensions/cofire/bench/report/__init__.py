@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cofire.bench import end_to_end, lowbit_summary, sparse_summary
-from cofire.bench.memory import memory_table
+from cofire.bench import lowbit_summary, sparse_summary
+from cofire.bench.memory import load, memory_table
 from cofire.bench.report import markdown, page, tables
 from cofire.bench.report.drawing import INK, _figure, _svg
 from cofire.bench.report.extras import Extras, extras_in, files_in
@@ -58,7 +57,7 @@ def _memory(folder: Path, results_folders: Sequence[Path]) -> list[Path]:
     if not path.exists() or MEMORY[0] not in path.read_text(encoding="utf-8"):
         return []
     files = [file for f in results_folders for file in sorted((f / "memory").glob("*.json"))]
-    found = [memory_table(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    found = [memory_table(load(file)) for file in files]
     fill(path, MEMORY, "\n\n".join(found) or "Not measured.")
     return [path]
 
@@ -133,5 +132,4 @@ def report(
     if readme is not None:
         fill(Path(readme), MEASURED, markdown.measured(all_results))
         written.append(Path(readme))
-    written += _memory(folder, folders) + _summaries(folder, all_results)
-    return written + end_to_end.write_page(folder, end_to_end.networks_files(folders))
+    return written + _memory(folder, folders) + _summaries(folder, all_results)

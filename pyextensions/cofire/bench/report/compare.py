@@ -35,9 +35,12 @@ def _key(row: Row) -> Key:
     return tuple(str(row[k]) for k in ("family", "op", "case", "dtype", "mode"))
 
 
-def machines(a: Results, b: Results) -> Table:
-    """What both measured: the time on each, how much faster the second is, and the speed-up over dense on each."""
-    first, second = titles([a, b])
+def machines(a: Results, b: Results, called: Sequence[str] = ()) -> Table:
+    """What both measured: the time on each, how much faster the second is, and the speed-up over dense on each.
+
+    ``called``: what a page calls the two, where it shows others too.
+    """
+    first, second = called or titles([a, b])
     headings: tuple[str, ...] = (*MACHINES, f"ms on {first}", f"ms on {second}", "first / second")
     headings += (f"against dense on {first}", f"against dense on {second}")
     speedups = [{_key_of(m): m.against_dense for m in measurements(r.rows)} for r in (a, b)]
@@ -56,9 +59,9 @@ def _key_of(m: object) -> Key:
     return tuple(str(getattr(m, k)) for k in ("family", "op", "case", "dtype", "mode"))
 
 
-def machines_by_family(a: Results, b: Results) -> Table:
+def machines_by_family(a: Results, b: Results, called: Sequence[str] = ()) -> Table:
     """The same in a line for each family."""
-    first, second = titles([a, b])
+    first, second = called or titles([a, b])
     headings = (
         "family",
         "measurements of both",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cofire.bench.report import tables
-from cofire.bench.report.rows import title
+from cofire.bench.report.rows import titles
 from cofire.bench.results import Results
 
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -22,6 +22,7 @@ class Part:
     environment: str
     table: Table
     pictures: dict[str, str]
+    gpu: bool = False  #: whether it was measured on one
 
 
 @dataclass
@@ -41,25 +42,35 @@ def files_in(folders: Iterable[Path], kind: str) -> list[Path]:
 def extras_in(folders: Sequence[Path]) -> Extras:
     """Read and draw what is there."""
     growth, networks = files_in(folders, "growth"), files_in(folders, "end_to_end")
-    return Extras([_growth(path) for path in growth], [_end_to_end(path) for path in networks])
+    return Extras(_growth(growth), _end_to_end(networks))
 
 
-def _growth(path: Path) -> Part:
+def _growth(paths: Sequence[Path]) -> list[Part]:
     from cofire.bench import growth  # with all methods
 
-    results = Results.load(path)
-    drawn = {f"{path.stem}-growth-{_slug(name)}.svg": svg for name, svg in growth.growth_plots(results).items()}
-    return Part(title(results), tables.environment(results), growth.growth_table(results), drawn)
+    found = []
+    all_results = [Results.load(path) for path in paths]
+    for path, machine, results in zip(paths, titles(all_results), all_results):
+        drawn = {f"{path.stem}-growth-{_slug(name)}.svg": svg for name, svg in growth.growth_plots(results).items()}
+        found.append(_part(machine, results, growth.growth_table(results), drawn))
+    return found
 
 
-def _end_to_end(path: Path) -> Part:
+def _end_to_end(paths: Sequence[Path]) -> list[Part]:
     from cofire.bench import end_to_end  # with all networks and methods
 
-    data = end_to_end.Networks.load(path).to_json()
-    results = Results(data["environment"], {}, [])
-    svg = end_to_end.plot(data)
-    drawn = {f"{path.stem}-networks.svg": svg} if svg else {}
-    return Part(title(results), tables.environment(results), end_to_end.table(data), drawn)
+    found = []
+    all_networks = [end_to_end.Networks.load(path) for path in paths]
+    all_results = [Results(networks.environment, {}) for networks in all_networks]
+    for path, networks, machine, results in zip(paths, all_networks, titles(all_results), all_results):
+        svg = end_to_end.plot(networks)
+        drawn = {f"{path.stem}-networks.svg": svg} if svg else {}
+        found.append(_part(machine, results, end_to_end.table(networks), drawn))
+    return found
+
+
+def _part(machine: str, results: Results, table: Table, drawn: dict[str, str]) -> Part:
+    return Part(machine, tables.environment(results), table, drawn, results.environment["kind"] == "cuda")
 
 
 def _slug(name: str) -> str:

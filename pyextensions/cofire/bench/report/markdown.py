@@ -19,12 +19,20 @@ INTRODUCTION = """# Benchmarks
 input that is timed; a wrong answer gets no number. *Dense* is the strongest plain torch: the fastest of several ways to
 write the operation in it (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of
 paired readings, with its 95 % interval. The *best peer* is the fastest of the other libraries and of `torch.compile`,
-by medians; what is marked as a bound does less than the operator, and is no peer. A tie is less than 5 % apart, or
-within the interval. GFLOP/s and GB/s count what the masks leave to do, for all providers alike. The *ceiling* is the
-larger of bytes / bandwidth and FLOPs / peak, both measured in the same run: 100 % is as fast as the machine allows.
-Slower is **bold**; `~` marks a row during which the machine was busy or the readings spread.
+by medians. cofire may lose twice what plain torch in that type loses (gradients three times), the others 16 times as much;
+a peer that rounds in a way of its own is checked against that. What is marked as a bound does less than the
+operator, and is no peer; nor does attention without scores return what `attention_with_scores` does, but it is what is used
+instead. A tie is less than 5 % apart, or within the interval. GFLOP/s and GB/s count what the masks leave to do, for all
+providers alike. The *ceiling* is the larger of bytes / bandwidth and FLOPs / peak, both measured on the same machine with the
+same torch, the best of all runs of the file: 100 % is as fast as the machine allows. Only `kv_fuse` in fp32 passes that: its FLOPs
+are those of the sum as it stands, and it goes by frequencies, which are fewer. *Rounds* are those that count: a case that takes
+long has fewer than the usual 30, as has one that was disturbed. Slower is **bold**; `~` marks a row during which the machine was
+busy or the readings spread.
 """
 FOLDER = "benchmarks"  #: of the pictures, beside the page
+GROWTH = """Each exponent is that of a power law through the larger half of the sizes; **bold** is one that lies a quarter or
+more above what theory expects. *Plain torch* is the strongest plain torch of an operator; of a method, a step of the
+same network without it."""
 
 
 def family_page(family: str) -> str:
@@ -63,19 +71,19 @@ def index(all_results: Sequence[Results], drawn: Sequence[str], extras: Extras, 
     """The generated part of ``benchmarks.md``; ``networks``: a page that shows whole networks."""
     parts = [summary(all_results, drawn)]
     if networks is None:
-        parts += _extra("## Whole networks", extras.end_to_end)
+        parts += _extra("## Whole networks", extras.end_to_end, "")
     else:
         parts += [
             "## Whole networks",
             f"Latency, throughput, memory and accuracy, before and after: [{networks}]({networks}).",
         ]
-    parts += _extra("## How cost grows", extras.growth)
+    parts += _extra("## How cost grows", extras.growth, GROWTH)
     parts += side_by_side(all_results)
     if all_results:
         parts.append("## Machines")
-    for results in all_results:
+    for machine, results in zip(titles(all_results), all_results):
         parts += [
-            f"### {title(results)}",
+            f"### {machine}",
             tables.environment(results),
             *tables.peers(results),
             tables.ceilings(results),
@@ -83,25 +91,30 @@ def index(all_results: Sequence[Results], drawn: Sequence[str], extras: Extras, 
     return "\n\n".join(parts)
 
 
-def _extra(heading: str, files: Sequence[Part]) -> list[str]:
-    found = []
+def _extra(heading: str, files: Sequence[Part], words: str) -> list[str]:
+    found = [words] if words and files else []
     for part in files:
         found += [f"### {part.title}", part.environment, _folded("table", *part.table)]
         images = "\n".join(_image(Path(name).stem, name) for name in part.pictures)
         found += [f"<details><summary>plots</summary>\n\n{images}\n\n</details>"] if images else []
+    if found and not any(part.gpu for part in files):
+        found.append(tables.NO_GPU)
     return [heading, *found] if found else []
 
 
 def side_by_side(all_results: Sequence[Results]) -> list[str]:
     """Each pair of machines, as far as both measured the same."""
     parts = []
-    for a, b in itertools.combinations(all_results, 2):
-        headings, lines = compare.machines_by_family(a, b)
-        parts.append(f"### {' and '.join(titles([a, b]))}")
+    for (a, first), (b, second) in itertools.combinations(zip(all_results, titles(all_results)), 2):
+        headings, lines = compare.machines_by_family(a, b, (first, second))
+        parts.append(f"### {first} and {second}")
         if not lines:
             parts.append("No measurement is in both files.")
             continue
-        parts += [tables.markdown_table(headings, lines), _folded("All rows of both", *compare.machines(a, b))]
+        parts += [
+            tables.markdown_table(headings, lines),
+            _folded("All rows of both", *compare.machines(a, b, (first, second))),
+        ]
     return ["## Machines side by side", *parts] if parts else []
 
 
@@ -123,7 +136,7 @@ def family(name: str, all_results: Sequence[Results], drawn: Sequence[str]) -> s
         for op in dict.fromkeys(r["op"] for r in rows):
             lines = [tables.cells(m) for m in measurements(rows) if m.op == op]
             parts.append(_folded(f"{op}: {tables.plural(len(lines), 'measurement')}", tuple(tables.COLUMNS), lines))
-    return "\n\n".join([*parts, *tables.gpu_words(all_results)]) + "\n"
+    return "\n\n".join([*parts, *tables.gpu_words(all_results, name)]) + "\n"
 
 
 def _folded(words: str, headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

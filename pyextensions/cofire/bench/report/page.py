@@ -241,18 +241,22 @@ def _extra(files: Sequence[Part]) -> str:
         drawn = (_pictures(narrow) if narrow else "") + "".join(wide)
         parts.append(f"<h3>{html.escape(part.title)}</h3>" + _paragraphs([part.environment], ' class="dim"'))
         parts.append(table(*part.table) + (_folded("Plots", drawn) if drawn else ""))
+    if files and not any(part.gpu for part in files):
+        parts.append(_paragraphs([tables.NO_GPU]))
     return "".join(parts)
 
 
 def _side_by_side(all_results: Sequence[Results]) -> str:
     parts = []
-    for a, b in itertools.combinations(all_results, 2):
-        parts.append(f"<h3>{html.escape(' and '.join(titles([a, b])))}</h3>")
-        headings, lines = compare.machines_by_family(a, b)
+    for (a, first), (b, second) in itertools.combinations(zip(all_results, titles(all_results)), 2):
+        parts.append(f"<h3>{html.escape(f'{first} and {second}')}</h3>")
+        headings, lines = compare.machines_by_family(a, b, (first, second))
         if not lines:
             parts.append("<p>No measurement is in both files.</p>")
             continue
-        parts.append(table(headings, lines) + _folded("All rows of both", table(*compare.machines(a, b))))
+        parts.append(
+            table(headings, lines) + _folded("All rows of both", table(*compare.machines(a, b, (first, second))))
+        )
     return "".join(parts)
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cofire.bench.ceilings import bandwidth_of
 from cofire.bench.report import chart
 from cofire.bench.report.chart import COLORS, LOSS, TIE, WIDTH, WIN, Chart, LogAxis
 from cofire.bench.report.rows import LOST, TIED, WON, Comparison, Measurement, Score, Standing, measurements
@@ -136,7 +137,7 @@ def _arithmetic(ceilings: dict[str, Any], rows: Sequence[Row]) -> str:
     intensity = [r["flops"] / r["bytes"] for r in rows]
     start, end = min(intensity) / 1.5, max(intensity) * 1.5
     xs = [start * (end / start) ** (i / 60) for i in range(61)]
-    bands = {float(s): max(ceilings["copy_gbs"][s], ceilings["read_gbs"][s]) for s in ceilings["copy_gbs"]}
+    bands = {float(s): bandwidth_of(ceilings, s) for s in ceilings["copy_gbs"]}
     memory, cache = bands[max(bands)], max(bands.values())
     rates: dict[str, float] = {}
     for kind in ("gemm_gflops", "conv_gflops"):

@@ -7,6 +7,7 @@ import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cofire.bench.ceilings import bandwidth_of
 from cofire.bench.floors import floor_words
 from cofire.bench.report.rows import BOUNDS, Comparison, Measurement, Score, Standing, measurements, score
 from cofire.bench.results import Results, Row
@@ -89,6 +90,11 @@ def _notes(m: Measurement) -> str:
     return "; ".join(f"{name}: {row['note']}" for name, row in m.rows.items() if row.get("note"))
 
 
+def _rounds(m: Measurement) -> str:
+    counts = m.ours is not None and m.ours.get("rounds")
+    return str(counts) if counts else "-"
+
+
 def _share(m: Measurement) -> str:
     share = m.ours.get("percent_of_ceiling") if m.ours is not None else None
     return "-" if share is None else f"{share:.0f} %"
@@ -99,6 +105,7 @@ COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "type": lambda m: SHORT.get(m.dtype, m.dtype),
     "mode": lambda m: m.mode,
     "cofire ms": lambda m: milliseconds(m.rows.get("cofire")),
+    "rounds": _rounds,
     "of ceiling": _share,
     "against dense": lambda m: against(m.against_dense),
     "dense ms (of ceiling)": _dense,
@@ -196,15 +203,20 @@ def ceilings(results: Results) -> str:
     c = results.ceilings
     if not c.get("copy_gbs"):
         return "Ceilings: not measured."
-    bands = ", ".join(f"{size} MiB {digits(max(c['copy_gbs'][size], c['read_gbs'][size]))}" for size in c["copy_gbs"])
+    bands = ", ".join(f"{size} MiB {digits(bandwidth_of(c, size))}" for size in c["copy_gbs"])
     kinds = ("gemm", "conv")
     rates = [f"{kind} {d} {digits(rate)}" for kind in kinds for d, rate in c.get(f"{kind}_gflops", {}).items()]
     return f"Ceilings: bandwidth in GB/s by working set: {bands}; GFLOP/s: {', '.join(rates)}."
 
 
-def gpu_words(all_results: Sequence[Results]) -> list[str]:
-    """What to say where no GPU was measured."""
-    return [] if any(r.environment["kind"] == "cuda" for r in all_results) else ["GPU: not measured."]
+NO_GPU = "GPU: not measured."
+
+
+def gpu_words(all_results: Sequence[Results], family: str | None = None) -> list[str]:
+    """What to say where no GPU was measured, or none of a family was measured on one."""
+    there = [r for r in all_results if r.environment["kind"] == "cuda"]
+    found = any(family in (None, row["family"]) for r in there for row in r.rows)
+    return [] if found else [NO_GPU]
 
 
 def markdown_table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
