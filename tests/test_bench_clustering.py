@@ -253,9 +253,36 @@ def test_unknown_method() -> None:
 
 def test_a_failed_measurement_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="bench-memory: cofire ended with 1: no message"):
-        memory.run(["cofire"], tmp_path / "m.json")
+    found = memory.run(["cofire"], tmp_path / "m.json", clusters=[4, 8])
+    assert found["refused"] == [f"cofire, K{k}: ended with 1: no message" for k in (4, 8)]
     assert not (tmp_path / "m.json").exists()
+
+
+def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A file is written after each measurement, and one that is none is not replaced."""
+    path, real = tmp_path / "m.json", subprocess.run
+
+    def measured(call: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if call[0] != sys.executable:  # git
+            return real(call, **options)
+        method, rows, columns, k = call[3:]
+        row = {"method": method, "shape": [int(rows), int(columns)], "clusters": int(k), "weight_bytes": 8}
+        return subprocess.CompletedProcess(call, 0, json.dumps({**row, "saved_bytes": 1, "peak_bytes": 2}) + "\n", "")
+
+    monkeypatch.setattr(memory.subprocess, "run", measured)
+    memory.run(["cofire"], path, clusters=[4])
+    memory.run(["eager"], path, clusters=[4])
+    memory.run(["cofire"], path, clusters=[4, 8])
+    assert [(r["method"], r["clusters"]) for r in memory.load(path)["rows"]] == [
+        ("eager", 4),
+        ("cofire", 4),
+        ("cofire", 8),
+    ]
+    for text in ("{", "[]", '{"environment": {}, "rows": []}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"bench-memory: .*m\.json must be a file of `cofire bench-memory`"):
+            memory.run(["cofire"], path)
+        assert path.read_text() == text
 
 
 # ------------------------------------------------------------------------------------------------- growth, report

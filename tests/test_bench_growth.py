@@ -206,6 +206,22 @@ def test_a_stopped_run_goes_on(one_sweep: list[int], tmp_path: Path, monkeypatch
     assert one_sweep == [1, 2, 4, 8]
 
 
+def test_an_error_at_one_point_leaves_the_others(
+    one_sweep: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = harness.measure
+
+    def fail(case: Case, *args: Any) -> Any:
+        if case.name.startswith("4x"):
+            raise MemoryError("no room")
+        return measure(case, *args)
+
+    monkeypatch.setattr(harness, "measure", fail)
+    found = growth.run(tmp_path / "growth.json", progress=False)
+    assert [r["size"] for r in found.rows] == [1, 1, 2, 2, 8, 8]
+    assert found.refused == ["channel_pool, 4 samples: MemoryError: no room"]
+
+
 def test_points_of_another_commit_are_measured_again(
     one_sweep: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

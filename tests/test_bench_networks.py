@@ -157,8 +157,19 @@ def test_an_output_that_is_not_finite_is_wrong(declare: Any, tmp_path: Path) -> 
 
 def test_a_network_without_a_dense_variant_is_refused(declare: Any, tmp_path: Path) -> None:
     declare(perceptron(build=lambda seed, share: {"densely": Variant(nn.Linear(4, 3))}))
-    with pytest.raises(ValueError, match="no variant is called 'dense'; did you mean 'densely'"):
-        measured(tmp_path)
+    found = measured(tmp_path)
+    assert not found.rows
+    assert "no variant is called 'dense'; did you mean 'densely'" in found.refused[0]
+
+
+def test_an_error_of_one_network_leaves_the_others(declare: Any, tmp_path: Path) -> None:
+    def broken(seed: int, share: float) -> Any:
+        raise OSError("no disk")
+
+    declare(perceptron(name="first", build=broken), perceptron(name="second"))
+    found = measured(tmp_path)
+    assert {row["network"] for row in found.rows} == {"second"}
+    assert found.refused == ["gating, first: OSError: no disk"]
 
 
 def test_steps_and_items(declare: Any, tmp_path: Path) -> None:

@@ -80,14 +80,14 @@ class Networks:
             if not isinstance(data[name], kind):
                 got = type(data[name]).__name__
                 raise ValueError(f"bench-networks: {name} in {path} must be a {kind.__name__}, got {got}")
-        lacking = [name for name in ENVIRONMENT if name not in data["environment"]]
-        if lacking:
-            raise ValueError(f"bench-networks: {path} must be {expected}, its environment lacks {', '.join(lacking)}")
         for row in data["rows"]:
             try:
                 _check_row(row)
             except ValueError as error:
                 raise ValueError(f"{error} (in {path})") from None
+        lacking = [name for name in ENVIRONMENT if name not in data["environment"]]
+        if lacking:
+            raise ValueError(f"bench-networks: {path} must be {expected}, its environment lacks {', '.join(lacking)}")
         return cls(**data)
 
 
