@@ -43,7 +43,7 @@ struct Rows {
   int64_t run = 1;  // words of a row that stand side by side in its panel: more on AMX
   int64_t at_once = kRowsAtOnce;
   std::vector<int64_t> panels;  // the first row of each, and `count`
-  at::Tensor sums;              // fp32 [count, groups]: of values, or of bytes
+  at::Tensor sums;              // fp32 [count, groups or their parts]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
 
   // The panels that are multiplied by one tile each time, and the number of panels.
@@ -112,32 +112,36 @@ int64_t part_of_few(int64_t rows) {
   return rows >= 2 ? 2 : 1;
 }
 
-// Sums of a row by groups.
+// Sums of a row by groups, or by parts of each.
 void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t groups,
-                float* to) {
+                int64_t part, float* to) {
   for (int64_t g = 0; g < groups; ++g) {
     int64_t k = g * group;
-    const int64_t end = k + group;
-    if (bytes != nullptr) {
-      int32_t whole = 0;
-      for (; k < end; ++k) whole += bytes[k];
-      to[g] = static_cast<float>(whole);
-      continue;
-    }
-    F16 part = F16::zero();
-    for (; k + 16 <= end; k += 16) part = part + F16::load(values + k);
-    float total = 0, lanes[16];
-    part.store(lanes);
-    for (const float lane : lanes) total += lane;
-    for (; k < end; ++k) total += values[k];
-    to[g] = total;
+    do {
+      const int64_t end = std::min(k + part, (g + 1) * group);
+      if (bytes != nullptr) {
+        int32_t whole = 0;
+        for (; k < end; ++k) whole += bytes[k];
+        *to++ = static_cast<float>(whole);
+      } else {
+        F16 sum = F16::zero();
+        for (; k + 16 <= end; k += 16) sum = sum + F16::load(values + k);
+        float total = 0, lanes[16];
+        sum.store(lanes);
+        for (const float lane : lanes) total += lane;
+        for (; k < end; ++k) total += values[k];
+        *to++ = total;
+      }
+    } while (k < (g + 1) * group);
   }
 }
 
-// `run`: words of a row that AMX takes at a time; without it 1.
-Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool sums, Way way,
-             int64_t run) {
+// `run`: words of a row that AMX takes at a time; without it 1. Sums are those of parts of so many
+// columns of a group.
+Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, bool int8, bool sums,
+             Way way, int64_t run) {
   Rows rows;
+  const int64_t parts = groups * std::max<int64_t>((group + part - 1) / part, 1);
   rows.run = run;
   if (run > 1) rows.at_once = kRowsAtOnceAmx;
   rows.count = x.size(0);
@@ -150,7 +154,7 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
       x.scalar_type() == at::kFloat && x.is_contiguous() && rows.stride == rows.columns;
   rows.values = as_it_is ? x : float_rows(x, kStep);
   if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
-  if (sums) rows.sums = at::empty({rows.count, groups}, x.options().dtype(at::kFloat));
+  if (sums) rows.sums = at::empty({rows.count, parts}, x.options().dtype(at::kFloat));
   rows.word_shift = pairs ? 1 : int8 && !bytes_as_floats ? 2 : 0;
   const int64_t words = rows.stride >> rows.word_shift;
   if (in_panels) rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
@@ -205,8 +209,8 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, bool int8, bool
                            }
                          }
                          if (sums) {
-                           sum_groups(v, int8 ? bytes.data() : nullptr, group, groups,
-                                      rows.sums.mutable_data_ptr<float>() + m * groups);
+                           sum_groups(v, int8 ? bytes.data() : nullptr, group, groups, part,
+                                      rows.sums.mutable_data_ptr<float>() + m * parts);
                          }
                        }
                      }
@@ -830,6 +834,15 @@ void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, cons
   });
 }
 
+// How many steps of a group are decoded at a time: all, or the most that a tile holds.
+int64_t part_of(const Packed& w, bool pairs, int64_t run) {
+  // AMX takes bytes so fast that of two tiles the lesser, which leaves room in the cache, is
+  // better.
+  const int64_t bytes = run > 1 && !pairs ? kTileBytes / 2 : kTileBytes;
+  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  return std::clamp<int64_t>(steps, 1, bytes / (kStep * kWidth * (pairs ? 2 : 1)));
+}
+
 // By tiles of bytes, or of pairs of bf16.
 void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
@@ -880,13 +893,11 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
     });
   };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
-  // Decoded at a time: some groups, or a part of one.
-  // AMX takes bytes so fast that of two tiles the lesser, which leaves room in the cache, is
-  // better.
-  const int64_t tile_bytes = x.run > 1 && !pairs ? kTileBytes / 2 : kTileBytes;
-  const int64_t at_most = tile_bytes / (kStep * kWidth * size);
-  const int64_t groups = std::max<int64_t>(std::min(at_most / steps, w.groups), 1);
-  const int64_t part = std::min(steps, at_most);
+  // Decoded at a time: a part of a group, or some whole ones.
+  const int64_t part = part_of(w, pairs, x.run), parts = (steps + part - 1) / part;
+  const int64_t at_most =
+      (x.run > 1 && !pairs ? kTileBytes / 2 : kTileBytes) / (kStep * kWidth * size);
+  const int64_t groups = std::clamp<int64_t>(at_most / steps, 1, w.groups);
   by_tiles(x, &w, w.blocks, cost, [&] {
     // Of the groups from g on, for the blocks from `first` on.
     const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,
@@ -912,16 +923,19 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
             for (int64_t s = 0; s < steps; s += part) {
               const int64_t length = std::min(part, steps - s), at = g * steps + s;
               decode(first, used, at, now * length, tile.data());
-              // What is added to a group is added with its first part.
-              const float* shift = shift_of.defined() && s == 0 ? moved.data() : nullptr;
-              const int64_t middle = pairs || s > 0 ? 0 : w.byte_middle;
-              const Piece piece{tile.data(), now,           length * kStep / 4 * size,
-                                held,        factor.data(), shift,
-                                w.groups,    middle,        at == 0};
+              // Each part takes off what belongs to it, so that no sum is much larger than the
+              // result.
+              const float* shift = shift_of.defined() ? moved.data() : nullptr;
+              const Piece piece{
+                  tile.data(),   now,   length * kStep / 4 * size, held,
+                  factor.data(), shift, w.groups * parts,          pairs ? 0 : w.byte_middle,
+                  at == 0};
               const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
               for (int64_t i = from; i < to; ++i) {
                 const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-                const float* sums = all_sums != nullptr ? all_sums + r * w.groups + g : nullptr;
+                const float* sums = all_sums != nullptr
+                                        ? all_sums + r * piece.all_groups + g * parts + s / part
+                                        : nullptr;
                 const uint32_t* panel = x.panel(r, together, at * kStep);
                 float* results = c.data() + (r - m) * kWidth;
 #if defined(COFIRE_AMX)
@@ -1307,8 +1321,11 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
                                                : &w->shift;
   const bool moved = shift != nullptr && shift->defined() && way != Way::kFloats;
   const bool sums = moved || (int8 && w != nullptr && w->byte_middle != 0);
-  const Rows rows = prepare(x, w != nullptr ? w->group : stored.columns,
-                            w != nullptr ? w->groups : 1, int8, sums, way, run_of(w, way));
+  const bool in_words = way == Way::kBytes || way == Way::kPairs;
+  const int64_t group = w != nullptr ? w->group : stored.columns, run = run_of(w, way);
+  const int64_t whole = std::max<int64_t>(group, 1);
+  const int64_t part = in_words ? part_of(*w, way == Way::kPairs, run) * kStep : whole;
+  const Rows rows = prepare(x, group, w != nullptr ? w->groups : 1, part, int8, sums, way, run);
   const Sink sink{rows, low_rank, int8,
                   bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
   switch (way) {

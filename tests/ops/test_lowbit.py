@@ -338,6 +338,19 @@ def test_int8_agrees_with_its_reference(name: str, rows: str, dtype: torch.dtype
     assert ((y.double() - r).abs() <= 4 * torch.finfo(dtype).eps * r.abs().amax() + 1e-5).all() if r.numel() else True
 
 
+@pytest.mark.parametrize("rows", [9, 32])
+@pytest.mark.parametrize("group", [None, 1024])
+def test_sums_of_long_groups_do_not_drown_in_their_offset(rows: int, group: int | None) -> None:
+    """Bytes of the weight are stored above zero: with inputs of one sign what is taken off is a hundred times the result."""
+    rand = Random(f"long groups {rows} {group}")
+    q = ops.quantize_weight(rand.normal(64, 4096), "absmax", bits=8, group_size=group)
+    x = 1 + 0.01 * rand.normal(rows, 4096)
+    y = ops.qlinear(x, q, activations="int8").double()
+    codes, scale = int8_activations(x)
+    r = (codes.double() * scale.double()) @ q.dequantize().double().t()
+    assert (y - r).abs().max() <= 3e-6 * r.abs().max()
+
+
 def test_a_row_that_is_not_finite_spoils_itself_alone() -> None:
     (n, columns, bits, group), w = parts(Random("x"), "4bits_g32")
     x = torch.randn(3, columns)
