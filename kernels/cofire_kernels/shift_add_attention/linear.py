@@ -22,7 +22,7 @@ from cofire_kernels.numerics import dot
 from cofire_kernels.shift_add_attention.scores import features, width_of
 
 #: The most features of a value that one program holds.
-MOST_FEATURES = 128
+MOST_FEATURES = 64
 #: The most chunks whose sums are added up where they are read.
 MOST_PARTS = 8
 BY_PI = tl.constexpr(1 / math.pi)
