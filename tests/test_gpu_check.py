@@ -339,7 +339,7 @@ def test_commands_of_other_parts_are_called_by_name(context: steps.Context, monk
         steps.command(context, "bench-nothing")
     with pytest.raises(steps.NotHereError, match="a dry run measures nothing"):
         steps.command(context, "bench-growth")
-    for module, _ in steps.COMMANDS.values():
+    for module in steps.COMMANDS.values():
         run = importlib.import_module(f"cofire.bench.{module}").run
         assert {"out", "device", "progress", "announce"} <= set(inspect.signature(run).parameters)
         compile(steps.COMMAND.format(module=module), module, "exec")

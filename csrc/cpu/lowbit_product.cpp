@@ -834,18 +834,23 @@ void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, cons
   });
 }
 
-// How many steps of a group are decoded at a time: all, or the most that a tile holds.
-int64_t part_of(const Packed& w, bool pairs, int64_t run) {
-  // AMX takes bytes so fast that of two tiles the lesser, which leaves room in the cache, is
-  // better.
+// How many steps a tile holds. AMX takes bytes so fast that of two tiles the lesser, which leaves
+// room in the cache, is better.
+int64_t most_steps(bool pairs, int64_t run) {
   const int64_t bytes = run > 1 && !pairs ? kTileBytes / 2 : kTileBytes;
-  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
-  return std::clamp<int64_t>(steps, 1, bytes / (kStep * kWidth * (pairs ? 2 : 1)));
+  return bytes / (kStep * kWidth * (pairs ? 2 : 1));
+}
+
+int64_t steps_of_group(const Packed& w) { return w.groups == 1 ? w.steps : w.group / kStep; }
+
+// How many steps of a group are decoded at a time: all, or those that a tile holds.
+int64_t part_of(const Packed& w, bool pairs, int64_t run) {
+  return std::clamp<int64_t>(steps_of_group(w), 1, most_steps(pairs, run));
 }
 
 // By tiles of bytes, or of pairs of bf16.
 void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
-  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  const int64_t steps = steps_of_group(w);
   const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
   const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
   const int64_t held = narrow_quads(w.bits);
@@ -895,9 +900,7 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   // Decoded at a time: a part of a group, or some whole ones.
   const int64_t part = part_of(w, pairs, x.run), parts = (steps + part - 1) / part;
-  const int64_t at_most =
-      (x.run > 1 && !pairs ? kTileBytes / 2 : kTileBytes) / (kStep * kWidth * size);
-  const int64_t groups = std::clamp<int64_t>(at_most / steps, 1, w.groups);
+  const int64_t groups = std::clamp<int64_t>(most_steps(pairs, x.run) / steps, 1, w.groups);
   by_tiles(x, &w, w.blocks, cost, [&] {
     // Of the groups from g on, for the blocks from `first` on.
     const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,

@@ -27,6 +27,7 @@ from cofire_kernels import (
     sparse_training,
 )
 from cofire_kernels.selection.positions import positions
+from cofire_kernels.shift_add_attention.scores import word_of
 
 Call = Callable[[], object]
 Sizes = dict[str, int]
@@ -486,8 +487,7 @@ def _gram_swap(make: Make, sizes: Sizes) -> list[Call]:
 
 
 def _codes(make: Make, bits: int, *shape: int) -> Tensor:
-    word = torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
-    return torch.randint(0, 2 ** min(bits, 15), shape, dtype=word, device=make.device)
+    return torch.randint(0, 2 ** min(bits, 15), shape, dtype=word_of(bits), device=make.device)
 
 
 def _hamming_similarity(make: Make, sizes: Sizes) -> list[Call]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,12 +96,10 @@ def bench(
     _refused("no number, because cofire's own answer was wrong or the case could not be measured", results.refused)
 
 
-def _refused(why: str, lines: Iterable[str]) -> None:
+def _refused(why: str, lines: Sequence[str]) -> None:
     """Say what of a run has no number, and end with exit code 1 if anything has none."""
-    lines = list(lines)
-    for line in [f"cofire: {why}:", *(f"  {line}" for line in lines)] if lines else []:
-        typer.echo(line, err=True)
     if lines:
+        typer.echo("\n  ".join([f"cofire: {why}:", *lines]), err=True)
         raise typer.Exit(1)
 
 

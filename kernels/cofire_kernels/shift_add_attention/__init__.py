@@ -8,7 +8,12 @@ from cofire_kernels.shift_add_attention.encode import (
     hash_encode,
     hash_encode_backward,
 )
-from cofire_kernels.shift_add_attention.linear import binary_linear_attention, binary_linear_attention_backward
+from cofire_kernels.shift_add_attention.linear import (
+    binary_linear_attention,
+    binary_linear_attention_backward,
+    binary_linear_attention_backward_plan,
+    binary_linear_attention_plan,
+)
 from cofire_kernels.shift_add_attention.scores import (
     binary_softmax_attention,
     binary_softmax_attention_backward,
@@ -20,6 +25,8 @@ __all__ = [
     "binary_encode_backward",
     "binary_linear_attention",
     "binary_linear_attention_backward",
+    "binary_linear_attention_backward_plan",
+    "binary_linear_attention_plan",
     "binary_softmax_attention",
     "binary_softmax_attention_backward",
     "hamming_similarity",

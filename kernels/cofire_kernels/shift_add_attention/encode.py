@@ -18,7 +18,7 @@ from torch import Tensor
 from cofire_kernels import configs
 from cofire_kernels.numerics import dot, maximum
 from cofire_kernels.shift_add_attention.linear import load_rows, store_rows
-from cofire_kernels.shift_add_attention.scores import features, width_of
+from cofire_kernels.shift_add_attention.scores import features, width_of, word_of
 
 #: The most features of a token that one program holds, and the most numbers of all anchors, each padded.
 MOST_FEATURES, MOST_HELD = 256, 8192
@@ -233,8 +233,7 @@ def hash_encode(
         args = (input, anchors, center, projection, eps)
         found: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.cofire.hash_encode.reference(*args)
         return found
-    word = torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
-    codes, gate = (torch.empty((b, h, tokens), dtype=word, device=input.device) for _ in range(2))
+    codes, gate = (torch.empty((b, h, tokens), dtype=word_of(bits), device=input.device) for _ in range(2))
     link, sigma = input.new_zeros(()).expand(b, h, tokens, bits), codes.new_empty((b, h), dtype=torch.float32)
     input, anchors, center, projection = (t.contiguous() for t in (input, anchors, center, projection))
     whole, part = _tile(input)
@@ -284,8 +283,7 @@ def binary_encode(input: Tensor, threshold: Tensor | None, eps: float) -> tuple[
     ):
         found: tuple[Tensor, Tensor, Tensor] = torch.ops.cofire.binary_encode.reference(input, threshold, eps)
         return found
-    word = torch.int16 if width <= 16 else torch.int32 if width <= 32 else torch.int64
-    codes = torch.empty((b, h, tokens), dtype=word, device=input.device)
+    codes = torch.empty((b, h, tokens), dtype=word_of(width), device=input.device)
     link, input = input.new_zeros(()).expand(input.shape), input.contiguous()
     tile, _ = _tile(input)
     parts = triton.cdiv(tokens, tile["CHUNK"])

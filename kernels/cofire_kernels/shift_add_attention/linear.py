@@ -225,6 +225,22 @@ def _few(sums: Tensor) -> Tensor:
     return sums.sum(1, keepdim=True) if sums.shape[1] > MOST_PARTS else sums
 
 
+def binary_linear_attention_plan(*args: Any) -> str:
+    """What :func:`binary_linear_attention` does with these arguments."""
+    return _plan(args[2])
+
+
+def binary_linear_attention_backward_plan(*args: Any) -> str:
+    """What :func:`binary_linear_attention_backward` does with these arguments."""
+    return _plan(args[3])
+
+
+def _plan(value: Tensor) -> str:
+    if value.shape[3] > MOST_FEATURES:
+        return f"plain torch: values of more than {MOST_FEATURES} features"
+    return "sums of the values that the keys' bits select, and what the queries' bits select of them"
+
+
 def binary_linear_attention(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor | None, query_link: Tensor | None,
     key_link: Tensor | None, bits: int, eps: float,

@@ -109,6 +109,11 @@ def width_of(bits: int) -> int:
     return max(16, int(triton.next_power_of_2(bits)))
 
 
+def word_of(bits: int) -> torch.dtype:
+    """The dtype of codes of so many bits."""
+    return torch.int16 if bits <= 16 else torch.int32 if bits <= 32 else torch.int64
+
+
 def hamming_similarity(query: Tensor, key: Tensor, bits: int, kind: str) -> Tensor:
     queries, keys = query.shape[-1], key.shape[-1]
     out = torch.empty((*query.shape, keys), dtype=torch.int32, device=query.device)

@@ -367,8 +367,8 @@ def _keep_ceilings(out: Path) -> None:
     roofs.measure = lambda *_, **__: table
 
 
-#: Of the suite, and the folder of its files.
-COMMANDS = {"bench-growth": ("growth", "growth"), "bench-networks": ("end_to_end", "end_to_end")}
+#: The module of the suite, which is also the folder of its files.
+COMMANDS = {"bench-growth": "growth", "bench-networks": "end_to_end"}
 #: In a process of its own, without the command line, which needs typer.
 COMMAND = """
 import sys
@@ -386,8 +386,8 @@ def command(context: Context, name: str) -> None:
     if context.dry:
         raise NotHereError("a dry run measures nothing")
     _need_gpu()
-    module, folder = COMMANDS[name]
-    out = context.out / folder / results_file(context.out).name
+    module = COMMANDS[name]
+    out = context.out / module / results_file(context.out).name
     done = subprocess.run([sys.executable, "-c", COMMAND.format(module=module), str(out)], check=False)
     if done.returncode:
         raise SystemExit(f"cofire {name} ended with exit code {done.returncode}")

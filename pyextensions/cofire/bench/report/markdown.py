@@ -24,9 +24,10 @@ a peer that rounds in a way of its own is checked against that. What is marked a
 operator, and is no peer; nor does attention without scores return what `attention_with_scores` does, but it is what is used
 instead. A tie is less than 5 % apart, or within the interval. GFLOP/s and GB/s count what the masks leave to do, for all
 providers alike. The *ceiling* is the larger of bytes / bandwidth and FLOPs / peak, both measured on the same machine with the
-same torch, the best of all runs of the file: 100 % is as fast as the machine allows. Only `kv_fuse` passes that. Its
-FLOPs are those of the sum as it stands: by frequencies, in fp32, they are fewer, and in bf16 on AMX it uses the tiles better
-than the library's products, which the ceiling is measured with. *Rounds* are those that count: a case that takes long has
+same torch, the best of all runs of the file: 100 % is as fast as the machine allows. `kv_fuse` passes that: its FLOPs are
+those of the sum as it stands, by frequencies (in fp32) they are fewer, and in bf16 on AMX it ran faster than the library's
+products, which the ceiling is measured with. In older files optimisers pass it too: there changes in place, which move the
+most, were not measured. *Rounds* are those that count: a case that takes long has
 fewer than the usual 30, as has one that was disturbed. Slower is **bold**; `~` marks a row during which the machine was busy
 or the readings spread.
 """
