@@ -4,6 +4,8 @@
 #pragma once
 
 #include <array>
+#include <type_traits>
+#include <utility>
 
 #include "lanes16.h"
 
@@ -145,6 +147,16 @@ struct Factor {
   int64_t row, next, step;
 };
 
+// Tiles that are not in the first cache are loaded line by line, and little else runs meanwhile:
+// they are asked for so many steps ahead.
+constexpr int64_t kAhead = 3;
+
+COFIRE_INLINE void ask_for_tile(const uint8_t* tile, int64_t row) {
+  COFIRE_UNROLL for (int64_t r = 0; r < kRows; ++r) {
+    _mm_prefetch(reinterpret_cast<const char*>(tile + r * row), _MM_HINT_T0);
+  }
+}
+
 // c [32][32] = (or +=) the sum over `steps` of a [32][32] b [32][32], of bf16; c's rows are
 // `c_row` bytes apart. Rows of `a` and pairs of rows of `b` may overlap those beside them.
 // The registers are square.
@@ -162,17 +174,62 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   }
   const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
   for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
-    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(x), "r"(a.row) : "memory");
     asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(w), "r"(b.row) : "memory");
+    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(x), "r"(a.row) : "memory");
+    asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
     asm volatile("tileloadd (%0, %1, 1), %%tmm7" : : "r"(w + b.next), "r"(b.row) : "memory");
-    asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0\n\ttdpbf16ps %tmm7, %tmm4, %tmm1");
+    ask_for_tile(w + kAhead * b.step, b.row);
+    asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
     asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(x + a.next), "r"(a.row) : "memory");
-    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2\n\ttdpbf16ps %tmm7, %tmm5, %tmm3");
+    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+    ask_for_tile(w + b.next + kAhead * b.step, b.row);
+    asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
   }
   asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(first), "r"(c_row) : "memory");
   asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(first + 64), "r"(c_row) : "memory");
   asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(second), "r"(c_row) : "memory");
   asm volatile("tilestored %%tmm3, (%0, %1, 1)" : : "r"(second + 64), "r"(c_row) : "memory");
+}
+
+template <int Tile>
+COFIRE_INLINE void load_tile(const void* data, int64_t row) {
+  asm volatile("tileloadd (%0, %1, 1), %%tmm%c2" : : "r"(data), "r"(row), "i"(Tile) : "memory");
+}
+
+constexpr int kShifts = 6;  // of `multiply_shifted`, at most
+
+// For each of 1 to 6 shifts of b, `b.next` bytes each: c [16][16], `c_next` numbers apart, += the
+// sum over `steps` of a [16][32] b [32][16], of bf16. The sums stay in registers, and where shifts
+// are short most of b's lines are those of the shift before. The registers are square.
+template <int Shifts = kShifts>
+inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, float* c,
+                             int64_t c_next) {
+  if constexpr (Shifts > 1) {
+    if (shifts < Shifts) return multiply_shifted<Shifts - 1>(shifts, a, b, steps, c, c_next);
+  }
+  constexpr int kA = 6, kB = 7;
+  const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
+  const auto all = [&](auto&& f) {
+    [&]<std::size_t... I>(std::index_sequence<I...>) {
+      (f(std::integral_constant<int, I>{}), ...);
+    }(std::make_index_sequence<Shifts>{});
+  };
+  all([&](auto i) { load_tile<i()>(c + i() * c_next, 4 * kWords); });
+  for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
+    load_tile<kA>(x, a.row);
+    all([&](auto i) {
+      load_tile<kB>(w + i() * b.next, b.row);
+      asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(kB), "i"(kA), "i"(i()));
+      if constexpr (i() == 0) ask_for_tile(x + a.step, a.row);
+      if constexpr (i() == Shifts - 1) ask_for_tile(w + i() * b.next + b.step, b.row);
+    });
+  }
+  all([&](auto i) {
+    asm volatile("tilestored %%tmm%c2, (%0, %1, 1)"
+                 :
+                 : "r"(c + i() * c_next), "r"(4 * kWords), "i"(i())
+                 : "memory");
+  });
 }
 
 // c [3][16][16] = a b, for unsigned numbers of 16 bits a, [16 rows] in two planes of their high and

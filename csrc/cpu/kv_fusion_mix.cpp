@@ -697,24 +697,34 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
     });
     if (s.windows) {
 #if defined(COFIRE_AMX)
+      constexpr int64_t kBlock = amx::kRows * amx::kWords;
       const int64_t blocks = s.slots / kSquare;
       in_turns(blocks * (s.width / kSquare), [&](int64_t task) {
         const int64_t slot = task % blocks * kSquare, f = task / blocks * kSquare;
-        Lines<float> sums(s.taps * kSquare * kSquare);
+        Lines<float> sums(4 * s.taps * kBlock);
         amx::Registers registers;
         registers.square();
-        for (int64_t i = 0; i < now; ++i) {
-          add_to_taps(group.slopes_at(i, slot), group.slope_room(),
-                      group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps, f,
-                      sums.data());
-        }
-        for (int64_t j = 0; j < s.taps; ++j) {
-          for (int64_t r = 0; r < kSquare; ++r) {
-            float* to = to_weight + (j * s.slots + slot + r) * s.width + f;
-            const float* from = sums.data() + (j * kSquare + r) * kSquare;
-            for (int64_t c = 0; c < kSquare; ++c) to[c] += from[c];
+        const auto each = [&](auto&& go) {
+          for (int64_t part = 0; part < 4; ++part) {
+            go(slot + part / 2 * amx::kRows, f + part % 2 * amx::kWords,
+               sums.data() + part * s.taps * kBlock);
           }
+        };
+        for (int64_t i = 0; i < now; ++i) {
+          each([&](int64_t m, int64_t from, float* sum) {
+            add_to_taps(group.slopes_at(i, m), group.slope_room(),
+                        group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps,
+                        from, sum);
+          });
         }
+        each([&](int64_t m, int64_t from, const float* sum) {
+          for (int64_t j = 0; j < s.taps; ++j) {
+            for (int64_t r = 0; r < amx::kRows; ++r, sum += amx::kWords) {
+              float* to = to_weight + (j * s.slots + m + r) * s.width + from;
+              for (int64_t c = 0; c < amx::kWords; ++c) to[c] += sum[c];
+            }
+          }
+        });
       });
 #endif
     } else if (s.by_taps()) {

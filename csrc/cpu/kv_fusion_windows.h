@@ -179,20 +179,22 @@ inline void along_gradients(const uint16_t* x, int64_t n, int64_t width, const u
   }
 }
 
-// sums [taps][32][32] += slopes of 32 slots, transposed, times the 32 features from f on of the
-// tokens from tap j on, for each tap. `pairs`: of both parities, count each.
+// sums [taps][16][16] += slopes of 16 slots, transposed, times the 16 features from f on of the
+// tokens from tap j on, for each tap. `pairs`: of both parities, count each. Every second tap's
+// tokens begin a pair later.
 inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pairs, int64_t count,
                         int64_t width, int64_t taps, int64_t f, float* sums) {
-  constexpr int64_t kSteps = 8;  // so many tokens times 32, which every second tap shares
-  for (int64_t t = 0; t < room; t += kSteps * kSquare) {
-    amx::Factor left = of_slots(slopes, 0, room);
-    left.data = slopes + t / kSquare * kTileHalves;
-    for (int64_t parity = 0; parity < 2; ++parity) {
-      for (int64_t j = parity; j < taps; j += 2) {
-        amx::multiply_square(left, of_tokens(pairs + parity * count * width, count, f, (t + j) / 2),
-                             std::min(kSteps, (room - t) / kSquare), sums + j * kSquare * kSquare,
-                             4 * kSquare, true);
-      }
+  constexpr int64_t kSums = amx::kRows * amx::kWords;
+  const amx::Factor left{slopes, 64, 0, 2 * kTileHalves};
+  for (int64_t parity = 0; parity < 2; ++parity) {
+    const int64_t all = (taps + 1 - parity) / 2;
+    for (int64_t first = 0, some = 0; first < all; first += some) {
+      const int64_t times = (all - first + amx::kShifts - 1) / amx::kShifts;
+      some = (all - first + times - 1) / times;
+      amx::Factor right = of_tokens(pairs + parity * count * width, count, f, first);
+      right.next = 4 * amx::kWords;
+      amx::multiply_shifted(some, left, right, room / kSquare, sums + (parity + 2 * first) * kSums,
+                            2 * kSums);
     }
   }
 }

@@ -21,6 +21,7 @@ HEADINGS = (
 )
 WIN, LOSS = "#2f81f7", "#e5534b"
 TICKS = (0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8, 16, 32)
+MOST_TICKS = 5  #: in a panel; of more every second is left out
 
 Data = Networks | Mapping[str, Any]
 
@@ -142,6 +143,8 @@ def plot(data: Data) -> str:
         panel.set_xscale("log", base=2)
         values = [r[what] for r in shown]
         ticks = [t for t in TICKS if min(*values, 1) / 2 <= t <= 2 * max(*values, 1)]
+        if len(ticks) > MOST_TICKS:
+            ticks = ticks[ticks.index(1) % 2 :: 2]
         panel.set_xticks(ticks, [f"{t:g}x" for t in ticks])
         panel.minorticks_off()
         panel.axvline(1, color=INK, linewidth=0.8)

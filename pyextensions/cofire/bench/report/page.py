@@ -46,7 +46,7 @@ table { border-collapse: separate; border-spacing: 0; font-size: .8rem; font-var
 th, td { border-bottom: 1px solid var(--line); padding: .25rem .5rem; text-align: left; white-space: nowrap;
   vertical-align: top } th { background: var(--soft); position: sticky; top: 0; z-index: 1 }
 td:first-child, th:first-child { position: sticky; left: 0; background: var(--soft); white-space: normal;
-  overflow-wrap: anywhere; min-width: 6rem; max-width: 11rem } th:first-child { z-index: 2 }
+  overflow-wrap: anywhere; min-width: 7.5rem; max-width: 11rem } th:first-child { z-index: 2 }
 td.words { white-space: normal; min-width: 18rem; max-width: 36rem } th[aria-sort] { cursor: pointer }
 th[aria-sort=ascending]::after { content: " \\2191" } th[aria-sort=descending]::after { content: " \\2193" }
 tr.lost td:first-child { box-shadow: inset 3px 0 var(--loss) } tr.won td:first-child { box-shadow: inset 3px 0 var(--won) }
