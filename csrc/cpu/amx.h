@@ -145,6 +145,7 @@ COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t coun
 struct Factor {
   const void* data;
   int64_t row, next, step;
+  bool far = false;  // as a first factor: its tiles too are asked for ahead
 };
 
 // Tiles that are not in the first cache are loaded line by line, and little else runs meanwhile:
@@ -179,10 +180,12 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
     asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
     asm volatile("tileloadd (%0, %1, 1), %%tmm7" : : "r"(w + b.next), "r"(b.row) : "memory");
     ask_for_tile(w + kAhead * b.step, b.row);
+    if (a.far) ask_for_tile(x + kAhead * a.step, a.row);
     asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
     asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(x + a.next), "r"(a.row) : "memory");
     asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
     ask_for_tile(w + b.next + kAhead * b.step, b.row);
+    if (a.far) ask_for_tile(x + a.next + kAhead * a.step, a.row);
     asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
   }
   asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(first), "r"(c_row) : "memory");

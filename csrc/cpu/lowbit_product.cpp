@@ -1015,7 +1015,7 @@ void step_to_tile(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 f
 }
 
 constexpr int64_t kTile = 1024;               // bytes
-constexpr int64_t kDeep = 8;                  // steps that are decoded at a time, for ...
+constexpr int64_t kDeep = 32;                 // steps that are decoded at a time, for ...
 constexpr int64_t kMostRows = 512;            // ... so many rows of x
 constexpr int64_t kNarrow = 2 * kTileBlocks;  // blocks, or twice as many
 
@@ -1055,11 +1055,12 @@ void multiply_tiles(const at::Tensor& x, int64_t blocks, const LowRank& low_rank
   const int64_t count = x.size(0), columns = x.size(1), row = 2 * columns;
   const int64_t steps = round_up(columns, kStep) / kStep;
   const int64_t panels = round_up(count, kTogether) / amx::kRows;
-  // [steps / kDeep][panels][kDeep]: what is multiplied by the same steps lies together. Panels a
+  // [steps / most][panels][most]: what is multiplied by the same steps lies together. Panels a
   // power of two apart would drive each other out of the cache.
-  const at::Tensor tiles = at::empty({panels * round_up(steps, kDeep) * kTile}, at::kByte);
+  const int64_t most = std::clamp<int64_t>(steps, 1, kDeep);
+  const at::Tensor tiles = at::empty({panels * round_up(steps, most) * kTile}, at::kByte);
   const auto tile_of = [&](int64_t panel, int64_t s) {
-    return ((s / kDeep * panels + panel) * kDeep + s % kDeep) * kTile;
+    return ((s / most * panels + panel) * most + s % most) * kTile;
   };
   auto* packed_x = tiles.mutable_data_ptr<uint8_t>();
   at::parallel_for(0, panels, grain_of(amx::kRows * columns), [&](int64_t begin, int64_t end) {
@@ -1097,7 +1098,7 @@ void multiply_tiles(const at::Tensor& x, int64_t blocks, const LowRank& low_rank
       for (int64_t b = 0; b < wide; b += 2) {
         for (int64_t r = 0; r < whole; r += kTogether) {
           const uint8_t* panel = packed_x + tile_of((m + r) / amx::kRows, s);
-          amx::multiply_square({panel, 64, kDeep * kTile, kTile},
+          amx::multiply_square({panel, 64, most * kTile, kTile, true},
                                {decoded + b * kDeep * kTile, 64, kDeep * kTile, kTile}, deep,
                                c + r * apart + b * kBlock, 4 * apart, s > 0);
         }
