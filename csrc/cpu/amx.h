@@ -108,36 +108,50 @@ COFIRE_INLINE __m512i pairs_of(__m512 first, __m512 second) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved.data()), halves_of(first, second));
 }
 
+template <int Tile>
+COFIRE_INLINE void load_tile(const void* data, int64_t row) {
+  asm volatile("tileloadd (%0, %1, 1), %%tmm%c2" : : "r"(data), "r"(row), "i"(Tile) : "memory");
+}
+
+template <int Tile>
+COFIRE_INLINE void store_tile(void* data, int64_t row) {
+  asm volatile("tilestored %%tmm%c2, (%0, %1, 1)" : : "r"(data), "r"(row), "i"(Tile) : "memory");
+}
+
 // sums[r][3 * 16] = what `count` words of the rows of `x` give with those of `tile`: signed bytes
 // of x times unsigned ones of the weight, or pairs of bf16. `x`: [count / words][rows][words];
-// `tile`: [count][3 * 16].
-template <bool Pairs>
+// `tile`: [count][3 * 16], of which the first `Blocks` blocks of 16 are used.
+template <bool Pairs, int Blocks>
 COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t count, int64_t rows,
                             int64_t words, void* sums) {
-  static_assert(kTileBlocks == 3);
+  static_assert(kTileBlocks == 3 && Blocks >= 1 && Blocks <= 3);
+  constexpr int kX = 3, kFirst = 4;
   const int64_t x_row = 4 * words, row = 4 * 3 * kWords;
+  const auto all = [](auto&& f) __attribute__((always_inline)) {
+    [&]<std::size_t... J>(std::index_sequence<J...>) __attribute__((always_inline)) {
+      (f(std::integral_constant<int, J>{}), ...);
+    }(std::make_index_sequence<Blocks>{});
+  };
   asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2");
   for (int64_t q = 0; q < count; q += words, x += rows * words, tile += words * row) {
-    asm volatile("tileloadd (%0, %1, 1), %%tmm3" : : "r"(x), "r"(x_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(tile), "r"(row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(tile + 64), "r"(row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(tile + 128), "r"(row) : "memory");
-    if constexpr (Pairs) {
-      asm volatile(
-          "tdpbf16ps %tmm4, %tmm3, %tmm0\n\t"
-          "tdpbf16ps %tmm5, %tmm3, %tmm1\n\t"
-          "tdpbf16ps %tmm6, %tmm3, %tmm2");
-    } else {
-      asm volatile(
-          "tdpbsud %tmm4, %tmm3, %tmm0\n\t"
-          "tdpbsud %tmm5, %tmm3, %tmm1\n\t"
-          "tdpbsud %tmm6, %tmm3, %tmm2");
-    }
+    load_tile<kX>(x, x_row);
+    all([&](auto j)
+            __attribute__((always_inline)) { load_tile<kFirst + j()>(tile + 64 * j(), row); });
+    all([&](auto j) __attribute__((always_inline)) {
+      if constexpr (Pairs) {
+        asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2"
+                     :
+                     : "i"(kFirst + j()), "i"(kX), "i"(j()));
+      } else {
+        asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2"
+                     :
+                     : "i"(kFirst + j()), "i"(kX), "i"(j()));
+      }
+    });
   }
-  auto* to = static_cast<uint8_t*>(sums);
-  asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(to), "r"(row) : "memory");
-  asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(to + 64), "r"(row) : "memory");
-  asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(to + 128), "r"(row) : "memory");
+  all([&](auto j) __attribute__((always_inline)) {
+    store_tile<j()>(static_cast<uint8_t*>(sums) + 64 * j(), row);
+  });
 }
 
 // Where a tile of pairs of bf16 and its successors lie: `row` bytes from row to row, `next` to the
@@ -194,11 +208,6 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   asm volatile("tilestored %%tmm3, (%0, %1, 1)" : : "r"(second + 64), "r"(c_row) : "memory");
 }
 
-template <int Tile>
-COFIRE_INLINE void load_tile(const void* data, int64_t row) {
-  asm volatile("tileloadd (%0, %1, 1), %%tmm%c2" : : "r"(data), "r"(row), "i"(Tile) : "memory");
-}
-
 constexpr int kShifts = 6;  // of `multiply_shifted`, at most
 
 // For each of 1 to 6 shifts of b, `b.next` bytes each: c [16][16], `c_next` numbers apart, += the
@@ -227,12 +236,7 @@ inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, 
       if constexpr (i() == Shifts - 1) ask_for_tile(w + i() * b.next + b.step, b.row);
     });
   }
-  all([&](auto i) {
-    asm volatile("tilestored %%tmm%c2, (%0, %1, 1)"
-                 :
-                 : "r"(c + i() * c_next), "r"(4 * kWords), "i"(i())
-                 : "memory");
-  });
+  all([&](auto i) { store_tile<i()>(c + i() * c_next, 4 * kWords); });
 }
 
 // c [3][16][16] = a b, for unsigned numbers of 16 bits a, [16 rows] in two planes of their high and

@@ -45,6 +45,9 @@ struct Rows {
   std::vector<int64_t> panels;  // the first row of each, and `count`
   at::Tensor sums;              // fp32 [count, groups or their parts]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
+  int64_t group = 1, groups = 1, part = 1;  // columns of a group, and of the parts that are summed
+  bool int8 = false, pairs = false, widened = false;  // what values become: bytes, as floats
+  bool filled = true;  // or each piece has yet to be filled, by the thread that multiplies it
 
   // The panels that are multiplied by one tile each time, and the number of panels.
   std::vector<int64_t> pieces() const {
@@ -55,6 +58,12 @@ struct Rows {
     }
     firsts.push_back(all);
     return firsts;
+  }
+  // What becomes of the values of panels [begin, end): words, sums and scales.
+  void fill(int64_t begin, int64_t end) const;
+  void fill() const {
+    at::parallel_for(0, static_cast<int64_t>(panels.size()) - 1, grain_of(8 * kTileRows * stride),
+                     [&](int64_t begin, int64_t end) { fill(begin, end); });
   }
   const float* row(int64_t m) const { return values.const_data_ptr<float>() + m * stride; }
   // The panel whose first row is m, from a column on.
@@ -136,28 +145,81 @@ void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t
   }
 }
 
+void Rows::fill(int64_t begin, int64_t end) const {
+  static_assert(kStep % kLanes == 0);
+  const int64_t word_count = stride >> word_shift, parts = sums.defined() ? sums.size(1) : 0;
+  auto* all_words = words.defined() ? static_cast<uint32_t*>(words.mutable_data_ptr()) : nullptr;
+  // One row; what is beyond its columns stays zero.
+  std::vector<int8_t> bytes(int8 ? stride : 0);
+  std::vector<float> floats(widened ? stride : 0);
+  std::vector<c10::BFloat16> narrowed(pairs ? stride : 0);
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t first = panels[i], together = panels[i + 1] - first;
+    for (int64_t r = 0; r < together; ++r) {
+      const int64_t m = first + r;
+      const float* v = row(m);
+      const void* from = v;
+      if (int8) {
+        scales.mutable_data_ptr<float>()[m] = quantize_row(v, columns, bytes.data());
+        from = bytes.data();
+      }
+      if (widened) {
+        std::copy(bytes.begin(), bytes.end(), floats.begin());
+        from = floats.data();
+      } else if (pairs) {
+        for (int64_t k = 0; k < stride; k += kLanes) {
+          store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
+        }
+        from = narrowed.data();
+      }
+      if (all_words != nullptr) {
+        uint32_t* to = all_words + first * word_count + r * run;
+        const auto* word = static_cast<const char*>(from);
+        const char* last = word + 4 * word_count;
+        if (run > 1) {
+          for (; word < last; word += 4 * run, to += together * run) std::memcpy(to, word, 4 * run);
+        } else {
+          for (; word < last; word += 4, to += together) std::memcpy(to, word, 4);
+        }
+      }
+      if (parts > 0) {
+        sum_groups(v, int8 ? bytes.data() : nullptr, group, groups, part,
+                   sums.mutable_data_ptr<float>() + m * parts);
+      }
+    }
+  }
+}
+
 // `run`: words of a row that AMX takes at a time; without it 1. Sums are those of parts of so many
 // columns of a group.
 Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, bool int8, bool sums,
              Way way, int64_t run) {
   Rows rows;
   const int64_t parts = groups * std::max<int64_t>((group + part - 1) / part, 1);
+  rows.group = group;
+  rows.groups = groups;
+  rows.part = part;
   rows.run = run;
   if (run > 1) rows.at_once = kRowsAtOnceAmx;
   rows.count = x.size(0);
   rows.columns = x.size(1);
   // A few rows of floats are read as they are.
-  const bool pairs = way == Way::kPairs, in_panels = int8 || way != Way::kFew;
-  const bool bytes_as_floats = int8 && way == Way::kStored;
+  const bool in_panels = int8 || way != Way::kFew;
+  rows.int8 = int8;
+  rows.pairs = way == Way::kPairs;
+  rows.widened = int8 && way == Way::kStored;
   rows.stride = round_up(rows.columns, kStep);
   const bool as_it_is =
       x.scalar_type() == at::kFloat && x.is_contiguous() && rows.stride == rows.columns;
   rows.values = as_it_is ? x : float_rows(x, kStep);
   if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   if (sums) rows.sums = at::empty({rows.count, parts}, x.options().dtype(at::kFloat));
-  rows.word_shift = pairs ? 1 : int8 && !bytes_as_floats ? 2 : 0;
-  const int64_t words = rows.stride >> rows.word_shift;
-  if (in_panels) rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
+  rows.word_shift = rows.pairs ? 1 : int8 && !rows.widened ? 2 : 0;
+  if (in_panels) {
+    const int64_t words = rows.stride >> rows.word_shift;
+    rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
+    rows.first_word = static_cast<uint32_t*>(rows.words.mutable_data_ptr());
+  }
   for (int64_t m = 0; m < rows.count;) {
     rows.panels.push_back(m);
     m += way == Way::kFew ? part_of_few(rows.count - m)
@@ -165,56 +227,8 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   }
   rows.panels.push_back(rows.count);
   if (!in_panels && !sums) return rows;
-  auto* all_words = in_panels ? static_cast<uint32_t*>(rows.words.mutable_data_ptr()) : nullptr;
-  rows.first_word = all_words;
-  const auto* values = rows.values.const_data_ptr<float>();
-  const int64_t panels = static_cast<int64_t>(rows.panels.size()) - 1;
-  at::parallel_for(0, panels, grain_of(8 * kTileRows * rows.stride),
-                   [&](int64_t begin, int64_t end) {
-                     static_assert(kStep % kLanes == 0);
-                     // One row; what is beyond its columns stays zero.
-                     std::vector<int8_t> bytes(int8 ? rows.stride : 0);
-                     std::vector<float> widened(bytes_as_floats ? rows.stride : 0);
-                     std::vector<c10::BFloat16> narrowed(pairs ? rows.stride : 0);
-                     for (int64_t i = begin; i < end; ++i) {
-                       const int64_t first = rows.panels[i], together = rows.panels[i + 1] - first;
-                       for (int64_t r = 0; r < together; ++r) {
-                         const int64_t m = first + r;
-                         const float* v = values + m * rows.stride;
-                         const void* from = v;
-                         if (int8) {
-                           rows.scales.mutable_data_ptr<float>()[m] =
-                               quantize_row(v, rows.columns, bytes.data());
-                           from = bytes.data();
-                         }
-                         if (bytes_as_floats) {
-                           std::copy(bytes.begin(), bytes.end(), widened.begin());
-                           from = widened.data();
-                         } else if (pairs) {
-                           for (int64_t k = 0; k < rows.stride; k += kLanes) {
-                             store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
-                           }
-                           from = narrowed.data();
-                         }
-                         if (in_panels) {
-                           uint32_t* to = all_words + first * words + r * run;
-                           const auto* word = static_cast<const char*>(from);
-                           const char* end = word + 4 * words;
-                           if (run > 1) {
-                             for (; word < end; word += 4 * run, to += together * run) {
-                               std::memcpy(to, word, 4 * run);
-                             }
-                           } else {
-                             for (; word < end; word += 4, to += together) std::memcpy(to, word, 4);
-                           }
-                         }
-                         if (sums) {
-                           sum_groups(v, int8 ? bytes.data() : nullptr, group, groups, part,
-                                      rows.sums.mutable_data_ptr<float>() + m * parts);
-                         }
-                       }
-                     }
-                   });
+  rows.filled = !(run > 1 && int8);
+  if (rows.filled) rows.fill();
   return rows;
 }
 
@@ -732,18 +746,18 @@ void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint
 #endif
 
 #if defined(COFIRE_AMX)
-// The same on AMX, for up to amx::kRows rows; `p`: [words / run][rows][run].
-template <bool Pairs>
+// The same on AMX, for up to amx::kRows rows and so many blocks; `p`: [words / run][rows][run].
+template <bool Pairs, int Blocks>
 void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c, int64_t rows,
               int64_t run) {
   alignas(64) uint32_t all[amx::kRows * kWidth];
   const uint8_t* tile = piece.tile;
   for (int64_t g = 0; g < piece.groups; ++g) {
-    amx::multiply<Pairs>(p, tile, piece.words, rows, run, all);
+    amx::multiply<Pairs, Blocks>(p, tile, piece.words, rows, run, all);
     const bool fresh = piece.first && g == 0;
-    F16 factor[kTileBlocks], moved[kTileBlocks];
+    F16 factor[Blocks], moved[Blocks];
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) {
+    for (int j = 0; j < Blocks; ++j) {
       const int64_t at = g * kWidth + 16 * j;
       factor[j] = F16::load(piece.scale + at);
       moved[j] = piece.shift != nullptr ? F16::load(piece.shift + at) : F16::zero();
@@ -752,7 +766,7 @@ void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c
       const float sum = sums != nullptr ? sums[r * piece.all_groups + g] : 0;
       const W16 off = piece.middle != 0 ? taken_off(piece.middle, sum) : W16::zero();
       COFIRE_UNROLL
-      for (int j = 0; j < kTileBlocks; ++j) {
+      for (int j = 0; j < Blocks; ++j) {
         float* to = c + r * kWidth + 16 * j;
         const W16 whole = W16::load(all + r * kWidth + 16 * j);
         const F16 total = Pairs ? as_float(whole) : to_float(W16{_mm512_add_epi32(whole.v, off.v)});
@@ -764,6 +778,15 @@ void tile_amx(const Piece& piece, const uint32_t* p, const float* sums, float* c
     p += piece.words * rows;
     tile += piece.words * 4 * kWidth;
   }
+}
+
+using AmxTile = void (*)(const Piece&, const uint32_t*, const float*, float*, int64_t, int64_t);
+
+template <int... Blocks>
+AmxTile amx_kernel(bool pairs, int64_t blocks, std::integer_sequence<int, Blocks...>) {
+  static constexpr AmxTile of_pairs[] = {tile_amx<true, Blocks + 1>...};
+  static constexpr AmxTile of_bytes[] = {tile_amx<false, Blocks + 1>...};
+  return (pairs ? of_pairs : of_bytes)[blocks - 1];
 }
 #endif
 
@@ -822,9 +845,14 @@ void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, cons
   const int64_t codes = w != nullptr ? w->codes.numel() : 0;
   const bool by_pieces = w != nullptr && ((of_x > kHeld && codes * all < of_x * tiles) ||
                                           (of_y > kHeld && codes < kHeld / 2));
-  in_parts(tiles * all, grain_of(cost / all), [&](int64_t begin, int64_t end) {
+  // Filled by the thread that multiplies it a piece is still in its cache.
+  const bool fills = by_pieces && !x.filled && all >= 8 * at::get_num_threads();
+  if (!x.filled && !fills) x.fill();
+  const int64_t least = fills ? tiles : 1;  // of a piece
+  in_parts(tiles * all / least, grain_of(cost * least / all), [&](int64_t begin, int64_t end) {
     auto multiply = start();
-    for (int64_t i = begin; i < end; ++i) {
+    for (int64_t i = begin * least; i < end * least; ++i) {
+      if (fills && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
       const int64_t tile = by_pieces ? i % tiles : i / all;
       const int64_t piece = by_pieces ? i / tiles : i % all;
       const int64_t first = tile * kTileBlocks;
@@ -866,7 +894,6 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   };
 #if defined(COFIRE_AMX)
   using Registers = amx::Registers;
-  const auto on_amx = pairs ? tile_amx<true> : tile_amx<false>;
 #else
   struct Registers {};
 #endif
@@ -918,6 +945,10 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
          factor = Lines<float>(groups * kWidth), moved = Lines<float>(groups * kWidth),
          registers = Registers()](int64_t first, int64_t used, int64_t from, int64_t to) mutable {
           const int64_t m = x.panels[from], rows = x.panels[to] - m;
+#if defined(COFIRE_AMX)
+          const AmxTile on_amx =
+              amx_kernel(pairs, used, std::make_integer_sequence<int, kTileBlocks>{});
+#endif
           sink.ask_for(m, rows, first * kBlock, used * kBlock);
           for (int64_t g = 0; g < w.groups; g += groups) {
             const int64_t now = std::min(groups, w.groups - g);
