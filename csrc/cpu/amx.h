@@ -163,8 +163,8 @@ struct Factor {
 };
 
 // Tiles that are not in the first cache are loaded line by line, and little else runs meanwhile:
-// they are asked for so many steps ahead.
-constexpr int64_t kAhead = 3;
+// they are asked for so many steps ahead, where they come from the third one some more.
+constexpr int64_t kAhead = 3, kFarAhead = 8;
 
 COFIRE_INLINE void ask_for_tile(const uint8_t* tile, int64_t row) {
   COFIRE_UNROLL for (int64_t r = 0; r < kRows; ++r) {
@@ -232,7 +232,7 @@ inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, 
     all([&](auto i) {
       load_tile<kB>(w + i() * b.next, b.row);
       asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(kB), "i"(kA), "i"(i()));
-      if constexpr (i() == 0) ask_for_tile(x + a.step, a.row);
+      if constexpr (i() == 0) ask_for_tile(x + kFarAhead * a.step, a.row);
       if constexpr (i() == Shifts - 1) ask_for_tile(w + i() * b.next + b.step, b.row);
     });
   }

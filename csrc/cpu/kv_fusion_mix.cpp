@@ -34,6 +34,7 @@ constexpr int64_t kSlots = 64;         // of a tile, at most
 constexpr int64_t kRoom = 4 << 20;     // numbers that are kept of the sets taken at a time
 constexpr int64_t kLongest = 128;      // segment, with what it shares with the next
 constexpr int64_t kColumns = 1 << 12;  // of a weight's transform, by a thread
+constexpr int64_t kBlock = 16;         // slots and features of a block of the gradient
 constexpr int64_t kTogether = 512;     // rows of sets that are multiplied at a time, tap by tap
 
 struct Shape {
@@ -162,8 +163,31 @@ at::Tensor by_points(const Shape& s, const Transforms& to, const at::Tensor& wei
   return out;
 }
 
+// By windows the gradient is summed in blocks [taps][16 slots][16 features], those of the same
+// features one after the other. Where the block of a slot and a feature, multiples of 16, begins.
+int64_t of_block(const Shape& s, int64_t slot, int64_t f) {
+  return (f * s.slots + slot * kBlock) * s.taps;
+}
+
+// Such blocks: [slots][width][taps].
+at::Tensor from_blocks(const Shape& s, const at::Tensor& blocks) {
+  const at::Tensor out = at::empty({s.slots, s.width, s.taps}, blocks.options());
+  const auto* from = blocks.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  in_turns(s.slots, [&](int64_t slot) {
+    for (int64_t f = 0; f < s.width; ++f) {
+      const int64_t c = f % kBlock, r = slot % kBlock;
+      const float* sum = from + of_block(s, slot - r, f - c) + r * kBlock + c;
+      float* line = to + (slot * s.width + f) * s.taps;
+      for (int64_t j = 0; j < s.taps; ++j) line[j] = sum[j * kBlock * kBlock];
+    }
+  });
+  return out;
+}
+
 // The other way, of the gradient: [slots][width][taps].
 at::Tensor to_taps(const Shape& s, const Transforms& to, const at::Tensor& products) {
+  if (s.windows) return from_blocks(s, products);
   if (s.by_taps()) return products.view({s.taps, s.slots, s.width}).permute({1, 2, 0});
   const at::Tensor out = at::empty({s.slots, s.width, s.taps}, products.options());
   const auto* from = products.const_data_ptr<float>();
@@ -697,34 +721,19 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
     });
     if (s.windows) {
 #if defined(COFIRE_AMX)
-      constexpr int64_t kBlock = amx::kRows * amx::kWords;
       const int64_t blocks = s.slots / kSquare;
       in_turns(blocks * (s.width / kSquare), [&](int64_t task) {
-        const int64_t slot = task % blocks * kSquare, f = task / blocks * kSquare;
-        Lines<float> sums(4 * s.taps * kBlock);
         amx::Registers registers;
         registers.square();
-        const auto each = [&](auto&& go) {
-          for (int64_t part = 0; part < 4; ++part) {
-            go(slot + part / 2 * amx::kRows, f + part % 2 * amx::kWords,
-               sums.data() + part * s.taps * kBlock);
-          }
-        };
         for (int64_t i = 0; i < now; ++i) {
-          each([&](int64_t m, int64_t from, float* sum) {
-            add_to_taps(group.slopes_at(i, m), group.slope_room(),
+          for (int64_t part = 0; part < 4; ++part) {
+            const int64_t slot = task % blocks * kSquare + part / 2 * amx::kRows;
+            const int64_t f = task / blocks * kSquare + part % 2 * amx::kWords;
+            add_to_taps(group.slopes_at(i, slot), group.slope_room(),
                         group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps,
-                        from, sum);
-          });
-        }
-        each([&](int64_t m, int64_t from, const float* sum) {
-          for (int64_t j = 0; j < s.taps; ++j) {
-            for (int64_t r = 0; r < amx::kRows; ++r, sum += amx::kWords) {
-              float* to = to_weight + (j * s.slots + m + r) * s.width + from;
-              for (int64_t c = 0; c < amx::kWords; ++c) to[c] += sum[c];
-            }
+                        f, to_weight + of_block(s, slot, f));
           }
-        });
+        }
       });
 #endif
     } else if (s.by_taps()) {
