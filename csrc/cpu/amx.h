@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products on the tiles of AMX, of 16 rows of 64 bytes each: some rows of x times three blocks of
-// a decoded weight, whose words lie as `vpdpbusd` and `vdpbf16ps` read them too.
+// Products on the tiles of AMX, of 16 rows of 64 bytes each: some rows of x times up to three
+// blocks of a decoded weight, whose words lie as `vpdpbusd` and `vdpbf16ps` read them too.
 #pragma once
 
 #include <array>
-#include <type_traits>
-#include <utility>
 
 #include "lanes16.h"
 
@@ -112,45 +110,42 @@ template <int Tile>
 COFIRE_INLINE void load_tile(const void* data, int64_t row) {
   asm volatile("tileloadd (%0, %1, 1), %%tmm%c2" : : "r"(data), "r"(row), "i"(Tile) : "memory");
 }
-
 template <int Tile>
 COFIRE_INLINE void store_tile(void* data, int64_t row) {
   asm volatile("tilestored %%tmm%c2, (%0, %1, 1)" : : "r"(data), "r"(row), "i"(Tile) : "memory");
 }
+// Sum += A B, of pairs of bf16.
+template <int Sum, int A, int B>
+COFIRE_INLINE void add_pairs() {
+  asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(B), "i"(A), "i"(Sum));
+}
+// The same of signed bytes A and unsigned ones B.
+template <int Sum, int A, int B>
+COFIRE_INLINE void add_bytes() {
+  asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(B), "i"(A), "i"(Sum));
+}
 
 // sums[r][3 * 16] = what `count` words of the rows of `x` give with those of `tile`: signed bytes
 // of x times unsigned ones of the weight, or pairs of bf16. `x`: [count / words][rows][words];
-// `tile`: [count][3 * 16], of which the first `Blocks` blocks of 16 are used.
+// `tile`: [count][3 * 16], of which the first `Blocks` blocks of 16 are used; the sums of others
+// stay what they were.
 template <bool Pairs, int Blocks>
 COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t count, int64_t rows,
                             int64_t words, void* sums) {
-  static_assert(kTileBlocks == 3 && Blocks >= 1 && Blocks <= 3);
+  static_assert(kTileBlocks == 3 && Blocks >= 1 && Blocks <= kTileBlocks);
   constexpr int kX = 3, kFirst = 4;
-  const int64_t x_row = 4 * words, row = 4 * 3 * kWords;
-  const auto all = [](auto&& f) __attribute__((always_inline)) {
-    [&]<std::size_t... J>(std::index_sequence<J...>) __attribute__((always_inline)) {
-      (f(std::integral_constant<int, J>{}), ...);
-    }(std::make_index_sequence<Blocks>{});
-  };
+  const int64_t x_row = 4 * words, row = 4 * kTileBlocks * kWords;
   asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2");
   for (int64_t q = 0; q < count; q += words, x += rows * words, tile += words * row) {
     load_tile<kX>(x, x_row);
-    all([&](auto j)
-            __attribute__((always_inline)) { load_tile<kFirst + j()>(tile + 64 * j(), row); });
-    all([&](auto j) __attribute__((always_inline)) {
-      if constexpr (Pairs) {
-        asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2"
-                     :
-                     : "i"(kFirst + j()), "i"(kX), "i"(j()));
-      } else {
-        asm volatile("tdpbsud %%tmm%c0, %%tmm%c1, %%tmm%c2"
-                     :
-                     : "i"(kFirst + j()), "i"(kX), "i"(j()));
-      }
+    unrolled<Blocks>(
+        [&](auto j) __attribute__((always_inline)) { load_tile<kFirst + j>(tile + 64 * j, row); });
+    unrolled<Blocks>([&](auto j) __attribute__((always_inline)) {
+      Pairs ? add_pairs<j, kX, kFirst + j>() : add_bytes<j, kX, kFirst + j>();
     });
   }
-  all([&](auto j) __attribute__((always_inline)) {
-    store_tile<j()>(static_cast<uint8_t*>(sums) + 64 * j(), row);
+  unrolled<Blocks>([&](auto j) __attribute__((always_inline)) {
+    store_tile<j>(static_cast<uint8_t*>(sums) + 64 * j, row);
   });
 }
 
@@ -159,12 +154,13 @@ COFIRE_INLINE void multiply(const uint32_t* x, const uint8_t* tile, int64_t coun
 struct Factor {
   const void* data;
   int64_t row, next, step;
-  bool far = false;  // as a first factor: its tiles too are asked for ahead
+  bool ahead = false;  // whether the tiles of a first factor too are asked for
 };
 
 // Tiles that are not in the first cache are loaded line by line, and little else runs meanwhile:
-// they are asked for so many steps ahead, where they come from the third one some more.
-constexpr int64_t kAhead = 3, kFarAhead = 8;
+// they are asked for so many steps ahead. In `multiply_shifted` those of the first factor, which
+// may come from the third cache, some more; of the second most lines are there.
+constexpr int64_t kAhead = 3, kShiftedAhead = 8;
 
 COFIRE_INLINE void ask_for_tile(const uint8_t* tile, int64_t row) {
   COFIRE_UNROLL for (int64_t r = 0; r < kRows; ++r) {
@@ -180,32 +176,32 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   auto* first = reinterpret_cast<uint8_t*>(c);
   auto* second = first + kRows * c_row;
   if (add) {
-    asm volatile("tileloadd (%0, %1, 1), %%tmm0" : : "r"(first), "r"(c_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm1" : : "r"(first + 64), "r"(c_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm2" : : "r"(second), "r"(c_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm3" : : "r"(second + 64), "r"(c_row) : "memory");
+    load_tile<0>(first, c_row);
+    load_tile<1>(first + 64, c_row);
+    load_tile<2>(second, c_row);
+    load_tile<3>(second + 64, c_row);
   } else {
     asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3");
   }
   const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
   for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
-    asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(w), "r"(b.row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(x), "r"(a.row) : "memory");
-    asm volatile("tdpbf16ps %tmm6, %tmm4, %tmm0");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm7" : : "r"(w + b.next), "r"(b.row) : "memory");
+    load_tile<6>(w, b.row);
+    load_tile<4>(x, a.row);
+    add_pairs<0, 4, 6>();
+    load_tile<7>(w + b.next, b.row);
     ask_for_tile(w + kAhead * b.step, b.row);
-    if (a.far) ask_for_tile(x + kAhead * a.step, a.row);
-    asm volatile("tdpbf16ps %tmm7, %tmm4, %tmm1");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(x + a.next), "r"(a.row) : "memory");
-    asm volatile("tdpbf16ps %tmm6, %tmm5, %tmm2");
+    if (a.ahead) ask_for_tile(x + kAhead * a.step, a.row);
+    add_pairs<1, 4, 7>();
+    load_tile<5>(x + a.next, a.row);
+    add_pairs<2, 5, 6>();
     ask_for_tile(w + b.next + kAhead * b.step, b.row);
-    if (a.far) ask_for_tile(x + a.next + kAhead * a.step, a.row);
-    asm volatile("tdpbf16ps %tmm7, %tmm5, %tmm3");
+    if (a.ahead) ask_for_tile(x + a.next + kAhead * a.step, a.row);
+    add_pairs<3, 5, 7>();
   }
-  asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(first), "r"(c_row) : "memory");
-  asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(first + 64), "r"(c_row) : "memory");
-  asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(second), "r"(c_row) : "memory");
-  asm volatile("tilestored %%tmm3, (%0, %1, 1)" : : "r"(second + 64), "r"(c_row) : "memory");
+  store_tile<0>(first, c_row);
+  store_tile<1>(first + 64, c_row);
+  store_tile<2>(second, c_row);
+  store_tile<3>(second + 64, c_row);
 }
 
 constexpr int kShifts = 6;  // of `multiply_shifted`, at most
@@ -220,23 +216,19 @@ inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, 
     if (shifts < Shifts) return multiply_shifted<Shifts - 1>(shifts, a, b, steps, c, c_next);
   }
   constexpr int kA = 6, kB = 7;
+  constexpr int64_t kRow = 4 * kWords;
   const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
-  const auto all = [&](auto&& f) {
-    [&]<std::size_t... I>(std::index_sequence<I...>) {
-      (f(std::integral_constant<int, I>{}), ...);
-    }(std::make_index_sequence<Shifts>{});
-  };
-  all([&](auto i) { load_tile<i()>(c + i() * c_next, 4 * kWords); });
+  unrolled<Shifts>([&](auto i) { load_tile<i>(c + i * c_next, kRow); });
   for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
     load_tile<kA>(x, a.row);
-    all([&](auto i) {
-      load_tile<kB>(w + i() * b.next, b.row);
-      asm volatile("tdpbf16ps %%tmm%c0, %%tmm%c1, %%tmm%c2" : : "i"(kB), "i"(kA), "i"(i()));
-      if constexpr (i() == 0) ask_for_tile(x + kFarAhead * a.step, a.row);
-      if constexpr (i() == Shifts - 1) ask_for_tile(w + i() * b.next + b.step, b.row);
+    unrolled<Shifts>([&](auto i) __attribute__((always_inline)) {
+      load_tile<kB>(w + i * b.next, b.row);
+      add_pairs<i, kA, kB>();
+      if constexpr (i == 0) ask_for_tile(x + kShiftedAhead * a.step, a.row);
+      if constexpr (i == Shifts - 1) ask_for_tile(w + i * b.next + b.step, b.row);
     });
   }
-  all([&](auto i) { store_tile<i()>(c + i() * c_next, 4 * kWords); });
+  unrolled<Shifts>([&](auto i) { store_tile<i>(c + i * c_next, kRow); });
 }
 
 // c [3][16][16] = a b, for unsigned numbers of 16 bits a, [16 rows] in two planes of their high and
@@ -250,19 +242,19 @@ COFIRE_INLINE void multiply_planes(const uint8_t* a_high, const uint8_t* a_low, 
   asm volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2");
   for (int64_t q = 0; q < steps; ++q) {
     const int64_t tile = q * kRows * kRow;
-    asm volatile("tileloadd (%0, %1, 1), %%tmm3" : : "r"(a_high + q * kRow), "r"(a_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm5" : : "r"(b_high + tile), "r"(kRow) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm4" : : "r"(a_low + q * kRow), "r"(a_row) : "memory");
-    asm volatile("tileloadd (%0, %1, 1), %%tmm6" : : "r"(b_low + tile), "r"(kRow) : "memory");
+    load_tile<3>(a_high + q * kRow, a_row);
+    load_tile<5>(b_high + tile, kRow);
+    load_tile<4>(a_low + q * kRow, a_row);
+    load_tile<6>(b_low + tile, kRow);
     asm volatile(
         "tdpbusd %tmm5, %tmm3, %tmm0\n\t"
         "tdpbusd %tmm5, %tmm4, %tmm1\n\t"
         "tdpbusd %tmm6, %tmm4, %tmm2\n\t"
         "tdpbusd %tmm6, %tmm3, %tmm1");
   }
-  asm volatile("tilestored %%tmm0, (%0, %1, 1)" : : "r"(c), "r"(kRow) : "memory");
-  asm volatile("tilestored %%tmm1, (%0, %1, 1)" : : "r"(c + 256), "r"(kRow) : "memory");
-  asm volatile("tilestored %%tmm2, (%0, %1, 1)" : : "r"(c + 512), "r"(kRow) : "memory");
+  store_tile<0>(c, kRow);
+  store_tile<1>(c + 256, kRow);
+  store_tile<2>(c + 512, kRow);
 }
 
 #else

@@ -34,7 +34,6 @@ constexpr int64_t kSlots = 64;         // of a tile, at most
 constexpr int64_t kRoom = 4 << 20;     // numbers that are kept of the sets taken at a time
 constexpr int64_t kLongest = 128;      // segment, with what it shares with the next
 constexpr int64_t kColumns = 1 << 12;  // of a weight's transform, by a thread
-constexpr int64_t kBlock = 16;         // slots and features of a block of the gradient
 constexpr int64_t kTogether = 512;     // rows of sets that are multiplied at a time, tap by tap
 
 struct Shape {
@@ -146,6 +145,29 @@ struct Transforms {
   }
 };
 
+// By windows the gradient is summed in blocks [taps][kBlock slots][kBlock features], those of the
+// same features one after the other. Where the block of a slot and a feature, multiples of kBlock,
+// begins.
+int64_t block_at(const Shape& s, int64_t slot, int64_t f) {
+  return (f * s.slots + slot * kBlock) * s.taps;
+}
+
+// Such blocks: [slots][width][taps].
+at::Tensor from_blocks(const Shape& s, const at::Tensor& blocks) {
+  const at::Tensor out = at::empty({s.slots, s.width, s.taps}, blocks.options());
+  const auto* from = blocks.const_data_ptr<float>();
+  auto* to = out.mutable_data_ptr<float>();
+  in_turns(s.slots, [&](int64_t slot) {
+    for (int64_t f = 0; f < s.width; ++f) {
+      const int64_t c = f % kBlock, r = slot % kBlock;
+      const float* sum = from + block_at(s, slot - r, f - c) + r * kBlock + c;
+      float* line = to + (slot * s.width + f) * s.taps;
+      for (int64_t j = 0; j < s.taps; ++j) line[j] = sum[j * kBlock * kBlock];
+    }
+  });
+  return out;
+}
+
 // The weight [slots][width][taps] in fp32: [points][slots][width], or [taps][slots][width].
 at::Tensor by_points(const Shape& s, const Transforms& to, const at::Tensor& weight) {
   const at::Tensor taps = weight.to(at::kFloat).contiguous();
@@ -163,29 +185,7 @@ at::Tensor by_points(const Shape& s, const Transforms& to, const at::Tensor& wei
   return out;
 }
 
-// By windows the gradient is summed in blocks [taps][16 slots][16 features], those of the same
-// features one after the other. Where the block of a slot and a feature, multiples of 16, begins.
-int64_t of_block(const Shape& s, int64_t slot, int64_t f) {
-  return (f * s.slots + slot * kBlock) * s.taps;
-}
-
-// Such blocks: [slots][width][taps].
-at::Tensor from_blocks(const Shape& s, const at::Tensor& blocks) {
-  const at::Tensor out = at::empty({s.slots, s.width, s.taps}, blocks.options());
-  const auto* from = blocks.const_data_ptr<float>();
-  auto* to = out.mutable_data_ptr<float>();
-  in_turns(s.slots, [&](int64_t slot) {
-    for (int64_t f = 0; f < s.width; ++f) {
-      const int64_t c = f % kBlock, r = slot % kBlock;
-      const float* sum = from + of_block(s, slot - r, f - c) + r * kBlock + c;
-      float* line = to + (slot * s.width + f) * s.taps;
-      for (int64_t j = 0; j < s.taps; ++j) line[j] = sum[j * kBlock * kBlock];
-    }
-  });
-  return out;
-}
-
-// The other way, of the gradient: [slots][width][taps].
+// The other way of `by_points`, of the gradient: [slots][width][taps].
 at::Tensor to_taps(const Shape& s, const Transforms& to, const at::Tensor& products) {
   if (s.windows) return from_blocks(s, products);
   if (s.by_taps()) return products.view({s.taps, s.slots, s.width}).permute({1, 2, 0});
@@ -652,7 +652,8 @@ void slopes_of(const Tile& tile, int64_t n, float gate, float* logits, float* pr
 }
 
 struct Gradients {
-  at::Tensor tokens, weight, bias;  // fp32: [sets][rows][width] (or nothing), as by_points, [slots]
+  // In fp32: [sets][rows][width] (or nothing), as `by_points` or in blocks, [slots].
+  at::Tensor tokens, weight, bias;
   double gate = 0;
 };
 
@@ -727,11 +728,11 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
         registers.square();
         for (int64_t i = 0; i < now; ++i) {
           for (int64_t part = 0; part < 4; ++part) {
-            const int64_t slot = task % blocks * kSquare + part / 2 * amx::kRows;
-            const int64_t f = task / blocks * kSquare + part % 2 * amx::kWords;
+            const int64_t slot = task % blocks * kSquare + part / 2 * kBlock;
+            const int64_t f = task / blocks * kSquare + part % 2 * kBlock;
             add_to_taps(group.slopes_at(i, slot), group.slope_room(),
                         group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps,
-                        f, to_weight + of_block(s, slot, f));
+                        f, to_weight + block_at(s, slot, f));
           }
         }
       });

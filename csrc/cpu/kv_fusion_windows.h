@@ -9,6 +9,7 @@
 #include "amx.h"
 #include "lines.h"
 #include "loops.h"
+#include "parts.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -17,8 +18,11 @@ namespace kv_fusion {
 using Halves = Lines<uint16_t>;  // bits of bf16
 
 constexpr int64_t kSquare = 32;  // slots, tokens and features of a step
+constexpr int64_t kBlock = 16;   // slots and features of a block of the weight's gradient
 
 #if defined(COFIRE_AMX)
+
+static_assert(kBlock == amx::kRows && kBlock == amx::kWords);
 
 constexpr int64_t kTileHalves = 512;
 
@@ -179,22 +183,20 @@ inline void along_gradients(const uint16_t* x, int64_t n, int64_t width, const u
   }
 }
 
-// sums [taps][16][16] += slopes of 16 slots, transposed, times the 16 features from f on of the
-// tokens from tap j on, for each tap. `pairs`: of both parities, count each. Every second tap's
-// tokens begin a pair later.
+// sums [taps][kBlock][kBlock] += slopes of so many slots, transposed, times as many features from f
+// on of the tokens from tap j on, for each tap. `pairs`: of both parities, count each. Every second
+// tap's tokens begin a pair later.
 inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pairs, int64_t count,
                         int64_t width, int64_t taps, int64_t f, float* sums) {
-  constexpr int64_t kSums = amx::kRows * amx::kWords;
-  const amx::Factor left{slopes, 64, 0, 2 * kTileHalves};
+  constexpr int64_t kSums = kBlock * kBlock;
   for (int64_t parity = 0; parity < 2; ++parity) {
     const int64_t all = (taps + 1 - parity) / 2;
-    for (int64_t first = 0, some = 0; first < all; first += some) {
-      const int64_t times = (all - first + amx::kShifts - 1) / amx::kShifts;
-      some = (all - first + times - 1) / times;
+    for (int64_t first = 0, now = 0; first < all; first += now) {
+      now = next_part(all - first, amx::kShifts);
       amx::Factor right = of_tokens(pairs + parity * count * width, count, f, first);
       right.next = 4 * amx::kWords;
-      amx::multiply_shifted(some, left, right, room / kSquare, sums + (parity + 2 * first) * kSums,
-                            2 * kSums);
+      amx::multiply_shifted(now, of_slots(slopes, 0, room), right, room / kSquare,
+                            sums + (parity + 2 * first) * kSums, 2 * kSums);
     }
   }
 }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "lanes16.h"
+#include "parts.h"
 #include "tag.h"
 
 namespace cofire {
@@ -206,12 +207,6 @@ inline Product product_of(int64_t rows) {
     return std::array<Product, sizeof...(R)>{product_rows<R + 1, Panel>...};
   }(std::make_integer_sequence<int, kTileRows>{});
   return kernels[rows - 1];
-}
-
-// Cuts rows into nearly equal parts of at most `most`: the size of the next part.
-inline int64_t next_part(int64_t rows, int64_t most) {
-  const int64_t parts = (rows + most - 1) / most;
-  return (rows + parts - 1) / parts;
 }
 
 // The same for any number of rows; each row's sums are the same whatever rows stand beside it.

@@ -47,7 +47,7 @@ struct Rows {
   at::Tensor scales;            // fp32 [count], of bytes
   int64_t group = 1, groups = 1, part = 1;  // columns of a group, and of the parts that are summed
   bool int8 = false, pairs = false, widened = false;  // what values become: bytes, as floats
-  bool filled = true;  // or each piece has yet to be filled, by the thread that multiplies it
+  bool fill_later = false;  // `by_tiles` does, all at once or each piece before it is multiplied
 
   // The panels that are multiplied by one tile each time, and the number of panels.
   std::vector<int64_t> pieces() const {
@@ -191,7 +191,7 @@ void Rows::fill(int64_t begin, int64_t end) const {
 }
 
 // `run`: words of a row that AMX takes at a time; without it 1. Sums are those of parts of so many
-// columns of a group.
+// columns of a group. What `fill` makes may still be missing: `fill_later`.
 Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, bool int8, bool sums,
              Way way, int64_t run) {
   Rows rows;
@@ -227,8 +227,8 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   }
   rows.panels.push_back(rows.count);
   if (!in_panels && !sums) return rows;
-  rows.filled = !(run > 1 && int8);
-  if (rows.filled) rows.fill();
+  rows.fill_later = run > 1 && int8;
+  if (!rows.fill_later) rows.fill();
   return rows;
 }
 
@@ -846,13 +846,13 @@ void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, cons
   const bool by_pieces = w != nullptr && ((of_x > kHeld && codes * all < of_x * tiles) ||
                                           (of_y > kHeld && codes < kHeld / 2));
   // Filled by the thread that multiplies it a piece is still in its cache.
-  const bool fills = by_pieces && !x.filled && all >= 8 * at::get_num_threads();
-  if (!x.filled && !fills) x.fill();
-  const int64_t least = fills ? tiles : 1;  // of a piece
-  in_parts(tiles * all / least, grain_of(cost * least / all), [&](int64_t begin, int64_t end) {
+  const bool by_piece = by_pieces && x.fill_later && all >= 8 * at::get_num_threads();
+  if (x.fill_later && !by_piece) x.fill();
+  const int64_t whole = by_piece ? tiles : 1;  // tiles that stay with one thread
+  in_parts(tiles * all / whole, grain_of(cost * whole / all), [&](int64_t begin, int64_t end) {
     auto multiply = start();
-    for (int64_t i = begin * least; i < end * least; ++i) {
-      if (fills && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
+    for (int64_t i = begin * whole; i < end * whole; ++i) {
+      if (by_piece && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
       const int64_t tile = by_pieces ? i % tiles : i / all;
       const int64_t piece = by_pieces ? i / tiles : i % all;
       const int64_t first = tile * kTileBlocks;

@@ -20,6 +20,13 @@ inline int64_t number_of_parts(int64_t most) {
   return std::max<int64_t>(1, most < threads ? most : std::min(kOfAThread * threads, most));
 }
 
+// Cuts rows, or what else there is, into nearly equal parts of at most `most`: the size of the next
+// part.
+inline int64_t next_part(int64_t rows, int64_t most) {
+  const int64_t parts = (rows + most - 1) / most;
+  return (rows + parts - 1) / parts;
+}
+
 // Calls f(part) for each part.
 template <typename F>
 void in_turns(int64_t parts, F&& f) {

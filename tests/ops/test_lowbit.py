@@ -404,7 +404,7 @@ def test_what_changed_is_packed_again() -> None:
 def test_the_number_of_threads_changes_nothing() -> None:
     rand = Random("threads")
     w = weight(rand, 200, 256, 4, 64, zero="bytes")
-    for rows in (1, 4, 40, 600):
+    for rows in (1, 4, 40, 600, 1100):
         x, dy = rand.normal(rows, 256), rand.normal(rows, 200)
         calls = [
             lambda x=x: OPERATORS["qlinear"].overload(x, *w, None, 4, 64, "exact"),
