@@ -722,21 +722,16 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
     });
     if (s.windows) {
 #if defined(COFIRE_AMX)
-      // All slots for some features, so that a set comes from the third cache a few times only; of
-      // many threads each takes some of the slots.
-      const int64_t columns = s.width / kSquare;
-      const int64_t each =
-          std::max(s.slots / kBlock * columns / (2 * at::get_num_threads()), int64_t{1});
-      const int64_t many = next_part(s.slots / kBlock, std::min(each, s.slots / kBlock));
-      const int64_t rows = (s.slots / kBlock + many - 1) / many;
-      in_turns(columns * rows, [&](int64_t task) {
+      // Many slots for the same features, so that a set comes from the third cache a few times
+      // only.
+      const int64_t blocks = s.slots / kBlock;
+      in_parts(blocks * (s.width / kSquare), 1, [&](int64_t begin, int64_t end) {
         amx::Registers registers;
         registers.square();
-        const int64_t from = task % rows * many, to = std::min(from + many, s.slots / kBlock);
         for (int64_t i = 0; i < now; ++i) {
-          for (int64_t half = 0; half < kSquare; half += kBlock) {
-            const int64_t f = task / rows * kSquare + half;
-            for (int64_t slot = from * kBlock; slot < to * kBlock; slot += kBlock) {
+          for (int64_t item = begin; item < end; ++item) {
+            const int64_t slot = item % blocks * kBlock, first = item / blocks * kSquare;
+            for (int64_t f = first; f < first + kSquare; f += kBlock) {
               add_to_taps(group.slopes_at(i, slot), group.slope_room(),
                           group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps,
                           f, to_weight + block_at(s, slot, f));

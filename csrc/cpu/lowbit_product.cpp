@@ -846,13 +846,13 @@ void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, cons
   const bool by_pieces = w != nullptr && ((of_x > kHeld && codes * all < of_x * tiles) ||
                                           (of_y > kHeld && codes < kHeld / 2));
   // Filled by the thread that multiplies it a piece is still in its cache.
-  const bool by_piece = by_pieces && x.fill_later && all >= 8 * at::get_num_threads();
-  if (x.fill_later && !by_piece) x.fill();
-  const int64_t whole = by_piece ? tiles : 1;  // tiles that stay with one thread
+  const bool fills = by_pieces && x.fill_later && all >= 8 * at::get_num_threads();
+  if (x.fill_later && !fills) x.fill();
+  const int64_t whole = fills ? tiles : 1;  // tiles that stay with one thread
   in_parts(tiles * all / whole, grain_of(cost * whole / all), [&](int64_t begin, int64_t end) {
     auto multiply = start();
     for (int64_t i = begin * whole; i < end * whole; ++i) {
-      if (by_piece && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
+      if (fills && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
       const int64_t tile = by_pieces ? i % tiles : i / all;
       const int64_t piece = by_pieces ? i / tiles : i % all;
       const int64_t first = tile * kTileBlocks;
