@@ -114,6 +114,10 @@ template <int Tile>
 COFIRE_INLINE void store_tile(void* data, int64_t row) {
   asm volatile("tilestored %%tmm%c2, (%0, %1, 1)" : : "r"(data), "r"(row), "i"(Tile) : "memory");
 }
+template <int Tile>
+COFIRE_INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" : : "i"(Tile));
+}
 // Sum += A B, of pairs of bf16.
 template <int Sum, int A, int B>
 COFIRE_INLINE void add_pairs() {
@@ -162,10 +166,14 @@ struct Factor {
 // may come from the third cache, some more; of the second most lines are there.
 constexpr int64_t kAhead = 3, kShiftedAhead = 8;
 
-COFIRE_INLINE void ask_for_tile(const uint8_t* tile, int64_t row) {
-  COFIRE_UNROLL for (int64_t r = 0; r < kRows; ++r) {
-    _mm_prefetch(reinterpret_cast<const char*>(tile + r * row), _MM_HINT_T0);
+template <int64_t Lines>
+COFIRE_INLINE void ask_for_lines(const uint8_t* data, int64_t row) {
+  COFIRE_UNROLL for (int64_t r = 0; r < Lines; ++r) {
+    _mm_prefetch(reinterpret_cast<const char*>(data + r * row), _MM_HINT_T0);
   }
+}
+COFIRE_INLINE void ask_for_tile(const uint8_t* tile, int64_t row) {
+  ask_for_lines<kRows>(tile, row);
 }
 
 // c [32][32] = (or +=) the sum over `steps` of a [32][32] b [32][32], of bf16; c's rows are
@@ -202,6 +210,39 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   store_tile<1>(first + 64, c_row);
   store_tile<2>(second, c_row);
   store_tile<3>(second + 64, c_row);
+}
+
+constexpr int kColumn = 6;      // tiles of `multiply_column`, at most
+constexpr int64_t kLines = 5;  // of its first factor's next round, asked for with each product
+
+// c [tiles][16][16] = the sum over `rounds` of `steps` each of a [tiles][16][32] b [32][16], of
+// bf16. Rows of a may overlap, also those of other tiles and steps: what a round reads lies without
+// a gap, and that of the next one after it, `round` bytes on. Tiles of b follow each other. The
+// sums stay in registers. The registers are square.
+template <int Tiles = kColumn>
+inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* b, int64_t rounds,
+                            int64_t steps, float* c) {
+  if constexpr (Tiles > 1) {
+    if (tiles < Tiles) return multiply_column<Tiles - 1>(tiles, a, round, b, rounds, steps, c);
+  }
+  constexpr int kA = 6, kB = 7;
+  constexpr int64_t kRow = 4 * kWords, kTile = kRows * kRow;
+  const auto *begin = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b);
+  unrolled<Tiles>([&](auto i) { zero_tile<i>(); });
+  for (int64_t k = 0; k < rounds; ++k, begin += round) {
+    const uint8_t *x = begin, *next = begin + round;
+    for (int64_t q = 0; q < steps; ++q, x += a.step, w += kTile) {
+      load_tile<kB>(w, kRow);
+      unrolled<Tiles>([&](auto i) __attribute__((always_inline)) {
+        load_tile<kA>(x + i * a.next, a.row);
+        add_pairs<i, kA, kB>();
+        if constexpr (i == 0) ask_for_tile(w + kAhead * kTile, kRow);
+        ask_for_lines<kLines>(next, kRow);
+        next += kLines * kRow;
+      });
+    }
+  }
+  unrolled<Tiles>([&](auto i) { store_tile<i>(c + i * kRows * kWords, kRow); });
 }
 
 constexpr int kShifts = 6;  // of `multiply_shifted`, at most

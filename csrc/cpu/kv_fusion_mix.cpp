@@ -217,7 +217,7 @@ struct Tile {
 // The weight as a product needs it.
 struct Weight {
   at::Tensor numbers;     // `by_points`
-  Room<uint16_t> blocks;  // by windows: blocks of 32 slots
+  Room<uint16_t> blocks;  // by windows: blocks of kBlock slots
 
   Weight(const Shape& s, const Transforms& to, const at::Tensor& weight) {
     if (!s.windows) {
@@ -227,13 +227,17 @@ struct Weight {
 #if defined(COFIRE_AMX)
     const at::Tensor taps = weight.contiguous();
     const auto* from = reinterpret_cast<const uint16_t*>(taps.const_data_ptr<at::BFloat16>());
-    blocks = Room<uint16_t>(s.slots * s.width * s.taps);
-    in_turns(s.slots / kSquare, [&](int64_t i) {
-      pack_block(from, i * kSquare, s.width, s.taps, blocks.at(i * of_block(s)));
+    blocks = Room<uint16_t>(s.slots / kBlock * of_block(s));
+    in_turns(s.slots / kBlock, [&](int64_t i) {
+      pack_block(from, i * kBlock, s.width, s.taps, blocks.at(i * of_block(s)));
     });
 #endif
   }
-  static int64_t of_block(const Shape& s) { return kSquare * s.width * s.taps; }
+#if defined(COFIRE_AMX)
+  static int64_t of_block(const Shape& s) {
+    return kProducts * rounds_of(s.taps) * s.width * kBlock;
+  }
+#endif
 };
 
 // Some sets at a time: their tokens, these and the logits by frequencies.
@@ -344,7 +348,7 @@ struct Group {
   int64_t pairs_each() const { return pairs_of(s.tokens(), parities == 1 ? 0 : s.taps - 1); }
   int64_t of_pairs() const { return parities * pairs_each() * s.width; }
   const uint16_t* block_of(int64_t slot) const {
-    return all_of_weight.blocks.at(slot / kSquare * Weight::of_block(s));
+    return all_of_weight.blocks.at(slot / kBlock * Weight::of_block(s));
   }
   uint16_t* slopes_at(int64_t i, int64_t slot) {
     return slopes.at((i * s.slots + slot) * slope_room());
@@ -455,16 +459,29 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
   const Shape& s = group.s;
   const float* from = out;
   int64_t stride = tile.stride;
-  if (s.windows) {
+  float constants[kSlots] = {};
+  if (group.bias != nullptr) std::copy_n(group.bias + tile.first, tile.count, constants);
 #if defined(COFIRE_AMX)
+  if (s.windows) {
     amx::Registers registers;
     registers.square();
-    for (int64_t c = 0; c < tile.count; c += kSquare) {
-      window_products(group.window_of(set), s.tokens(), s.width, s.taps,
-                      group.block_of(tile.first + c), out + c, tile.stride);
+    const int64_t all = (s.tokens() + kTokens - 1) / kTokens, part = next_part(all, amx::kColumn);
+    const Room<uint16_t> sums(size_of_sums(part, s.width, s.taps));
+    std::fill_n(largest, tile.count, 0.0f);
+    for (int64_t first = 0; first < all; first += part) {
+      const int64_t tiles = std::min(part, all - first), t = first * kTokens;
+      add_tokens(group.window_of(set) + t * s.width, s.rows - t, s.width,
+                 tokens_of_sums(tiles, s.taps), sums.data());
+      for (int64_t c = 0; c < tile.count; c += kBlock) {
+        window_products(sums.data(), tiles, std::min(tiles * kTokens, s.tokens() - t), s.width,
+                        s.taps, group.block_of(tile.first + c), constants + c,
+                        out + t * tile.stride + c, tile.stride, largest + c);
+      }
     }
+    return;
+  }
 #endif
-  } else if (s.by_taps()) {
+  if (s.by_taps()) {
     from = group.of_logits.const_data_ptr<float>() + set * s.of_logits() + tile.first;
     stride = s.slots;
   } else {
@@ -473,8 +490,6 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
                       group.outputs_of(t), group.logits_of(set, t, tile.first, tile.count));
     }
   }
-  float constants[kSlots] = {};
-  if (group.bias != nullptr) std::copy_n(group.bias + tile.first, tile.count, constants);
   // (Other slots' logits beside those of the tile may be written at the same time.)
   const auto load_sum = [&](const float* p, int64_t there) {
     return from == out || there >= kLanes ? Vec::loadu(p) : Vec::loadu(p, there);
@@ -811,7 +826,8 @@ float number_of(const at::Tensor& gate) {
 // Whether the convolution goes by windows: where AMX multiplies what is given, in whole squares.
 bool by_windows(const Shape& s, const at::Tensor& tokens, const at::Tensor& weight) {
   return tokens.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
-         s.slots % kSquare == 0 && s.width % kSquare == 0 && s.tokens() >= kSquare && amx::found();
+         s.slots % kSquare == 0 && s.width % kSquare == 0 && s.tokens() >= kSquare &&
+         s.taps >= kTaps && amx::found();
 }
 
 // Whether fp32 is wide enough.

@@ -19,6 +19,7 @@ using Halves = Lines<uint16_t>;  // bits of bf16
 
 constexpr int64_t kSquare = 32;  // slots, tokens and features of a step
 constexpr int64_t kBlock = 16;   // slots and features of a block of the weight's gradient
+constexpr int64_t kTaps = 3;     // that are taken at a time
 
 #if defined(COFIRE_AMX)
 
@@ -26,54 +27,63 @@ static_assert(kBlock == amx::kRows && kBlock == amx::kWords);
 
 constexpr int64_t kTileHalves = 512;
 
-// The block of 32 slots from `first` on, of a weight [slots][width][taps]:
-// [taps][width / 32][2][16 pairs of features][16 slots][2].
-inline void pack_block(const uint16_t* weight, int64_t first, int64_t width, int64_t taps,
+// Two logits of a slot, of tokens that follow each other, take four products for each three taps
+// instead of six (minimal filtering, Winograd 1980; F(2, 3) of Lavin, Gray 2016). Of tokens x0 to x3
+// and taps g0 to g2:
+//   x0 g0 + x1 g1 + x2 g2 = m0 + m1 + m2, x1 g0 + x2 g1 + x3 g2 = m1 - m2 - m3, where
+//   m0 = (x0 - x2) g0, m1 = (x1 + x2) (g0 + g1 + g2) / 2,
+//   m2 = (x2 - x1) (g0 - g1 + g2) / 2, m3 = (x1 - x3) g2.
+// The sums are rounded to bf16, so that the logits are as far from the right ones as two roundings
+// of theirs would take them.
+constexpr int64_t kOutputs = 2, kProducts = 4;
+constexpr int64_t kTokens = kOutputs * amx::kRows;  // of a tile
+
+constexpr int64_t rounds_of(int64_t taps) { return (taps + kTaps - 1) / kTaps; }
+
+// Sums of tokens, as products read them: x0 - x2, x1 + x2 and x2 - x1, at each token x0 (and x1 -
+// x3, which is the first at the next one). Of so many tiles: [3][width / 32][tokens][32].
+constexpr int64_t kSumsOfTokens = 3;
+constexpr int64_t tokens_of_sums(int64_t tiles, int64_t taps) {
+  return tiles * kTokens + kTaps * (rounds_of(taps) - 1);
+}
+constexpr int64_t size_of_sums(int64_t tiles, int64_t width, int64_t taps) {
+  return kSumsOfTokens * width * tokens_of_sums(tiles, taps);
+}
+
+// 32 numbers of bf16: those of even places, and those of odd ones.
+struct Two {
+  __m512 even, odd;
+};
+COFIRE_INLINE Two load_two(const uint16_t* from) {
+  const __m512i both = _mm512_loadu_si512(from);
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+          _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), both))};
+}
+
+// The sums of so many tokens, from x on; zeros follow after so many rows of `width`. Of 32 features
+// those of even places come first.
+inline void add_tokens(const uint16_t* x, int64_t rows, int64_t width, int64_t count,
                        uint16_t* to) {
-  for (int64_t j = 0; j < taps; ++j) {
-    for (int64_t k = 0; k < width; k += kSquare) {
-      for (int64_t half = 0; half < 2; ++half, to += kTileHalves) {
-        for (int64_t c = 0; c < amx::kRows; ++c) {
-          const uint16_t* from = weight + ((first + half * amx::kRows + c) * width + k) * taps + j;
-          for (int64_t f = 0; f < kSquare; ++f) to[(f / 2 * 16 + c) * 2 + f % 2] = from[f * taps];
-        }
-      }
-    }
-  }
-}
-
-// out[n][32] = windows of x [n + taps - 1][width] times a block; rows of out are `stride` apart.
-inline void window_products(const uint16_t* x, int64_t n, int64_t width, int64_t taps,
-                            const uint16_t* block, float* out, int64_t stride) {
-  const int64_t row = 2 * width;
-  for (int64_t t = 0; t < n; t += kSquare) {
-    const int64_t at = std::min(t, n - kSquare);  // the last ones overlap those before
-    amx::multiply_square({x + at * width, row, amx::kRows * row, 64},
-                         {block, 64, 2 * kTileHalves, 4 * kTileHalves}, taps * width / kSquare,
-                         out + at * stride, 4 * stride, false);
-  }
-}
-
-// How many pairs of tokens a sum over n tokens from tap `last` on at the latest reads.
-inline int64_t pairs_of(int64_t n, int64_t last) {
-  return (n + kSquare - 1) / kSquare * (kSquare / 2) + last / 2 + 1;
-}
-
-// [width / 16][pairs][16]: each row of x and the next one, `stride` apart, or zeros after the last
-// of `rows`. A tile is one piece of memory: rows that are a power of two apart would drive each
-// other out of the cache.
-inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t stride,
-                       int64_t pairs, uint32_t* to) {
-  constexpr int64_t kWords = amx::kWords;
-  for (int64_t p = 0; p < pairs; ++p, to += kWords) {
-    const int64_t there = std::clamp<int64_t>(rows - 2 * p, 0, 2);
-    const uint16_t *one = x + 2 * p * stride, *two = one + stride;
-    for (int64_t f = 0; f < width; f += kWords) {
-      uint32_t* tile = to + f * pairs;
-      for (int64_t c = 0; c < kWords; ++c) {
-        tile[c] = (there > 0 ? one[f + c] : 0) | static_cast<uint32_t>(there > 1 ? two[f + c] : 0)
-                                                     << 16;
-      }
+  constexpr int kRows = 4;  // at a time, so that rows are read as they lie
+  const int64_t each = count * width;
+  for (int64_t p = 0; p < count; p += kRows) {
+    for (int64_t c = 0; c < width; c += kSquare) {
+      uint16_t* line = to + c * count + p * kSquare;
+      Two two[kRows + 2];
+      unrolled<kRows + 2>([&](auto r) __attribute__((always_inline)) {
+        const bool there = p + r < rows;
+        two[r] = there ? load_two(x + (p + r) * width + c)
+                       : Two{_mm512_setzero_ps(), _mm512_setzero_ps()};
+      });
+      unrolled<kRows>([&](auto r) __attribute__((always_inline)) {
+        if (r > 0 && p + r >= count) return;
+        const auto put = [&](int64_t which, __m512 even, __m512 odd) __attribute__((always_inline)) {
+          _mm512_store_si512(line + which * each + r * kSquare, amx::halves_of(even, odd));
+        };
+        put(0, two[r].even - two[r + 2].even, two[r].odd - two[r + 2].odd);
+        put(1, two[r + 1].even + two[r + 2].even, two[r + 1].odd + two[r + 2].odd);
+        put(2, two[r + 2].even - two[r + 1].even, two[r + 2].odd - two[r + 1].odd);
+      });
     }
   }
 }
@@ -102,6 +112,117 @@ COFIRE_INLINE void transpose_words(__m512i (&rows)[16]) {
     rows[4 + j] = _mm512_shuffle_i32x4(b, d, kEven);
     rows[8 + j] = _mm512_shuffle_i32x4(a, c, kOdd);
     rows[12 + j] = _mm512_shuffle_i32x4(b, d, kOdd);
+  }
+}
+
+// The block of 16 slots from `first` on, of a weight [slots][width][taps], its taps added up:
+// [product][width / 32][rounds][16 pairs of features][16 slots][2].
+inline void pack_block(const uint16_t* weight, int64_t first, int64_t width, int64_t taps,
+                       uint16_t* to) {
+  const int64_t rounds = rounds_of(taps), product = rounds * width * kBlock;
+  const __m512i features = _mm512_mullo_epi32(
+      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+      _mm512_set1_epi32(static_cast<int>(4 * taps)));  // bytes from every second one to the next
+  const __m512 half = _mm512_set1_ps(0.5f);
+  for (int64_t j = 0; j < rounds; ++j) {
+    // Two taps are read as a word, from the tap `at` on: there are three.
+    const int64_t there = std::min(taps - kTaps * j, kTaps);
+    const auto words = [&](const uint16_t* row, int64_t at) {
+      return _mm512_i32gather_epi32(features, row + at, 1);
+    };
+    const auto low = [](__m512i word) {
+      return _mm512_castsi512_ps(_mm512_slli_epi32(word, 16));
+    };
+    const auto high = [](__m512i word) {
+      return _mm512_castsi512_ps(_mm512_andnot_si512(_mm512_set1_epi32(0xffff), word));
+    };
+    struct Three {
+      __m512 g0, g1, g2;
+    };
+    const auto three = [&](const uint16_t* row) -> Three {
+      const __m512 none = _mm512_setzero_ps();
+      if (there == 1) return {high(words(row, kTaps * j - 1)), none, none};
+      const __m512i front = words(row, kTaps * j);
+      if (there == 2) return {low(front), high(front), none};
+      return {low(front), high(front), high(words(row, kTaps * j + 1))};
+    };
+    for (int64_t k = 0; k < width; k += kSquare) {
+      __m512i tiles[kProducts][16];
+      for (int64_t c = 0; c < kBlock; ++c) {
+        const uint16_t* row = weight + ((first + c) * width + k) * taps;
+        const Three even = three(row), odd = three(row + taps);
+        const __m512 sum = (even.g0 + even.g2) * half, sums = (odd.g0 + odd.g2) * half;
+        const __m512 middle = even.g1 * half, middles = odd.g1 * half;
+        tiles[0][c] = amx::halves_of(even.g0, odd.g0);
+        tiles[1][c] = amx::halves_of(sum + middle, sums + middles);
+        tiles[2][c] = amx::halves_of(sum - middle, sums - middles);
+        tiles[3][c] = amx::halves_of(even.g2, odd.g2);
+      }
+      uint16_t* tile = to + (k * rounds + j * kSquare) * kBlock;
+      for (int64_t m = 0; m < kProducts; ++m) {
+        transpose_words(tiles[m]);
+        for (int64_t r = 0; r < amx::kRows; ++r) {
+          _mm512_store_si512(tile + m * product + r * kSquare, tiles[m][r]);
+        }
+      }
+    }
+  }
+}
+
+// relu(windows of tokens times a block + bias): of `n` tokens in so many tiles, [n][16], rows of
+// `stride`; `largest` of each column is kept up to date. `sums`: as `add_tokens` made them.
+inline void window_products(const uint16_t* sums, int64_t tiles, int64_t n, int64_t width,
+                            int64_t taps, const uint16_t* block, const float* bias, float* out,
+                            int64_t stride, float* largest) {
+  constexpr int64_t kRow = 2 * kSquare;
+  const int64_t count = tokens_of_sums(tiles, taps), each = count * width;
+  const int64_t rounds = rounds_of(taps), product = rounds * width * kBlock;
+  const uint16_t* from[kProducts] = {sums, sums + each, sums + 2 * each, sums + kSquare};
+  alignas(64) float products[kProducts][amx::kColumn * kBlock * kBlock];
+  for (int64_t m = 0; m < kProducts; ++m) {
+    amx::multiply_column(tiles, {from[m], kOutputs * kRow, kTokens * kRow, kTaps * kRow},
+                         count * kRow, block + m * product, width / kSquare, rounds, products[m]);
+  }
+  const __m512 zero = _mm512_setzero_ps(), constant = _mm512_loadu_ps(bias);
+  __m512 most = _mm512_loadu_ps(largest);
+  for (int64_t i = 0; i < n; i += kOutputs) {
+    const auto product_of = [&](int64_t m) __attribute__((always_inline)) {
+      return _mm512_load_ps(products[m] + i / kOutputs * kBlock);
+    };
+    float* line = out + i * stride;
+    const __m512 middle = product_of(1), less = product_of(2);
+    const __m512 first = _mm512_max_ps(product_of(0) + (middle + less) + constant, zero);
+    most = _mm512_max_ps(most, first);
+    _mm512_storeu_ps(line, first);
+    if (i + 1 == n) break;
+    const __m512 second = _mm512_max_ps((middle - less) - product_of(3) + constant, zero);
+    most = _mm512_max_ps(most, second);
+    _mm512_storeu_ps(line + stride, second);
+  }
+  _mm512_storeu_ps(largest, most);
+}
+
+// How many pairs of tokens a sum over n tokens from tap `last` on at the latest reads.
+inline int64_t pairs_of(int64_t n, int64_t last) {
+  return (n + kSquare - 1) / kSquare * (kSquare / 2) + last / 2 + 1;
+}
+
+// [width / 16][pairs][16]: each row of x and the next one, `stride` apart, or zeros after the last
+// of `rows`. A tile is one piece of memory: rows that are a power of two apart would drive each
+// other out of the cache.
+inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t stride,
+                       int64_t pairs, uint32_t* to) {
+  constexpr int64_t kWords = amx::kWords;
+  for (int64_t p = 0; p < pairs; ++p, to += kWords) {
+    const int64_t there = std::clamp<int64_t>(rows - 2 * p, 0, 2);
+    const uint16_t *one = x + 2 * p * stride, *two = one + stride;
+    for (int64_t f = 0; f < width; f += kWords) {
+      uint32_t* tile = to + f * pairs;
+      for (int64_t c = 0; c < kWords; ++c) {
+        tile[c] = (there > 0 ? one[f + c] : 0) | static_cast<uint32_t>(there > 1 ? two[f + c] : 0)
+                                                     << 16;
+      }
+    }
   }
 }
 
