@@ -162,9 +162,8 @@ struct Factor {
 };
 
 // Tiles that are not in the first cache are loaded line by line, and little else runs meanwhile:
-// they are asked for so many steps ahead. In `multiply_shifted` those of the first factor, which
-// may come from the third cache, some more; of the second most lines are there.
-constexpr int64_t kAhead = 3, kShiftedAhead = 8;
+// they are asked for so many steps ahead.
+constexpr int64_t kAhead = 3;
 
 template <int64_t Lines>
 COFIRE_INLINE void ask_for_lines(const uint8_t* data, int64_t row) {
@@ -247,29 +246,37 @@ inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* 
 
 constexpr int kShifts = 6;  // of `multiply_shifted`, at most
 
-// For each of 1 to 6 shifts of b, `b.next` bytes each: c [16][16], `c_next` numbers apart, += the
-// sum over `steps` of a [16][32] b [32][16], of bf16. The sums stay in registers, and where shifts
-// are short most of b's lines are those of the shift before. The registers are square.
+// For each of 1 to 6 shifts of b, `b.next` bytes each: c [shifts][16][16] += the sum over `steps` of
+// a [16][32] b [32][16], of bf16. The sums stay in registers, and where shifts are short most of b's
+// lines are those of the shift before. `next_c`, `next_a`: where what is needed next begins, of
+// which a line each is asked for with each product. The registers are square.
 template <int Shifts = kShifts>
 inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, float* c,
-                             int64_t c_next) {
+                             const void* next_c, const void* next_a) {
   if constexpr (Shifts > 1) {
-    if (shifts < Shifts) return multiply_shifted<Shifts - 1>(shifts, a, b, steps, c, c_next);
+    if (shifts < Shifts) {
+      return multiply_shifted<Shifts - 1>(shifts, a, b, steps, c, next_c, next_a);
+    }
   }
   constexpr int kA = 6, kB = 7;
   constexpr int64_t kRow = 4 * kWords;
   const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
-  unrolled<Shifts>([&](auto i) { load_tile<i>(c + i * c_next, kRow); });
+  const auto *soon = static_cast<const uint8_t*>(next_c);
+  const auto *later = static_cast<const uint8_t*>(next_a);
+  unrolled<Shifts>([&](auto i) { load_tile<i>(c + i * kRows * kWords, kRow); });
   for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
     load_tile<kA>(x, a.row);
     unrolled<Shifts>([&](auto i) __attribute__((always_inline)) {
       load_tile<kB>(w + i * b.next, b.row);
       add_pairs<i, kA, kB>();
-      if constexpr (i == 0) ask_for_tile(x + kShiftedAhead * a.step, a.row);
       if constexpr (i == Shifts - 1) ask_for_tile(w + i * b.next + b.step, b.row);
+      ask_for_lines<1>(soon, kRow);
+      ask_for_lines<1>(later, kRow);
+      soon += kRow;
+      later += kRow;
     });
   }
-  unrolled<Shifts>([&](auto i) { store_tile<i>(c + i * c_next, kRow); });
+  unrolled<Shifts>([&](auto i) { store_tile<i>(c + i * kRows * kWords, kRow); });
 }
 
 // c [3][16][16] = a b, for unsigned numbers of 16 bits a, [16 rows] in two planes of their high and

@@ -80,6 +80,8 @@ struct Shape {
   int64_t segments() const { return by_taps() ? 0 : (tokens() + segment - 1) / segment; }
   int64_t outputs(int64_t i) const { return std::min(segment, tokens() - i * segment); }
   int64_t inputs(int64_t i) const { return std::min(length(), rows - i * segment); }
+  // Sums of the weight's gradient by windows: each product's.
+  int64_t of_sums() const { return kProducts * rounds_of(taps); }
   // Rows of a weight by taps, or by frequencies.
   int64_t weights() const { return by_taps() ? taps : points; }
   // Of the logits of a set, by frequencies, or token by token, with those of its padding.
@@ -145,24 +147,38 @@ struct Transforms {
   }
 };
 
-// By windows the gradient is summed in blocks [taps][kBlock slots][kBlock features], those of the
-// same features one after the other. Where the block of a slot and a feature, multiples of kBlock,
-// begins.
-int64_t block_at(const Shape& s, int64_t slot, int64_t f) {
-  return (f * s.slots + slot * kBlock) * s.taps;
+// By windows the gradient's four products are summed in blocks [rounds][kBlock slots][kBlock
+// features], those of the same features one after the other. Where the block of a product, a slot
+// and a feature, multiples of kBlock, begins.
+int64_t block_at(const Shape& s, int64_t product, int64_t slot, int64_t f) {
+  return ((product * s.width + f) * s.slots + slot * kBlock) * rounds_of(s.taps);
 }
 
-// Such blocks: [slots][width][taps].
+// The gradient [slots][width][taps] of such sums.
 at::Tensor from_blocks(const Shape& s, const at::Tensor& blocks) {
   const at::Tensor out = at::empty({s.slots, s.width, s.taps}, blocks.options());
   const auto* from = blocks.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
-  in_turns(s.slots, [&](int64_t slot) {
-    for (int64_t f = 0; f < s.width; ++f) {
-      const int64_t c = f % kBlock, r = slot % kBlock;
-      const float* sum = from + block_at(s, slot - r, f - c) + r * kBlock + c;
-      float* line = to + (slot * s.width + f) * s.taps;
-      for (int64_t j = 0; j < s.taps; ++j) line[j] = sum[j * kBlock * kBlock];
+  const int64_t rounds = rounds_of(s.taps), even = (rounds + 1) / 2;
+  const int64_t blocks_of_slots = s.slots / kBlock;
+  in_parts(blocks_of_slots * (s.width / kBlock), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t slot = item % blocks_of_slots * kBlock, f = item / blocks_of_slots * kBlock;
+      const float* block[kProducts];
+      for (int64_t m = 0; m < kProducts; ++m) block[m] = from + block_at(s, m, slot, f);
+      for (int64_t j = 0; j < rounds; ++j) {
+        const int64_t first = (j % 2 * even + j / 2) * kBlock * kBlock;
+        const int64_t there = std::min(kTaps, s.taps - kTaps * j);
+        for (int64_t at = 0; at < kBlock * kBlock; ++at) {
+          const auto sum = [&](int64_t m) { return block[m][first + at]; };
+          const float both = (sum(1) + sum(2)) * 0.5f;
+          const int64_t line = (slot + at / kBlock) * s.width + f + at % kBlock;
+          float* tap = to + line * s.taps + kTaps * j;
+          tap[0] = sum(0) + both;
+          if (there > 1) tap[1] = (sum(1) - sum(2)) * 0.5f;
+          if (there > 2) tap[2] = both - sum(3);
+        }
+      }
     }
   });
   return out;
@@ -233,11 +249,7 @@ struct Weight {
     });
 #endif
   }
-#if defined(COFIRE_AMX)
-  static int64_t of_block(const Shape& s) {
-    return kProducts * rounds_of(s.taps) * s.width * kBlock;
-  }
-#endif
+  static int64_t of_block(const Shape& s) { return s.of_sums() * s.width * kBlock; }
 };
 
 // Some sets at a time: their tokens, these and the logits by frequencies.
@@ -248,10 +260,9 @@ struct Group {
   const float* weight;
   const float* bias;
   const uint16_t* windows = nullptr;  // tokens of the first set
-  int64_t parities = 1;
-  Room<uint16_t> slopes;  // by windows: the logits' gradients, [set][slots][room]
-  Room<uint32_t> pairs;   // and pairs of tokens, [set][pairs][width]: from the first slot's middle
-                          // on, or [set][2][pairs][width], from the first and the second token on
+  Room<uint16_t> sums;    // by windows: of tokens, a thread's
+  Room<uint16_t> slopes;  // the logits' gradients, [product][set][slots][room]
+  Room<uint32_t> pairs;   // or pairs of tokens, [set][pairs][width]: from the first slot's middle on
   at::Tensor of_tokens;   // [set and segment][points][width]
   at::Tensor of_logits;   // [set and segment][points][slots]; tap by tap [set][rows][slots]
   at::Tensor converted;   // rows of the sets, where they are not in fp32
@@ -266,9 +277,12 @@ struct Group {
         bias(bias_) {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      parities = keeps_logits ? 2 : 1;
-      if (keeps_logits) slopes = Room<uint16_t>(s.group() * s.slots * slope_room());
-      pairs = Room<uint32_t>(s.group() * of_pairs());
+      sums = Room<uint16_t>(at::get_num_threads() * of_sums());
+      if (keeps_logits) {
+        slopes = Room<uint16_t>(kProducts * of_slopes());
+      } else {
+        pairs = Room<uint32_t>(s.group() * of_pairs());
+      }
       return;
     }
 #endif
@@ -285,11 +299,10 @@ struct Group {
 #if defined(COFIRE_AMX)
     if (s.windows) {
       windows = reinterpret_cast<const uint16_t*>(tokens);
-      in_turns(sets * parities, [&](int64_t task) {
-        const int64_t i = task / parities, first = parities == 1 ? s.taps / 2 : task % parities;
-        const int64_t count = parities == 1 ? s.tokens() : s.rows - first;
-        pack_pairs(window_of(i) + first * s.width, count, s.width, s.width, pairs_each(),
-                   pairs.at(task * pairs_each() * s.width));
+      if (pairs.data() == nullptr) return;
+      in_turns(sets, [&](int64_t i) {
+        pack_pairs(window_of(i) + s.taps / 2 * s.width, s.tokens(), s.width, s.width,
+                   pairs_of(s.tokens()), pairs.at(i * of_pairs()));
       });
       return;
     }
@@ -343,15 +356,20 @@ struct Group {
   }
 
   const uint16_t* window_of(int64_t i) const { return windows + i * s.rows * s.width; }
-  int64_t slope_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
 #if defined(COFIRE_AMX)
-  int64_t pairs_each() const { return pairs_of(s.tokens(), parities == 1 ? 0 : s.taps - 1); }
-  int64_t of_pairs() const { return parities * pairs_each() * s.width; }
+  int64_t of_sums() const {
+    const int64_t tiles = (s.tokens() + kTokens - 1) / kTokens;
+    return size_of_sums(std::min<int64_t>(tiles, amx::kColumn), s.width, s.taps);
+  }
+  int64_t share_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
+  int64_t of_pairs() const { return pairs_of(s.tokens()) * s.width; }
+  int64_t slope_room() const { return 2 * half_of(s.tokens()); }
+  int64_t of_slopes() const { return s.group() * s.slots * slope_room(); }
   const uint16_t* block_of(int64_t slot) const {
     return all_of_weight.blocks.at(slot / kBlock * Weight::of_block(s));
   }
-  uint16_t* slopes_at(int64_t i, int64_t slot) {
-    return slopes.at((i * s.slots + slot) * slope_room());
+  uint16_t* slopes_at(int64_t product, int64_t i, int64_t slot) const {
+    return slopes.at(product * of_slopes() + (i * s.slots + slot) * slope_room());
   }
 #endif
 
@@ -389,12 +407,12 @@ struct Group {
   void mix(int64_t i, const Tile& tile, const float* shares, float* out) const {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      Halves by_slots(tile.count * slope_room());
-      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
+      Halves by_slots(tile.count * share_room());
+      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), share_room());
       amx::Registers registers;
       registers.square();
-      mixtures(by_slots.data(), tile.count, slope_room(), pairs.at(i * of_pairs()), pairs_each(),
-               s.width, out);
+      mixtures(by_slots.data(), tile.count, share_room(), pairs.at(i * of_pairs()),
+               pairs_of(s.tokens()), s.width, out);
       return;
     }
 #endif
@@ -424,8 +442,10 @@ struct Group {
   void keep(int64_t i, const Tile& tile, const float* slopes_from) {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      transpose(slopes_from, s.tokens(), tile.count, tile.stride, slopes_at(i, tile.first),
-                slope_room());
+      for (int64_t c = 0; c < tile.count; c += kBlock) {
+        add_slopes(slopes_from + c, s.tokens(), tile.stride, of_slopes(),
+                   slopes_at(0, i, tile.first + c));
+      }
       return;
     }
 #endif
@@ -466,14 +486,14 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
     amx::Registers registers;
     registers.square();
     const int64_t all = (s.tokens() + kTokens - 1) / kTokens, part = next_part(all, amx::kColumn);
-    const Room<uint16_t> sums(size_of_sums(part, s.width, s.taps));
+    uint16_t* sums = group.sums.at(at::get_thread_num() * group.of_sums());
     std::fill_n(largest, tile.count, 0.0f);
     for (int64_t first = 0; first < all; first += part) {
       const int64_t tiles = std::min(part, all - first), t = first * kTokens;
       add_tokens(group.window_of(set) + t * s.width, s.rows - t, s.width,
-                 tokens_of_sums(tiles, s.taps), sums.data());
+                 tokens_of_sums(tiles, s.taps), sums);
       for (int64_t c = 0; c < tile.count; c += kBlock) {
-        window_products(sums.data(), tiles, std::min(tiles * kTokens, s.tokens() - t), s.width,
+        window_products(sums, tiles, std::min(tiles * kTokens, s.tokens() - t), s.width,
                         s.taps, group.block_of(tile.first + c), constants + c,
                         out + t * tile.stride + c, tile.stride, largest + c);
       }
@@ -672,6 +692,41 @@ struct Gradients {
   double gate = 0;
 };
 
+#if defined(COFIRE_AMX)
+// By windows, what the sets of a group add to the sums of the weight's gradient. A part goes over
+// some features of a product; for a set their tokens stay in the second cache and a block of slopes
+// in the first.
+void add_to_sums(const Group& group, int64_t sets, float* sums) {
+  constexpr int64_t kTogether = 4;  // blocks of features
+  const Shape& s = group.s;
+  const int64_t slots = s.slots / kBlock, features = s.width / kBlock, half = half_of(s.tokens());
+  const int64_t each = lines_of_pairs(s.tokens(), s.taps) * kBlock;
+  in_parts(kProducts * features, 1, [&](int64_t begin, int64_t end) {
+    amx::Registers registers;
+    registers.square();
+    Lines<uint32_t> of_tokens(kTogether * each);
+    for (int64_t i = 0; i < sets; ++i) {
+      for (int64_t at = begin, now = 0; at < end; at += now) {
+        const int64_t product = at / features, first = at % features;
+        now = std::min({kTogether, end - at, features - first});
+        add_pairs_of_tokens(group.window_of(i) + first * kBlock, s.rows, s.width, s.tokens(),
+                            s.taps, product, now, of_tokens.data());
+        const auto sums_of = [&](int64_t item) {
+          return sums + block_at(s, product, item / now * kBlock, (first + item % now) * kBlock);
+        };
+        for (int64_t item = 0; item < slots * now; ++item) {
+          // Of the next slots' slopes as much as there are features.
+          const uint16_t* slopes = group.slopes_at(product, i, item / now * kBlock);
+          const int64_t block = kBlock * group.slope_room();
+          add_to_taps(slopes, of_tokens.data() + item % now * each, half, s.taps, sums_of(item),
+                      sums_of(item + 1), slopes + block + item % now * (block / now));
+        }
+      }
+    }
+  });
+}
+#endif
+
 // Groups of sets: first the gradients of the logits, tile by tile, then their products with the
 // tokens, and with the weight.
 template <typename T>
@@ -737,23 +792,7 @@ void fuse_backward(const Shape& s, const Transforms& transforms, const T* grad_k
     });
     if (s.windows) {
 #if defined(COFIRE_AMX)
-      // Many slots for the same features, so that a set comes from the third cache a few times
-      // only.
-      const int64_t blocks = s.slots / kBlock;
-      in_parts(blocks * (s.width / kSquare), 1, [&](int64_t begin, int64_t end) {
-        amx::Registers registers;
-        registers.square();
-        for (int64_t i = 0; i < now; ++i) {
-          for (int64_t item = begin; item < end; ++item) {
-            const int64_t slot = item % blocks * kBlock, first = item / blocks * kSquare;
-            for (int64_t f = first; f < first + kSquare; f += kBlock) {
-              add_to_taps(group.slopes_at(i, slot), group.slope_room(),
-                          group.pairs.at(i * group.of_pairs()), group.pairs_each(), s.width, s.taps,
-                          f, to_weight + block_at(s, slot, f));
-            }
-          }
-        }
-      });
+      add_to_sums(group, now, to_weight);
 #endif
     } else if (s.by_taps()) {
       // (The slopes between two sets are zero.)
@@ -890,7 +929,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
   const auto floats = x.options().dtype(at::kFloat);
   Gradients to;
   if (to_tokens) to.tokens = at::zeros(x.sizes(), floats);
-  to.weight = at::zeros({s.weights(), s.slots, s.width}, floats);
+  const int64_t sums = s.windows ? s.of_sums() : s.weights();
+  to.weight = at::zeros({sums, s.slots, s.width}, floats);
   to.bias = at::zeros({s.slots}, floats.dtype(at::kDouble));
   if (s.sets > 0 && s.slots > 0) {
     dispatch(x.scalar_type(), [&](auto t) {

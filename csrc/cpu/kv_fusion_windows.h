@@ -19,13 +19,6 @@ using Halves = Lines<uint16_t>;  // bits of bf16
 
 constexpr int64_t kSquare = 32;  // slots, tokens and features of a step
 constexpr int64_t kBlock = 16;   // slots and features of a block of the weight's gradient
-constexpr int64_t kTaps = 3;     // that are taken at a time
-
-#if defined(COFIRE_AMX)
-
-static_assert(kBlock == amx::kRows && kBlock == amx::kWords);
-
-constexpr int64_t kTileHalves = 512;
 
 // Two logits of a slot, of tokens that follow each other, take four products for each three taps
 // instead of six (minimal filtering, Winograd 1980; F(2, 3) of Lavin, Gray 2016). Of tokens x0 to x3
@@ -35,10 +28,16 @@ constexpr int64_t kTileHalves = 512;
 //   m2 = (x2 - x1) (g0 - g1 + g2) / 2, m3 = (x1 - x3) g2.
 // The sums are rounded to bf16, so that the logits are as far from the right ones as two roundings
 // of theirs would take them.
-constexpr int64_t kOutputs = 2, kProducts = 4;
+constexpr int64_t kOutputs = 2, kTaps = 3, kProducts = 4;
 constexpr int64_t kTokens = kOutputs * amx::kRows;  // of a tile
 
 constexpr int64_t rounds_of(int64_t taps) { return (taps + kTaps - 1) / kTaps; }
+
+#if defined(COFIRE_AMX)
+
+static_assert(kBlock == amx::kRows && kBlock == amx::kWords);
+
+constexpr int64_t kTileHalves = 512;
 
 // Sums of tokens, as products read them: x0 - x2, x1 + x2 and x2 - x1, at each token x0 (and x1 -
 // x3, which is the first at the next one). Of so many tiles: [3][width / 32][tokens][32].
@@ -202,10 +201,8 @@ inline void window_products(const uint16_t* sums, int64_t tiles, int64_t n, int6
   _mm512_storeu_ps(largest, most);
 }
 
-// How many pairs of tokens a sum over n tokens from tap `last` on at the latest reads.
-inline int64_t pairs_of(int64_t n, int64_t last) {
-  return (n + kSquare - 1) / kSquare * (kSquare / 2) + last / 2 + 1;
-}
+// How many pairs of tokens a sum over n tokens reads.
+inline int64_t pairs_of(int64_t n) { return (n + kSquare - 1) / kSquare * (kSquare / 2); }
 
 // [width / 16][pairs][16]: each row of x and the next one, `stride` apart, or zeros after the last
 // of `rows`. A tile is one piece of memory: rows that are a power of two apart would drive each
@@ -304,20 +301,97 @@ inline void along_gradients(const uint16_t* x, int64_t n, int64_t width, const u
   }
 }
 
-// sums [taps][kBlock][kBlock] += slopes of so many slots, transposed, times as many features from f
-// on of the tokens from tap j on, for each tap. `pairs`: of both parities, count each. Every second
-// tap's tokens begin a pair later.
-inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pairs, int64_t count,
-                        int64_t width, int64_t taps, int64_t f, float* sums) {
-  constexpr int64_t kSums = kBlock * kBlock;
-  for (int64_t parity = 0; parity < 2; ++parity) {
-    const int64_t all = (taps + 1 - parity) / 2;
+// The weight's gradient is the other way of the four products: with the slopes y0 and y1 of two
+// logits, and the same sums of tokens,
+//   n0 = y0 (x0 - x2), n1 = (y0 + y1) (x1 + x2), n2 = (y0 - y1) (x2 - x1), n3 = y1 (x1 - x3),
+// those of the taps are n0 + (n1 + n2) / 2, (n1 - n2) / 2, (n1 + n2) / 2 - n3. A product reads two
+// of each at a time: those of the first half of all twos of tokens, and those of the second.
+
+// How many twos of n tokens a half is.
+inline int64_t half_of(int64_t n) { return (n + 4 * amx::kRows - 1) / (4 * amx::kRows) * amx::kRows; }
+
+// Of slopes [n][stride] the first 16 columns, added up: at to + product * `next`
+// [half / 16][16 columns][32].
+inline void add_slopes(const float* slopes, int64_t n, int64_t stride, int64_t next, uint16_t* to) {
+  const int64_t half = half_of(n);
+  const auto slope = [&](int64_t t) __attribute__((always_inline)) {
+    return t < n ? _mm512_loadu_ps(slopes + t * stride) : _mm512_setzero_ps();
+  };
+  for (int64_t i = 0; i < half; i += amx::kWords, to += kTileHalves) {
+    __m512i tiles[kProducts][16];
+    for (int64_t r = 0; r < amx::kWords; ++r) {
+      const int64_t t = kOutputs * (i + r), other = t + kOutputs * half;
+      const __m512 y0 = slope(t), y1 = slope(t + 1), z0 = slope(other), z1 = slope(other + 1);
+      tiles[0][r] = amx::pairs_of(y0, z0);
+      tiles[1][r] = amx::pairs_of(y0 + y1, z0 + z1);
+      tiles[2][r] = amx::pairs_of(y0 - y1, z0 - z1);
+      tiles[3][r] = amx::pairs_of(y1, z1);
+    }
+    for (int64_t m = 0; m < kProducts; ++m) {
+      transpose_words(tiles[m]);
+      for (int64_t r = 0; r < amx::kRows; ++r) {
+        _mm512_store_si512(to + m * next + r * kSquare, tiles[m][r]);
+      }
+    }
+  }
+}
+
+// How many lines `add_pairs_of_tokens` makes.
+inline int64_t lines_of_pairs(int64_t n, int64_t taps) {
+  return kOutputs * half_of(n) + kTaps * (rounds_of(taps) - 1);
+}
+
+// The sums of tokens that one of the products takes, of `blocks` blocks of 16 features of x
+// [rows][width]: [blocks][lines][16] pairs of those at a token and half of all tokens later.
+inline void add_pairs_of_tokens(const uint16_t* x, int64_t rows, int64_t width, int64_t n,
+                                int64_t taps, int64_t product, int64_t blocks, uint32_t* to) {
+  const int64_t apart = kOutputs * half_of(n), count = lines_of_pairs(n, taps);
+  const auto at = [&](int64_t p, int64_t f) __attribute__((always_inline)) {
+    if (p >= rows) return _mm512_setzero_ps();
+    const auto* row = reinterpret_cast<const __m256i*>(x + p * width + f);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(row)), 16));
+  };
+  constexpr int64_t kAhead = 16;  // rows that are asked for, which lie apart
+  const auto ask = [&](int64_t p, int64_t f) __attribute__((always_inline)) {
+    _mm_prefetch(reinterpret_cast<const char*>(x + (p + kAhead) * width + f), _MM_HINT_T0);
+  };
+  const auto fill = [&](int64_t first, int64_t second, __m512 sign) __attribute__((always_inline)) {
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t f = b * kBlock, later = p + apart;
+        ask(p, f);
+        ask(later, f);
+        const __m512 low = _mm512_fmadd_ps(sign, at(p + second, f), at(p + first, f));
+        const __m512 high = _mm512_fmadd_ps(sign, at(later + second, f), at(later + first, f));
+        _mm512_store_si512(to + (b * count + p) * amx::kWords, amx::pairs_of(low, high));
+      }
+    }
+  };
+  const __m512 plus = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
+  if (product == 0) fill(0, 2, minus);
+  if (product == 1) fill(1, 2, plus);
+  if (product == 2) fill(2, 1, minus);
+  if (product == 3) fill(1, 3, minus);
+}
+
+// sums [rounds][kBlock][kBlock] += slopes of so many slots, as `add_slopes` made them, times as many
+// features of tokens, as `add_pairs_of_tokens` did. The sums of even rounds, whose lines overlap,
+// come first, then those of odd ones. `next_sums`, `next_slopes`: where those begin that are needed
+// next.
+inline void add_to_taps(const uint16_t* slopes, const uint32_t* pairs, int64_t half, int64_t taps,
+                        float* sums, const float* next_sums, const uint16_t* next_slopes) {
+  constexpr int64_t kRow = 4 * amx::kWords, kSums = kBlock * kBlock;
+  const int64_t rounds = rounds_of(taps);
+  for (int64_t odd = 0; odd < 2; ++odd) {
+    const int64_t all = (rounds + 1 - odd) / 2;
     for (int64_t first = 0, now = 0; first < all; first += now) {
       now = next_part(all - first, amx::kShifts);
-      amx::Factor right = of_tokens(pairs + parity * count * width, count, f, first);
-      right.next = 4 * amx::kWords;
-      amx::multiply_shifted(now, of_slots(slopes, 0, room), right, room / kSquare,
-                            sums + (parity + 2 * first) * kSums, 2 * kSums);
+      const uint32_t* from = pairs + kTaps * (2 * first + odd) * amx::kWords;
+      amx::multiply_shifted(now, {slopes, 2 * kSquare, 0, 2 * kTileHalves},
+                            {from, kOutputs * kRow, 2 * kTaps * kRow, kOutputs * amx::kRows * kRow},
+                            half / amx::kRows, sums, next_sums, next_slopes);
+      sums += now * kSums;
+      next_sums += now * kSums;
     }
   }
 }
