@@ -211,14 +211,13 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
   store_tile<3>(second + 64, c_row);
 }
 
-constexpr int kColumn = 6;      // tiles of `multiply_column`, at most
-constexpr int64_t kLines = 5;  // of its first factor's next round, asked for with each product
+constexpr int kSums = 6;  // tiles of `multiply_column` and `multiply_shifted`, at most
 
 // c [tiles][16][16] = the sum over `rounds` of `steps` each of a [tiles][16][32] b [32][16], of
-// bf16. Rows of a may overlap, also those of other tiles and steps: what a round reads lies without
-// a gap, and that of the next one after it, `round` bytes on. Tiles of b follow each other. The
-// sums stay in registers. The registers are square.
-template <int Tiles = kColumn>
+// bf16. Rows of a, 64 bytes each, may overlap, also those of other tiles and steps; those of the
+// next round begin `round` bytes after those of this one. Tiles of b follow each other. The sums
+// stay in registers. The registers are square.
+template <int Tiles = kSums>
 inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* b, int64_t rounds,
                             int64_t steps, float* c) {
   if constexpr (Tiles > 1) {
@@ -233,24 +232,22 @@ inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* 
     for (int64_t q = 0; q < steps; ++q, x += a.step, w += kTile) {
       load_tile<kB>(w, kRow);
       unrolled<Tiles>([&](auto i) __attribute__((always_inline)) {
-        load_tile<kA>(x + i * a.next, a.row);
+        load_tile<kA>(x + i * a.next, kRow);
         add_pairs<i, kA, kB>();
         if constexpr (i == 0) ask_for_tile(w + kAhead * kTile, kRow);
-        ask_for_lines<kLines>(next, kRow);
-        next += kLines * kRow;
+        ask_for_lines<1>(next, kRow);
+        next += kRow;
       });
     }
   }
   unrolled<Tiles>([&](auto i) { store_tile<i>(c + i * kRows * kWords, kRow); });
 }
 
-constexpr int kShifts = 6;  // of `multiply_shifted`, at most
-
-// For each of 1 to 6 shifts of b, `b.next` bytes each: c [shifts][16][16] += the sum over `steps` of
-// a [16][32] b [32][16], of bf16. The sums stay in registers, and where shifts are short most of b's
-// lines are those of the shift before. `next_c`, `next_a`: where what is needed next begins, of
+// For each of 1 to 6 shifts of b, `b.next` bytes each: c [shifts][16][16] += the sum over `steps`
+// of a [16][32] b [32][16], of bf16. The sums stay in registers, and where shifts are short most of
+// b's lines are those of the shift before. `next_c`, `next_a`: where what is needed next begins, of
 // which a line each is asked for with each product. The registers are square.
-template <int Shifts = kShifts>
+template <int Shifts = kSums>
 inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, float* c,
                              const void* next_c, const void* next_a) {
   if constexpr (Shifts > 1) {
@@ -261,18 +258,19 @@ inline void multiply_shifted(int64_t shifts, Factor a, Factor b, int64_t steps, 
   constexpr int kA = 6, kB = 7;
   constexpr int64_t kRow = 4 * kWords;
   const auto *x = static_cast<const uint8_t*>(a.data), *w = static_cast<const uint8_t*>(b.data);
-  const auto *soon = static_cast<const uint8_t*>(next_c);
-  const auto *later = static_cast<const uint8_t*>(next_a);
+  const auto* soon = static_cast<const uint8_t*>(next_c);
+  const auto* later = static_cast<const char*>(next_a);
   unrolled<Shifts>([&](auto i) { load_tile<i>(c + i * kRows * kWords, kRow); });
   for (int64_t q = 0; q < steps; ++q, x += a.step, w += b.step) {
     load_tile<kA>(x, a.row);
     unrolled<Shifts>([&](auto i) __attribute__((always_inline)) {
       load_tile<kB>(w + i * b.next, b.row);
       add_pairs<i, kA, kB>();
+      if constexpr (i == 0) ask_for_tile(x + kAhead * a.step, a.row);
       if constexpr (i == Shifts - 1) ask_for_tile(w + i * b.next + b.step, b.row);
       ask_for_lines<1>(soon, kRow);
-      ask_for_lines<1>(later, kRow);
       soon += kRow;
+      _mm_prefetch(later, _MM_HINT_T1);
       later += kRow;
     });
   }

@@ -186,7 +186,7 @@ void attend_on_tiles(const Sizes& s, const at::Tensor& query, const at::Tensor& 
     const Room<float> weights(kBlock * line), mixed(kBlock * d);
     const Room<uint16_t> halves(kBlock * wide), copied(kBlock * d);
     pack_features(bits_of(k.at(b, h)), most, k.row(), d, room, keys.data());
-    pack_pairs(bits_of(v.at(b, h)), most, d, v.row(), room / 2, values.data());
+    pack_pairs(bits_of(v.at(b, h)), most, d, v.row(), kNeighbours, room / 2, values.data());
     amx::Registers registers;
     registers.square();
     float factors[kBlock];
@@ -231,7 +231,7 @@ void attend_backward_on_tiles(const Sizes& s, const at::Tensor& grad, const at::
     const Room<uint16_t> kept(kChunk * room), kept_slopes(kChunk * room);
     pack_features(bits_of(k.at(b, h)), s.keys, k.row(), d, room, keys.data());
     pack_features(bits_of(v.at(b, h)), s.keys, v.row(), d, room, values.data());
-    pack_pairs(bits_of(k.at(b, h)), s.keys, d, k.row(), room / 2, pairs.data());
+    pack_pairs(bits_of(k.at(b, h)), s.keys, d, k.row(), kNeighbours, room / 2, pairs.data());
     for (const Room<float>* sum : {&sum_k, &sum_v}) std::fill_n(sum->data(), room * d, 0.0f);
     amx::Registers registers;
     registers.square();
@@ -254,13 +254,15 @@ void attend_backward_on_tiles(const Sizes& s, const at::Tensor& grad, const at::
         });
         for (int64_t c = 0; c < seen; c += amx::kRows) {
           const int64_t to = (c / amx::kRows * blocks + i) * kTileHalves;
-          transposed_square(weights.data() + c, count, width - c, line, kept.data() + to);
-          transposed_square(slopes.data() + c, count, width - c, line, kept_slopes.data() + to);
+          transposed_square(weights.data() + c, count, width - c, line, kNeighbours,
+                            kept.data() + to);
+          transposed_square(slopes.data() + c, count, width - c, line, kNeighbours,
+                            kept_slopes.data() + to);
         }
       }
       const int64_t whole = blocks * kSquare, at = (set * rows + begin) * d;
-      pack_pairs(q + at, end - begin, d, d, whole / 2, of_queries.data());
-      pack_pairs(g + at, end - begin, d, d, whole / 2, of_grads.data());
+      pack_pairs(q + at, end - begin, d, d, kNeighbours, whole / 2, of_queries.data());
+      pack_pairs(g + at, end - begin, d, d, kNeighbours, whole / 2, of_grads.data());
       add_by_keys(kept.data(), seen, whole, of_grads.data(), d, sum_v.data());
       add_by_keys(kept_slopes.data(), seen, whole, of_queries.data(), d, sum_k.data());
     }

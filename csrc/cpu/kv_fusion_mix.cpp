@@ -80,8 +80,6 @@ struct Shape {
   int64_t segments() const { return by_taps() ? 0 : (tokens() + segment - 1) / segment; }
   int64_t outputs(int64_t i) const { return std::min(segment, tokens() - i * segment); }
   int64_t inputs(int64_t i) const { return std::min(length(), rows - i * segment); }
-  // Sums of the weight's gradient by windows: each product's.
-  int64_t of_sums() const { return kProducts * rounds_of(taps); }
   // Rows of a weight by taps, or by frequencies.
   int64_t weights() const { return by_taps() ? taps : points; }
   // Of the logits of a set, by frequencies, or token by token, with those of its padding.
@@ -147,38 +145,24 @@ struct Transforms {
   }
 };
 
-// By windows the gradient's four products are summed in blocks [rounds][kBlock slots][kBlock
-// features], those of the same features one after the other. Where the block of a product, a slot
-// and a feature, multiples of kBlock, begins.
-int64_t block_at(const Shape& s, int64_t product, int64_t slot, int64_t f) {
-  return ((product * s.width + f) * s.slots + slot * kBlock) * rounds_of(s.taps);
+// By windows the gradient is summed in blocks [taps][kBlock slots][kBlock features], those of the
+// same features one after the other. Where the block of a slot and a feature, multiples of kBlock,
+// begins.
+int64_t block_at(const Shape& s, int64_t slot, int64_t f) {
+  return (f * s.slots + slot * kBlock) * s.taps;
 }
 
-// The gradient [slots][width][taps] of such sums.
+// Such blocks: [slots][width][taps].
 at::Tensor from_blocks(const Shape& s, const at::Tensor& blocks) {
   const at::Tensor out = at::empty({s.slots, s.width, s.taps}, blocks.options());
   const auto* from = blocks.const_data_ptr<float>();
   auto* to = out.mutable_data_ptr<float>();
-  const int64_t rounds = rounds_of(s.taps), even = (rounds + 1) / 2;
-  const int64_t blocks_of_slots = s.slots / kBlock;
-  in_parts(blocks_of_slots * (s.width / kBlock), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slot = item % blocks_of_slots * kBlock, f = item / blocks_of_slots * kBlock;
-      const float* block[kProducts];
-      for (int64_t m = 0; m < kProducts; ++m) block[m] = from + block_at(s, m, slot, f);
-      for (int64_t j = 0; j < rounds; ++j) {
-        const int64_t first = (j % 2 * even + j / 2) * kBlock * kBlock;
-        const int64_t there = std::min(kTaps, s.taps - kTaps * j);
-        for (int64_t at = 0; at < kBlock * kBlock; ++at) {
-          const auto sum = [&](int64_t m) { return block[m][first + at]; };
-          const float both = (sum(1) + sum(2)) * 0.5f;
-          const int64_t line = (slot + at / kBlock) * s.width + f + at % kBlock;
-          float* tap = to + line * s.taps + kTaps * j;
-          tap[0] = sum(0) + both;
-          if (there > 1) tap[1] = (sum(1) - sum(2)) * 0.5f;
-          if (there > 2) tap[2] = both - sum(3);
-        }
-      }
+  in_turns(s.slots, [&](int64_t slot) {
+    for (int64_t f = 0; f < s.width; ++f) {
+      const int64_t c = f % kBlock, r = slot % kBlock;
+      const float* sum = from + block_at(s, slot - r, f - c) + r * kBlock + c;
+      float* line = to + (slot * s.width + f) * s.taps;
+      for (int64_t j = 0; j < s.taps; ++j) line[j] = sum[j * kBlock * kBlock];
     }
   });
   return out;
@@ -249,7 +233,7 @@ struct Weight {
     });
 #endif
   }
-  static int64_t of_block(const Shape& s) { return s.of_sums() * s.width * kBlock; }
+  static int64_t of_block(const Shape& s) { return s.taps * s.width * kBlock; }
 };
 
 // Some sets at a time: their tokens, these and the logits by frequencies.
@@ -260,12 +244,12 @@ struct Group {
   const float* weight;
   const float* bias;
   const uint16_t* windows = nullptr;  // tokens of the first set
-  Room<uint16_t> sums;    // by windows: of tokens, a thread's
-  Room<uint16_t> slopes;  // the logits' gradients, [product][set][slots][room]
-  Room<uint32_t> pairs;   // or pairs of tokens, [set][pairs][width]: from the first slot's middle on
-  at::Tensor of_tokens;   // [set and segment][points][width]
-  at::Tensor of_logits;   // [set and segment][points][slots]; tap by tap [set][rows][slots]
-  at::Tensor converted;   // rows of the sets, where they are not in fp32
+  Room<uint16_t> lines;               // by windows: of tokens, [set][width / 32][lines][32]
+  Room<uint16_t> slopes;              // the logits' gradients, [set][slots][room]
+  Room<uint32_t> pairs;  // or pairs of tokens, [set][width][pairs]: from the first slot's middle on
+  at::Tensor of_tokens;  // [set and segment][points][width]
+  at::Tensor of_logits;  // [set and segment][points][slots]; tap by tap [set][rows][slots]
+  at::Tensor converted;  // rows of the sets, where they are not in fp32
   const float* flat = nullptr;  // rows of all sets, one after the other
 
   Group(const Shape& shape, const Transforms& t, const Weight& weight_, const float* bias_,
@@ -277,9 +261,9 @@ struct Group {
         bias(bias_) {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      sums = Room<uint16_t>(at::get_num_threads() * of_sums());
+      lines = Room<uint16_t>(s.group() * of_lines());
       if (keeps_logits) {
-        slopes = Room<uint16_t>(kProducts * of_slopes());
+        slopes = Room<uint16_t>(s.group() * s.slots * slope_room());
       } else {
         pairs = Room<uint32_t>(s.group() * of_pairs());
       }
@@ -299,10 +283,11 @@ struct Group {
 #if defined(COFIRE_AMX)
     if (s.windows) {
       windows = reinterpret_cast<const uint16_t*>(tokens);
-      if (pairs.data() == nullptr) return;
       in_turns(sets, [&](int64_t i) {
+        pack_tokens(window_of(i), s.rows, s.width, lines_each(), lines.at(i * of_lines()));
+        if (pairs.data() == nullptr) return;
         pack_pairs(window_of(i) + s.taps / 2 * s.width, s.tokens(), s.width, s.width,
-                   pairs_of(s.tokens()), pairs.at(i * of_pairs()));
+                   halves_of(slope_room()), slope_room() / 2, pairs.at(i * of_pairs()));
       });
       return;
     }
@@ -357,19 +342,15 @@ struct Group {
 
   const uint16_t* window_of(int64_t i) const { return windows + i * s.rows * s.width; }
 #if defined(COFIRE_AMX)
-  int64_t of_sums() const {
-    const int64_t tiles = (s.tokens() + kTokens - 1) / kTokens;
-    return size_of_sums(std::min<int64_t>(tiles, amx::kColumn), s.width, s.taps);
-  }
-  int64_t share_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
-  int64_t of_pairs() const { return pairs_of(s.tokens()) * s.width; }
-  int64_t slope_room() const { return 2 * half_of(s.tokens()); }
-  int64_t of_slopes() const { return s.group() * s.slots * slope_room(); }
+  int64_t slope_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
+  int64_t lines_each() const { return slope_room() + s.taps - 1; }
+  int64_t of_lines() const { return lines_each() * s.width; }
+  int64_t of_pairs() const { return slope_room() / 2 * s.width; }
   const uint16_t* block_of(int64_t slot) const {
     return all_of_weight.blocks.at(slot / kBlock * Weight::of_block(s));
   }
-  uint16_t* slopes_at(int64_t product, int64_t i, int64_t slot) const {
-    return slopes.at(product * of_slopes() + (i * s.slots + slot) * slope_room());
+  uint16_t* slopes_at(int64_t i, int64_t slot) const {
+    return slopes.at((i * s.slots + slot) * slope_room());
   }
 #endif
 
@@ -407,12 +388,12 @@ struct Group {
   void mix(int64_t i, const Tile& tile, const float* shares, float* out) const {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      Halves by_slots(tile.count * share_room());
-      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), share_room());
+      Halves by_slots(tile.count * slope_room());
+      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
       amx::Registers registers;
       registers.square();
-      mixtures(by_slots.data(), tile.count, share_room(), pairs.at(i * of_pairs()),
-               pairs_of(s.tokens()), s.width, out);
+      mixtures(by_slots.data(), tile.count, slope_room(), pairs.at(i * of_pairs()),
+               slope_room() / 2, s.width, out);
       return;
     }
 #endif
@@ -442,10 +423,8 @@ struct Group {
   void keep(int64_t i, const Tile& tile, const float* slopes_from) {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      for (int64_t c = 0; c < tile.count; c += kBlock) {
-        add_slopes(slopes_from + c, s.tokens(), tile.stride, of_slopes(),
-                   slopes_at(0, i, tile.first + c));
-      }
+      transpose(slopes_from, s.tokens(), tile.count, tile.stride, slopes_at(i, tile.first),
+                slope_room());
       return;
     }
 #endif
@@ -485,17 +464,16 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
   if (s.windows) {
     amx::Registers registers;
     registers.square();
-    const int64_t all = (s.tokens() + kTokens - 1) / kTokens, part = next_part(all, amx::kColumn);
-    uint16_t* sums = group.sums.at(at::get_thread_num() * group.of_sums());
+    const int64_t all = (s.tokens() + amx::kRows - 1) / amx::kRows;
+    const uint16_t* lines = group.lines.at(set * group.of_lines());
     std::fill_n(largest, tile.count, 0.0f);
-    for (int64_t first = 0; first < all; first += part) {
-      const int64_t tiles = std::min(part, all - first), t = first * kTokens;
-      add_tokens(group.window_of(set) + t * s.width, s.rows - t, s.width,
-                 tokens_of_sums(tiles, s.taps), sums);
+    for (int64_t first = 0, now = 0; first < all; first += now) {
+      now = next_part(all - first, amx::kSums);
+      const int64_t t = first * amx::kRows, count = std::min(now * amx::kRows, s.tokens() - t);
       for (int64_t c = 0; c < tile.count; c += kBlock) {
-        window_products(sums, tiles, std::min(tiles * kTokens, s.tokens() - t), s.width,
-                        s.taps, group.block_of(tile.first + c), constants + c,
-                        out + t * tile.stride + c, tile.stride, largest + c);
+        window_products(lines + t * kSquare, group.lines_each(), now, count, s.width, s.taps,
+                        group.block_of(tile.first + c), constants + c, out + t * tile.stride + c,
+                        tile.stride, largest + c);
       }
     }
     return;
@@ -693,34 +671,26 @@ struct Gradients {
 };
 
 #if defined(COFIRE_AMX)
-// By windows, what the sets of a group add to the sums of the weight's gradient. A part goes over
-// some features of a product; for a set their tokens stay in the second cache and a block of slopes
-// in the first.
+// By windows, what the sets of a group add to the sums of the weight's gradient.
 void add_to_sums(const Group& group, int64_t sets, float* sums) {
-  constexpr int64_t kTogether = 4;  // blocks of features
   const Shape& s = group.s;
-  const int64_t slots = s.slots / kBlock, features = s.width / kBlock, half = half_of(s.tokens());
-  const int64_t each = lines_of_pairs(s.tokens(), s.taps) * kBlock;
-  in_parts(kProducts * features, 1, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = s.slots / kBlock, room = group.slope_room();
+  const int64_t count = room / 2 + s.taps - 1;
+  in_parts(blocks * (s.width / kBlock), 1, [&](int64_t begin, int64_t end) {
     amx::Registers registers;
     registers.square();
-    Lines<uint32_t> of_tokens(kTogether * each);
+    Lines<uint32_t> pairs(count * kBlock);
     for (int64_t i = 0; i < sets; ++i) {
-      for (int64_t at = begin, now = 0; at < end; at += now) {
-        const int64_t product = at / features, first = at % features;
-        now = std::min({kTogether, end - at, features - first});
-        add_pairs_of_tokens(group.window_of(i) + first * kBlock, s.rows, s.width, s.tokens(),
-                            s.taps, product, now, of_tokens.data());
-        const auto sums_of = [&](int64_t item) {
-          return sums + block_at(s, product, item / now * kBlock, (first + item % now) * kBlock);
-        };
-        for (int64_t item = 0; item < slots * now; ++item) {
-          // Of the next slots' slopes as much as there are features.
-          const uint16_t* slopes = group.slopes_at(product, i, item / now * kBlock);
-          const int64_t block = kBlock * group.slope_room();
-          add_to_taps(slopes, of_tokens.data() + item % now * each, half, s.taps, sums_of(item),
-                      sums_of(item + 1), slopes + block + item % now * (block / now));
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t slot = item % blocks * kBlock, f = item / blocks * kBlock;
+        if (slot == 0 || item == begin) {
+          pack_pairs(group.window_of(i) + f, s.rows, kBlock, s.width, halves_of(room), count,
+                     pairs.data());
         }
+        const uint16_t* slopes = group.slopes_at(i, slot);
+        float* to = sums + block_at(s, slot, f);
+        add_to_taps(slopes, room, pairs.data(), s.taps, to, to + s.taps * kBlock * kBlock,
+                    slopes + kBlock * room);
       }
     }
   });
@@ -865,8 +835,7 @@ float number_of(const at::Tensor& gate) {
 // Whether the convolution goes by windows: where AMX multiplies what is given, in whole squares.
 bool by_windows(const Shape& s, const at::Tensor& tokens, const at::Tensor& weight) {
   return tokens.scalar_type() == at::kBFloat16 && weight.scalar_type() == at::kBFloat16 &&
-         s.slots % kSquare == 0 && s.width % kSquare == 0 && s.tokens() >= kSquare &&
-         s.taps >= kTaps && amx::found();
+         s.slots % kSquare == 0 && s.width % kSquare == 0 && s.tokens() >= kSquare && amx::found();
 }
 
 // Whether fp32 is wide enough.
@@ -929,8 +898,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> kv_fuse_backward(
   const auto floats = x.options().dtype(at::kFloat);
   Gradients to;
   if (to_tokens) to.tokens = at::zeros(x.sizes(), floats);
-  const int64_t sums = s.windows ? s.of_sums() : s.weights();
-  to.weight = at::zeros({sums, s.slots, s.width}, floats);
+  to.weight = at::zeros({s.weights(), s.slots, s.width}, floats);
   to.bias = at::zeros({s.slots}, floats.dtype(at::kDouble));
   if (s.sets > 0 && s.slots > 0) {
     dispatch(x.scalar_type(), [&](auto t) {
