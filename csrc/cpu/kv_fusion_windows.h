@@ -70,12 +70,35 @@ COFIRE_INLINE void transpose_words(__m512i (&rows)[16]) {
 // [width / 32][taps][16 pairs of features][16 slots][2].
 inline void pack_block(const uint16_t* weight, int64_t first, int64_t width, int64_t taps,
                        uint16_t* to) {
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Bytes from every second feature to the next such one.
+  const __m512i step = _mm512_mullo_epi32(lane, _mm512_set1_epi32(static_cast<int>(4 * taps)));
   for (int64_t k = 0; k < width; k += kSquare) {
-    for (int64_t j = 0; j < taps; ++j, to += kTileHalves) {
+    for (int64_t j = 0; j < taps; j += 2) {
+      // Two taps are one word; the last of an odd number is read with the one before.
+      const int64_t at = taps == 1 ? 0 : std::min(j, taps - 2);
+      __m512i low[16], high[16];
       for (int64_t c = 0; c < kBlock; ++c) {
-        const uint16_t* from = weight + ((first + c) * width + k) * taps + j;
-        for (int64_t f = 0; f < kSquare; ++f) to[(f / 2 * kBlock + c) * 2 + f % 2] = from[f * taps];
+        const uint16_t* from = weight + ((first + c) * width + k) * taps + at;
+        if (taps == 1) {
+          low[c] = _mm512_loadu_si512(from);
+          continue;
+        }
+        const __m512i even = _mm512_i32gather_epi32(step, from, 1);
+        const __m512i odd = _mm512_i32gather_epi32(step, from + taps, 1);
+        constexpr __mmask32 kHigh = 0xaaaaaaaa;
+        low[c] = _mm512_mask_mov_epi16(even, kHigh, _mm512_slli_epi32(odd, 16));
+        high[c] = _mm512_mask_mov_epi16(_mm512_srli_epi32(even, 16), kHigh, odd);
       }
+      const auto put = [&](__m512i(&tile)[16]) __attribute__((always_inline)) {
+        transpose_words(tile);
+        for (const __m512i& row : tile) {
+          _mm512_store_si512(to, row);
+          to += kSquare;
+        }
+      };
+      if (at == j) put(low);
+      if (at + 1 < taps) put(high);
     }
   }
 }
@@ -114,16 +137,18 @@ constexpr Pairing halves_of(int64_t rows) { return {1, rows / 2}; }
 // cache.
 inline void pack_pairs(const uint16_t* x, int64_t rows, int64_t width, int64_t stride, Pairing of,
                        int64_t pairs, uint32_t* to) {
-  constexpr int64_t kWords = amx::kWords;
+  constexpr int64_t kWords = amx::kWords, kSoon = 16;  // rows that are asked for
+  const auto words = [&](int64_t row, int64_t f) __attribute__((always_inline)) {
+    const uint16_t* from = x + row * stride + f;
+    _mm_prefetch(reinterpret_cast<const char*>(from + kSoon * of.step * stride), _MM_HINT_T0);
+    if (row >= rows) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  };
   for (int64_t p = 0; p < pairs; ++p, to += kWords) {
     const int64_t first = p * of.step, second = first + of.apart;
-    const uint16_t *one = x + first * stride, *two = x + second * stride;
     for (int64_t f = 0; f < width; f += kWords) {
-      uint32_t* tile = to + f * pairs;
-      for (int64_t c = 0; c < kWords; ++c) {
-        tile[c] = (first < rows ? one[f + c] : 0) |
-                  static_cast<uint32_t>(second < rows ? two[f + c] : 0) << 16;
-      }
+      const __m512i high = _mm512_slli_epi32(words(second, f), 16);
+      _mm512_store_si512(to + f * pairs, _mm512_or_si512(words(first, f), high));
     }
   }
 }
