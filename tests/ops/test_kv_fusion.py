@@ -129,11 +129,20 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     # whole squares of slots and features, as AMX multiplies them in bf16; tokens that are no multiple of one
     "squares": ((2, 3, 45, 16, 32, 5), {"scale": 0.1}),
     "more_squares": ((1, 5, 97, 32, 96, 21), {"scale": 0.03, "bias": False}),
+    "squares_of_one_tap": ((1, 2, 33, 16, 32, 1), {"scale": 0.1}),
     "squares_of_three_taps": ((1, 2, 33, 16, 32, 3), {"scale": 0.1}),
+    "wide_squares": ((2, 1, 131, 48, 64, 13), {"scale": 0.05}),  # sums of 9 and 7 tiles, in two parts each
     "many_squares": ((1, 110, 600, 16, 32, 7), {"scale": 0.1}),  # of more heads than are taken at a time
 }
 #: The gradient of the tokens is not asked for.
-SQUARES = ("squares", "more_squares", "squares_of_three_taps", "many_squares")
+SQUARES = (
+    "squares",
+    "more_squares",
+    "squares_of_one_tap",
+    "squares_of_three_taps",
+    "wide_squares",
+    "many_squares",
+)
 WITHOUT_TOKENS = ("no_bias", "slots", "filter", "together_frozen", *SQUARES)
 LATER = ("no_heads", "heads")
 LARGE = ("together", "together_frozen", "frequencies", *SQUARES)
