@@ -214,9 +214,9 @@ COFIRE_INLINE void multiply_square(Factor a, Factor b, int64_t steps, float* c, 
 constexpr int kSums = 6;  // tiles of `multiply_column` and `multiply_shifted`, at most
 
 // c [tiles][16][16] = the sum over `rounds` of `steps` each of a [tiles][16][32] b [32][16], of
-// bf16. Rows of a, 64 bytes each, may overlap, also those of other tiles and steps; those of the
-// next round begin `round` bytes after those of this one. Tiles of b follow each other. The sums
-// stay in registers. The registers are square.
+// bf16. Rows of a may overlap, also those of other tiles and steps; those of the next round, which
+// are asked for a line with each product, begin `round` bytes after those of this one. Tiles of b
+// follow each other. The sums stay in registers. The registers are square.
 template <int Tiles = kSums>
 inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* b, int64_t rounds,
                             int64_t steps, float* c) {
@@ -232,7 +232,7 @@ inline void multiply_column(int64_t tiles, Factor a, int64_t round, const void* 
     for (int64_t q = 0; q < steps; ++q, x += a.step, w += kTile) {
       load_tile<kB>(w, kRow);
       unrolled<Tiles>([&](auto i) __attribute__((always_inline)) {
-        load_tile<kA>(x + i * a.next, kRow);
+        load_tile<kA>(x + i * a.next, a.row);
         add_pairs<i, kA, kB>();
         if constexpr (i == 0) ask_for_tile(w + kAhead * kTile, kRow);
         ask_for_lines<1>(next, kRow);

@@ -245,8 +245,8 @@ struct Group {
   const float* bias;
   const uint16_t* windows = nullptr;  // tokens of the first set
   Room<uint16_t> lines;               // by windows: of tokens, [set][width / 32][lines][32]
-  Room<uint16_t> slopes;              // the logits' gradients, [set][slots][room]
-  Room<uint32_t> pairs;  // or pairs of tokens, [set][width][pairs]: from the first slot's middle on
+  Room<uint16_t> slopes;              // the logits' gradients, [set][slots][whole]
+  Room<uint32_t> pairs;  // or pairs of tokens, [set][width / 16][pairs][16], from the middle tap on
   at::Tensor of_tokens;  // [set and segment][points][width]
   at::Tensor of_logits;  // [set and segment][points][slots]; tap by tap [set][rows][slots]
   at::Tensor converted;  // rows of the sets, where they are not in fp32
@@ -263,7 +263,7 @@ struct Group {
     if (s.windows) {
       lines = Room<uint16_t>(s.group() * of_lines());
       if (keeps_logits) {
-        slopes = Room<uint16_t>(s.group() * s.slots * slope_room());
+        slopes = Room<uint16_t>(s.group() * s.slots * whole());
       } else {
         pairs = Room<uint32_t>(s.group() * of_pairs());
       }
@@ -287,7 +287,7 @@ struct Group {
         pack_tokens(window_of(i), s.rows, s.width, lines_each(), lines.at(i * of_lines()));
         if (pairs.data() == nullptr) return;
         pack_pairs(window_of(i) + s.taps / 2 * s.width, s.tokens(), s.width, s.width,
-                   halves_of(slope_room()), slope_room() / 2, pairs.at(i * of_pairs()));
+                   of_halves(whole()), whole() / 2, pairs.at(i * of_pairs()));
       });
       return;
     }
@@ -342,15 +342,15 @@ struct Group {
 
   const uint16_t* window_of(int64_t i) const { return windows + i * s.rows * s.width; }
 #if defined(COFIRE_AMX)
-  int64_t slope_room() const { return (s.tokens() + kSquare - 1) / kSquare * kSquare; }
-  int64_t lines_each() const { return slope_room() + s.taps - 1; }
+  int64_t whole() const { return squares(s.tokens()); }  // tokens, in whole squares
+  int64_t lines_each() const { return whole() + s.taps - 1; }
   int64_t of_lines() const { return lines_each() * s.width; }
-  int64_t of_pairs() const { return slope_room() / 2 * s.width; }
+  int64_t of_pairs() const { return whole() / 2 * s.width; }
   const uint16_t* block_of(int64_t slot) const {
     return all_of_weight.blocks.at(slot / kBlock * Weight::of_block(s));
   }
   uint16_t* slopes_at(int64_t i, int64_t slot) const {
-    return slopes.at((i * s.slots + slot) * slope_room());
+    return slopes.at((i * s.slots + slot) * whole());
   }
 #endif
 
@@ -388,12 +388,12 @@ struct Group {
   void mix(int64_t i, const Tile& tile, const float* shares, float* out) const {
 #if defined(COFIRE_AMX)
     if (s.windows) {
-      Halves by_slots(tile.count * slope_room());
-      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), slope_room());
+      Halves by_slots(tile.count * whole());
+      transpose(shares, s.tokens(), tile.count, tile.stride, by_slots.data(), whole());
       amx::Registers registers;
       registers.square();
-      mixtures(by_slots.data(), tile.count, slope_room(), pairs.at(i * of_pairs()),
-               slope_room() / 2, s.width, out);
+      mixtures(by_slots.data(), tile.count, whole(), pairs.at(i * of_pairs()), whole() / 2, s.width,
+               out);
       return;
     }
 #endif
@@ -424,7 +424,7 @@ struct Group {
 #if defined(COFIRE_AMX)
     if (s.windows) {
       transpose(slopes_from, s.tokens(), tile.count, tile.stride, slopes_at(i, tile.first),
-                slope_room());
+                whole());
       return;
     }
 #endif
@@ -504,9 +504,7 @@ void logits_of(const Group& group, int64_t set, const Tile& tile, float* out, fl
       const float* sums = from + i * stride + c;
       COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) {
         const Vec sum = load_sum(sums + v * kLanes, tile.count - c - v * kLanes);
-        const Vec logit = at::vec::maximum(sum + by[v], zero);
-        logit.store(line + v * kLanes);
-        most[v] = at::vec::maximum(most[v], logit);
+        relu_of(sum, by[v], most[v]).store(line + v * kLanes);
       }
     }
     COFIRE_UNROLL for (int64_t v = 0; v < vectors(); ++v) most[v].store(largest + c + v * kLanes);
@@ -674,7 +672,7 @@ struct Gradients {
 // By windows, what the sets of a group add to the sums of the weight's gradient.
 void add_to_sums(const Group& group, int64_t sets, float* sums) {
   const Shape& s = group.s;
-  const int64_t blocks = s.slots / kBlock, room = group.slope_room();
+  const int64_t blocks = s.slots / kBlock, room = group.whole();
   const int64_t count = room / 2 + s.taps - 1;
   in_parts(blocks * (s.width / kBlock), 1, [&](int64_t begin, int64_t end) {
     amx::Registers registers;
@@ -684,7 +682,7 @@ void add_to_sums(const Group& group, int64_t sets, float* sums) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t slot = item % blocks * kBlock, f = item / blocks * kBlock;
         if (slot == 0 || item == begin) {
-          pack_pairs(group.window_of(i) + f, s.rows, kBlock, s.width, halves_of(room), count,
+          pack_pairs(group.window_of(i) + f, s.rows, kBlock, s.width, of_halves(room), count,
                      pairs.data());
         }
         const uint16_t* slopes = group.slopes_at(i, slot);

@@ -14,8 +14,6 @@ namespace kv_fusion {
 
 #if defined(COFIRE_AMX)
 
-inline int64_t squares(int64_t n) { return (n + kSquare - 1) / kSquare * kSquare; }
-
 // Keys or values as their products with rows read them: [room / 16][d / 2 pairs of features][16
 // keys], zeros after the last of `rows`, which are `stride` apart.
 inline void pack_features(const uint16_t* x, int64_t rows, int64_t stride, int64_t d, int64_t room,
@@ -64,7 +62,7 @@ inline void mix_rows(const uint16_t* weights, int64_t rows, int64_t wide, int64_
   for (int64_t f = 0; f < d; f += kSquare) {
     for (int64_t r = 0; r < rows; r += kSquare) {
       amx::multiply_square({weights + r * wide, 2 * wide, 2 * amx::kRows * wide, 64},
-                           of_tokens(pairs, count, f, 0), columns / kSquare, out + r * d + f, 4 * d,
+                           of_tokens(pairs, count, f), columns / kSquare, out + r * d + f, 4 * d,
                            false);
     }
   }
@@ -75,7 +73,7 @@ inline void add_by_keys(const uint16_t* transposed, int64_t keys, int64_t rows,
                         const uint32_t* pairs, int64_t d, float* sums) {
   for (int64_t c = 0; c < keys; c += kSquare) {
     for (int64_t f = 0; f < d; f += kSquare) {
-      amx::multiply_square(of_slots(transposed, c, rows), of_tokens(pairs, rows / 2, f, 0),
+      amx::multiply_square(of_slots(transposed, c, rows), of_tokens(pairs, rows / 2, f),
                            rows / kSquare, sums + c * d + f, 4 * d, true);
     }
   }

@@ -19,13 +19,22 @@ namespace kv_fusion {
 using Halves = Lines<uint16_t>;  // bits of bf16
 
 constexpr int64_t kSquare = 32;  // slots, tokens and features of a step
-constexpr int64_t kBlock = 16;   // slots and features of a block of the weight's gradient
+constexpr int64_t kBlock = 16;   // slots of a block of the weight, and of its gradient features too
+
+// A logit of a convolution's sum and a bias, which keeps NaN; `most` becomes the largest so far.
+COFIRE_INLINE Vec relu_of(Vec sum, Vec bias, Vec& most) {
+  const Vec logit = at::vec::maximum(sum + bias, Vec(0.0f));
+  most = at::vec::maximum(most, logit);
+  return logit;
+}
 
 #if defined(COFIRE_AMX)
 
 static_assert(kBlock == amx::kRows && kBlock == amx::kWords);
 
 constexpr int64_t kTileHalves = 512;
+
+inline int64_t squares(int64_t n) { return (n + kSquare - 1) / kSquare * kSquare; }
 
 // A set's tokens x [rows][width]: [width / 32][lines][32], zeros after the last.
 inline void pack_tokens(const uint16_t* x, int64_t rows, int64_t width, int64_t lines,
@@ -113,15 +122,12 @@ inline void window_products(const uint16_t* x, int64_t lines, int64_t tiles, int
   alignas(64) float products[amx::kSums * kBlock * kBlock];
   amx::multiply_column(tiles, {x, kRow, amx::kRows * kRow, kRow}, lines * kRow, block,
                        width / kSquare, taps, products);
-  const __m512 constant = _mm512_loadu_ps(bias);
-  __m512 most = _mm512_loadu_ps(largest);
+  const Vec by = Vec::loadu(bias);
+  Vec most = Vec::loadu(largest);
   for (int64_t i = 0; i < n; ++i) {
-    const __m512 sum = _mm512_load_ps(products + i * kBlock);
-    const __m512 logit = _mm512_max_ps(sum + constant, _mm512_setzero_ps());
-    most = _mm512_max_ps(most, logit);
-    _mm512_storeu_ps(out + i * stride, logit);
+    relu_of(Vec::loadu(products + i * kBlock), by, most).store(out + i * stride);
   }
-  _mm512_storeu_ps(largest, most);
+  most.store(largest);
 }
 
 // Which rows are a pair: row p * step and the one that lies `apart` after it. Neighbours; or those
@@ -130,7 +136,7 @@ struct Pairing {
   int64_t step, apart;
 };
 constexpr Pairing kNeighbours{2, 1};
-constexpr Pairing halves_of(int64_t rows) { return {1, rows / 2}; }
+constexpr Pairing of_halves(int64_t rows) { return {1, rows / 2}; }
 
 // [width / 16][pairs][16]: pairs of rows of x, `stride` apart, or zeros after the last of `rows`. A
 // tile is one piece of memory: rows that are a power of two apart would drive each other out of the
@@ -179,7 +185,7 @@ inline void transpose(const float* slopes, int64_t n, int64_t count, int64_t str
                       int64_t room) {
   for (int64_t c = 0; c < count; c += amx::kRows) {
     for (int64_t t = 0; t < room / 2; t += amx::kRows, to += kTileHalves) {
-      transposed_square(slopes + t * stride + c, n - t, amx::kRows, stride, halves_of(room), to);
+      transposed_square(slopes + t * stride + c, n - t, amx::kRows, stride, of_halves(room), to);
     }
   }
 }
@@ -189,9 +195,9 @@ COFIRE_INLINE amx::Factor of_slots(const uint16_t* transposed, int64_t c, int64_
   return {transposed + c * room, 64, 2 * amx::kRows * room, 2 * kTileHalves};
 }
 
-// Two columns of tiles from feature f and pair p on, of what `pack_pairs` made.
-COFIRE_INLINE amx::Factor of_tokens(const uint32_t* pairs, int64_t count, int64_t f, int64_t p) {
-  return {pairs + f * count + p * amx::kWords, 64, 64 * count, 2 * kTileHalves};
+// Two columns of tiles from feature f on, of what `pack_pairs` made.
+COFIRE_INLINE amx::Factor of_tokens(const uint32_t* pairs, int64_t count, int64_t f) {
+  return {pairs + f * count, 64, 64 * count, 2 * kTileHalves};
 }
 
 // out [slots][width] = shares of slots, transposed, times tokens, so many pairs.
@@ -199,7 +205,7 @@ inline void mixtures(const uint16_t* shares, int64_t slots, int64_t room, const 
                      int64_t count, int64_t width, float* out) {
   for (int64_t c = 0; c < slots; c += kSquare) {
     for (int64_t f = 0; f < width; f += kSquare) {
-      amx::multiply_square(of_slots(shares, c, room), of_tokens(pairs, count, f, 0), room / kSquare,
+      amx::multiply_square(of_slots(shares, c, room), of_tokens(pairs, count, f), room / kSquare,
                            out + c * width + f, 4 * width, false);
     }
   }
@@ -239,8 +245,8 @@ inline void add_to_taps(const uint16_t* slopes, int64_t room, const uint32_t* pa
   constexpr int64_t kRow = 4 * amx::kWords, kSize = kBlock * kBlock;
   for (int64_t first = 0, now = 0; first < taps; first += now) {
     now = next_part(taps - first, amx::kSums);
-    amx::multiply_shifted(now, {slopes, kRow, 0, 2 * kTileHalves},
-                          {pairs + first * amx::kWords, kRow, kRow, amx::kRows * kRow},
+    amx::multiply_shifted(now, of_slots(slopes, 0, room),
+                          {pairs + first * amx::kWords, kRow, kRow, 2 * kTileHalves},
                           room / kSquare, sums + first * kSize, next_sums + first * kSize,
                           next_slopes + first * room * kBlock / taps);
   }

@@ -131,7 +131,10 @@ SHAPES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "more_squares": ((1, 5, 97, 32, 96, 21), {"scale": 0.03, "bias": False}),
     "squares_of_one_tap": ((1, 2, 33, 16, 32, 1), {"scale": 0.1}),
     "squares_of_three_taps": ((1, 2, 33, 16, 32, 3), {"scale": 0.1}),
-    "wide_squares": ((2, 1, 131, 48, 64, 13), {"scale": 0.05}),  # sums of 9 and 7 tiles, in two parts each
+    "whole_squares": ((1, 3, 32, 16, 32, 5), {"scale": 0.1}),
+    "two_whole_squares": ((1, 2, 64, 16, 32, 9), {"scale": 0.1}),
+    "squares_of_many_taps": ((1, 2, 33, 16, 32, 63), {"scale": 0.03}),  # more than tokens
+    "wide_squares": ((2, 1, 131, 48, 64, 13), {"scale": 0.05}),  # 9 tiles of windows in two parts, 13 taps in three
     "many_squares": ((1, 110, 600, 16, 32, 7), {"scale": 0.1}),  # of more heads than are taken at a time
 }
 #: The gradient of the tokens is not asked for.
@@ -140,6 +143,9 @@ SQUARES = (
     "more_squares",
     "squares_of_one_tap",
     "squares_of_three_taps",
+    "whole_squares",
+    "two_whole_squares",
+    "squares_of_many_taps",
     "wide_squares",
     "many_squares",
 )
@@ -297,6 +303,19 @@ def test_it_is_the_convolution_of_torch(n: int, d: int, merged: int, taps: int) 
     torch.testing.assert_close(found[0][rest].double(), right[0][rest], rtol=0, atol=1e-4)
     for o, r in zip(found[1:], right[1:], strict=True):
         torch.testing.assert_close(o.double(), r, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["squares", "frequencies"])
+@pytest.mark.parametrize("where", ["weight", "bias"])
+def test_nan_of_a_slot_stays_in_it(dtype: torch.dtype, name: str, where: str) -> None:
+    size, options = SHAPES[name]
+    arguments = [x.to(dtype) if x.is_floating_point() else x for x in fuse(*size, **options)(Random("nan"))]
+    tokens, weight, bias, gate, pick = arguments
+    {"weight": weight[3, 1], "bias": bias[3:4]}[where].fill_(torch.nan)
+    for out in ops.kv_fuse(tokens, weight, bias, gate, pick):
+        assert out[:, :, 3].isnan().all()
+        assert out[:, :, :3].isfinite().all() and out[:, :, 4:].isfinite().all()
 
 
 def test_explain_says_how_the_convolution_is_computed() -> None:
