@@ -166,6 +166,9 @@ def refused(
 
 NAMES = "value, magnitude, wanda, taylor, fisher, magnitude_gradient"
 FITS = "block must be positive and divide weight [3, 4] (otherwise pad weight with zeros to a multiple, "
+SHORTER = (
+    "block must be positive and divide weight [3, 4] (pad=True lets the last block of a row be shorter), got (1, 3)"
+)
 REFUSALS = [
     refused("weight", "weight must be a tensor, got list", TypeError, weight=[1.0]),
     refused("rank", "weight must have shape [N, K] or [N, ...], got [4]", weight=lambda: torch.ones(4)),
@@ -218,9 +221,35 @@ REFUSALS = [
         block=(1, 4),
     ),
     refused("block_three", "block must be two integers (R, C), got (1, 2, 2)", scope="block", block=(1, 2, 2)),
-    refused("columns_left", FITS + "torch.nn.functional.pad), got (1, 3)", scope="block", block=(1, 3)),
+    refused("columns_left", SHORTER, scope="block", block=(1, 3)),
     refused("rows_left", FITS + "torch.nn.functional.pad), got (2, 2)", scope="block", block=(2, 2)),
     refused("block_zero", FITS + "torch.nn.functional.pad), got (0, 2)", scope="block", block=(0, 2)),
+    refused("pad", "pad must be True or False, got 1", TypeError, scope="block", block=(1, 3), pad=1),
+    refused("pad_rows", "pad must be False but for blocks of one row, got scope='row' and block=None", pad=True),
+    refused(
+        "pad_blocks",
+        "pad must be False but for blocks of one row, got scope='block' and block=(2, 3)",
+        scope="block",
+        block=(2, 3),
+        pad=True,
+    ),
+    refused(
+        "pad_too_many",
+        "keep must be between 0 and the 3 entries of a block, got 4",
+        keep=4,
+        scope="block",
+        block=(1, 3),
+        pad=True,
+    ),
+    refused(
+        "pad_other",
+        "other must have shape [4] where score is 'wanda', got [5]",
+        score="wanda",
+        other=lambda: torch.ones(5),
+        scope="block",
+        block=(1, 3),
+        pad=True,
+    ),
     refused("no_other", "other must be a tensor of shape [K] where score is 'wanda', got None", score="wanda"),
     refused(
         "other_shape",
@@ -361,6 +390,50 @@ def test_each_group_keeps_n_of_m(n: int, m: int) -> None:
     magnitude = weight.abs().view(5, 7, m)
     least = torch.where(groups, magnitude, torch.inf).amin(2)
     assert (least >= torch.where(groups, -torch.inf, magnitude).amax(2)).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 5), (8, 16), (4, 4)])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 17, 65, 130])
+@pytest.mark.parametrize("score", ["value", "magnitude", "wanda", "magnitude_gradient"])
+def test_the_last_group_may_be_shorter(n: int, m: int, columns: int, score: str) -> None:
+    """Whole groups are chosen as if the others were not there, and of r weights behind them the min(N, r) best are kept."""
+    rand = Random(f"pad {n} {m} {columns} {score}")
+    weight, other = levels(rand, 5, columns), other_of(rand, score, 5, columns)
+    weight[0] = -torch.inf  # no padding comes before it
+    options: dict[str, Any] = {"score": score, "factor": -0.5 if score == "magnitude_gradient" else 1.0}
+    found = ops.keep_mask(weight, n, scope="block", block=(1, m), pad=True, other=other, **options)
+    assert found.shape == (5, -(-columns // 8))
+    expected = []
+    for start in range(0, columns, m):
+        group = slice(start, start + m)
+        of_group = None if other is None else other[..., group].contiguous()
+        part = weight[:, group].contiguous()
+        width = part.shape[1]
+        expected.append(ops.unpack_mask(ops.keep_mask(part, min(n, width), other=of_group, **options), width))
+    assert torch.equal(found, ops.pack_mask(torch.cat(expected, 1)))
+    if columns % m == 0:
+        assert torch.equal(found, ops.keep_mask(weight, n, scope="block", block=(1, m), other=other, **options))
+
+
+def test_a_shorter_group_compiles() -> None:
+    torch._dynamo.reset()
+
+    def choose(x: Tensor) -> Tensor:
+        return ops.keep_mask(x, 2, scope="block", block=(1, 4), pad=True)
+
+    compiled = torch.compile(choose, fullgraph=True)
+    for columns in (19, 22):
+        x = torch.randn(3, columns)
+        assert torch.equal(compiled(x), choose(x))
+
+
+def test_infinite_scores_are_in_order() -> None:
+    """What the operator promises; layers and methods refuse them."""
+    weight = torch.tensor([[1.0, -torch.inf, torch.inf, 2.0, torch.inf]])
+    for scope in ("row", "tensor"):
+        assert ops.keep_mask(weight, 3, scope=scope, score="value").tolist() == [[0b11100]]
+        assert ops.keep_mask(weight, 2, scope=scope).tolist() == [[0b00110]]
+    assert ops.keep_masks([weight, weight], 4)[1].tolist() == [[0b00010]]
 
 
 def test_the_signs_of_zero_are_equal() -> None:

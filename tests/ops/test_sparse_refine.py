@@ -27,10 +27,10 @@ def unpacked(bits: Tensor, columns: int) -> Tensor:
 
 
 def start(rand: Random, rows: int, columns: int, density: float, group: int = 0) -> Tensor:
-    """A random mask with equally many in each row (or in each group)."""
+    """A random mask with equally many in each row (or in each group; the last may be cut off)."""
     width = group or columns
-    order = rand.uniform(rows, columns // max(width, 1), width).argsort(-1).argsort(-1)
-    return packed((order < round(density * width)).view(rows, columns))
+    order = rand.uniform(rows, -(-columns // max(width, 1)), width).argsort(-1).argsort(-1)
+    return packed((order < round(density * width)).flatten(1)[:, :columns])
 
 
 def inputs(rand: Random, tokens: int, columns: int) -> Tensor:
@@ -125,6 +125,21 @@ def _dead(args: list[Tensor]) -> None:
     args[2][:, ::2] = 0
 
 
+def short(rows: int, columns: int, group: int) -> Callable[[Random], Args]:
+    """As ``pad=True`` asks for it: the last two columns are pruned, and infinitely expensive."""
+
+    def make(rand: Random) -> Args:
+        weight, bits, g, *_, swaps, candidates, _ = gram(rows, columns, group=group)(rand)
+        kept = unpacked(bits, columns)
+        kept[:, -2:] = False
+        g[-2:], g[:, -2:], weight[:, -2:] = 0, 0, 1
+        correlation = torch.where(kept, 0.0, weight.double()) @ g.double()
+        g.diagonal()[-2:] = torch.inf
+        return weight, packed(kept), g, correlation, swaps, candidates, group
+
+    return make
+
+
 def _weights_not_finite(args: list[Tensor]) -> None:
     args[0][0, 3], args[0][1, 5], args[0][2, 1] = torch.nan, torch.inf, -torch.inf
 
@@ -139,6 +154,7 @@ GRAM = [
     Sample("few_candidates", gram(2, 65, 0.3, swaps=3, candidates=5)),
     Sample("groups", gram(3, 64, group=4)),
     Sample("groups_of_six", gram(4, 36, group=6, swaps=7)),
+    Sample("short_group", short(4, 36, 4)),
     Sample("ties", gram(3, 33, change=_equal_columns)),
     Sample("dead_features", gram(3, 17, change=_dead), full=True),
     Sample("weights_not_finite", gram(5, 17, change=_weights_not_finite)),
@@ -211,7 +227,11 @@ REFUSALS = [
     _refusal("swaps", _dsnot, ValueError, "dsnot_swap: max_swaps must be at least 0, got -1", max_swaps=-1),
     _refusal("half_a_swap", _dsnot, TypeError, "dsnot_swap: max_swaps must be an integer, got 0.5", max_swaps=0.5),
     _refusal("group", _dsnot, ValueError,
-             "dsnot_swap: the columns of weight must be a multiple of the pattern's group (3), got 8", pattern=(1, 3)),
+             "dsnot_swap: the columns of weight must be a multiple of the pattern's group (3), got 8; pad=True lets the last "
+             "group be shorter", pattern=(1, 3)),
+    _refusal("pad", _gram, TypeError, "gram_swap: pad must be True or False, got 'zeros'", pattern=(1, 4), pad="zeros"),
+    _refusal("nothing_to_pad", _dsnot, ValueError, "dsnot_swap: pad must be False where there is no pattern N:M, got True",
+             pad=True),
     _refusal("pattern", _gram, ValueError, "gram_swap: pattern must keep 1 to 4 of 4, got 5:4", pattern=(5, 4)),
     _refusal("pattern_of_one", _gram, TypeError, "gram_swap: pattern must be two integers (kept, of how many), got 4",
              pattern=4),
@@ -244,9 +264,33 @@ def problem(seed: int, rows: int, columns: int, density: float, group: int = 0) 
 
 
 def refined(weight: Tensor, bits: Tensor, x: Tensor, refiner: str, pattern: tuple[int, int] | None = None) -> Tensor:
+    pad = pattern is not None
     if refiner == "swap1":
-        return ops.gram_swap(weight, bits, x.T @ x / len(x), pattern=pattern)
-    return ops.dsnot_swap(weight, bits, x.mean(0), x.norm(dim=0), x.var(0), stop=refiner, pattern=pattern)
+        return ops.gram_swap(weight, bits, x.T @ x / len(x), pattern=pattern, pad=pad)
+    return ops.dsnot_swap(weight, bits, x.mean(0), x.norm(dim=0), x.var(0), stop=refiner, pattern=pattern, pad=pad)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.0])
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("columns", [2, 3, 61, 63, 66])
+def test_a_shorter_last_group_of_dsnot(columns: int, official: bool, gamma: float) -> None:
+    """The reference, which needs no padding, is asked directly."""
+    weight, bits, x = problem(8, 40, columns, 0.5, 4)
+    mean, norm, variance = x.mean(0), x.norm(dim=0), x.var(0)
+    dirty = bits.clone()
+    if columns % 8:
+        dirty[:, -1] |= 0x100 - (1 << columns % 8)  # what stands after the last column
+    found = ops.dsnot_swap(
+        weight, dirty, mean, norm, variance, max_swaps=20, gamma=gamma, threshold=0.01, pattern=(2, 4), pad=True,
+        stop="official" if official else "decrease",
+    )  # fmt: skip
+    growth = variance.double() ** -gamma
+    expected = torch.ops.cofire.dsnot_swap.reference(weight, bits, mean, norm, growth, 20, 0.01, official, 4)
+    assert torch.equal(found, expected) and (columns < 4 or not torch.equal(found, bits))
+    groups = [
+        (a.sum(1), b.sum(1)) for a, b in zip(*(unpacked(m, columns).split(4, 1) for m in (found, bits)), strict=True)
+    ]
+    assert all(torch.equal(a, b) for a, b in groups)
 
 
 @pytest.mark.parametrize("refiner", ["decrease", "official", "swap1"])
@@ -281,31 +325,32 @@ def test_no_row_gets_worse(pattern: tuple[int, int] | None) -> None:
         assert (of_mean(released) > of_mean(by_mean)).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("pattern", [None, (2, 4)])
-def test_each_swap_is_the_best_one(pattern: tuple[int, int] | None) -> None:
-    """By trying all pairs; the search ends where no pair lowers the error."""
-    weight, bits, x = problem(2, 6, 12, 0.5, 4 if pattern else 0)
-    gram = x.T @ x / len(x)
+@pytest.mark.parametrize(("pattern", "columns"), [(None, 12), ((2, 4), 12), ((2, 4), 11), ((2, 4), 15), ((2, 8), 11)])
+def test_each_swap_is_the_best_one(pattern: tuple[int, int] | None, columns: int) -> None:
+    """By trying all pairs; the search ends where no pair lowers the error. The last group may be shorter."""
+    group = pattern[1] if pattern else columns
+    weight, bits, x = problem(2, 6, columns, 0.5, group)
+    gram, pad = x.T @ x / len(x), columns % group > 0
     for _ in range(3):
-        one = ops.gram_swap(weight, bits, gram, max_swaps=1, pattern=pattern)
+        one = ops.gram_swap(weight, bits, gram, max_swaps=1, pattern=pattern, pad=pad)
         for row in range(6):
-            kept = unpacked(bits[row : row + 1], 12)
+            kept = unpacked(bits[row : row + 1], columns)
             errors = {}
-            for p, q in itertools.product(range(12), range(12)):
-                if kept[0, p] and not kept[0, q] and (pattern is None or p // 4 == q // 4):
+            for p, q in itertools.product(range(columns), range(columns)):
+                if kept[0, p] and not kept[0, q] and p // group == q // group:
                     tried = kept.clone()
                     tried[0, p], tried[0, q] = False, True
                     errors[p, q] = float(ops.pruning_error(weight[row : row + 1], packed(tried), gram))
             now = float(ops.pruning_error(weight[row : row + 1], bits[row : row + 1], gram))
-            got = unpacked(one[row : row + 1], 12)
+            got = unpacked(one[row : row + 1], columns)
             gone, grown = (kept & ~got)[0].nonzero().flatten().tolist(), (got & ~kept)[0].nonzero().flatten().tolist()
             if min(errors.values()) < now * (1 - 1e-8):
                 assert (gone, grown) == tuple([i] for i in min(errors, key=errors.__getitem__))
             else:
                 assert gone == grown == []
         bits = one
-    final = ops.gram_swap(weight, bits, gram, pattern=pattern)
-    assert torch.equal(ops.gram_swap(weight, final, gram, pattern=pattern), final)
+    final = ops.gram_swap(weight, bits, gram, pattern=pattern, pad=pad)
+    assert torch.equal(ops.gram_swap(weight, final, gram, pattern=pattern, pad=pad), final)
 
 
 def _step_by_step(weight: Tensor, bits: Tensor, x: Tensor, swaps: int, official: bool, threshold: float) -> Tensor:

@@ -27,6 +27,14 @@ def check_float(operator: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {x.dtype}")
 
 
+def check_finite(where: str, **tensors: Tensor | None) -> None:
+    """No NaN and no infinity. It reads the values, so it is for layers and methods: operators are traced."""
+    for name, x in tensors.items():
+        found = 0 if x is None else int((~x.isfinite()).sum())
+        if x is not None and found:
+            refuse(where, f"{name} must be finite, got {found} NaN or infinite of {x.numel()}")
+
+
 def check_device(operator: str, first: str, a: Tensor, **others: Tensor | None) -> None:
     for name, x in others.items():
         if x is not None and x.device != a.device:

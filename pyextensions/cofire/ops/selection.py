@@ -17,6 +17,7 @@ from torch import Tensor
 from cofire.ops.checks import (
     check_choice,
     check_device,
+    check_finite,
     check_float,
     check_integer,
     check_number,
@@ -422,10 +423,12 @@ def _validate_keep_mask(
         _check_count(name, keep, rows * columns, "entries of weight")
     if scope == "block":
         if block_rows < 1 or block_columns < 1 or rows % block_rows or columns % block_columns:
+            way = "otherwise pad weight with zeros to a multiple, torch.nn.functional.pad"
+            if block_rows == 1 and block_columns >= 1:
+                way = "pad=True lets the last block of a row be shorter"
             refuse(
                 name,
-                f"block must be positive and divide weight {shape_of(weight)} (otherwise pad weight with zeros to a "
-                f"multiple, torch.nn.functional.pad), got ({block_rows}, {block_columns})",
+                f"block must be positive and divide weight {shape_of(weight)} ({way}), got ({block_rows}, {block_columns})",
             )
         _check_count(name, keep, block_rows * block_columns, "entries of a block")
 
@@ -453,6 +456,22 @@ _keep_mask = register(
 )
 
 
+def check_scores(
+    where: str, weight: Tensor, other: Tensor | None, score: str, factor: float = 1.0, *, name: str = "weight"
+) -> tuple[Tensor, Tensor | None]:
+    """What layers and methods ask of what they choose by: arguments that fit, and scores that are finite.
+
+    ``name`` is what ``weight`` is called. Returns both as :func:`keep_mask` reads them.
+    """
+    matrix = _as_matrix(where, name, weight.detach())
+    second = None if other is None else _other_as_matrix(where, "other", weight, other).detach()
+    _check_score(where, matrix, second, score, factor)
+    check_finite(where, **{name: matrix, "other": second})
+    if second is not None:  # a product may be infinite where no factor is
+        check_finite(where, **{f"scores {score!r}": scores_of(matrix, second, score, factor)})
+    return matrix, second
+
+
 def _as_matrix(operator: str, name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"{operator}: {name} must be a tensor, got {type(x).__name__}")
@@ -478,12 +497,14 @@ def keep_mask(
     score: str = "magnitude",
     other: Tensor | None = None,
     block: Sequence[int] | None = None,
+    pad: bool = False,
     factor: float = 1.0,
 ) -> Tensor:
     """The weights with the largest scores, exactly ``keep`` of each scope, as a packed mask.
 
     Equal scores go to the lower flat index; -0 equals 0. Scores are computed on the way in fp32 (fp64 where an argument
-    is) and never stored as a whole.
+    is) and never stored as a whole. Infinite ones are in this order too; the layers and methods that choose weights by this
+    operator refuse them.
 
     Args:
         weight: float ``[N, K]``, or ``[N, ...]``, which is read as ``[N, K]``.
@@ -494,6 +515,8 @@ def keep_mask(
             shape of ``weight``.
         other: x or g of the score, of any float dtype.
         block: ``(R, C)``; N and K must be multiples. ``(1, M)`` with ``keep=N`` is the pattern N:M.
+        pad: of blocks ``(1, M)``: K may be any number. The last r = K mod M columns of a row, if there are some, are a
+            group of their own, of which ``min(keep, r)`` are kept.
         factor: see ``score``.
 
     Returns:
@@ -511,6 +534,8 @@ def keep_mask(
         [[0, 1, 1, 0], [1, 0, 0, 1]]
         >>> unpack_mask(keep_mask(weight, 2, scope="tensor"), 4).int().tolist()
         [[0, 1, 0, 0], [0, 0, 0, 1]]
+        >>> unpack_mask(keep_mask(weight, 1, scope="block", block=(1, 3), pad=True), 4).int().tolist()
+        [[0, 1, 0, 1], [1, 0, 0, 1]]
 
     Source: magnitude pruning (Han et al. 2015); Wanda (Sun et al. 2024, equation 1); first-order Taylor scores and their
     squares (Molchanov et al. 2019, equation 8).
@@ -528,9 +553,23 @@ def keep_mask(
     sizes = [1, 1] if block is None else check_pair(name, "block", block)
     if len(sizes) != 2:
         refuse(name, f"block must be two integers (R, C), got {block!r}")
+    if not isinstance(pad, bool):
+        raise TypeError(f"{name}: pad must be True or False, got {pad!r}")
+    if pad and (scope != "block" or sizes[0] != 1):
+        refuse(name, f"pad must be False but for blocks of one row, got scope={scope!r} and block={block!r}")
     amount = 0 if counts is not None else keep
-    result: Tensor = _keep_mask(matrix, other, counts, amount, scope, score, *sizes, factor)
-    return result
+    columns, group = matrix.shape[1], sizes[1]
+    if not pad or group < 1 or columns % group == 0:
+        result: Tensor = _keep_mask(matrix, other, counts, amount, scope, score, *sizes, factor)
+        return result
+    _check_score(name, matrix, other, score, factor)
+    whole = columns - columns % group
+    first, last = (None, None) if other is None else (other[..., :whole], other[..., whole:])
+    groups = _keep_mask(matrix[:, :whole], first, counts, amount, scope, score, 1, group, factor)
+    few = min(amount, columns - whole)
+    rest = _keep_mask(matrix[:, whole:], last, None, few, "row", score, 1, 1, factor)
+    both = torch.cat([unpack_mask(groups, whole), unpack_mask(rest, columns - whole)], 1)
+    return pack_mask(both)
 
 
 def _keep_masks_reference(

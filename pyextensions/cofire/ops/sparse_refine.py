@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.ops.checks import check_choice, check_device, check_float, check_integer, check_number, refuse, shape_of
-from cofire.ops.packing import pack_bits, unpack_bits
+from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
 from cofire.ops.sparse import check_bits
 from cofire.registry import Kernel, Operator, register
 
@@ -68,7 +68,19 @@ def _check_swaps(operator: str, columns: int, max_swaps: int, group: int) -> Non
     if max_swaps < 0:
         refuse(operator, f"max_swaps must be at least 0, got {max_swaps}")
     if group and columns % group:
-        refuse(operator, f"the columns of weight must be a multiple of the pattern's group ({group}), got {columns}")
+        refuse(
+            operator,
+            f"the columns of weight must be a multiple of the pattern's group ({group}), got {columns}; pad=True lets the last "
+            "group be shorter",
+        )
+
+
+def check_pad(operator: str, pad: bool, pattern: object) -> None:
+    """``pad`` is for a pattern N:M whose last group may be shorter."""
+    if not isinstance(pad, bool):
+        raise TypeError(f"{operator}: pad must be True or False, got {pad!r}")
+    if pad and pattern is None:
+        refuse(operator, "pad must be False where there is no pattern N:M, got True")
 
 
 def check_pattern(operator: str, pattern: Pattern | None) -> int:
@@ -88,6 +100,16 @@ def check_pattern(operator: str, pattern: Pattern | None) -> int:
 
 def _kept(bits: Tensor, columns: int) -> Tensor:
     return unpack_bits(bits, 1, columns).bool()
+
+
+def _padded(x: Tensor, more: int, value: float = 0.0) -> Tensor:
+    """So many columns more."""
+    return F.pad(x.detach(), (0, more), value=value)
+
+
+def _padded_bits(bits: Tensor, columns: int, more: int) -> Tensor:
+    """The added columns are pruned."""
+    return pack_bits(F.pad(unpack_bits(bits, 1, columns), (0, more)), 1)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -191,6 +213,7 @@ def dsnot_swap(
     threshold: float = 1e-3,
     stop: str = "decrease",
     pattern: Pattern | None = None,
+    pad: bool = False,
 ) -> Tensor:
     """Swap kept and pruned weights of each row while that brings the mean of its output nearer to the dense layer's.
 
@@ -213,13 +236,14 @@ def dsnot_swap(
             released code's loop, which goes on when the error has crossed zero.
         pattern: ``(N, M)``: the mask keeps N of each M columns. Then what is pruned is the least kept weight of the grown
             one's group, of either sign; with ``stop="official"`` the error must also keep its sign.
+        pad: of a pattern: K need be no multiple of M, and the columns behind the last multiple are a group of their own.
 
     Returns:
         uint8, the shape of ``bits``: the new mask; each row (and group) keeps as many as before.
 
     Raises:
         TypeError: a tensor that is not one, or not of floats; ``bits`` is not uint8.
-        ValueError: shapes that do not fit, K is no multiple of M, a value out of range.
+        ValueError: shapes that do not fit, K is no multiple of M without ``pad``, a value out of range.
 
     Example:
         >>> weight = torch.tensor([[3.0, 2.0, -1.0, 0.5]])
@@ -236,17 +260,27 @@ def dsnot_swap(
     for name, value in (("gamma", gamma), ("threshold", threshold)):
         if not 0 <= value < math.inf:
             refuse("dsnot_swap", f"{name} must be a number of at least 0, got {value}")
-    group = check_pattern("dsnot_swap", pattern)
+    group, columns, more = check_pattern("dsnot_swap", pattern), 0, 0
+    check_pad("dsnot_swap", pad, pattern)
     if isinstance(weight, Tensor) and weight.dim() == 2:
+        columns = weight.shape[1]
         _check_vectors("dsnot_swap", weight, mean=mean, norm=norm, variance=variance)
-        max_swaps = max(8, weight.shape[1] // 80) if max_swaps is None else max_swaps
+        max_swaps = max(8, columns // 80) if max_swaps is None else max_swaps
         v = variance.double()
         growth = (v**-gamma).clamp(max=torch.finfo(torch.float64).max)
         growth = growth if gamma == 0 else torch.where(v > 0, growth, 0.0)
+        more = -columns % group if pad else 0
     else:
         growth = variance
-    out: Tensor = _dsnot_swap(weight, bits, mean, norm, growth, max_swaps, float(threshold), stop == "official", group)
-    return out
+    threshold, official = float(threshold), stop == "official"
+    if more:  # of no weight and no growth: never a candidate
+        _check_mask("dsnot_swap", weight, bits)
+        bits = _padded_bits(bits, columns, more)
+        weight, mean, norm, growth = (_padded(x, more) for x in (weight, mean, norm, growth))
+        if not official:  # which is in units of the square root of the number of columns
+            threshold *= math.sqrt((columns + more) / columns)
+    out: Tensor = _dsnot_swap(weight, bits, mean, norm, growth, max_swaps, threshold, official, group)
+    return out[:, : packed_bytes(columns, 1)].contiguous() if more else out
 
 
 # ----------------------------------------------------------------------------------------------------------- gram_swap
@@ -340,6 +374,7 @@ def gram_swap(
     max_swaps: int | None = None,
     candidates: int = 64,
     pattern: Pattern | None = None,
+    pad: bool = False,
 ) -> Tensor:
     """Swap kept and pruned weights of each row, each time the pair that lowers the layer's squared error most.
 
@@ -357,13 +392,14 @@ def gram_swap(
         max_swaps: per row; default K. A row seldom needs half as many as it has pruned weights.
         candidates: how many to go, and to come, are tried with each other.
         pattern: ``(N, M)``: the mask keeps N of each M columns; then the pairs are all those within a group.
+        pad: of a pattern: K need be no multiple of M, and the columns behind the last multiple are a group of their own.
 
     Returns:
         uint8, the shape of ``bits``: the new mask; each row (and group) keeps as many as before.
 
     Raises:
         TypeError: a tensor that is not one, or not of floats; ``bits`` is not uint8.
-        ValueError: shapes that do not fit, K is no multiple of M, a value out of range.
+        ValueError: shapes that do not fit, K is no multiple of M without ``pad``, a value out of range.
 
     Example:
         >>> weight = torch.tensor([[1.0, 1.0, 0.8]])
@@ -375,15 +411,22 @@ def gram_swap(
     Source: the quadratic error of a layer: Frantar, Alistarh, "SparseGPT", ICML 2023, equation 2; swaps by it: "SparseSwaps:
     Tractable LLM Pruning Mask Refinement at Scale", arXiv 2512.10922.
     """
-    group = check_pattern("gram_swap", pattern)
+    group, columns, more = check_pattern("gram_swap", pattern), 0, 0
+    check_pad("gram_swap", pad, pattern)
     correlation = weight
     if isinstance(weight, Tensor) and weight.dim() == 2:
         _check_mask("gram_swap", weight, bits)
         _check_gram("gram_swap", weight, gram)
-        max_swaps = weight.shape[1] if max_swaps is None else max_swaps
+        columns = weight.shape[1]
+        max_swaps = columns if max_swaps is None else max_swaps
         correlation = _pruned(weight, bits) @ gram.double()
+        more = -columns % group if pad else 0
+    if more:  # of infinite cost: never a candidate
+        bits, correlation = _padded_bits(bits, columns, more), _padded(correlation, more)
+        weight, gram = _padded(weight, more, 1.0), F.pad(gram.detach(), (0, more, 0, more))
+        gram.diagonal()[columns:] = torch.inf
     out: Tensor = _gram_swap(weight, bits, gram, correlation, max_swaps, candidates, group)
-    return out
+    return out[:, : packed_bytes(columns, 1)].contiguous() if more else out
 
 
 # -------------------------------------------------------------------------------------------- what a mask does to a layer
