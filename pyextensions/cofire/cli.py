@@ -296,7 +296,9 @@ def prune(
     sparsity: Annotated[
         list[float] | None, typer.Option(help="Share of the weights to prune; may be repeated (default: several).")
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help="N:M: keep N of each M columns, as 2:4.")] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="N:M: keep N of each M columns (at most N of fewer at the end).")
+    ] = None,
     initial: Annotated[str, typer.Option(help="The first mask: wanda, magnitude or sparsegpt.")] = "wanda",
     refine: Annotated[str, typer.Option(help="How it is refined: swap1, dsnot or none.")] = "swap1",
     stop: Annotated[str, typer.Option(help="Of dsnot: decrease, or official (the released loop).")] = "decrease",

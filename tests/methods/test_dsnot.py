@@ -7,6 +7,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +111,20 @@ def test_every_way_to_prune(method: DSnoT) -> None:
     assert all(isinstance(layer, CompressedLinear) for layer in pruned_layers(final).values())
     torch.testing.assert_close(final(x), model(x), rtol=1e-4, atol=1e-5)
     assert method.report(final) == report
+
+
+@pytest.mark.parametrize("method", [m for m in ALL if m.pattern], ids=str)
+def test_a_shorter_last_group(method: DSnoT) -> None:
+    """16 = 2 * 6 + 4 columns, and 24 = 4 * 6."""
+    method = replace(method, pattern=(3, 6), pad=True)
+    model = method.prepare(network(), batches())
+    first, second = pruned_layers(model).values()
+    assert [part.sum(1).unique().tolist() for part in first.mask.split(6, 1)] == [[3], [3], [3]]
+    assert second.mask.view(32, 4, 6).sum(2).unique().tolist() == [3]
+    if method.refine == "swap1":
+        assert first.pruned.refined < first.pruned.initial
+    x = torch.cat(batches())
+    torch.testing.assert_close(method.finalize(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_bias_is_made_where_there_is_none() -> None:
@@ -236,6 +251,7 @@ def test_fine_tuning_keeps_the_zeros() -> None:
         ({"max_swaps": -1}, ValueError, "DSnoT: max_swaps must be at least 0, got -1"),
         ({"threshold": -1.0}, ValueError, "DSnoT: threshold must be a number of at least 0, got -1.0"),
         ({"gamma": math.inf}, ValueError, "DSnoT: gamma must be a number of at least 0, got inf"),
+        ({"pad": True}, ValueError, "DSnoT: pad must be False where there is no pattern N:M, got True"),
         ({"layers": "fc"}, TypeError, "DSnoT: layers must be a sequence of names or patterns, got 'fc'"),
     ],
 )
@@ -259,9 +275,10 @@ def _with(model: nn.Module, change: Any) -> nn.Module:
         (DSnoT(), network(), [torch.full((2, 16), torch.nan)],
          "layer '1': the calibration inputs of the layer must be finite, got values that are not"),
         (DSnoT(), _with(network(), lambda m: m[3].weight[0, 0].fill_(torch.inf)), batches(),
-         "layer '3': weight must be finite, got values that are not"),
+         "layer '3': weight must be finite, got 1 NaN or infinite of 768"),
         (DSnoT(density=0.01), network(), batches(), "layer '1': density must keep at least one of 16 columns, got 0.01"),
-        (DSnoT(pattern=(1, 5)), network(), batches(), "layer '1': the columns must be a multiple of the pattern's 5, got 16"),
+        (DSnoT(pattern=(1, 5)), network(), batches(),
+         "layer '1': pattern (1, 5) needs rows of a multiple of 5 weights, got 16; pad=True lets the last group be shorter"),
         (DSnoT(layers=["fc"]), network(), batches(), "layers names 'fc', which fits no linear layer; there are '1', '3', '5'"),
         (DSnoT(), nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), batches(),
          "the model must have a linear layer to prune (tied ones stay dense), got none"),

@@ -141,8 +141,74 @@ def test_pattern() -> None:
     model = train(pruning, pruning.prepare(network()), 3)
     (layer,) = (layer for _, layer in masks(model))
     assert (layer.mask.view(16, 36, 4).sum(2) == 2).all()
-    with pytest.raises(ValueError, match=r"pattern '2:4' needs rows of a multiple of 4 weights, got 18 in '0'"):
+    sentence = r"pattern '2:4' needs rows of a multiple of 4 weights, got 18 in '0' .*; pad=True lets"
+    with pytest.raises(ValueError, match=sentence):
         GradualPruning(pattern="2:4").prepare(network())
+
+
+def test_pattern_with_a_shorter_last_group() -> None:
+    pruning = GradualPruning(pattern="2:8", begin=0, end=3, every=1, pad=True)
+    model = train(pruning, pruning.prepare(network()), 3)
+    first, second = (layer.mask.flatten(1) for _, layer in masks(model))
+    assert [group.sum(1).unique().tolist() for group in first.split(8, 1)] == [[2], [2], [2]]
+    assert second.view(16, 18, 8).sum(2).unique().tolist() == [2]
+    report = pruning.report(model, [BATCH])
+    assert report.deployed_error is not None and report.deployed_error < 1e-5
+
+
+def gradients(model: nn.Module) -> None:
+    model.zero_grad()
+    F.cross_entropy(model(BATCH[0]), BATCH[1]).backward()
+
+
+@pytest.mark.parametrize(
+    "score", ["taylor", "fisher", "magnitude_gradient", lambda layer: (layer.weight * layer.weight.grad).abs()]
+)
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_overflow_prunes_nothing_and_the_next_step_makes_up_for_it(score: Any, scope: str, value: float) -> None:
+    """Even if it is the last update's; and after saving and loading."""
+    pruning = GradualPruning(density=0.25, begin=0, end=2, every=2, score=score, scope=scope)
+    model = pruning.prepare(network())
+    gradients(model)
+    pruning.step(model)
+    gradients(model)
+    model[4].weight.grad[0, 0] = value
+    pruning.step(model)
+    assert densities(model)[1] == 1.0
+    assert (densities(model)[0] == 1.0) == (scope == "global")  # there all layers are in one order
+    other = pruning.prepare(network())
+    other.load_state_dict(model.state_dict())
+    gradients(other)
+    pruning.step(other)
+    kept = sum(int(layer.mask.sum()) for _, layer in masks(other))
+    assert kept == (4 * round(0.25 * 18) + 576 if scope == "row" else round(0.25 * (72 + 2304)))
+    before = [layer.mask for _, layer in masks(other)]
+    gradients(other)
+    pruning.step(other)
+    assert all(torch.equal(layer.mask, mask) for (_, layer), mask in zip(masks(other), before, strict=True))
+
+
+def test_what_is_not_finite_is_named() -> None:
+    pruning = GradualPruning(density=0.5, end=1, every=1)
+    model = pruning.prepare(network())
+    model[4].weight.data[1, 2] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"^GradualPruning.step: the weight of '4' must be finite, got 1 NaN or infinite of 2304"
+    ):
+        pruning.step(model)
+    own = GradualPruning(density=0.5, end=1, every=1, score=lambda layer: layer.weight / 0)
+    model = own.prepare(network())
+    with pytest.raises(
+        ValueError, match=r"^GradualPruning.step: the score of '0' must be finite, got 72 NaN or infinite of 72"
+    ):
+        own.step(model)
+    fisher = GradualPruning(density=0.5, end=1, every=1, score="fisher")
+    model = fisher.prepare(network())
+    gradients(model)
+    model[0].weight.grad.fill_(1e30)  # finite, and its square is not
+    with pytest.raises(ValueError, match=r"^GradualPruning.step: the score of '0' must be finite, got 72"):
+        fisher.step(model)
 
 
 def test_report_and_deployment() -> None:
@@ -172,6 +238,8 @@ def test_begin_density() -> None:
         ({"density": 0.1, "every": 1.5}, TypeError, "GradualPruning: every must be an integer, got 1.5"),
         ({"density": 0.1, "score": "size"}, ValueError,
          "GradualPruning: score must be one of magnitude, taylor, fisher, magnitude_gradient, got 'size'"),
+        ({"density": 0.1, "pad": True}, ValueError,
+         "GradualPruning: pad must be False where there is no pattern N:M, got True"),
         ({"pattern": "16x1"}, ValueError, "GradualPruning: pattern must be like '2:4', got '16x1'"),
         ({"density": 0.1, "exclude": "0"}, TypeError,
          "GradualPruning: exclude must be a sequence of names or patterns, got '0'"),

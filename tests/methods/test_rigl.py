@@ -177,6 +177,20 @@ def test_an_overflow_moves_nothing_and_a_missing_gradient_is_named() -> None:
         method().step(model)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rigl", [method(), random()])
+def test_a_weight_that_is_not_finite_is_named(rigl: RigL, value: float) -> None:
+    model = rigl.prepare(network())
+    backward(model)
+    layer = model[0]
+    layer.weight.data[layer.mask] = value
+    kept = int(layer.mask.sum())
+    with pytest.raises(
+        ValueError, match=rf"^RigL.step: the weight of '0' must be finite, got {kept} NaN or infinite of 72"
+    ):
+        rigl.step(model)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "sentence"),
     [

@@ -32,7 +32,7 @@ from cofire.nn import (
     sparsify_,
 )
 from cofire.nn import compressed as dispatch
-from cofire.ops import pack_mask
+from cofire.ops import pack_mask, spmm
 from cofire.optim import check_invariant
 from helpers import check_examples
 
@@ -866,7 +866,7 @@ make = SparseLinear.from_dense
         (
             lambda: make(dense(), pattern="2:5"),
             ValueError,
-            "pattern 2:5 needs rows of a multiple of 5 weights, got 48; pad",
+            "pattern '2:5' needs rows of a multiple of 5 weights, got 48; pad=True lets the last group be shorter",
         ),
         (lambda: make(dense(), pattern="5:4"), ValueError, "pattern N:M must have 1 <= N <= M, got '5:4'"),
         (
@@ -885,7 +885,13 @@ make = SparseLinear.from_dense
             ValueError,
             r"pattern 16x1 must divide the weight \[20, 48\]",
         ),
-        (lambda: make(with_nan(), density=0.5), ValueError, "scores must be finite, got 1 weights that are not"),
+        (lambda: make(with_nan(), density=0.5), ValueError, "weight must be finite, got 1 NaN or infinite of 960"),
+        (
+            lambda: make(dense(), pattern="16x1", density=0.5, pad=True),
+            ValueError,
+            "pad must be False where there is no",
+        ),
+        (lambda: make(dense(), pattern="2:4", pad=1), TypeError, "pad must be True or False, got 1"),
         (
             lambda: make(dense(), density=0.5, score="wanda", other=torch.full((IN,), torch.inf)),
             ValueError,
@@ -958,6 +964,75 @@ make = SparseLinear.from_dense
 def test_refusals(call: Callable[[], Any], error: type[Exception], sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         call()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (3, 8), (1, 4)])
+@pytest.mark.parametrize("columns", [3, 17, 18, 19, 20, 65])
+def test_a_shorter_last_group(n: int, m: int, columns: int) -> None:
+    """Of r weights behind the whole groups min(N, r) are kept; every format computes with such a mask."""
+    dense = nn.Linear(columns, 21)
+    layer = SparseLinear.from_dense(copy.deepcopy(dense), pattern=f"{n}:{m}", pad=True)
+    for group, w in zip(layer.mask.split(m, 1), dense.weight.split(m, 1), strict=True):
+        keep = min(n, w.shape[1])
+        cut = w.abs().sort(descending=True).values[:, keep - 1 : keep]
+        assert (group.sum(1) == keep).all() and torch.equal(group, w.abs() >= cut)
+    x = torch.randn(70, columns)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        layer = SparseLinear.from_dense(copy.deepcopy(dense).to(dtype), pattern=f"{n}:{m}", pad=True)
+        for format in ("bitmap", "csr", "delta"):
+            packed = layer.pack(format)
+            assert torch.equal(packed.sparse_weight.mask(), layer.mask)
+            for rows in (1, 3, 70):
+                inputs = x[:rows].to(dtype)
+                wanted = F.linear(inputs, layer.weight, layer.bias)
+                torch.testing.assert_close(
+                    spmm(inputs, packed.sparse_weight, layer.bias), wanted, rtol=tolerance, atol=tolerance
+                )
+                torch.testing.assert_close(packed(inputs), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_a_shorter_last_group_in_models() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(17, 8), nn.Linear(8, 2))
+    with pytest.raises(
+        ValueError, match="the layer '0' cannot be pruned .* multiple of 4 weights, got 18; pad=True lets"
+    ):
+        sparsify_(model, pattern="2:4")
+    sparsify_(model, pattern="2:4", pad=True)
+    assert [int(layer.mask[0].sum()) for _, layer in masks(model)] == [10, 9]
+    with pytest.raises(ValueError, match="sparsify_: pad must be False where there is no pattern N:M, got True"):
+        sparsify_(nn.Sequential(nn.Linear(4, 4)), density=0.5, scope="global", pad=True)
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_are_refused_with_their_names(scope: str, value: float) -> None:
+    """One rule for every scope, and for what is only a product."""
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 4), nn.Conv2d(2, 4, 3), nn.Linear(4, 2))
+
+    broken = model()
+    broken[1].weight.data[2, 0, 1, 1] = value
+    sentence = (
+        r"sparsify_: the layer '1' cannot be pruned \(sparsify_: %s must be finite, got %d NaN or infinite of %d\)"
+    )
+    with pytest.raises(ValueError, match=sentence % ("weight", 1, 72)):
+        sparsify_(broken, density=0.5, scope=scope)
+    assert type(broken[0]) is nn.Linear
+    gradients = {"0": torch.ones(4, 6), "1": torch.ones(4, 2, 3, 3)}
+    sparsify_(model(), density=0.5, scope=scope, score="fisher", others=gradients)
+    gradients["1"][1] = value
+    with pytest.raises(ValueError, match=sentence % ("other", 18, 72)):
+        sparsify_(model(), density=0.5, scope=scope, score="fisher", others=gradients)
+    gradients["1"][1] = 1e30  # finite, and its square is not
+    with pytest.raises(ValueError, match=sentence % ("scores 'fisher'", 18, 72)):
+        sparsify_(model(), density=0.5, scope=scope, score="fisher", others=gradients)
+    if scope != "global":
+        scores = torch.ones(4, 6).index_put_((torch.tensor(0), torch.tensor(0)), torch.tensor(value))
+        with pytest.raises(
+            ValueError, match="SparseLinear.from_dense: score must be finite, got 1 NaN or infinite of 24"
+        ):
+            SparseLinear.from_dense(nn.Linear(6, 4), density=0.5, score=scores, scope=scope)
 
 
 def test_a_model_that_cannot_be_pruned_stays_as_it_is() -> None:

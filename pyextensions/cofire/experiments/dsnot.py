@@ -47,7 +47,7 @@ class Setting:
     def method(self, density: float, layers: Sequence[str] | None) -> DSnoT:
         return DSnoT(
             density=density, pattern=self.pattern, initial=self.initial, refine=self.refine, stop=self.stop,
-            bias_correct=self.bias_correct, layers=layers,
+            bias_correct=self.bias_correct, layers=layers, pad=self.pattern is not None,
         )  # fmt: skip
 
 

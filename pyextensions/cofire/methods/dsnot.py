@@ -22,10 +22,12 @@ from cofire.names import near_matches
 from cofire.nn import SparseLinear
 from cofire.nn.calibration import InputStatistics, evaluation, in_order, run
 from cofire.nn.lowbit import dense_weight, is_transposed, linear_layers
+from cofire.nn.sparse import check_groups
 from cofire.ops import corrected_bias, dsnot_swap, gram_swap, keep_mask, pruning_error, unpack_mask
-from cofire.ops.checks import check_choice, check_integer, check_module, check_number
+from cofire.ops.checks import check_choice, check_finite, check_integer, check_module, check_number
 from cofire.ops.quantizers import inverse_factor
-from cofire.ops.sparse_refine import STOPS, check_pattern
+from cofire.ops.selection import check_scores
+from cofire.ops.sparse_refine import STOPS, check_pad, check_pattern
 
 #: Starting masks, and how they are refined.
 INITIAL = ("magnitude", "wanda", "sparsegpt")
@@ -87,6 +89,8 @@ class DSnoT(Method, name="dsnot"):
         gamma: of "dsnot": power of the variance.
         layers: names or patterns (``"layers.*.mlp.*"``) of the layers to prune. Default: all linear layers but the one
             that gives the model's output. Layers whose weight is tied to another's stay dense always.
+        pad: of a pattern: layers may have any number of columns. What is behind the last whole group, r columns, is a group
+            of which ``min(N, r)`` are kept.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or out of range.
@@ -106,6 +110,7 @@ class DSnoT(Method, name="dsnot"):
     threshold: float | None = None
     gamma: float = 1.0
     layers: Sequence[str] | None = None
+    pad: bool = False
 
     def __post_init__(self) -> None:
         check_number("DSnoT", density=self.density, gamma=self.gamma)
@@ -118,6 +123,7 @@ class DSnoT(Method, name="dsnot"):
             raise ValueError(f"DSnoT: gamma must be a number of at least 0, got {self.gamma}")
         if self.pattern is not None:
             check_pattern("DSnoT", self.pattern)
+        check_pad("DSnoT", self.pad, self.pattern)
         if self.max_swaps is not None:
             check_integer("DSnoT", max_swaps=self.max_swaps)
             if self.max_swaps < 0:
@@ -142,19 +148,21 @@ class DSnoT(Method, name="dsnot"):
             inputs: statistics of the layer's inputs.
 
         Raises:
-            ValueError: weights or inputs that are not finite, a density that keeps nothing, K no multiple of the pattern's M.
+            ValueError: weights, inputs or scores that are not finite, a density that keeps nothing, K no multiple of the
+                pattern's M (without ``pad``).
         """
         columns = weight.shape[1]
-        if not weight.isfinite().all():
-            raise ValueError("weight must be finite, got values that are not")
+        check_finite("DSnoT.mask", weight=weight)
         if not inputs.finite:
-            raise ValueError("the calibration inputs of the layer must be finite, got values that are not")
+            raise ValueError("DSnoT.mask: the calibration inputs of the layer must be finite, got values that are not")
         initial = self._initial(weight, inputs)
         if self.refine == "none":
             return initial, initial
         if self.refine == "swap1":
             gram = (inputs.covariance if self.bias_correct else inputs.second_moment).float()
-            return initial, gram_swap(weight, initial, gram, max_swaps=self.max_swaps, pattern=self.pattern)
+            return initial, gram_swap(
+                weight, initial, gram, max_swaps=self.max_swaps, pattern=self.pattern, pad=self.pad
+            )
         official = self.stop == "official"
         swaps, threshold = self.max_swaps, self.threshold
         if official:
@@ -171,6 +179,7 @@ class DSnoT(Method, name="dsnot"):
             threshold=THRESHOLD if threshold is None else threshold,
             stop=self.stop,
             pattern=self.pattern,
+            pad=self.pad,
         )
         return initial, refined
 
@@ -185,14 +194,14 @@ class DSnoT(Method, name="dsnot"):
             hessian.diagonal()[dead] = 1
             scale = 1 / inverse_factor("DSnoT", hessian, DAMPING).diagonal()
             score = {"score": "wanda", "other": torch.where(dead, 0.0, scale).float()}  # the same order without squares
+        check_scores("DSnoT.mask", weight, score.get("other"), score["score"])
         if self.pattern is not None:
             keep, group = self.pattern
-            if columns % group:
-                raise ValueError(f"the columns must be a multiple of the pattern's {group}, got {columns}")
-            return keep_mask(weight, keep, scope="block", block=(1, group), **score)
+            check_groups("DSnoT.mask", self.pattern, group, columns, self.pad)
+            return keep_mask(weight, keep, scope="block", block=(1, group), pad=self.pad, **score)
         keep = round(self.density * columns)
         if keep == 0:
-            raise ValueError(f"density must keep at least one of {columns} columns, got {self.density}")
+            raise ValueError(f"DSnoT.mask: density must keep at least one of {columns} columns, got {self.density}")
         return keep_mask(weight, keep, **score)
 
     # ------------------------------------------------------------------------------------------------- protocol
@@ -221,7 +230,8 @@ class DSnoT(Method, name="dsnot"):
                 try:
                     done[name] = self._prune_layer(name, chosen[name], inputs)
                 except ValueError as error:
-                    raise ValueError(f"DSnoT.prepare: layer {name!r}: {error}") from None
+                    sentence = str(error).removeprefix("DSnoT.mask: ")
+                    raise ValueError(f"DSnoT.prepare: layer {name!r}: {sentence}") from None
 
         try:
             in_order(model, batches, chosen, visit)
@@ -286,7 +296,7 @@ class DSnoT(Method, name="dsnot"):
             TypeError: ``model`` is no module.
             ValueError: no data, or none that reaches a layer; no linear layer, or a pattern that fits none; weights or
                 inputs that are not finite; a density that keeps nothing of a row; a pattern that does not divide the
-                columns; a model that is pruned already.
+                columns (without ``pad``); a model that is pruned already.
         """
         check_module("DSnoT.prepare", model)
         if pruned_layers(model):

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from cofire.methods.sparse_training import (
     SparseTraining,
     check_between,
+    check_kept,
     check_least,
     check_patterns,
+    gradient_of,
 )
-from cofire.nn.sparse import Sparse, parse_pattern
+from cofire.nn.sparse import Sparse, check_groups, parse_pattern
 from cofire.ops import keep_mask, keep_masks
 from cofire.ops.checks import check_choice
 from cofire.ops.selection import scores_of
+from cofire.ops.sparse_refine import check_pad
 
 SCOPES = ("row", "tensor", "global")
 SCORES = ("magnitude", "taylor", "fisher", "magnitude_gradient")
@@ -47,6 +50,8 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         scope: what is pruned to the same density: each "row", each layer ("tensor"), or all layers together ("global").
         pattern: "N:M" keeps, in the end, N of each M neighbours of a row; density is then given by it.
         include, exclude: names or patterns of layers, as in :func:`cofire.nn.sparsify_`; default: all but the last.
+        pad: of a pattern: rows may have any number of weights. What is behind the last whole group, r weights, is a group of
+            which ``min(N, r)`` are kept in the end.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or out of range.
@@ -78,6 +83,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
     pattern: str | None = None
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
+    pad: bool = False
 
     def __post_init__(self) -> None:
         name = "GradualPruning"
@@ -90,6 +96,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
             check_between(name, "sparsity", self.sparsity, 0, 1, closed=False)
         if self.pattern is not None and parse_pattern(name, self.pattern)[0] != "n:m":
             raise ValueError(f"{name}: pattern must be like '2:4', got {self.pattern!r}")
+        check_pad(name, self.pad, self.pattern)
         check_between(name, "begin_density", self.begin_density, 0, 1)
         check_least(name, 0, begin=self.begin)
         check_least(name, 1, every=self.every, end=self.end)
@@ -140,11 +147,17 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         if self.pattern is not None:
             _, _, m = parse_pattern("GradualPruning", self.pattern)
             for name, layer in layers.items():
-                if layer.weight[0].numel() % m:
-                    raise ValueError(
-                        f"GradualPruning.prepare: pattern {self.pattern!r} needs rows of a multiple of {m} weights, got "
-                        f"{layer.weight[0].numel()} in {name!r}; exclude can leave it out"
-                    )
+                columns = layer.weight[0].numel()
+                check_groups(
+                    "GradualPruning.prepare",
+                    self.pattern,
+                    m,
+                    columns,
+                    self.pad,
+                    f" in {name!r} (exclude can leave it out)",
+                )
+        for layer in layers.values():
+            layer.register_buffer("update_missed", torch.zeros((), dtype=torch.bool, device=layer.weight.device))
         if self.begin_density < 1:
             for layer in layers.values():  # nothing has a gradient yet
                 self._prune({"": layer}, self.begin_density, "magnitude")
@@ -154,35 +167,58 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
     def step(self, model: nn.Module) -> None:
         """Count one optimiser step, and prune when it is time.
 
+        With another score than "magnitude" a layer whose gradient is not finite (an overflow of mixed precision, whose
+        optimiser step is skipped too) is not pruned this time, and with the scope "global" none is. The next step makes up
+        for it.
+
         Raises:
-            ValueError: not prepared, or a score by gradient without gradients.
+            ValueError: not prepared, a score by gradient without gradients, or scores that are not finite.
         """
         layers = self._require(model, "step")
         count = self._count(layers)
-        if self.begin <= count <= self.end and ((count - self.begin) % self.every == 0 or count == self.end):
+        due = self.begin <= count <= self.end and ((count - self.begin) % self.every == 0 or count == self.end)
+        if due or self._missed(layers):
             self._prune(layers, self.density_at(count), self.score)
 
+    def _missed(self, layers: dict[str, Sparse]) -> bool:
+        """Whether the last update could not be made everywhere; all layers say the same."""
+        return self.score != "magnitude" and bool(next(iter(layers.values())).update_missed)
+
     def _prune(self, layers: dict[str, Sparse], density: float, score: str | Callable[[Sparse], Tensor]) -> None:
-        scores = {name: self._scores(name, layer, score) for name, layer in layers.items()}
+        maybe = {name: self._scores(name, layer, score) for name, layer in layers.items()}
+        scores = {name: s for name, s in maybe.items() if s is not None}
+        missed = len(scores) < len(layers)
         if self.scope == "global" and score == self.score:
+            scores = {} if missed else scores
             total = sum(s.numel() for s in scores.values())
-            masks = keep_masks(list(scores.values()), max(1, round(density * total)), score="value")
+            masks = keep_masks(list(scores.values()), max(1, round(density * total)), score="value") if scores else []
             found = dict(zip(scores, masks, strict=True))
         else:
             found = {name: self._choose(s, density) for name, s in scores.items()}
-        for name, layer in layers.items():
-            layer.update_mask(found[name])
+        for name, bits in found.items():
+            layers[name].update_mask(bits)
+        for layer in layers.values():
+            assert isinstance(layer.update_missed, Tensor)
+            layer.update_missed.fill_(missed)
 
     def _choose(self, scores: Tensor, density: float) -> Tensor:
         if self.pattern is not None:
             _, n, m = parse_pattern("GradualPruning", self.pattern)
-            return keep_mask(scores, max(n, round(density * m)), scope="block", block=(1, m), score="value")
+            return keep_mask(
+                scores, max(n, round(density * m)), scope="block", block=(1, m), pad=self.pad, score="value"
+            )
         size = scores.numel() if self.scope != "row" else scores.shape[1]
         scope = "row" if self.scope == "row" else "tensor"
         return keep_mask(scores, max(1, round(density * size)), scope=scope, score="value")
 
-    def _scores(self, name: str, layer: Sparse, score: str | Callable[[Sparse], Tensor]) -> Tensor:
-        """``[N, K]``; what is pruned already comes last."""
+    def _scores(self, name: str, layer: Sparse, score: str | Callable[[Sparse], Tensor]) -> Tensor | None:
+        """``[N, K]``; what is pruned already comes last. None where the gradient is not finite."""
+        gradient = None
+        if score != "magnitude" and not (callable(score) and layer.weight.grad is None):
+            gradient = gradient_of("GradualPruning.step", f"score {score!r}", name, layer)
+            if gradient is None:
+                return None
+        check_kept("GradualPruning.step", "the weight", name, layer, layer.weight)
         if callable(score):
             found = score(layer)
             if not isinstance(found, Tensor) or found.shape != layer.weight.shape:
@@ -192,10 +228,6 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
                     f"{name!r}, got {got}"
                 )
         else:
-            gradient = layer.weight.grad
-            if score != "magnitude" and gradient is None:
-                raise ValueError(
-                    f"GradualPruning.step: score {score!r} needs the gradient of {name!r}, got None; zero gradients after step"
-                )
-            found = scores_of(layer.weight, None if score == "magnitude" else gradient, score, 1.0)
+            found = scores_of(layer.weight, gradient, score, 1.0)
+        check_kept("GradualPruning.step", "the score", name, layer, found)
         return torch.where(layer.mask, found.detach(), -torch.inf).flatten(1)

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from cofire.methods.sparse_training import (
     SparseTraining,
     check_between,
+    check_kept,
     check_least,
     check_patterns,
+    gradient_of,
 )
 from cofire.ops import apply_mask, keep_mask, prune_and_grow_, unpack_mask
 from cofire.ops.checks import check_choice
@@ -142,8 +144,8 @@ class RigL(SparseTraining, name="rigl"):
             keep = max(1, round(shares[name] * layer.weight.numel()))
             order = random_keys(self._key(0, i, len(layers)), layer.weight.numel(), layer.weight.device).double()
             bits = keep_mask(order.view_as(layer.weight).flatten(1), keep, scope="tensor", score="value")
+            layer.update_mask(bits)
             with torch.no_grad():
-                layer.mask_bits.copy_(bits)
                 layer.weight.copy_(apply_mask(layer.weight, bits))
             layer.pruned_are_zero = True  # type: ignore[assignment]
         return result
@@ -173,7 +175,7 @@ class RigL(SparseTraining, name="rigl"):
             optimizer: whose moments are zeroed where the mask changes; those of :mod:`cofire.optim` do it by themselves.
 
         Raises:
-            ValueError: not prepared, or growth by gradient without a gradient.
+            ValueError: not prepared, growth by gradient without a gradient, or a weight that is not finite.
         """
         layers = self._require(model, "step")
         count = self._count(layers)
@@ -186,16 +188,13 @@ class RigL(SparseTraining, name="rigl"):
                 continue
             gradient = None
             if self.grow == "gradient":
-                gradient = weight.grad
+                gradient = gradient_of("RigL.step", "growth", name, layer)
                 if gradient is None:
-                    raise ValueError(
-                        f"RigL.step: growth needs the gradient of {name!r}, got None; zero gradients after step"
-                    )
-                if not bool(gradient.isfinite().all()):
                     continue
+            check_kept("RigL.step", "the weight", name, layer, weight)
             bits = layer.mask_bits.clone()
             new = prune_and_grow_(weight, bits, gradient, number, scope="tensor", seed=self._key(count, i, len(layers)))
-            layer.mask_bits.copy_(new)
+            layer.update_mask(new)
             if optimizer is not None:
                 changed = unpack_mask(bits ^ new, weight[0].numel()).view_as(weight)
                 reset_moments(optimizer, weight, changed)

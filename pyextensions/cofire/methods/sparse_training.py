@@ -15,7 +15,7 @@ from cofire.methods.base import Method, Report, bare, evaluation, first_input, r
 from cofire.nn.compressed import Compressed
 from cofire.nn.sparse import Sparse, sparsify_
 from cofire.ops import apply_mask
-from cofire.ops.checks import check_integer, check_module, check_number
+from cofire.ops.checks import check_finite, check_integer, check_module, check_number
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,20 @@ def check_least(where: str, least: int, **values: Any) -> None:
 def check_patterns(where: str, name: str, patterns: Any) -> None:
     if isinstance(patterns, str) or not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"{where}: {name} must be a sequence of names or patterns, got {patterns!r}")
+
+
+def gradient_of(where: str, what: str, name: str, layer: Sparse) -> Tensor | None:
+    """The gradient of the step, which ``what`` needs. None if it is not finite: an overflow of mixed precision, whose
+    optimiser step is skipped too."""
+    gradient: Tensor | None = layer.weight.grad
+    if gradient is None:
+        raise ValueError(f"{where}: {what} needs the gradient of {name!r}, got None; zero gradients after step")
+    return gradient if bool(gradient.isfinite().all()) else None
+
+
+def check_kept(where: str, what: str, name: str, layer: Sparse, values: Tensor) -> None:
+    """Values by which a layer's kept weights are compared must be finite."""
+    check_finite(where, **{f"{what} of {name!r}": torch.where(layer.mask, values, 0.0)})
 
 
 def sparse_layers(model: nn.Module) -> dict[str, Sparse]:

@@ -21,6 +21,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, cast
 
@@ -49,7 +50,8 @@ from cofire.nn.lowbit import Filter, is_transposed, linear_layers
 from cofire.nn.palettes import PaddingMode
 from cofire.ops import SparseWeight, apply_mask, keep_mask, keep_masks, masked_linear
 from cofire.ops.checks import check_choice, check_module, check_number, check_pair, refuse, shape_of
-from cofire.ops.selection import scores_of
+from cofire.ops.selection import check_scores, scores_of
+from cofire.ops.sparse_refine import check_pad
 from cofire.ops.sparse_weight import FORMATS
 from cofire.registry import OPERATORS
 
@@ -101,6 +103,16 @@ def parse_pattern(where: str, pattern: Pattern) -> tuple[str, int, int]:
     return "block", first, second
 
 
+def check_groups(where: str, pattern: Pattern, group: int, columns: int, pad: bool, of: str = "") -> None:
+    """Rows must consist of whole groups of a pattern N:M, unless the last may be shorter. ``of``: whose rows they are."""
+    if columns % group and not pad:
+        refuse(
+            where,
+            f"pattern {pattern!r} needs rows of a multiple of {group} weights, got {columns}{of}; pad=True lets the last group "
+            "be shorter",
+        )
+
+
 def choose_bits(
     where: str,
     weight: Tensor,
@@ -109,32 +121,27 @@ def choose_bits(
     scope: str,
     pattern: Pattern,
     other: Tensor | None,
+    pad: bool = False,
 ) -> Tensor:
     """The packed mask of the best weights; exact counts, at least one of each scope."""
     _check_weight(where, weight)
     check_choice(where, "scope", scope, SCOPES)
     kind, first, second = parse_pattern(where, pattern)
-    w = weight.detach().flatten(1)
-    rows, columns = w.shape
+    check_pad(where, pad, pattern if kind == "n:m" else None)
     if isinstance(score, Tensor):
         if score.shape != weight.shape:
             refuse(where, f"score must have the shape of the weight {shape_of(weight)}, got {shape_of(score)}")
-        w, rule = score.detach().flatten(1), "value"
+        rule = "value"
+        w, other = check_scores(where, score, other, rule, name="score")
     else:
         rule = score
-    if not isinstance(score, Tensor) and not bool(w.isfinite().all()):
-        refuse(where, f"scores must be finite, got {int((~w.isfinite()).sum())} weights that are not")
-    for name, x in (("score", w if isinstance(score, Tensor) else None), ("other", other)):
-        if x is not None and not bool(x.isfinite().all()):
-            refuse(where, f"{name} must be finite, got {int((~x.isfinite()).sum())} NaN or infinite of {x.numel()}")
+        w, other = check_scores(where, weight, other, rule)
+    rows, columns = w.shape
     if kind == "n:m":
-        if columns % second:
-            refuse(
-                where, f"pattern {first}:{second} needs rows of a multiple of {second} weights, got {columns}; pad them"
-            )
+        check_groups(where, pattern, second, columns, pad)
         if density is not None and density != first / second:
             refuse(where, f"density must be None, or {first / second} as the pattern says, got {density}")
-        return keep_mask(w, first, scope="block", block=(1, second), score=rule, other=other)
+        return keep_mask(w, first, scope="block", block=(1, second), pad=pad, score=rule, other=other)
     if density is None:
         refuse(where, "density must be given where neither a mask nor a pattern N:M is, got None")
     check_density(where, density)
@@ -453,6 +460,7 @@ def _from_dense(
     scope: str,
     pattern: Pattern,
     other: Tensor | None,
+    pad: bool,
     options: dict[str, Any],
 ) -> Any:
     where = f"{cls.__name__}.from_dense"
@@ -469,7 +477,7 @@ def _from_dense(
         check_mask(where, mask, layer.weight.shape, layer.weight.device)
         bits = pack(mask)
     else:
-        bits = choose_bits(where, layer.weight, density, score, scope, pattern, other)
+        bits = choose_bits(where, layer.weight, density, score, scope, pattern, other, pad)
     return _finish(layer, bits, mode, gradient, decay, options)
 
 
@@ -550,6 +558,7 @@ class SparseLinear(Sparse, nn.Linear):  # type: ignore[misc]
         scope: str = "row",
         pattern: Pattern = None,
         other: Tensor | None = None,
+        pad: bool = False,
         gradient: str = "hard",
         decay: float = 2e-4,
         **options: Any,
@@ -570,6 +579,8 @@ class SparseLinear(Sparse, nn.Linear):  # type: ignore[misc]
             pattern: None; "2:4" and the like, which keeps N of each M weights in a row; "16x1" and the like, or two integers:
                 whole blocks of rows x columns, by the sum of their scores.
             other: of the score, as in :func:`cofire.ops.keep_mask`.
+            pad: of a pattern N:M: rows may have any number of weights. What is behind the last whole group, r weights, is a
+                group of which ``min(N, r)`` are kept.
             gradient, decay: of the mode "masked".
             options: of :meth:`pack`, for the modes "compressed" and "auto".
 
@@ -577,7 +588,9 @@ class SparseLinear(Sparse, nn.Linear):  # type: ignore[misc]
             TypeError: a mask that is not bool, a weight of integers, another kind of module.
             ValueError: shapes, devices, counts or patterns that do not fit; scores that are not finite.
         """
-        return _from_dense(cls, module, mask, mode, gradient, decay, density, score, scope, pattern, other, options)
+        return _from_dense(
+            cls, module, mask, mode, gradient, decay, density, score, scope, pattern, other, pad, options
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         if self.mode == "invariant" and not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -673,12 +686,15 @@ class SparseConv2d(Sparse, nn.Conv2d):  # type: ignore[misc]
         scope: str = "row",
         pattern: Pattern = None,
         other: Tensor | None = None,
+        pad: bool = False,
         gradient: str = "hard",
         decay: float = 2e-4,
         **options: Any,
     ) -> Any:
         """As :meth:`SparseLinear.from_dense`, of an ``nn.Conv2d``; "auto" is always "invariant"."""
-        return _from_dense(cls, module, mask, mode, gradient, decay, density, score, scope, pattern, other, options)
+        return _from_dense(
+            cls, module, mask, mode, gradient, decay, density, score, scope, pattern, other, pad, options
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         weight: Tensor = self.weight
@@ -754,6 +770,7 @@ def sparsify_(
     score: str = "magnitude",
     scope: str = "row",
     pattern: Pattern = None,
+    pad: bool = False,
     mode: str = "invariant",
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
@@ -773,7 +790,7 @@ def sparsify_(
     Args:
         model: changed in place.
         density: share to keep; or a mapping from patterns of names to shares, of which the first that matches counts.
-        score, scope, pattern: as in :meth:`SparseLinear.from_dense`; scope also "global": one order over all layers.
+        score, scope, pattern, pad: as in :meth:`SparseLinear.from_dense`; scope also "global": one order over all layers.
         mode, gradient, decay, options: as in :meth:`SparseLinear.from_dense`.
         include, exclude: names to take and to leave out, with ``*`` and ``?`` as in ``fnmatch``. With ``include`` the last
             layer is no exception.
@@ -821,21 +838,25 @@ def sparsify_(
         if pattern is not None or not isinstance(density, (int, float)):
             refuse(where, f"scope 'global' needs one density and no pattern, got {density!r} and {pattern!r}")
         check_density(where, density)
-        weights = [layer.weight.detach() for layer in layers.values()]
+        check_pad(where, pad, pattern)
+        weights, extra = [], []
+        for name, layer in layers.items():
+            with _pruning(where, name):
+                other = None if others is None else _other(where, others, name)
+                matrix, other = check_scores(where, layer.weight, other, score)
+                weights.append(matrix)
+                extra += [] if other is None else [other]
         keep = max(1, round(density * sum(w.numel() for w in weights)))
-        extra = None if others is None else [_other(where, others, name) for name in layers]
-        bits = dict(zip(layers, keep_masks(weights, keep, score=score, others=extra), strict=True))
+        bits = dict(zip(layers, keep_masks(weights, keep, score=score, others=extra or None), strict=True))
     for name, layer in layers.items():
-        try:
+        with _pruning(where, name):
             if masks is not None:
                 check_mask(where, masks.get(name), layer.weight.shape, layer.weight.device)
                 bits[name] = pack(masks[name])
             elif name not in bits:
                 other = None if others is None else _other(where, others, name)
                 share = _share(where, density, name)
-                bits[name] = choose_bits(where, layer.weight, share, score, scope, pattern, other)
-        except ValueError as error:
-            refuse(where, f"the layer {name!r} cannot be pruned ({error}); exclude can leave it out")
+                bits[name] = choose_bits(where, layer.weight, share, score, scope, pattern, other, pad)
     made = {}
     for name, module in chosen.items():
         made[module] = _finish(layers[name], bits[name], mode, gradient, decay, options)
@@ -846,6 +867,15 @@ def sparsify_(
             if child in made:
                 parent._modules[leaf] = made[child]
     return model
+
+
+@contextmanager
+def _pruning(where: str, name: str) -> Iterator[None]:
+    """Errors in here are those of a layer."""
+    try:
+        yield
+    except ValueError as error:
+        refuse(where, f"the layer {name!r} cannot be pruned ({error}); exclude can leave it out")
 
 
 def _other(where: str, others: Mapping[str, Tensor], name: str) -> Tensor:
