@@ -317,12 +317,32 @@ def test_rows_of_different_lengths(policy):
                 assert (found[b, :, int(count) :] == 0).all()
     assert cache.lengths() == [42, 59, 36] and cache.seen == 59
     equal = make(policy)
-    equal.attend(0, *tokens(5, batch=2), lengths=[5, 5])
+    equal.attend(0, *tokens(5, batch=2), lengths=[5, 5], starts=torch.tensor([0, 0]))
     assert equal.layers[0].rows is None
     copied, inputs = make(policy), tokens(1, batch=3)
     copied.load_state_dict(cache.state_dict())
     with torch.no_grad():
         assert torch.equal(copied.attend(0, *inputs), cache.attend(0, *inputs))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["full", *POLICIES])
+def test_rows_that_are_filled_up_on_the_left(policy):
+    """As if each row were alone; the second has nothing at all in the first call."""
+    cache, alone = make(policy), [make(policy) for _ in range(3)]
+    for call, (starts, lengths) in enumerate(
+        [([0, 9, 5], None), ([0, 4, 0], None), ([2, 0, 1], torch.tensor([5, 9, 0])), *[(None, None)] * 20]
+    ):
+        inputs = tokens(9, batch=3, seed=call)
+        found = cache.attend(0, *inputs, lengths=lengths, starts=starts)
+        for b, row in enumerate(alone):
+            start = 0 if starts is None else starts[b]
+            end = 9 if lengths is None else start + int(lengths[b])
+            if end > start:
+                expected = row.attend(0, *(x[b : b + 1, :, start:end] for x in inputs))
+                assert torch.equal(found[b : b + 1, :, start:end], expected)
+            assert (found[b, :, :start] == 0).all() and (found[b, :, end:] == 0).all()
+    assert cache.lengths() == [203, 194, 193] and cache.seen == 207
 
 
 @pytest.mark.parametrize("policy", ["full", *POLICIES])
@@ -538,10 +558,69 @@ def test_llama_with_prompts_of_different_lengths():
                 torch.testing.assert_close(model(prompts()[one, t : t + 1], cache=alone).logits, found[1 + t][one])
         with pytest.raises(RuntimeError, match="different lengths, and cannot be reordered"):
             past.reorder_cache(torch.tensor([1, 0]))
-        with pytest.raises(ValueError, match="padding on the left is not supported"):
-            model(ids, attention_mask=mask[:, :20].flip(1), cache=make("lococo").for_transformers(model))
         with pytest.raises(ValueError, match="padding needs a cache of cofire"):
             model(ids, attention_mask=F.pad(torch.ones(2, 19), (0, 1)))
+
+
+def padded(side="left"):
+    """Three prompts, of 30, 17 and 4 tokens, and their mask."""
+    lengths = torch.tensor([[30], [17], [4]])
+    place = torch.arange(30)
+    mask = place >= 30 - lengths if side == "left" else place < lengths
+    return prompts(batch=3).masked_fill(~mask, 0), mask.long()
+
+
+@pytest.mark.parametrize("policy", ["full", *POLICIES])
+def test_llama_generates_from_prompts_that_are_padded_on_the_left(policy):
+    """Within the capacity the tokens of transformers' own cache, in one prompt or in chunks, of which some are padding
+    alone; beyond it those of each row alone."""
+    model, (ids, mask) = llama(), padded()
+    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
+    sdpa = llama("sdpa").generate(ids, **options)
+    for more in ({}, {"prefill_chunk_size": 7}):
+        wide = make(policy, 64)
+        assert torch.equal(model.generate(ids, cache=wide.for_transformers(model), **options, **more), sdpa)
+        assert wide.seen == 53 and wide.lengths(1) == [53, 40, 27]
+    found = model.generate(ids, cache=make(policy).for_transformers(model), **options)
+    for row, n in enumerate((30, 17, 4)):
+        cache = make(policy).for_transformers(model)
+        alone = model.generate(ids[row : row + 1, 30 - n :], cache=cache, max_new_tokens=24, do_sample=False)
+        assert torch.equal(found[row, 30:], alone[0, n:])
+    assert policy == "full" or not torch.equal(found, sdpa)
+
+
+def test_masks_that_are_refused():
+    model = llama()
+    ids, mask = padded("right")
+    for options in ({}, {"prefill_chunk_size": 10}):
+        with pytest.raises(ValueError, match="must be padded on the left, got padding on the right"):
+            past = make("lococo", 64).for_transformers(model)
+            model.generate(ids, attention_mask=mask, cache=past, max_new_tokens=2, **options)
+    with torch.no_grad():
+        past = make("lococo").for_transformers(model)
+        mask[1, 2] = 0
+        with pytest.raises(ValueError, match="the ones of a row side by side, got gaps in row 1"):
+            model(ids, attention_mask=mask, cache=past)
+        past.reset()
+        model(ids, cache=past)
+        with pytest.raises(ValueError, match="a column for each of the 31 tokens, read ones included, got 1"):
+            model(ids[:, :1], attention_mask=mask[:, :1], cache=past)
+
+
+@pytest.mark.parametrize("attention", ["cofire_scores", "sdpa"])
+def test_llama_with_gradient_checkpointing_is_refused(attention):
+    """Where transformers would take the cache away, and only there."""
+    model, ids = llama(attention), prompts(CHUNK)
+    model.gradient_checkpointing_enable()
+    past = make("window").for_transformers(model)
+    model(ids, cache=past)
+    with torch.no_grad():
+        model.train()(ids, cache=past)
+    with pytest.raises(RuntimeError, match="SlidingWindowCache: gradient checkpointing takes the cache away"):
+        model(ids, cache=past)
+    model.gradient_checkpointing_disable()
+    model(ids, cache=past)
+    assert past.seen == 3 * CHUNK
 
 
 def test_llama_trains():
@@ -554,21 +633,31 @@ def test_llama_trains():
     assert all(p.grad is not None for p in (*cache.fusions[1].parameters(), *model.parameters()))
 
 
-@pytest.mark.full
-def test_llama_compiles_in_one_graph():
-    model = llama()
+@pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_llama_compiles_in_one_graph(masked):
+    """Also with a mask, as ``generate`` may pass one; a token that it hides is refused by the graph."""
+    model, ids = llama(), prompts()
 
     @torch.no_grad()
     def decode(step):
         past = make("lococo").for_transformers(model)
-        logits, found = model(prompts(), cache=past).logits, []
+        mask = torch.ones_like(ids)
+        options = {"attention_mask": mask} if masked else {}
+        logits, found = model(ids, cache=past, **options).logits, []
         for _ in range(12):
             found.append(logits[:, -1:].argmax(-1))
-            logits = step(found[-1], cache=past).logits
-        return torch.cat(found, 1)
+            if masked:
+                mask = options["attention_mask"] = F.pad(mask, (0, 1), value=1)
+            logits = step(found[-1], cache=past, **options).logits
+        return torch.cat(found, 1), past, mask
 
     torch._dynamo.reset()
-    assert torch.equal(decode(model), decode(torch.compile(model, backend="aot_eager", fullgraph=True)))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found, past, mask = decode(compiled)
+    assert torch.equal(decode(model)[0], found)
+    if masked:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must be 1 where a row goes on by one token"):
+            compiled(found[:, :1], cache=past, attention_mask=F.pad(mask, (0, 1)))
 
 
 def test_what_transformers_may_not_do():
@@ -674,8 +763,11 @@ def test_caches_refuse():
         with pytest.raises(error, match=match):
             cache.attend(0, *args)
     for lengths in ([5], [5, 6], [5, -1]):
-        with pytest.raises(ValueError, match="lengths must be 2 numbers from 0 to the 5 new tokens"):
-            cache.attend(0, q, k, v, lengths=lengths)
+        for which in ("lengths", "starts"):
+            with pytest.raises(ValueError, match=f"{which} must be 2 numbers from 0 to the 5 new tokens"):
+                cache.attend(0, q, k, v, **{which: lengths})
+    with pytest.raises(ValueError, match=r"must end within the 5 new tokens, got \[1, 0\] and \[5, 5\]"):
+        cache.attend(0, q, k, v, lengths=[5, 5], starts=[1, 0])
     with pytest.raises(ValueError, match="scores must have shape"):
         cache.record(0, torch.rand(2, 2, 4))
     with pytest.raises(ValueError, match=r"at most chunk \(8\) tokens"):

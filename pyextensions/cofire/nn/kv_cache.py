@@ -31,6 +31,11 @@ __all__ = ["FullCache", "HeavyHitterCache", "KVCache", "LoCoCoCache", "SlidingWi
 Pair = tuple[Tensor, Tensor]
 
 
+def _integers(numbers: Sequence[int] | Tensor) -> list[int]:
+    found: list[int] = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
+    return found
+
+
 class CacheLayer:
     """What a cache holds for one layer.
 
@@ -222,7 +227,9 @@ class KVCache:
             layer ever holds more than ``capacity + buffer + chunk`` tokens.
         normalize: scores are divided by how many queries saw the token, see :func:`cofire.ops.attention_with_scores`.
         bptt: the cache is not detached, so that gradients go back through all calls. (:meth:`detach` cuts them off.)
-        check: refuse keys, values and scores that are not finite when they are reduced; it waits for the device.
+        check: refuse keys, values and scores that are not finite when they are reduced; it waits for the device. Without it,
+            only scores that are NaN are refused, by :func:`cofire.ops.kv_select`; keys and values that are not finite, and
+            infinite scores, go through, and what attends to such tokens is not finite.
 
     Attributes:
         seen: tokens that were fed, which is the position of the next one.
@@ -290,6 +297,7 @@ class KVCache:
         *,
         scale: float | None = None,
         lengths: Sequence[int] | Tensor | None = None,
+        starts: Sequence[int] | Tensor | None = None,
     ) -> Tensor:
         """Append keys and values, and attend causally to all that is held.
 
@@ -299,8 +307,10 @@ class KVCache:
             key: ``[B, Hkv, q, d]``, rotated; Hkv divides H.
             value: ``[B, Hkv, q, d]``.
             scale: as in :func:`cofire.ops.attention_with_scores`.
-            lengths: of the q new tokens the first so many count in each row of the batch, the others only fill up; None:
-                all. From the first call with different lengths on, rows are computed one by one.
+            lengths: of the q new tokens so many count in each row of the batch, the others only fill up; None: all from
+                ``starts`` on. From the first call with different lengths on, rows are computed one by one.
+            starts: where the tokens that count begin in each row, behind those that fill up on the left; None: with the
+                first.
 
         Returns:
             ``[B, H, q, d]``; where tokens only fill up, zeros.
@@ -316,29 +326,41 @@ class KVCache:
                 f"query must have shape [{key.shape[0]}, H, {key.shape[2]}, {key.shape[3]}], as many tokens as key, got "
                 f"{shape_of(query)}",
             )
-        counts = self._lengths(at, key, lengths)
-        if counts is None:
+        places = self._places(at, key, lengths, starts)
+        if places is None:
             return self._attend(at, query, key, value, scale)
         outputs = []
-        for b, (row, count) in enumerate(zip(at.split(key.shape[0]), counts, strict=True)):
+        for b, (row, (start, count)) in enumerate(zip(at.split(key.shape[0]), places, strict=True)):
             one = slice(b, b + 1)
             if count == 0:
                 outputs.append(torch.zeros_like(query[one]))
                 continue
-            q, k, v = (x[one, :, :count] for x in (query, key, value))
+            q, k, v = (x[one, :, start : start + count] for x in (query, key, value))
             found = self._attend(row, q, k, v, scale)
-            outputs.append(F.pad(found, (0, 0, 0, query.shape[2] - count)))
+            outputs.append(F.pad(found, (0, 0, start, query.shape[2] - start - count)))
         at.seen += key.shape[2]
         return torch.cat(outputs)
 
-    def _lengths(self, at: CacheLayer, key: Tensor, lengths: Sequence[int] | Tensor | None) -> list[int] | None:
+    def _places(
+        self,
+        at: CacheLayer,
+        key: Tensor,
+        lengths: Sequence[int] | Tensor | None,
+        starts: Sequence[int] | Tensor | None,
+    ) -> list[tuple[int, int]] | None:
+        """Where the tokens that count begin in each row, and how many they are; None: all, of rows that stay together."""
         batch, tokens = key.shape[0], key.shape[2]
-        if lengths is None:
-            return None if at.rows is None else [tokens] * batch
-        counts: list[int] = lengths.tolist() if isinstance(lengths, Tensor) else list(lengths)
-        if len(counts) != batch or not all(0 <= n <= tokens for n in counts):
-            refuse(at.name, f"lengths must be {batch} numbers from 0 to the {tokens} new tokens, got {counts}")
-        return None if at.rows is None and all(n == tokens for n in counts) else counts
+        if lengths is None and starts is None:
+            return None if at.rows is None else [(0, tokens)] * batch
+        first = [0] * batch if starts is None else _integers(starts)
+        counts = [tokens - n for n in first] if lengths is None else _integers(lengths)
+        for which, numbers in (("starts", first), ("lengths", counts)):
+            if len(numbers) != batch or not all(0 <= n <= tokens for n in numbers):
+                refuse(at.name, f"{which} must be {batch} numbers from 0 to the {tokens} new tokens, got {numbers}")
+        places = list(zip(first, counts, strict=True))
+        if any(start + count > tokens for start, count in places):
+            refuse(at.name, f"starts and lengths must end within the {tokens} new tokens, got {first} and {counts}")
+        return None if at.rows is None and all(n == tokens for n in counts) else places
 
     def _attend(self, at: CacheLayer, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
         tokens, chunk = query.shape[2], self.chunk
@@ -543,7 +565,9 @@ class KVCache:
     def for_transformers(self, model: nn.Module) -> Any:
         """This cache as one of transformers, for ``model.generate(..., past_key_values=...)``.
 
-        See :class:`cofire.nn.kv_transformers.TransformersCache`.
+        It is a second object with the same tokens, because the two have different words for the same things: the ``update``
+        of transformers has the layer last, its ``layers`` are objects of its own classes, and the attention of the model
+        decides which of them are needed. See :class:`cofire.nn.kv_transformers.TransformersCache`.
         """
         from cofire.nn.kv_transformers import TransformersCache
 

@@ -7,7 +7,10 @@ cache with the keys: the cache then attends, so that it learns how much attentio
 
 from __future__ import annotations
 
+import sys
 import threading
+import types
+import weakref
 from typing import Any
 
 import torch
@@ -112,12 +115,14 @@ class TransformersCache(Cache):  # type: ignore[misc]
     Attributes:
         cache: the cache, with all its methods.
 
-    A batch may be padded to the right, in ``forward``: pass ``attention_mask`` and, after the prompt, ``position_ids``.
+    With the attention "cofire_scores" a batch may be padded: pass ``attention_mask``. On the left, as ``generate`` wants it;
+    on the right in ``forward`` alone, with ``position_ids`` after the prompt. Each row then has a cache of its own. With
+    other attentions the policies do not see the mask: do not pad there.
 
     Raises:
-        RuntimeError: the model has another attention than the policy needs, layers that see a window only; tokens are to
-            be taken back.
-        ValueError: masks that are not causal, or prompts padded to the left.
+        RuntimeError: the model has another attention than the policy needs, layers that see a window only, or trains with
+            gradient checkpointing, for which transformers takes the cache away; tokens are to be taken back.
+        ValueError: masks that are not causal or have gaps, prompts for ``generate`` that are padded on the right.
 
     Example:
         >>> model.set_attn_implementation("cofire_scores")  # doctest: +SKIP
@@ -141,14 +146,32 @@ class TransformersCache(Cache):  # type: ignore[misc]
         if any(kind != "full_attention" for kind in kinds):
             raise RuntimeError(f"{name}: all layers of the model must attend to all tokens, got {sorted(set(kinds))}")
         self.cache = cache
+        self._model = weakref.ref(model)  # (a copy of the cache is no copy of the model)
         super().__init__(layers=[TransformersLayer(cache, i, deferred) for i in range(config.num_hidden_layers)])
 
     @property
     def seen(self) -> int:
         return self.cache.seen
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Asked before each forward; the first to know that transformers is about to take the cache away."""
+        if torch.is_grad_enabled() and _checkpoints(self._model()):
+            raise RuntimeError(
+                f"{type(self.cache).__name__}: gradient checkpointing takes the cache away from the layers, so that it would "
+                "not be used: call model.gradient_checkpointing_disable(), activation_checkpointing_disable() in newer versions"
+            )
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        return sizes
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.cache!r})"
+
+
+def _checkpoints(model: nn.Module | None) -> bool:
+    """Whether layers of the model are computed anew in the backward."""
+    return model is not None and any(
+        m.training and getattr(m, "gradient_checkpointing", False) for m in model.modules()
+    )
 
 
 def _attend(
@@ -169,10 +192,11 @@ def _attend(
     for name in ("softcap", "sliding_window", "position_bias", "s_aux"):
         if kwargs.get(name) is not None:
             refuse(ATTENTION, f"{name} is not supported")
-    if attention_mask is not None and attention_mask.dim() != 1:
+    if attention_mask is not None and attention_mask.dim() != 2:
         refuse(ATTENTION, f"only masks of padding are supported, got one of shape {shape_of(attention_mask)}")
     if layer is not None:
-        output = layer.cache.attend(layer.index, query, key, value, scale=scaling, lengths=attention_mask)
+        starts, lengths = (None, None) if attention_mask is None else attention_mask
+        output = layer.cache.attend(layer.index, query, key, value, scale=scaling, lengths=lengths, starts=starts)
     else:
         if attention_mask is not None:
             refuse(ATTENTION, "padding needs a cache of cofire, got none")
@@ -191,17 +215,50 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """How many of the new tokens count in each row of the batch, int64 ``[B]``, or None where all do."""
+    """Where the new tokens that count begin in each row of the batch, and how many they are: int64 ``[2, B]`` on the CPU, or
+    None where all count."""
     if mask_function is not causal_mask_function:
         refuse(ATTENTION, "only causal masks are supported")
     if attention_mask is None:
         return None
-    new = attention_mask[:, q_offset : q_offset + q_length]
-    if bool(new.all()) and bool(attention_mask[:, 0].all()):
+    mask = attention_mask[:, : q_offset + q_length]
+    if mask.shape[1] < q_offset + q_length:
+        refuse(
+            ATTENTION,
+            f"attention_mask must have a column for each of the {q_offset + q_length} tokens, read ones included, got "
+            f"{mask.shape[1]}",
+        )
+    if q_length == 1 and q_offset and (torch.compiler.is_compiling() or mask.device.type != "cpu"):
+        # A step of one token, which generate has for all rows: nobody waits for a GPU to say so.
+        torch._assert_async(
+            mask[:, -1].all(), f"{ATTENTION}: attention_mask must be 1 where a row goes on by one token"
+        )
         return None
-    if not bool(attention_mask[:, 0].all()) or bool((new[:, 1:] & ~new[:, :-1]).any()):
-        refuse(ATTENTION, "padding on the left is not supported: pad on the right, or batch prompts of equal length")
-    return new.sum(-1).cpu()
+    mask = mask.cpu().bool()
+    new = mask[:, q_offset:]
+    if bool(new.all()):
+        return None
+    lengths, starts = new.sum(-1), new.int().argmax(-1)
+    place = torch.arange(q_length)
+    between = (place >= starts[:, None]) & (place < (starts + lengths)[:, None])
+    if not torch.equal(new, between):
+        row = int((new != between).any(-1).int().argmax())
+        refuse(ATTENTION, f"attention_mask must have the ones of a row side by side, got gaps in row {row}")
+    if bool((~new[:, -1] & mask.any(-1)).any()) and _generates():
+        refuse(
+            ATTENTION,
+            "prompts for generate, which reads the logits of the last column, must be padded on the left, got padding on "
+            "the right",
+        )
+    return torch.stack([starts, lengths])
+
+
+def _generates() -> bool:
+    """Whether ``generate`` is what calls the model; nothing that it hands to the attention tells."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None and not frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+        frame = frame.f_back
+    return frame is not None
 
 
 AttentionInterface.register(ATTENTION, _attend)
