@@ -61,6 +61,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -813,6 +814,13 @@ def check_examples(module: Any) -> None:
         report: list[str] = []
         runner.run(tests[0], out=report.append)
         assert not report, "".join(report)
+
+
+def check_plots(folder: Path, *names: str) -> None:
+    """Drawings are there; skipped where there is no matplotlib to draw them."""
+    pytest.importorskip("matplotlib")
+    for name in names:
+        assert (folder / name).stat().st_size > 1000, f"{name} holds no drawing"
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from cofire import cli, ops
 from cofire.data import VOCABULARY, Images, Text
 from cofire.experiments import dsnot, dsnot_report, report
 from cofire.registry import OPERATORS
+from helpers import check_plots
 
 PLAN = replace(
     dsnot.MLP,
@@ -164,13 +166,39 @@ def test_the_commands_print_and_write(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "dsnot-digits_mlp-digits"
     table = (folder / "results.md").read_text()
     assert "| accuracy % at a sparsity of | 50% | 80% |" in table and "| criterion | found | met |" in table
+    check_plots(folder, "results.png")
     chosen = ["prune", "--refine", "dsnot", "--stop", "official", "--no-bias-correct", "--sparsity", "0.75"]
     done = CliRunner().invoke(cli.app, [*chosen, "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
-    table = (tmp_path / "prune-digits_mlp-digits-dsnot-wanda-official-bias0-0.75" / "results.md").read_text()
+    folder = tmp_path / "prune-digits_mlp-digits-dsnot-wanda-official-bias0-0.75"
+    check_plots(folder, "results.png")
+    table = (folder / "results.md").read_text()
     assert "| dsnot from wanda, released loop |" in table and "| magnitude |" in table and "criterion" not in table
     done = CliRunner().invoke(cli.app, ["prune", "--pattern", "2:4", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
+    folder = tmp_path / "prune-digits_mlp-digits-swap1-wanda-decrease-bias1-2of4"
+    assert not list(folder.glob("*.png"))
+    assert "no plot: a pattern has one sparsity only" in " ".join(done.output.split())
+
+
+@pytest.mark.usefixtures("_tiny_data")
+def test_a_pattern_that_does_not_divide_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 = 4 * 5 + 4 columns: of the last four as many as fit."""
+    monkeypatch.setattr(dsnot, "MLP", PLAN)
+    dsnot.prune(pattern="3:5", out=tmp_path)
+    (file,) = tmp_path.glob("*/results.json")
+    cells = json.loads(file.read_text())["cells"]
+    assert {cell["kept"] for cell in cells} == {2 * 24 * 15} and all(cell["uniform"] for cell in cells)
+
+
+def test_a_plot_that_cannot_be_drawn_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    results = _results(_cell("Wanda", 80.0, 1.0), _cell("swap1", 90.0, 0.2), judged=None)
+    report.show(dsnot_report, tmp_path / "results.json", lambda progress: results)
+    assert "no plot: matplotlib is not installed" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from cofire.experiments.report import Criterion, Series, Table
 
 #: What the criteria compare, by the names of the settings.
 WANDA, DECREASE, SWAP = "Wanda", "DSnoT, decrease", "swap1"
+#: What is said where nothing is drawn.
+NO_PLOT = "a pattern has one sparsity only, and a plot shows scores against sparsities"
 
 
 def summary(results: Results) -> list[Results]:

@@ -74,13 +74,21 @@ class Series:
     style: str
 
 
-def plot(path: Path, xlabel: str, ylabel: str, series: Iterable[Series]) -> list[Path]:
-    """Draw the series that have points as PNG; the files written, so none if matplotlib is missing."""
+def _figures() -> Any:
+    """matplotlib's figures, if it is installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
+        return None
+    return Figure
+
+
+def plot(path: Path, xlabel: str, ylabel: str, series: Iterable[Series]) -> list[Path]:
+    """Draw the series that have points as PNG; the files written, so none if matplotlib is missing."""
+    make = _figures()
+    if make is None:
         return []
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = make(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for one in series:
         if one.points:
@@ -128,7 +136,8 @@ def show(page: Any, file: Path, run: Callable[[Any], Results]) -> None:
     """Run an experiment with a bar, print its tables, and write table and plots beside the results.
 
     Args:
-        page: the module that reports the experiment: ``conditions``, ``tables``, ``markdown`` and, where it draws, ``plots``.
+        page: the module that reports the experiment: ``conditions``, ``tables``, ``markdown`` and, where it draws, ``plots``;
+            ``NO_PLOT``, why these results may give none.
         file: where the experiment writes its results.
         run: the experiment, of the progress bar.
     """
@@ -143,3 +152,6 @@ def show(page: Any, file: Path, run: Callable[[Any], Results]) -> None:
     plots = page.plots(results, file.parent) if hasattr(page, "plots") else ()
     for path in (file, table, *plots):
         console.print(f"written: {path}")
+    if hasattr(page, "plots") and not plots:
+        why = getattr(page, "NO_PLOT", "there is nothing to draw") if _figures() else "matplotlib is not installed"
+        console.print(f"no plot: {why}")
