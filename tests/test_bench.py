@@ -16,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cofire import bench
+from cofire import bench, native
 from cofire.bench import cases as suite
 from cofire.bench import ceilings, harness, quiet, results
 from cofire.bench.cases import Case, Provider, Random, plain
+from cofire.nn import compressed
 from cofire.registry import OPERATORS, tensors_of
 
 CEILINGS = {
@@ -295,8 +296,26 @@ def test_file_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [p.name for p in results.results_files()] == ["a.json", "b-quick.json"]
 
 
-def test_tune_says_that_cpus_need_none() -> None:
-    assert "dispatch tables were measured beforehand" in bench.tune("cpu")
+@pytest.mark.parametrize("variant", [*native.VARIANTS, "another", None])
+def test_tune_says_that_cpus_need_none_and_where_their_table_comes_from(
+    monkeypatch: pytest.MonkeyPatch, variant: str | None
+) -> None:
+    monkeypatch.setattr(native, "STATUS", native.Status(variant, ""))
+    said = bench.tune("cpu")
+    assert said.startswith("cofire tune: nothing to do on a CPU")
+    if variant is not None:
+        assert (
+            f" For {variant}: {compressed.table()['source'].get(variant, 'not known')}. prepare(rows, tune=True)"
+            in said
+        )
+
+
+def test_the_dispatch_table_says_how_each_cpu_came_to_its_numbers() -> None:
+    assert set(compressed.table()["densities"]) <= set(compressed.table()["source"])
+    assert all(text.startswith(("measured", "estimated")) for text in compressed.table()["source"].values())
+
+
+def test_tune_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="device must be cpu or cuda"):
         bench.tune("tpu")
 

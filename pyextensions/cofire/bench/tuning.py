@@ -7,6 +7,20 @@ import importlib
 
 import torch
 
+from cofire import native
+from cofire.nn.compressed import table
+
+
+def _shipped(variant: str | None) -> str:
+    """Where the numbers come from by which layers choose their kernels on a CPU."""
+    if variant is None:
+        return "cofire tune: nothing to do on a CPU without C++ kernels."
+    source = table()["source"].get(variant, "not known")
+    return (
+        f"cofire tune: nothing to do on a CPU; the dispatch table of sparse layers is shipped. For {variant}: {source}. "
+        f"{table()['note']}."
+    )
+
 
 def tune(device: str = "cuda") -> str:
     """Time the shipped tile candidates on this GPU and keep the best where the launchers look for them.
@@ -21,7 +35,7 @@ def tune(device: str = "cuda") -> str:
         ValueError: another device, or ``"cuda"`` without a GPU.
     """
     if device == "cpu":
-        return "cofire tune: nothing to do on a CPU; its dispatch tables were measured beforehand and are shipped."
+        return _shipped(native.STATUS.variant)
     if device != "cuda":
         raise ValueError(f"tune: device must be cpu or cuda, got {device!r}")
     if not torch.cuda.is_available():
