@@ -53,6 +53,8 @@ STREAMING = [
     "moe2_linear_sums_kernel",
     "kv_gather_kernel",
 ]
+#: These check their arguments, and nobody waits for them.
+ASSERTING = ["kv_append_kernel", "kv_select_kernel"]
 CHIPS = ["sm_90", *(pytest.param(chip, marks=pytest.mark.full) for chip in aot.SHARED_MEMORY if chip != "sm_90")]
 NVIDIA = CHIPS[:-1]  # gfx942 comes last
 
@@ -105,6 +107,13 @@ def test_an_access_in_a_loop_is_one_that_returns_to_itself(branch: str, expected
     code = ["STL [R1], R2", "LDL R3, [R1]", branch, "MOV R1, R2", "EXIT", "BRA 0x50", "@!P5 BRA 0x60", "BRA 0x30"]
     sass = "\n".join(f"        /*{16 * place:04x}*/        {text} ;   /* 0x0 */" for place, text in enumerate(code))
     assert aot._spills_in_loops(sass) == expected
+
+
+@pytest.mark.parametrize("chip", NVIDIA)
+@pytest.mark.parametrize("kernel", ASSERTING)
+def test_what_is_checked_on_the_device(kernel: str, chip: str) -> None:
+    """As the launchers compile it; the interpreter does not look at assertions."""
+    assert all(facts["asserts"] for facts in of(chip, kernel))
 
 
 @pytest.mark.parametrize("chip", CHIPS)

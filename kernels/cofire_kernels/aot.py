@@ -137,6 +137,7 @@ def _facts(kernel: Any) -> dict[str, Any]:
         facts |= {"registers": usage["REG"], "stack": usage["STACK"], "local": usage["LOCAL"]}
         facts["spills_in_loops"] = usage["LOOPS"]
         facts |= {"wgmma": "wgmma.mma_async" in ptx, "vector_loads": VECTOR_LOAD.search(ptx) is not None}
+        facts |= {"asserts": "__assertfail" in ptx}
     else:
         # scalar registers spill into lanes of vector registers: only vector registers spill into memory
         spills = re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])

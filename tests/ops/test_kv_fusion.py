@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -194,6 +195,16 @@ def test_golden_selection() -> None:
     """Two equal scores, and the rest in the order of positions."""
     heavy, rest, pick = ops.kv_select(GOLDEN_SCORES, 2, 2)
     assert (heavy.tolist(), rest.tolist(), pick.tolist()) == ([[[2, 4]]], [[[0, 1, 3, 5]]], [[[0, 3]]])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs the Triton interpreter: there is a GPU")
+def test_the_launcher_refuses_nan_with_the_same_sentence() -> None:
+    """On a GPU the kernel asserts it (:mod:`test_aot`)."""
+    select = pytest.importorskip("cofire_kernels.kv_fusion.select")
+    scores = torch.rand(1, 2, 20)
+    scores[0, 1, 3] = torch.nan
+    with pytest.raises(ValueError, match="^kv_select: scores must not be NaN, got 1 NaN among 40 scores$"):
+        select.kv_select(scores, 4, 4, 0)
 
 
 def test_selection_is_what_its_words_say() -> None:

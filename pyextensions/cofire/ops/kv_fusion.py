@@ -30,9 +30,11 @@ def _top(scores: Tensor, count: int) -> Tensor:
 
 
 def _select_reference(scores: Tensor, heavy: int, merged: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
-    found = int(scores.isnan().sum())
-    if found:
-        refuse("kv_select", f"scores must not be NaN, got {found} NaN among {scores.numel()} scores")
+    if scores.is_cpu:
+        if found := int(scores.isnan().sum()):
+            refuse("kv_select", f"scores must not be NaN, got {found} NaN among {scores.numel()} scores")
+    else:  # a check by the device, which nobody waits for
+        torch._assert_async(~scores.isnan().any(), "kv_select: scores must not be NaN")
     tokens = scores.shape[-1]
     stays = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     stays[..., tokens - local :] = True
@@ -99,7 +101,8 @@ def kv_select(scores: Tensor, heavy: int, merged: int, *, local: int = 0) -> tup
 
     Raises:
         TypeError: ``scores`` is not a float, or a number no integer.
-        ValueError: ``scores`` has another shape or a NaN, or there are fewer tokens than asked for.
+        ValueError: ``scores`` has another shape or a NaN, or there are fewer tokens than asked for. On a GPU, where nobody
+            waits for an answer, the device itself raises for a NaN, as for an index out of range.
 
     Example:
         >>> heavy, rest, pick = kv_select(torch.tensor([[[0.5, 0.1, 0.9, 0.2, 0.9, 0.3]]]), 2, 2)
