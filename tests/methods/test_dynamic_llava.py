@@ -368,6 +368,25 @@ def test_rows_of_different_lengths_need_lengths() -> None:
     assert model(IMAGES, text, answer=3, lengths=torch.tensor([8, 6, 8])).isfinite().all()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_questions_of_different_lengths_are_answered_as_each_alone(cached: bool) -> None:
+    final, text = method().finalize(prepared()), TEXT.clone()
+    lengths = torch.tensor([5, 8, 5])
+    text[lengths == 5, 5:] = 0
+    for model in (final, network().eval()):
+        with pytest.raises(
+            ValueError, match="lengths must say how long each row's text is, as there is padding, got None"
+        ):
+            model.generate(IMAGES, text, 4, cached=cached)
+        found = model.generate(IMAGES, text, 4, cached=cached, lengths=lengths)
+        for row, n in enumerate(lengths.tolist()):
+            one = slice(row, row + 1)
+            assert torch.equal(found[one], model.generate(IMAGES[one], text[one, :n], 4, cached=cached))
+        for wrong in ([5, 8], [5, 9, 5], [0, 8, 5]):
+            with pytest.raises(ValueError, match=r"lengths must be 3 numbers from 1 to the 8 tokens, got \["):
+                model.generate(IMAGES, text, 4, cached=cached, lengths=torch.tensor(wrong))
+
+
 def test_with_nothing_left_a_token_sees_itself() -> None:
     model = prepared().train()
     logits = model(IMAGES, TEXT, answer=3, keep=torch.zeros(3, 24))

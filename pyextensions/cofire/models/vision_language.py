@@ -149,13 +149,19 @@ class VisionLanguageDecoder(nn.Module):
             raise ValueError(
                 f"{name}: answer must be a position in the text of {count} tokens, or its end, got {answer}"
             )
-        looked = lengths is None and not torch.compiler.is_compiling() and text.device.type == "cpu"
-        if looked and bool((text == self.PADDING).any()):
-            raise ValueError(f"{name}: lengths must say how long each row's text is, as there is padding, got None")
+        self._check_padding(text, lengths)
         tokens = self.place.shape[1]
         lengths = None if lengths is None else lengths + tokens
         x = self.decoder(self.hidden(images, text), tokens, tokens + answer, lengths, **chosen)
         return self.read(x[:, x.shape[1] - count :])
+
+    def _check_padding(self, text: Tensor, lengths: Tensor | None) -> None:
+        """Whether there is padding and nobody says where; not looked at on a GPU, which somebody would have to wait for."""
+        looked = lengths is None and not torch.compiler.is_compiling() and text.device.type == "cpu"
+        if looked and bool((text == self.PADDING).any()):
+            raise ValueError(
+                f"{type(self).__name__}: lengths must say how long each row's text is, as there is padding, got None"
+            )
 
     def hidden(self, images: Tensor, text: Tensor) -> Tensor:
         """The decoder's input ``[B, N, D]``."""
@@ -168,13 +174,31 @@ class VisionLanguageDecoder(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(self, images: Tensor, question: Tensor, count: int, *, cached: bool = True) -> Tensor:
+    def generate(
+        self, images: Tensor, question: Tensor, count: int, *, cached: bool = True, lengths: Tensor | None = None
+    ) -> Tensor:
         """The ``count`` likeliest tokens ``[B, count]``, one after the other.
 
         Args:
-            images, question: as in :meth:`forward`; all questions equally long.
+            images, question: as in :meth:`forward`.
             cached: keep keys and values; else all tokens are computed anew for each.
+            lengths: int64 ``[B]``, tokens of each row's question, the rest being padding; default: all. Rows of one length
+                are answered together, and those of another after them.
+
+        Raises:
+            ValueError: lengths that do not fit, or rows with padding and no lengths.
         """
+        self._check_padding(question, lengths)
+        if lengths is not None:
+            rows, longest = question.shape
+            if list(lengths.shape) != [rows] or not bool(((lengths >= 1) & (lengths <= longest)).all()):
+                name, got = type(self).__name__, lengths.tolist()
+                raise ValueError(f"{name}: lengths must be {rows} numbers from 1 to the {longest} tokens, got {got}")
+            answers = question.new_empty(rows, count)
+            for length in lengths.unique().tolist():
+                alike = lengths == length
+                answers[alike] = self.generate(images[alike], question[alike, :length], count, cached=cached)
+            return answers
         tokens, text = self.place.shape[1], question
         x = self.hidden(images, question)
         if cached:
