@@ -32,8 +32,8 @@ from cofire.experiments.training import Advance, adamw, fit, refuse_heads, steps
 from cofire.files import write_atomically
 from cofire.methods import DynamicLLaVA
 from cofire.methods.dynamic_llava import decoder_of
-from cofire.methods.timing import interleaved
 from cofire.models.vision_language import VisionLanguageDecoder
+from cofire.timing import interleaved
 
 # ------------------------------------------------------------------------------------------------------ questions
 

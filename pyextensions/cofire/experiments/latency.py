@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cofire.experiments.files import Results
-from cofire.methods.timing import interleaved
+from cofire.timing import interleaved
 
 
 def latency(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cofire.methods.base import Report, evaluation
-from cofire.methods.timing import interleaved
+from cofire.timing import interleaved
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from torch import Tensor, fx, nn
 from cofire.methods import tracing
 from cofire.methods.base import Method, bare, evaluation
 from cofire.methods.counting import Count, FlopsEstimate, GatingReport, Latency
-from cofire.methods.timing import interleaved
 from cofire.names import near_matches
 from cofire.nn.gating import DeployedGatedConv2d, DeployedGatedLinear, Gated, GatedConv2d, GatedLinear, check_mass
 from cofire.ops.checks import check_integer, check_module, check_number
+from cofire.timing import interleaved
 
 #: Names of convolution, norm and activation. The norm may be None; the activation may be None, or a function's name.
 Group = tuple[str, "str | None", "str | None"]
