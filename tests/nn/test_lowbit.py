@@ -152,6 +152,38 @@ def test_state_survives(kind: str, tmp_path: Path) -> None:
         assert not twin.bias.requires_grad
 
 
+@pytest.mark.parametrize("name", ["gptq_v2", "bitsandbytes-nf4-64", "ein Maß", ""])
+def test_the_format_survives(name: str) -> None:
+    """Where the weight came from, for the way back; also what a layer had before, and in any layer that it is loaded into."""
+    layer = QuantLinear.from_qtensor(make("4 bits").qweight.replace(format=name))
+    state = safetensors.torch.load(safetensors.torch.save(layer.state_dict()))
+    for assign in (False, True):
+        fresh = QuantLinear.from_qtensor(make("1 bit").qweight.replace(format="another"))
+        fresh.load_state_dict(state, assign=assign)
+        assert fresh.format == fresh.qweight.format == name
+        assert torch.equal(fresh.geometry, layer.geometry)
+        again = QuantLinear(IN, OUT, bias=False, group_size=16)
+        again.load_state_dict(fresh.state_dict())
+        assert again.format == name
+
+
+def test_states_of_before_formats_were_written_load() -> None:
+    """Five numbers. A layer of the same bits and groups keeps its format; another one has none."""
+    layer = QuantLinear.from_qtensor(make("nf4").qweight.replace(format="bitsandbytes-nf4-16"))
+    old = {**layer.state_dict(), "geometry": layer.geometry[:5].clone()}
+    for assign in (False, True):
+        same, other = (
+            copy.deepcopy(layer),
+            QuantLinear.from_qtensor(make("3 bits, whole rows").qweight.replace(format="x")),
+        )
+        for twin, format in ((same, layer.format), (other, "")):
+            assert str(twin.load_state_dict(old, assign=assign)) == "<All keys matched successfully>"
+            assert twin.format == format and torch.equal(twin.weight, layer.weight)
+            assert twin.geometry.tolist() == [*old["geometry"].tolist(), 1, *format.encode()]
+            twin.load_state_dict(twin.state_dict())
+    assert old["geometry"].shape == (5,)
+
+
 def test_nested_scales_survive() -> None:
     layer, x = nested(make("nf4")), torch.randn(3, IN)
     assert {"scale_codes", "scale_table", "scale_absmax", "scale_mean"} <= set(layer.state_dict())
@@ -186,11 +218,22 @@ def test_the_empty_layer_may_be_on_meta() -> None:
         assert torch.equal(empty.to("cpu").bfloat16().weight, layer.weight.bfloat16())
 
 
+def with_numbers(state: dict[str, Any], *numbers: int) -> dict[str, Any]:
+    """A state with other first numbers in its geometry."""
+    return {**state, "geometry": torch.tensor([*numbers, *state["geometry"].tolist()[len(numbers) :]])}
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda s: {**s, "geometry": s["geometry"] + 1}, r"must be of a weight \[20, 48\], got one of \[21, 49\]"),
-        (lambda s: {**s, "geometry": s["geometry"][:3]}, r"must be of a weight \[20, 48\], got one of"),
+        (lambda s: with_numbers(s, 21, 49), r"must be of a weight \[20, 48\], got one of \[21, 49\]"),
+        (lambda s: with_numbers(s, 21, 49, 4, 16, 0, 3), "the layout of the state must have the version 1, got 3"),
+        (lambda s: {**s, "geometry": s["geometry"][:3]}, r"the geometry .* must hold rows, .*, got \[20, 48, 4\]"),
+        (lambda s: {**s, "geometry": s["geometry"][None]}, r"the geometry .* must hold rows, .*, got \[\]"),
+        (
+            lambda s: {**s, "geometry": F.pad(s["geometry"], (0, 1), value=300)},
+            r"the bytes of a format's name, got .*300",
+        ),
         (lambda s: {"weight": torch.ones(OUT, IN), "bias": s["bias"]}, "Missing key"),
     ],
 )

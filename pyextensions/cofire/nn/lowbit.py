@@ -18,6 +18,8 @@ from cofire.ops.quantizers import check_method
 
 __all__ = ["QLoRALinear", "QuantLinear", "hessians", "quantize_"]
 
+#: Of the layout of a packed weight's state: written into it, and compared. States without one are read as well.
+VERSION = 1
 #: The buffers of a quantised weight; a dot cannot be part of a name.
 BUFFERS = (*TENSORS, *(f"{name}_{part}" for name in ("scale", "offset") for part in NESTED))
 
@@ -31,13 +33,15 @@ class QuantLinear(nn.Module):
         activations: "exact" or "int8", as in :func:`cofire.ops.qlinear`.
 
     A new layer is all zeros: :meth:`from_linear` makes one from a dense layer, and ``load_state_dict`` accepts the state of
-    any other of the same size, whatever its bits, groups, tables or order of columns; the state says them itself.
+    any other of the same size, whatever its bits, groups, tables, order of columns or format; the state says them itself.
 
     Attributes:
         codes, scale, zero, offset, lut, perm: the tensors of the :class:`~cofire.ops.QTensor`, as buffers; those that the
             weight has not are None. Nested scales are ``scale_codes`` and so on, nested offsets ``offset_codes``. They keep
             their dtypes when the layer is cast.
-        geometry: int64 buffer: rows, columns, bits, group size, and the block of nested scales or 0.
+        geometry: int64 buffer: rows, columns, bits, group size, the block of nested scales or 0, the version of this layout,
+            and the bytes of the format's name. Older states end after the block: they are loaded, and a layer of other
+            bits or groups than theirs then has no format.
 
     Shape: as ``nn.Linear``.
 
@@ -113,7 +117,7 @@ class QuantLinear(nn.Module):
         block = getattr(weight.scale, "block", 0)
         self.out_features, self.in_features = weight.shape
         self.bits, self.group_size, self._block, self.format = weight.bits, weight.group_size, block, weight.format
-        numbers = [*weight.shape, weight.bits, weight.group_size, block]
+        numbers = [*weight.shape, weight.bits, weight.group_size, block, VERSION, *weight.format.encode()]
         self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
         #: Of the weight that this one stands for; follows the layer wherever it is cast to.
         self.dtype = weight.dtype
@@ -171,15 +175,19 @@ class QuantLinear(nn.Module):
     ) -> None:  # fmt: skip
         stored, codes = state_dict.get(f"{prefix}geometry"), state_dict.get(f"{prefix}codes")
         if isinstance(stored, Tensor) and isinstance(codes, Tensor) and not stored.is_meta:
-            shape, rest = stored.tolist()[:2], stored.tolist()[2:]
-            if shape != [self.out_features, self.in_features] or len(rest) != 3:
-                error_msgs.append(
-                    f"{prefix.removesuffix('.') or 'QuantLinear'}: the state must be of a weight "
-                    f"{[self.out_features, self.in_features]}, got one of {shape}"
-                )
+            numbers = stored.tolist() if stored.dim() == 1 else []
+            trouble = _trouble(numbers, [self.out_features, self.in_features])
+            if trouble:
+                error_msgs.append(f"{prefix.removesuffix('.') or 'QuantLinear'}: {trouble}")
                 return
-            bits, group, block = rest
-            self.bits, self.group_size, self._block = bits, group, block
+            if len(numbers) == 5:  # of before there was a version
+                same = numbers[2:] == [self.bits, self.group_size, self._block]
+                numbers += [VERSION, *(self.format.encode() if same else b"")]
+                stored = torch.tensor(numbers, device=stored.device)
+                state_dict = {**state_dict, f"{prefix}geometry": stored}
+            self.bits, self.group_size, self._block = numbers[2:5]
+            self.format = bytes(numbers[6:]).decode(errors="replace")
+            self.geometry = torch.empty_like(stored, device=self.geometry.device)
             for name in BUFFERS:  # of the shapes and dtypes of what comes
                 there = state_dict.get(prefix + name)
                 device = self.geometry.device
@@ -187,6 +195,19 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+
+def _trouble(numbers: list[int], shape: list[int]) -> str | None:
+    """Why a packed weight of this geometry cannot be loaded into a layer of ``shape``, or None."""
+    version = numbers[5] if len(numbers) > 5 else VERSION
+    if version != VERSION:
+        return f"the layout of the state must have the version {VERSION}, got {version}"
+    if len(numbers) < 5 or not all(0 <= byte < 256 for byte in numbers[6:]):
+        parts = "rows, columns, bits, group size, block, version and the bytes of a format's name"
+        return f"the geometry of the state must hold {parts}, got {numbers}"
+    if numbers[:2] != shape:
+        return f"the state must be of a weight {shape}, got one of {numbers[:2]}"
+    return None
 
 
 class QLoRALinear(nn.Module):
