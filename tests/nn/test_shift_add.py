@@ -10,6 +10,7 @@ import io
 import math
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -138,9 +139,16 @@ def test_pack_is_smaller_and_loads(format):
     assert packed.nbytes < 64 * 32 * 4 / 2.5
     x = torch.randn(2, 64)
     torch.testing.assert_close(packed(x), layer(x))
-    again = QuantLinear(64, 32, bias=False, group_size=None)
-    again.load_state_dict(packed.state_dict())
-    assert torch.equal(again(x), packed(x))
+    state = safetensors.torch.load(safetensors.torch.save(packed.state_dict()))
+    for again in (
+        QuantLinear(64, 32, bias=False, group_size=None),
+        ShiftLinear(64, 32, bias=False, format="S8").pack(),
+    ):
+        again.load_state_dict(state)
+        assert torch.equal(again(x), packed(x)) and again.format == packed.format == f"shift_{format.lower()}"
+        for found, expected in zip(ops.unpack_shift(again.qweight), ops.unpack_shift(layer.qweight), strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(ops.shift_linear(x, again.qweight), packed(x))
 
 
 def test_shift_layers_differentiate_twice_and_compile():
@@ -407,11 +415,37 @@ def test_rows_without_a_direction_are_finite_or_refused(encoder):
         layer(torch.full((2, 7, 16), math.inf))
 
 
+@pytest.mark.parametrize("encoder", ["hash", "binary"])
+def test_sums_without_a_direction_are_zero_or_refused(encoder):
+    """Of values that are all 0, and of values whose sums have a norm that is beyond fp32."""
+    layer, x = attention(encoder, check=True, project=False), torch.randn(2, 7, 16)
+    layer(x)
+    sentence = "sums of values must be finite and not 0, got 28 rows that are not, of 28"
+    with torch.no_grad():
+        layer.v.weight.zero_()
+        layer.v.bias.zero_()
+    with pytest.raises(ValueError, match=sentence):
+        layer(x)
+    layer.check = False
+    assert (layer(x) == 0).all()
+    with torch.no_grad():
+        layer.mix.zero_()
+        layer.v.bias.fill_(3e18)
+    lost = int((layer(x) == 0).view(2, 7, 2, 8).all(3).sum())
+    assert lost > 0
+    layer.check = True
+    with pytest.raises(
+        ValueError, match=f"sums of values must be finite and not 0, got {lost} rows that are not, of 28"
+    ):
+        layer(x)
+
+
 def test_a_packed_state_of_another_version_is_refused():
     packed = mixture().pack()
     state = packed.state_dict()
-    state["shift.geometry"] = torch.cat([state["shift.geometry"], torch.ones(1, dtype=torch.int64)])
-    with pytest.raises(RuntimeError, match=r"shift: the state must be of a weight \[6, 8\], got one of \[6, 8\]"):
+    state["shift.geometry"] = state["shift.geometry"].clone()
+    state["shift.geometry"][5] = 2
+    with pytest.raises(RuntimeError, match="shift: the layout of the state must have the version 1, got 2"):
         packed.load_state_dict(state)
 
 
@@ -530,6 +564,37 @@ def test_measured_latencies_are_averaged_and_can_be_overridden():
     torch.manual_seed(0)
     layer(x)
     assert layer.balance_loss != other.balance_loss
+
+
+def test_what_is_measured_is_what_runs(monkeypatch):
+    """Of the products of the mixture, deployed or not, each with all tokens in one expert, in turns; of no other."""
+    layer, x = mixture(), torch.randn(20, 8)
+    calls, product = [], ops.moe2_linear
+
+    def watched(x, dense, shift, *rest):
+        calls.append((x.shape[0], dense, shift, rest[-1].tolist()))
+        return product(x, dense, shift, *rest)
+
+    monkeypatch.setattr(ops, "moe2_linear", watched)
+    for other in ("shift_linear", "qlinear"):
+        monkeypatch.setattr(ops, other, None)
+    layer.measure(48)
+    assert [counts for *_, counts in calls] == [[48, 0], [0, 48]] * (len(calls) // 2) and len(calls) >= 40
+    timed = calls.pop()
+    for form in (layer.eval(), layer.pack()):
+        form(x)
+        _, dense, shift, counts = calls.pop()
+        assert sum(counts) == 20 and torch.equal(dense, timed[1]) and torch.equal(shift, timed[2])
+
+
+def test_the_packed_mixture_says_what_it_holds():
+    packed, x = mixture(format="S4").pack(), torch.randn(20, 8)
+    packed(x)
+    assert packed.decoded() is packed.decoded()
+    assert packed.resident_nbytes == packed.nbytes + packed.decoded().nbytes == packed.nbytes + 6 * 8 * 4
+    half = packed.to(torch.bfloat16)
+    half(x.bfloat16())
+    assert half.resident_nbytes - half.nbytes == half.decoded().nbytes == 6 * 8 * 2
 
 
 def test_the_mixture_packs_copies_and_saves():

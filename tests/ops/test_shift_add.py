@@ -14,9 +14,10 @@ from torch import Tensor
 
 from cofire import ops
 from cofire.ops import QTensor, shift_add
-from cofire.ops.lowbit import int8_activations
+from cofire.ops.lowbit import _seen, int8_activations
 from cofire.ops.packing import pack_bits
-from cofire.ops.shift_add import FORMATS
+from cofire.ops.shift_add import FORMATS, powers_of_two
+from cofire.registry import OPERATORS
 from helpers import Random
 
 ROW = torch.tensor([[1, -0.5, 0, 2**-14, -0.125, 0.25, -1, 0]])
@@ -91,8 +92,28 @@ def test_lossless(format: str) -> None:
     assert not q.dequantize()[s == 0].signbit().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_power_is_exact_in_16_bits(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("format", ["S5", "S8"])
+@pytest.mark.parametrize(
+    ("dtype", "eighth", "least"),
+    [
+        (torch.float32, 0x3E000000, 0x38800000),
+        (torch.bfloat16, 0x3E00, 0x3880),
+        (torch.float16, 0x3000, 0x0400),
+        (torch.float8_e5m2, 0x30, 0x04),
+    ],
+)
+def test_known_floats(format: str, dtype: torch.dtype, eighth: int, least: int) -> None:
+    """2^-3 and 2^-14, the smallest normal number of fp16 and of E5M2, to the bit; a minus is the topmost bit."""
+    exponent, sign = torch.tensor([[-3, -14, -3, -14]]), torch.tensor([[1, 1, -1, -1]])
+    words = {4: torch.int32, 2: torch.int16, 1: torch.int8}[dtype.itemsize]
+    found = ops.pack_shift(exponent, sign, format=format, dtype=dtype).dequantize()
+    top = -(1 << (8 * dtype.itemsize - 1))
+    assert found.dtype == dtype
+    assert found.view(words).tolist() == [[eighth, least, eighth + top, least + top]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_every_power_is_exact_in_few_bits(dtype: torch.dtype) -> None:
     p = torch.arange(-14, 1)[None]
     w = ops.pack_shift(p, torch.ones_like(p), dtype=dtype).dequantize()
     assert torch.equal(w.double(), torch.exp2(p.double()))
@@ -143,7 +164,10 @@ def test_product_of_rounded_activations_is_that_of_integers(rows: int, columns: 
     torch.testing.assert_close(ops.shift_linear(x, q, activations="int8").double(), expected, rtol=2 * 2**-23, atol=0)
 
 
-@pytest.mark.parametrize(("format", "activations"), [("S5", "exact"), ("S8", "exact"), ("S4", "exact"), ("S4", "int8")])
+WAYS = [("S5", "exact"), ("S8", "exact"), ("S4", "exact"), ("S4", "int8")]
+
+
+@pytest.mark.parametrize(("format", "activations"), WAYS)
 def test_straight_through_gradients(format: str, activations: str) -> None:
     shift, sign = (t.requires_grad_() for t in parameters())
     q = ops.pack_shift(*ops.shift_quantize(shift, sign), format=format)
@@ -167,6 +191,93 @@ def test_straight_through_gradients(format: str, activations: str) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5, msg=name)
     dead = sign.detach().round() == 0
     assert dead.any() and shift.grad is not None and not shift.grad[dead].any()
+
+
+def leaves(format: str, dtype: torch.dtype = torch.float64) -> tuple[QTensor, dict[str, Tensor]]:
+    """A packed weight, and what its product is differentiated by."""
+    shift, sign = (t.to(dtype).requires_grad_() for t in parameters())
+    x, bias = (Random(n).normal(*s).to(dtype).requires_grad_() for n, s in (("x", (2, 3, 19)), ("bias", (5,))))
+    q = ops.pack_shift(*ops.shift_quantize(shift, sign), format=format, dtype=dtype)
+    return q, {"input": x, "shift": shift, "sign": sign, "bias": bias}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients_of_input_and_bias_twice(format: str) -> None:
+    """Against finite differences; those of shift and sign are straight through, so that differences say nothing of them."""
+    q, given = leaves(format)
+    latent = (given["shift"], given["sign"])
+
+    def product(x: Tensor, bias: Tensor) -> Tensor:
+        return ops.shift_linear(x, q, bias, latent=latent)
+
+    assert torch.autograd.gradcheck(product, (given["input"], given["bias"]))
+    assert torch.autograd.gradgradcheck(product, (given["input"], given["bias"]))
+
+
+@pytest.mark.parametrize(("format", "activations"), WAYS)
+def test_second_derivatives_are_those_of_the_straight_through_weight(format: str, activations: str) -> None:
+    """Of every gradient by every argument: against plain torch with the weight that passes its gradient on."""
+    q, given = leaves(format)
+    cotangents = {name: Random(f"to {name}").normal(*t.shape).double() for name, t in given.items()}
+    grad = Random("grad").normal(2, 3, 5).double().requires_grad_()
+    everything = (*given.values(), grad)
+
+    def plain(input: Tensor, shift: Tensor, sign: Tensor, bias: Tensor) -> Tensor:
+        weight = powers_of_two(shift, sign, format == "S4")
+        return torch.nn.functional.linear(_seen(input, activations), weight, bias)
+
+    def packed(input: Tensor, shift: Tensor, sign: Tensor, bias: Tensor) -> Tensor:
+        return ops.shift_linear(input, q, bias, latent=(shift, sign), activations=activations)
+
+    def twice(product: Callable[..., Tensor], which: str) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        (first,) = torch.autograd.grad(product(**given), given[which], grad, create_graph=True)
+        if not first.requires_grad:
+            return first, ()
+        return first, torch.autograd.grad(first, everything, cotangents[which], allow_unused=True)
+
+    for which in given:
+        (first, found), (expected_first, expected) = (twice(product, which) for product in (packed, plain))
+        torch.testing.assert_close(first, expected_first, msg=which)
+        for name, a, b in zip((*given, "grad"), found, expected, strict=True):
+            assert (a is None) == (b is None), (which, name)
+            torch.testing.assert_close(a, b, msg=f"{which} by {name}")
+    # (the packed weight alone would have no such part)
+    (first,) = torch.autograd.grad(packed(**given), given["input"], grad, create_graph=True)
+    by = torch.autograd.grad(first, (given["shift"], given["sign"]), cotangents["input"])
+    assert all(t.abs().sum() > 0 for t in by)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("format", "activations"), WAYS)
+def test_the_product_with_parameters_compiles(format: str, activations: str, dtype: torch.dtype) -> None:
+    """One graph, the bits of eager, all gradients, and no second compilation."""
+    q, given = leaves(format, dtype)
+
+    def product(input: Tensor, shift: Tensor, sign: Tensor, bias: Tensor) -> Tensor:
+        return ops.shift_linear(input, q, bias, latent=(shift, sign), activations=activations)
+
+    grad = Random("grad").normal(2, 3, 5).to(dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(product, fullgraph=True, backend="aot_eager")
+    expected = product(**given)
+    by = torch.autograd.grad(expected, tuple(given.values()), grad)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(2):
+            y = compiled(**given)
+            assert torch.equal(y, expected)
+            torch.testing.assert_close(torch.autograd.grad(y, tuple(given.values()), grad), by)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_operators_behind_a_product_with_parameters_pass_opcheck(format: str) -> None:
+    q, given = leaves(format, torch.float32)
+    x, bias = given["input"], given["bias"]
+    parts = (q.codes, q.scales(), q.zero, q.offsets(), q.lut)
+    for name, args in (
+        ("qlinear", (x, *parts, bias, q.bits, q.group_size, "exact")),
+        ("qlinear_backward", (torch.ones(2, 3, 5), None, *parts, q.bits, q.group_size, 19, "exact", True)),
+    ):
+        torch.library.opcheck(OPERATORS[name].overload, args)
 
 
 # ------------------------------------------------------------------------------------------------------- errors

@@ -14,7 +14,7 @@ from cofire import ops
 from cofire.ops import shift_add_attention
 from cofire.ops.shift_add_attention import _pack, _unpack
 from cofire.registry import OPERATORS
-from helpers import Args, Random, Refusal, Sample, check_examples, check_op, refusals
+from helpers import Args, Random, Refusal, Sample, check_examples, check_op, providers, refusals
 
 EPS = 1e-6
 CONSTANTS = ("anchors", "center", "projection")
@@ -300,6 +300,21 @@ def test_golden_sums() -> None:
     # an eps far above the squared norms leaves t, scaled down
     out = ops.binary_linear_attention(codes, codes, value, bits=2, eps=2.0**60) * 2.0**30
     torch.testing.assert_close(out.flatten(), torch.tensor([1.45493, 3.86479, 3.90986]), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    "provider", [p.name for p in providers(OPERATORS["binary_linear_attention"]) if p.device == "cpu"]
+)
+def test_golden_sums_of_the_operator(provider: str) -> None:
+    """K^T V = [3, 6] by queries of one bit each, and what the codes select of it, [3, 9, 6]: as every kernel adds them up."""
+    run = next(p for p in providers(OPERATORS["binary_linear_attention"]) if p.name == provider)
+    key = torch.tensor([[[1, 3, 2]]], dtype=torch.int16)
+    value = torch.tensor([[[[1.0], [2.0], [4.0]]]])
+    for query, expected in (([1, 2, 0], [3, 6, 0]), ([1, 3, 2], [3, 9, 6])):
+        codes = torch.tensor([[query]], dtype=torch.int16)
+        (out,) = run(codes, key, value, None, None, None, 2, 2.0**60)
+        found = (out * 2.0**30 - value / 2) * torch.pi
+        torch.testing.assert_close(found.flatten(), torch.tensor(expected).float(), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("bits", [5, 17, 33])

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any, cast
 
 import torch
@@ -21,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire import ops
-from cofire.nn.compressed import milliseconds
 from cofire.nn.lowbit import QuantLinear, dense_weight
 from cofire.ops import QTensor
 from cofire.ops.checks import check_choice, check_float, check_integer, check_number, refuse, shape_of
 from cofire.ops.lowbit import _seen
-from cofire.ops.shift_add import FORMATS, LN2, LOWEST, OCTAVES
-from cofire.ops.shift_add_attention import MOST_BITS, _distances, _normalised, _sigma
+from cofire.ops.shift_add import FORMATS, LOWEST, powers_of_two
+from cofire.ops.shift_add_attention import MOST_BITS, _distances, _normalised, _sigma, attention_rows, bits_of
+from cofire.timing import interleaved
 
 __all__ = ["BinaryLinearAttention", "MixtureOfPrimitives", "PackedMixture", "ShiftLinear"]
 
@@ -38,33 +39,6 @@ LEAST_NOISE = 1e-2
 
 
 # ------------------------------------------------------------------------------------------------ powers of two
-
-
-class _PowersOfTwo(torch.autograd.Function):
-    """The weight that shift and sign stand for, with straight-through gradients.
-
-    With the weight's gradient G they are ``d sign = G`` and ``d shift = ln 2 * G * W``, through rounding, clamping and
-    sign alike.
-    """
-
-    @staticmethod
-    def forward(shift: Tensor, sign: Tensor, narrow: bool) -> Tensor:
-        p, s = shift.clamp(LOWEST, 0).round(), sign.round().sign().to(shift.dtype)
-        if narrow and p.shape[1]:  # S4 holds seven octaves of a row
-            top = torch.where(s != 0, p, LOWEST - 1).amax(1, keepdim=True)
-            s = torch.where(top - p > OCTAVES, 0, s)
-            p = torch.maximum(p, top - (OCTAVES - 1))
-        return s * torch.exp2(p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[1].dtype
-        ctx.save_for_backward(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (weight,), (grad,) = ctx.saved_tensors, grads
-        return LN2 * grad * weight, grad.to(ctx.dtype), None
 
 
 class _Derived:
@@ -187,8 +161,7 @@ class ShiftLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight that the layer applies, ``[out_features, in_features]``, anew with each call; differentiable."""
-        w: Tensor = _PowersOfTwo.apply(self.shift, self.sign, self.format == "S4")  # type: ignore[no-untyped-call]
-        return w
+        return powers_of_two(self.shift, self.sign, self.format == "S4")
 
     @property
     def qweight(self) -> QTensor:
@@ -270,8 +243,9 @@ class BinaryLinearAttention(nn.Module):
         kernel_size: odd, of the convolution; 0: none.
         momentum: of the running thresholds.
         project: with a projection ``proj`` of the result.
-        check: refuse queries, keys and values that are not finite, and queries and keys that are 0, which have no direction;
-            it waits for the device. Without it, what is not finite stays so, and what is 0 has the code of a direction of zeros.
+        check: refuse queries, keys, values and sums ``t`` that are not finite, and queries, keys and sums that are 0, which have
+            no direction; it computes the sums once more and waits for the device. Without it, what is not finite stays so, a
+            query or key of 0 has the code of a direction of zeros, and a sum of 0 stays 0.
 
     Attributes:
         anchors, center, projection: buffers of the hash, ``[heads, m, d]``, ``[heads, m]``, ``[heads, bits, m]``.
@@ -513,6 +487,11 @@ class BinaryLinearAttention(nn.Module):
         v = self._heads(self.v(input))
         self._examine(v, "values", zero=True)
         q, k, q_link, k_link = self._codes(input, v.dtype)
+        if self.check:
+            with torch.no_grad():
+                wide = torch.promote_types(v.dtype, torch.float32)
+                q_bits, k_bits = (bits_of(codes, None, self.bits, wide) for codes in (q, k))
+                self._examine(attention_rows(q_bits, k_bits, v.to(wide))[1], "sums of values")
         mix = None if self.mix is None else self.mix.to(v.dtype)
         links = (q_link, k_link) if q_link.requires_grad or k_link.requires_grad else (None, None)
         y = ops.binary_linear_attention(q, k, v, mix, bits=self.bits, query_link=links[0], key_link=links[1])
@@ -726,19 +705,30 @@ class MixtureOfPrimitives(nn.Module):
 
     @torch.no_grad()
     def measure(self, tokens: int = 1024, momentum: float = 0.1) -> tuple[float, float]:
-        """Time both experts as layers of their own, with packed weights, and average into :attr:`latency`.
+        """Time both experts as they run in evaluation and deployed, and average into :attr:`latency`.
+
+        That is the product of the mixture, :func:`cofire.ops.moe2_linear`, with all tokens sent through one expert, then
+        through the other, in turns. The shift expert's weight is decoded beforehand there, so that on today's processors
+        both take about equally long; what an expert takes elsewhere is given by ``alpha``.
 
         Args:
             tokens: rows of the random input.
             momentum: of the moving average; the first measurement is taken whole.
 
         Returns:
-            Microseconds per call of the dense and of the shift expert, as measured now.
+            Microseconds per call of the dense and of the shift expert, medians of what was measured now.
         """
         x = torch.randn(tokens, self.in_features, device=self.latency.device, dtype=self.dense.weight.dtype)
-        weight, bias = self.shift.qweight, self.shift.bias
-        calls = (lambda: self.dense(x), lambda: ops.shift_linear(x, weight, bias))
-        found = [1e3 * milliseconds(call) for call in calls]
+        weight = self.shift.decoded()
+
+        def through(expert: int) -> Callable[[Tensor], Tensor]:
+            logits = x.new_zeros(tokens, 2)
+            logits[:, expert] = 1
+            routed = ops.moe_route(logits)[:3]
+            return lambda x: _mixed(x, self.dense.weight, weight, self.dense.bias, self.shift.bias, *routed)
+
+        times = interleaved({expert: (through(expert), x) for expert in range(2)})
+        found = [1e6 * median(times[expert]) for expert in range(2)]
         now = torch.tensor(found, device=self.latency.device)
         self.latency.copy_(torch.where(self.measured > 0, self.latency.lerp(now, momentum), now))
         self.measured += 1
@@ -803,7 +793,8 @@ def _mixed(x: Tensor, dense: Tensor, shift: Tensor, *rest: Tensor | None) -> Ten
 
 class PackedMixture(nn.Module):
     """The form of a :class:`MixtureOfPrimitives` for inference; frozen. What is stored of the shift expert is packed; a
-    decoded copy of it, made at the first call, is what the product reads.
+    decoded copy of it, made at the first call and kept, is what the product reads. So it is small on disk, not in memory:
+    :attr:`nbytes` against :attr:`resident_nbytes`.
 
     Attributes:
         dense: ``nn.Linear``; shift: :class:`QuantLinear`; router: ``nn.Linear``.
@@ -829,8 +820,13 @@ class PackedMixture(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both experts, their biases, and the router."""
+        """Bytes that are stored: both experts, the second packed, their biases, and the router."""
         return self.shift.nbytes + sum(p.nbytes for m in (self.dense, self.router) for p in m.parameters())
+
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes that are held once it has run: what is stored, and the decoded copy of the shift expert's weight."""
+        return self.nbytes + self.in_features * self.out_features * self.shift.dtype.itemsize
 
     def decoded(self) -> Tensor:
         """The shift expert's weight, kept as long as its codes do not change."""

@@ -236,31 +236,72 @@ def shift_statistics(exponent: Tensor, sign: Tensor) -> dict[str, int]:
     return {"weights": sign.numel(), "dead": int((sign == 0).sum()), "clipped": int(clipped.sum())}
 
 
+class _PowersOfTwo(torch.autograd.Function):
+    """The weight that shift and sign stand for, with straight-through gradients.
+
+    With the weight's gradient G they are ``d sign = G`` and ``d shift = ln 2 * G * W``, through rounding, clamping and
+    sign alike.
+    """
+
+    @staticmethod
+    def forward(shift: Tensor, sign: Tensor, narrow: bool) -> Tensor:
+        p, s = shift.clamp(LOWEST, 0).round(), sign.round().sign().to(shift.dtype)
+        if narrow and p.shape[1]:  # S4 holds seven octaves of a row
+            top = torch.where(s != 0, p, LOWEST - 1).amax(1, keepdim=True)
+            s = torch.where(top - p > OCTAVES, 0, s)
+            p = torch.maximum(p, top - (OCTAVES - 1))
+        return s * torch.exp2(p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.dtype = inputs[1].dtype
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (weight,), (grad,) = ctx.saved_tensors, grads
+        return LN2 * grad * weight, grad.to(ctx.dtype), None
+
+
+def powers_of_two(shift: Tensor, sign: Tensor, narrow: bool) -> Tensor:
+    """The weight ``[N, K]`` of the parameters; differentiable, any number of times. ``narrow``: as S4 holds it."""
+    w: Tensor = _PowersOfTwo.apply(shift, sign, narrow)  # type: ignore[no-untyped-call]
+    return w
+
+
 class _StraightThrough(torch.autograd.Function):
-    """The product, with gradients to the parameters that the packed weight was made from."""
+    """The product, with gradients to the parameters that the packed weight was made from.
+
+    Where the gradients are to be differentiated again they are computed with the weight of the parameters, which passes
+    second derivatives on to them; the packed one would drop these.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, shift: Tensor, sign: Tensor, bias: Tensor | None, weight: QTensor, activations: str
     ) -> Tensor:
-        ctx.save_for_backward(input)
+        ctx.save_for_backward(input, shift, sign)
         ctx.weight, ctx.activations = weight, activations
         ctx.dtypes = shift.dtype, sign.dtype, None if bias is None else bias.dtype
         return qlinear(input, weight, bias, activations=activations)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), (input,) = grads, ctx.saved_tensors
+        (grad,), (input, shift, sign) = grads, ctx.saved_tensors
         w: QTensor = ctx.weight
         to_input, to_shift, to_sign, to_bias, *_ = ctx.needs_input_grad
         d_input = d_shift = d_sign = d_bias = None
-        if to_input:
+        dtype = compute_dtype(grad, input)
+        again = powers_of_two(shift, sign, w.bits == 4).to(dtype) if torch.is_grad_enabled() else None
+        if to_input and again is not None:
+            d_input = (grad.to(dtype) @ again).to(input.dtype)
+        elif to_input:
             parts = (w.codes, w.scales(), w.zero, w.offsets(), w.lut, w.bits, w.group_size, w.shape[1])
             d_input = _qlinear_backward.overload(grad, None, *parts, ctx.activations, True)[0]
         if to_shift or to_sign:
-            dtype = compute_dtype(grad, input)
             g = rows_of(grad).to(dtype).t() @ rows_of(_seen(input, ctx.activations)).to(dtype)
-            d_shift = (LN2 * g * dequantize(w).to(dtype)).to(ctx.dtypes[0]) if to_shift else None
+            dense = dequantize(w).to(dtype) if again is None else again
+            d_shift = (LN2 * g * dense).to(ctx.dtypes[0]) if to_shift else None
             d_sign = g.to(ctx.dtypes[1]) if to_sign else None  # not multiplied by 2^p
         if to_bias:
             d_bias = rows_of(grad).sum(0).to(ctx.dtypes[2])
@@ -283,7 +324,8 @@ def shift_linear(
         activations: ``"exact"``, or ``"int8"``, which rounds each row of the input to 8 bits; S4 alone.
 
     Returns:
-        ``[..., N]`` in the dtype of ``input``. Differentiable with respect to input, bias and latent.
+        ``[..., N]`` in the dtype of ``input``. Differentiable with respect to input, bias and latent, also twice: second
+        derivatives are those of the straight-through gradients.
 
     Raises:
         TypeError: a ``weight`` that is no QTensor, arguments that are no floating-point tensors.

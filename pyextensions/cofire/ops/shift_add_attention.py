@@ -406,6 +406,12 @@ def _depthwise(value: Tensor, weight: Tensor) -> Tensor:
     )
 
 
+def attention_rows(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """``K^T V``, and the rows whose directions are the attention: ``T = V / 2 + Q K^T V / pi``."""
+    kv = k.transpose(-1, -2) @ v
+    return kv, v / 2 + q @ kv / math.pi
+
+
 def _attention_reference(
     query: Tensor,
     key: Tensor,
@@ -419,7 +425,7 @@ def _attention_reference(
     dtype = compute_dtype(value, weight)
     v = value.to(dtype)
     q, k = bits_of(query, query_link, bits, dtype), bits_of(key, key_link, bits, dtype)
-    t = v / 2 + q @ (k.transpose(-1, -2) @ v) / math.pi
+    _, t = attention_rows(q, k, v)
     out = t * torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
     if weight is not None:
         out = out + _depthwise(v, weight.to(dtype))
@@ -440,8 +446,7 @@ def _attention_backward_reference(
     dtype = compute_dtype(grad, value, weight)
     g, v = grad.to(dtype), value.to(dtype)
     q, k = bits_of(query, query_link, bits, dtype), bits_of(key, key_link, bits, dtype)
-    kv = k.transpose(-1, -2) @ v
-    t = v / 2 + q @ kv / math.pi
+    kv, t = attention_rows(q, k, v)
     scale = torch.rsqrt(t.square().sum(-1, keepdim=True) + eps)
     direction = t * scale
     to_t = scale * (g - direction * (direction * g).sum(-1, keepdim=True))
