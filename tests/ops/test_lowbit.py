@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cofire import explain, native, ops
-from cofire.ops import QTensor, pack_bits
+from cofire.ops import QTensor, pack_bits, pack_shift
 from cofire.ops.lowbit import int8_activations
 from cofire.registry import OPERATORS
 from helpers import Args, Random, Refusal, Sample, check_close, check_examples, check_op, refusals, threads
@@ -20,7 +20,7 @@ from helpers import Args, Random, Refusal, Sample, check_close, check_examples, 
 
 def weight(
     rand: Random, rows: int, columns: int, bits: int, group: int, *, zero: str = "", offset: bool = False,
-    lut: int = 0, int8: bool = False, scale: bool = True,
+    lut: int = 0, int8: bool = False, scale: bool = True, powers: bool = False,
 ) -> tuple[Any, ...]:  # fmt: skip
     """codes, scale, zero, offset, lut: what the operators take."""
     codes = (rand.uniform(rows, columns) * (1 << bits)).floor().clamp(max=(1 << bits) - 1).to(torch.uint8)
@@ -36,6 +36,8 @@ def weight(
     if lut:
         table = rand.normal(lut, 1 << bits).sort(1).values
         table = (table * 40).clamp(-128, 127).round().to(torch.int8) if int8 else table
+    if powers:  # the table of shift layers, with its zeros
+        table = pack_shift(*torch.zeros(2, 1, 1, dtype=torch.int8), format=f"S{bits}").lut
     return (
         pack_bits(codes, bits).clone(),
         (rand.uniform(rows, groups) + 0.5) / (1 << bits) if scale else None,
@@ -60,6 +62,9 @@ WEIGHTS: dict[str, tuple[tuple[int, int, int, int], dict[str, Any]]] = {
     "palettes_of_blocks": ((48, 64, 2, 32), {"lut": 3}),
     "palettes_of_rows": ((9, 33, 3, 33), {"lut": 4, "zero": "floats"}),
     "palette_256": ((17, 64, 8, 32), {"lut": 1}),
+    "shift_s5": ((35, 96, 5, 96), {"powers": True, "scale": False}),
+    "shift_s5_odd": ((9, 37, 5, 37), {"powers": True, "scale": False}),
+    "shift_s8": ((18, 64, 8, 64), {"powers": True, "scale": False}),
     "palette_of_bytes": ((34, 64, 4, 64), {"lut": 1, "int8": True}),
     "palette_of_bytes_6": ((16, 32, 6, 32), {"lut": 1, "int8": True, "zero": "floats"}),
     "no_rows": ((0, 32, 4, 32), {}),
@@ -147,6 +152,7 @@ def products(
 ) -> list[Sample]:
     chosen = [(n, r) for i, n in enumerate(names) for j, r in enumerate(("1", "2", "9")) if j == i % 3]
     chosen += [("4bits_g32", r) for r in ROWS] + [("palette", "3"), ("8bits", "131"), ("3bits_g32", "131")]
+    chosen += [("shift_s5", r) for r in ("1", "3", "9", "131")] + [("shift_s8", r) for r in ("1", "9", "131")]
     chosen += [("4bits_rows", "131"), ("palettes_of_blocks", "131"), ("no_rows", "131")]
     chosen = [c for c in dict.fromkeys(chosen) if c[0] in names]
     return [
