@@ -63,8 +63,10 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
     assert additions["kernel_error"] < 1e-5 and 0 <= additions["overlap"] <= 1 and additions["chance"] == 4 / 255
     assert shifts["weights"] == 4 * (3 * 64 * 64 + 2 * 64 * 128) and shifts["dead"] < shifts["weights"]
     assert shifts["shift_share"] is None and mixture["balanced_share"] == pytest.approx(0.6)
-    # not those of the four qk, whose rows the hash normalises
+    # the task does not reach those of the four qk, whose rows the hash normalises: the balance does
     assert mixture["router_gradient"] > 0 and (mixture["routers"], mixture["routers_reached"]) == (20, 16)
+    assert mixture["training_gradient"] > 0 and mixture["routers_trained"] == 20
+    assert mixture["resident_bytes"] - mixture["packed_bytes"] == 4 * mixture["weights"]
     assert [step for step, _ in mixture["course"]] == [1, 2, 3]
     for cell in results["cells"][1:]:
         assert cell["packed"] == cell["accuracy"] and cell["deployed_equal"] > 0.9
@@ -135,14 +137,15 @@ def _cell(name: str, seed: int, **changes: object) -> dict[str, object]:
     cell = {"cell": name, "seed": seed, "stage": stage, "before": 50.0, "accuracy": 96.0, "seconds": 1.0}
     if stage:
         cell |= {"packed": 96.0, "deployed_equal": 1.0, "deployed_error": 1e-6, "dead": 1, "weights": 100}
-        cell |= {"dense_bytes": 4096, "packed_bytes": 1024, "model_bytes": 8192, "shift_share": None}
+        cell |= {"dense_bytes": 4096, "packed_bytes": 1024, "resident_bytes": 1024 * stage, "shift_share": None}
+        cell |= {"model_bytes": 8192, "model_resident_bytes": 10240}
     if stage == 1:
         cell |= {"overlap": 0.3, "random_overlap": 0.2, "chance": 0.02, "codes_differing": 0, "kernel_error": 1e-7}
         cell |= {"weights": 0}
     if stage == 3:
         implied = 0.6 if "6:4" in name else 0.8
         cell |= {"balanced_share": implied, "shift_share": implied + 0.01, "router_gradient": 1e-3}
-        cell |= {"routers": 20, "routers_reached": 20}
+        cell |= {"routers": 20, "routers_reached": 16, "routers_trained": 20, "training_gradient": 2e-4}
         cell |= {"course": [(1, 1.0), (2, implied)]}
     return cell | changes
 
@@ -173,7 +176,7 @@ def _results(**changes: dict[str, object]) -> dict[str, object]:
         ({"shifts": {"accuracy": 96.1}, "mixture_6:4": {"accuracy": 96.2}}, "mixture 8:2 at least as accurate"),
         ({"mixture_8:2": {"shift_share": 0.89}}, "mixture 8:2: share of the shift expert"),
         ({"mixture_6:4": {"shift_share": 0.665}, "mixture_8:2": {"shift_share": 0.74}}, "the share moves"),
-        ({"mixture_8:2": {"routers_reached": 19}}, "gradient reaches every router"),
+        ({"mixture_8:2": {"routers_trained": 19}}, "every router gets a gradient"),
         ({"additions": {"overlap": 0.039}}, "similar tokens"),
         ({"additions": {"codes_differing": 1}}, "kernels"),
         ({"shifts": {"deployed_equal": 0.98}}, "deployed outputs"),
@@ -194,12 +197,41 @@ def test_what_was_not_run_is_not_judged() -> None:
     assert found["mixture 6:4 loses at most 1.5 points"].passed
 
 
+def test_gradients_that_older_results_do_not_have_are_not_judged() -> None:
+    results = _results()
+    for cell in results["cells"]:
+        cell.pop("routers_trained", None)
+    (found,) = (c for c in shiftaddvit_report.criteria(results) if "router gets" in c.name)
+    assert found.passed is None and found.found == "not recorded; the task alone reaches 64 of 80, least norm 1.0e-03"
+
+
+def test_every_router_is_trained_by_task_or_balance() -> None:
+    """Without a balance those of the projections that the hash normalises are not; the network is left as it was."""
+    options = {"alpha": (6, 4), "bits": 8, "anchors": 6, "topk": 4}
+    x, y = torch.randn(16, 1, 8, 8), torch.arange(16) % 10
+    for balance, trained in ((0.01, 20), (0.0, 16)):
+        method = ShiftAddViT(balance=balance, **options)
+        model = method.prepare(models.digits_vit(), x)
+        with torch.no_grad():  # as training leaves them: no longer equal logits
+            for layer in model.modules():
+                if isinstance(layer, MixtureOfPrimitives):
+                    layer.router.weight.normal_(std=0.1)
+        before = {n: t.clone() for n, t in model.state_dict().items()}
+        drawn = torch.get_rng_state()
+        found = shiftaddvit.router_gradients(method, model, x, y)
+        assert (found["routers"], found["routers_trained"], found["routers_reached"]) == (20, trained, 16)
+        assert torch.equal(torch.get_rng_state(), drawn) and all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
 def test_tables_show_losses_and_sizes() -> None:
     text = shiftaddvit_report.markdown(_results(shifts={"accuracy": 90.0}))
     assert "| full precision | 2 |  | 96.00 | 6.35 |  |  |  |" in text
     assert "| shifts | 2 | 50.00 | 90.00 | 0.00 | 96.00 |  | 1.00% |" in text
     assert "| mixture 8:2 | 2 | 50.00 | 96.00 | 0.00 | 96.00 | 81.0% | 1.00% |" in text
-    assert "| additions |  |  | 8.0 |" in text and "| shifts | 4.0 | 1.0 | 8.0 |" in text
+    assert "| additions |  |  |  | 8.0 | 10.0 |" in text and "| shifts | 4.0 | 1.0 | 2.0 | 8.0 | 10.0 |" in text
+    trained = "| every router gets a gradient, of task and balance | 80 of 80, least norm 2.0e-04; the task alone reaches 64 of 80"
+    assert f"{trained}, least norm 1.0e-03 | yes |" in text
     assert "| shifts | 1 | 2.00 | 1.00 | 2.00x |" in text and "| 64x128 | 10 | 20 |" in text
 
 

@@ -343,6 +343,7 @@ def test_the_report_counts_bytes_dead_weights_and_tokens():
     assert report.dense_bytes == 4 * (linear + biases)
     codes = linear * 5 // 8
     assert report.packed_bytes == codes + 4 * biases + 5 * 4 * 32  # and a table of 32 for each layer
+    assert report.resident_bytes == report.packed_bytes and report.model_resident_bytes == report.model_bytes
     final = method.finalize(model)
     assert report.model_bytes == sum(t.nbytes for t in final.state_dict().values())
     assert report.model_dense_bytes == stored_bytes(dense)
@@ -367,6 +368,9 @@ def test_the_report_counts_bytes_dead_weights_and_tokens():
     dense_tokens, shift_tokens = (sum(c[i] for c in counted) for i in (0, 1))
     assert report.shift_share == pytest.approx(shift_tokens / (dense_tokens + shift_tokens))
     assert [layer.costs for layer in report.layers] == [(6.0, 4.0)] * 5
+    copies = [m.decoded().nbytes for m in method.finalize(model).modules() if isinstance(m, PackedMixture)]
+    assert [layer.resident_bytes - layer.packed_bytes for layer in report.layers] == copies
+    assert report.resident_bytes - report.packed_bytes == 4 * linear == report.model_resident_bytes - report.model_bytes
     assert report.latency is None and report.model_dense_bytes is None
     assert method.report(model).shift_share is None
 

@@ -9,6 +9,7 @@ stopped.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -241,14 +242,15 @@ class Run:
         """What a trained network is beside accurate."""
         test = self.images.normalize(self.images.test)
         found = method.report(model, [test[:256]])
-        names = ("dense_bytes", "packed_bytes", "model_bytes", "dead", "shift_share", "balanced_share")
-        row: Results = {n: getattr(found, n) for n in (*names, "deployed_error", "deployed_equal")}
+        names = ("dense_bytes", "packed_bytes", "resident_bytes", "model_bytes", "model_resident_bytes", "dead")
+        shares = ("shift_share", "balanced_share", "deployed_error", "deployed_equal")
+        row: Results = {n: getattr(found, n) for n in (*names, *shares)}
         row["weights"] = sum(math.prod(layer.shape) for layer in found.layers)
         row["packed"] = accuracy(method.finalize(model), self.images)
         if cell.stage == 1 and cell.encoder == "hash":
             row |= hash_overlap(model, test[:32], self.plan.topk) | against_reference(model, test[:32])
         if cell.stage == 3:
-            row |= router_gradients(model, test[:32], self.images.test_labels[:32])
+            row |= router_gradients(method, model, test[:32], self.images.test_labels[:32])
         return row
 
     def latency(self) -> None:
@@ -402,18 +404,28 @@ def against_reference(model: nn.Module, x: Tensor) -> Results:
     return {"codes_differing": differing, "kernel_error": error}
 
 
-def router_gradients(model: nn.Module, x: Tensor, y: Tensor) -> Results:
-    """How many routers the task alone gives a gradient, and the smallest norm among these.
+def router_gradients(method: ShiftAddViT, model: nn.Module, x: Tensor, y: Tensor) -> Results:
+    """How many routers get a gradient, and the smallest norm among these: of all that is trained on, and of the task alone.
 
-    What is below 1e-5 of the largest is taken for the rounding error of zero: the gate of a projection whose rows are
-    normalised afterwards changes nothing.
+    ``routers_trained`` and ``training_gradient``: of task and balance, in training mode as they are added up there.
+    ``routers_reached`` and ``router_gradient``: of the task, as the network is evaluated. What is below 1e-5 of the largest is
+    taken for the rounding error of zero: the gate of a projection whose rows are normalised afterwards changes nothing, so
+    that its router is left to the balance.
     """
+    model = copy.deepcopy(model)  # a forward in training leaves its marks
     routers = [m.router.weight for m in model.modules() if isinstance(m, MixtureOfPrimitives)]
-    gradients = torch.autograd.grad(F.cross_entropy(model.eval()(x), y), routers)
-    norms = torch.stack([torch.linalg.vector_norm(g) for g in gradients])
-    reached = norms[norms > 1e-5 * norms.max()]
-    least = float(reached.min()) if len(reached) else 0.0
-    return {"routers": len(routers), "routers_reached": len(reached), "router_gradient": least}
+
+    def reached(loss: Tensor) -> tuple[int, float]:
+        norms = torch.stack([torch.linalg.vector_norm(g) for g in torch.autograd.grad(loss, routers)])
+        found = norms[norms > 1e-5 * norms.max()]
+        return len(found), float(found.min()) if len(found) else 0.0
+
+    by_task, least = reached(F.cross_entropy(model.eval()(x), y))
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # of the routers' noise
+        trained, smallest = reached(F.cross_entropy(model.train()(x), y) + method.loss(model))
+    counts = {"routers": len(routers), "routers_trained": trained, "routers_reached": by_task}
+    return counts | {"training_gradient": smallest, "router_gradient": least}
 
 
 # --------------------------------------------------------------------------------------------------------- command

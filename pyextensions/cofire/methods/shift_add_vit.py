@@ -49,7 +49,8 @@ class ShiftAddLayer(Report):
     kind: str  #: "shift" or "mixture"
     shape: tuple[int, int]
     dense_bytes: int  #: of the dense layer in its place
-    packed_bytes: int  #: as deployed; a mixture has both experts and the router
+    packed_bytes: int  #: as stored; a mixture has both experts and the router
+    resident_bytes: int  #: as held once it has run: a mixture keeps a decoded copy of its shift expert
     dead: int  #: weights that are 0 because of their sign
     clipped: int  #: weights that format S4 changes
     shift_share: float | None  #: of the tokens; None without batches, and for "shift"
@@ -58,13 +59,18 @@ class ShiftAddLayer(Report):
 
 @dataclass(frozen=True)
 class ShiftAddViTReport(Report):
-    """What became of the network. Bytes are those of tensors; no energy is estimated."""
+    """What became of the network. Bytes are those of tensors; no energy is estimated.
+
+    What kernels lay out for themselves is not counted: on a CPU, about the codes of a shift layer once more.
+    """
 
     stage: int
     attentions: int  #: binary ones
     dense_bytes: int  #: of the dense layers that shift layers and mixtures stand for
-    packed_bytes: int
-    model_bytes: int  #: of everything in the deployed network
+    packed_bytes: int  #: of these layers as stored
+    resident_bytes: int  #: of these layers as held once they have run
+    model_bytes: int  #: of everything in the deployed network, as stored
+    model_resident_bytes: int  #: as held once it has run
     model_dense_bytes: int | None  #: of the dense network, if it is given
     dead: int
     shift_share: float | None  #: share of all tokens of all mixtures that take the shift expert
@@ -337,12 +343,15 @@ class ShiftAddViT(Method, name="shiftaddvit"):
         ]
         total, shift = (sum(c[i] for c in counts.values()) for i in (0, 1))
         shares = [x.costs[0] / sum(x.costs) for x in layers if x.costs is not None]
+        packed, resident = sum(x.packed_bytes for x in layers), sum(x.resident_bytes for x in layers)
         return ShiftAddViTReport(
             stage=stage_of(network),
             attentions=len(_of(modules, BinaryLinearAttention)),
             dense_bytes=sum(x.dense_bytes for x in layers),
-            packed_bytes=sum(x.packed_bytes for x in layers),
+            packed_bytes=packed,
+            resident_bytes=resident,
             model_bytes=_bytes(final),
+            model_resident_bytes=_bytes(final) + resident - packed,
             model_dense_bytes=None if dense is None else _bytes(bare(dense)),
             dead=sum(x.dead for x in layers),
             shift_share=shift / total if total else None,
@@ -603,12 +612,14 @@ def _examine(
     seen = shift.statistics()
     tokens, cheap = counts.get(id(module), (0, 0))
     dense, cost = module.costs.tolist() if isinstance(module, MixtureOfPrimitives) else (0.0, 0.0)
+    packed = module.pack()
     return ShiftAddLayer(
         name=name,
         kind="mixture" if mixture else "shift",
         shape=(module.out_features, module.in_features),
         dense_bytes=shift.shift.nbytes + (0 if shift.bias is None else shift.bias.nbytes),
-        packed_bytes=module.pack().nbytes,
+        packed_bytes=packed.nbytes,
+        resident_bytes=packed.resident_nbytes if isinstance(packed, PackedMixture) else packed.nbytes,
         dead=seen["dead"],
         clipped=seen["clipped"],
         shift_share=cheap / tokens if tokens else None,
