@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cofire import native, ops
@@ -196,38 +197,96 @@ SHAPES = list(
 )
 
 
+#: The same, with the extremes crossed.
+EXTREMES = [(m, n, k) for m in (0, 1, 17, 64) for n in (1, 15, 17, 65) for k in (1, 15, 17, 65)]
+DTYPES = (torch.float32, torch.bfloat16)
+
+
 def close(got: torch.Tensor, expected: torch.Tensor, terms: int) -> None:
-    """Within the rounding of sums of so many terms in fp32."""
+    """Within the rounding of sums of so many terms in fp32, and of the result to its own dtype."""
     rounding = 4 * torch.finfo(torch.float32).eps * max(terms, 1) ** 0.5
     largest = float(expected.abs().amax()) if expected.numel() else 0.0
-    assert ((got.double() - expected).abs() <= rounding * (1 + largest)).all()
+    result = torch.finfo(got.dtype).eps / 2 if got.dtype != torch.float32 else 0.0
+    assert ((got.double() - expected).abs() <= rounding * (1 + largest) + result * expected.abs()).all()
+
+
+def with_holes(rand: Random, n: int, k: int, density: float) -> Tensor:
+    """A mask; if there is room for them, with an empty row and an empty column."""
+    mask = rand.uniform(n, k) < density
+    if n > 2:
+        mask[n // 2] = False
+    if k > 2:
+        mask[:, k // 3] = False
+    return mask
+
+
+def check_products(format: str, m: int, n: int, k: int, mask: Tensor, dtype: torch.dtype) -> None:
+    """A product and its gradients against fp64."""
+    rand = Random(f"{m} {n} {k}")
+    if format == "block":  # (those at the edge are cut off)
+        mask = mask[::16].repeat_interleave(16, 0)[:n]
+    w = torch.where(mask, rand.normal(n, k), 0.0).to(dtype)
+    x, g = rand.normal(m, k).to(dtype).requires_grad_(), rand.normal(m, n).to(dtype)
+    packed = SparseWeight.from_dense(w, mask, format, block=(16, 1))
+    trained = format in ("csr", "block")  # the others are for inference
+    packed.values.requires_grad_(trained)
+    y = ops.spmm(x if trained else x.detach(), packed)
+    assert y.dtype == dtype
+    wide, a, b = w.double(), x.detach().double(), g.double()
+
+    close(y, a @ wide.t(), k)
+    if trained:
+        y.backward(g)
+        assert x.grad is not None and packed.values.grad is not None
+        close(x.grad, b @ wide, n)
+        close(packed.replace(values=packed.values.grad).to_dense(), torch.where(mask, b.t() @ a, 0.0), m)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("format", FORMATS)
 def test_shapes_and_densities(format: str, density: float) -> None:
-    """Products and gradients of every size against fp64, within the rounding of sums in fp32."""
+    """Products and gradients of every size."""
     for m, n, k in SHAPES:
-        if format == "block" and n % 16:
-            continue
-        rand = Random(f"{m} {n} {k} {density}")
-        mask = rand.uniform(n, k) < density
-        if format == "block":
-            mask = mask[::16].repeat_interleave(16, 0)
-        w = torch.where(mask, rand.normal(n, k), 0.0)
-        x, g = rand.normal(m, k).requires_grad_(), rand.normal(m, n)
-        packed = SparseWeight.from_dense(w, mask, format, block=(16, 1))
-        trained = format in ("csr", "block")  # the others are for inference
-        packed.values.requires_grad_(trained)
-        y = ops.spmm(x if trained else x.detach(), packed)
-        wide, a, b = w.double(), x.detach().double(), g.double()
+        check_products(format, m, n, k, Random(f"{m} {n} {k} {density}").uniform(n, k) < density, torch.float32)
 
-        close(y, a @ wide.t(), k)
-        if trained:
-            y.backward(g)
-            assert x.grad is not None and packed.values.grad is not None
-            close(x.grad, b @ wide, n)
-            close(packed.replace(values=packed.values.grad).to_dense(), torch.where(mask, b.t() @ a, 0.0), m)
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("format", FORMATS)
+def test_extremes_of_shapes(format: str, density: float, dtype: torch.dtype) -> None:
+    """All of them with each other, with rows and columns of which nothing is kept, in 16 bits too."""
+    for m, n, k in EXTREMES:
+        check_products(format, m, n, k, with_holes(Random(f"{m} {n} {k} {density}"), n, k, density), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("mode", ["hard", "srste"])
+def test_shapes_and_densities_of_masked_layers(mode: str, density: float, dtype: torch.dtype) -> None:
+    """Output and both gradients, as :func:`test_gradients_of_the_modes` defines them."""
+    for m, n, k in (*EXTREMES, (3, 70, 300), (300, 33, 129)):
+        rand = Random(f"masked {m} {n} {k} {density}")
+        mask = with_holes(rand, n, k, density)
+        x, w, bias, g = (rand.normal(*shape).to(dtype) for shape in ((m, k), (n, k), (n,), (m, n)))
+        for leaf in (x, w):
+            leaf.requires_grad_()
+        y = ops.masked_linear(x, w, bits_of(mask), bias, mode=mode, decay=0.25)
+        y.backward(g)
+        a, wide, b = x.detach().double(), w.detach().double(), g.double()
+        kept = torch.where(mask, wide, 0.0)
+        close(y, a @ kept.t() + bias.double(), k)
+        assert x.grad is not None and w.grad is not None
+        close(x.grad, b @ kept, n)
+        expected = b.t() @ a
+        if mode == "hard":
+            assert not w.grad[~mask].any()
+            close(w.grad, torch.where(mask, expected, 0.0), m)
+        else:  # (the product is rounded before the decay is added)
+            decay = torch.where(mask, 0.0, 0.25 * wide)
+            slack = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+            error = (w.grad.double() - expected - decay).abs()
+            rounding = 4 * torch.finfo(torch.float32).eps * max(m, 1) ** 0.5 * (1 + expected.abs().max())
+            assert (error <= rounding + slack * (expected.abs() + (expected + decay).abs() + decay.abs())).all()
 
 
 @pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -452,11 +511,51 @@ TINY_CONV_BACKWARD = [
 ]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("density", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("format", FORMATS)
+def test_shapes_and_densities_of_convolutions(format: str, density: float, dtype: torch.dtype) -> None:
+    """Output and gradients against the dense convolution in fp64; an output channel of which nothing is kept."""
+    for images, channels, height, width, out, kernel, stride, padding, dilation, groups in (
+        (1, 1, 5, 5, 1, 1, 1, 0, 1, 1),
+        (2, 3, 7, 9, 17, 3, 1, 1, 1, 1),
+        (1, 4, 17, 15, 6, 3, 2, 1, 1, 2),
+        (3, 16, 8, 33, 33, 1, 1, 0, 1, 1),
+        (1, 5, 19, 18, 15, 5, 3, 4, 2, 1),
+    ):
+        rand = Random(f"convolution {channels} {out} {density}")
+        columns = channels // groups * kernel * kernel
+        mask = rand.uniform(out, columns) < density
+        mask[out // 2] = False
+        if format == "block":
+            mask = mask[:, :1].expand(out, columns)
+        shape = (out, channels // groups, kernel, kernel)
+        w = torch.where(mask, rand.normal(out, columns), 0.0).to(dtype)
+        x, bias = rand.normal(images, channels, height, width).to(dtype).requires_grad_(), rand.normal(out).to(dtype)
+        packed = SparseWeight.from_dense(w, mask, format, block=(1, columns))
+        trained = format in ("csr", "block")
+        packed.values.requires_grad_(trained)
+        window = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        y = ops.sparse_conv2d(x if trained else x.detach(), packed, bias, kernel_size=kernel, **window)
+        a, wide = x.detach().double().requires_grad_(), w.double().view(shape).requires_grad_()
+        expected = F.conv2d(a, wide, bias.double(), **window)
+        close(y, expected.detach(), columns)
+        assert torch.equal(y[:, out // 2], bias[out // 2].expand_as(y[:, out // 2]))
+        if trained:
+            g = rand.normal(*y.shape).to(dtype)
+            y.backward(g)
+            expected.backward(g.double())
+            assert x.grad is not None and packed.values.grad is not None
+            close(x.grad, a.grad, out * kernel * kernel)
+            found = packed.replace(values=packed.values.grad).to_dense()
+            close(found, torch.where(mask, wide.grad.view(out, columns), 0.0), y[:, 0].numel())
+
+
 @pytest.mark.parametrize(
     "check",
     [
-        *check_op("sparse_conv2d", CONV, tiny=TINY_CONV, by_library=True),
-        *without_gradients(check_op("sparse_conv2d", CONV_PACKED, tiny=(), kept=("scale",), by_library=True)),
+        *check_op("sparse_conv2d", CONV, tiny=TINY_CONV),
+        *without_gradients(check_op("sparse_conv2d", CONV_PACKED, tiny=(), kept=("scale",))),
         *check_op("sparse_conv2d_backward", CONV_BACKWARD, tiny=TINY_CONV_BACKWARD, by_library=True),
     ],
 )

@@ -294,8 +294,8 @@ def _sddmm_reference(
     row, column = places(index, offsets, format)
     if format == "csr":
         return (g[:, row] * x[:, column]).sum(0)
-    pad = torch.nn.functional.pad
-    g = pad(g, (0, (offsets.shape[0] - 1) * block_rows - g.shape[1])).view(g.shape[0], -1, block_rows)
+    pad, panels = torch.nn.functional.pad, offsets.shape[0] - 1
+    g = pad(g, (0, panels * block_rows - g.shape[1])).view(g.shape[0], panels, block_rows)
     x = pad(x, (0, -x.shape[1] % block_columns)).view(x.shape[0], -(-x.shape[1] // block_columns), block_columns)
     return torch.einsum("mbr,mbc->bcr", g[:, row], x[:, column])
 
