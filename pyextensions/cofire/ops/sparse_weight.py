@@ -3,14 +3,15 @@
 
 ============ ===================================================================================================
 ``csr``      rows of values with their columns, 16 bits each up to 65536 columns, else 32; can be trained
-``delta``    the same with the distance from the column before, 8 bits; where it is more than 255, a zero stands
-             between
+``delta``    the same with the distance from the column before, 8 bits; where it is more than 255, a zero at the
+             distance 255 stands between, a bridge. (A kept zero there stands behind a bridge, at the distance 0.)
 ``bitmap``   panels of 16 rows: per column one word of 16 bits, one a row; the values by column, then by row
 ``block``    blocks of R x C: the numbers of the kept ones' columns, and their values by column, then by row;
              can be trained
 ============ ===================================================================================================
 
-Any format stands for any mask: the mask is authoritative, so a kept zero stays a kept value.
+Any format stands for any mask: the mask is authoritative, so a kept zero stays a kept value. Only blocks are kept whole:
+what of them the mask does not keep becomes a kept zero.
 
 Source: CSR, BSR: Saad, "Iterative methods for sparse linear systems" (2003), section 3.4; bitmaps: SpInfer (EuroSys 2025);
 distances in few bits: Han et al. 2016 (Deep Compression, 1510.00149), section 2.
@@ -229,7 +230,12 @@ class SparseWeight:
         return dense_values(*(*self.arguments(), wide)).to(dtype)
 
     def mask(self) -> Tensor:
-        """bool ``[N, K]``: where a value is stored. (In ``delta`` also the zeros that bridge a long distance.)"""
+        """bool ``[N, K]``: what is kept. (Of ``block``, all of the blocks that are stored.)"""
+        if self.format == "delta":
+            bridge = (self.index == STEP) & (self.values == 0)
+            place = places(self.index, self.offsets, self.format)
+            count = torch.zeros(self.shape, dtype=torch.int32, device=self.device)
+            return count.index_put(place, (~bridge).to(torch.int32), accumulate=True) != 0
         ones = torch.ones_like(self.values, dtype=torch.float32)
         return dense_values(*(ones, self.index, self.offsets, None, *self.arguments()[4:], torch.float32)) != 0
 
@@ -264,13 +270,14 @@ def _pack_delta(w: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     row, column = mask.nonzero(as_tuple=True)
     before = torch.zeros_like(column)
     before[1:] = torch.where(row[1:] == row[:-1], column[:-1], 0)
-    gap = column - before
-    between = (gap - 1).clamp(min=0) // STEP  # zeros to put before the entry
+    gap, kept = column - before, w[mask]
+    between = (gap - 1).clamp(min=0) // STEP  # bridges to put before the entry
+    between += (kept == 0) & (gap > 0) & (gap % STEP == 0)  # or it would be taken for one
     place = torch.arange(gap.numel(), device=w.device) + between.cumsum(0)
     total = gap.numel() + int(between.sum())
     values = w.new_zeros(total)
     index = torch.full((total,), STEP, dtype=torch.uint8, device=w.device)
-    values[place] = w[mask]
+    values[place] = kept
     index[place] = (gap - between * STEP).to(torch.uint8)
     count = torch.zeros(w.shape[0] + 1, dtype=torch.int64, device=w.device)
     count.index_add_(0, row + 1, between + 1)
