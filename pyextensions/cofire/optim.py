@@ -6,8 +6,8 @@ An optimiser is given the model and looks for the masks at each step, so that a 
 
     optimizer = cofire.optim.MaskedAdamW(model.parameters(), lr=1e-3, model=model)
 
-What weight decay, momentum and moments do to a pruned weight under another optimiser,
-:func:`check_invariant` finds out.
+What weight decay, momentum and moments do to a pruned weight under another optimiser, the layers find out in the first steps
+after a change of the mask, and :func:`check_invariant` at any time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,13 @@ __all__ = [
     "masked_weights",
     "reset_moments",
 ]
+
+
+#: What to do about pruned weights that are not zero.
+MOVED = (
+    "An optimiser that does not know the mask writes there: take one of cofire.optim with model=, or zero them "
+    "(load_state_dict and averages of weights have to, too)"
+)
 
 
 class MaskedWeight(NamedTuple):
@@ -512,8 +519,25 @@ def clip_grad_norm_(
     return total
 
 
+@torch.no_grad()
+def pruned_not_zero(weight: Tensor, bits: Tensor) -> tuple[int, int]:
+    """How many pruned entries of a weight are not zero, and how many are pruned; both 0 where all of them are zero.
+
+    Where all are, weight and mask are read once.
+    """
+    weight = weight.detach()
+    if torch.equal(apply_mask(weight, bits), weight):
+        return 0, 0
+    columns = weight[0].numel() if weight.shape[0] else 0
+    pruned = ~unpack_mask(bits, columns).view(weight.shape)
+    wrong = int(((weight != 0) & pruned).sum())  # (a kept NaN is not equal to itself)
+    return (wrong, int(pruned.sum())) if wrong else (0, 0)
+
+
 def check_invariant(model: nn.Module) -> None:
     """Raise where a pruned weight is not zero.
+
+    The layers of :mod:`cofire.nn` call for the same by themselves in the first steps after a change of their mask.
 
     Args:
         model: whose masked weights are looked at, as :func:`masked_weights` finds them.
@@ -533,12 +557,9 @@ optimiser that does not know the mask writes there: take one of cofire.optim wit
 (load_state_dict and averages of weights have to, too)
     """
     for found in masked_weights(model):
-        with torch.no_grad():
-            pruned = ~found.kept
-            wrong = int(((found.weight != 0) & pruned).sum())
+        wrong, pruned = pruned_not_zero(found.weight, found.bits)
         if wrong:
             raise RuntimeError(
-                f"check_invariant: {found.name} must be zero where it is pruned, got {wrong} other entries of "
-                f"{int(pruned.sum())} pruned ones. An optimiser that does not know the mask writes there: take one of "
-                "cofire.optim with model=, or zero them (load_state_dict and averages of weights have to, too)"
+                f"check_invariant: {found.name} must be zero where it is pruned, got {wrong} other entries of {pruned} "
+                f"pruned ones. {MOVED}"
             )
