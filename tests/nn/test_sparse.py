@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 import warnings
@@ -28,12 +29,13 @@ from cofire.nn import (
     SparseConv2d,
     SparseLinear,
     check_masks_agree,
+    mask_checks,
     masks,
     sparsify_,
 )
 from cofire.nn import compressed as dispatch
 from cofire.ops import pack_mask, spmm
-from cofire.optim import check_invariant
+from cofire.optim import MaskedAdamW, MaskedSGD, check_invariant
 from helpers import check_examples
 
 IN, OUT = 48, 20
@@ -62,13 +64,21 @@ def a_mask(shape: tuple[int, ...] = (OUT, IN), density: float = 0.4, seed: int =
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
 
 
-def linear(density: float = 0.4, **options: Any) -> Any:
-    return SparseLinear.from_dense(nn.Linear(IN, OUT), a_mask(density=density), **options)
+def in_blocks(shape: tuple[int, ...], block: tuple[int, int], density: float = 0.4) -> Tensor:
+    """A mask of whole blocks; those at the edges may be cut off."""
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    tiles = a_mask((-(-rows // block[0]), -(-columns // block[1])), density)
+    whole = tiles.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    return whole[:rows, :columns].reshape(shape)
 
 
-def conv(**options: Any) -> Any:
+def linear(density: float = 0.4, block: tuple[int, int] = (1, 1), **options: Any) -> Any:
+    return SparseLinear.from_dense(nn.Linear(IN, OUT), in_blocks((OUT, IN), block, density), **options)
+
+
+def conv(block: tuple[int, int] = (1, 1), **options: Any) -> Any:
     dense = nn.Conv2d(4, 8, 3, padding=1, stride=2, groups=2, padding_mode="reflect")
-    return SparseConv2d.from_dense(dense, a_mask((8, 2, 3, 3)), **options)
+    return SparseConv2d.from_dense(dense, in_blocks((8, 2, 3, 3), block), **options)
 
 
 def network(mode: str = "invariant", density: float = 0.3) -> nn.Module:
@@ -411,6 +421,113 @@ def test_momentum_from_before_a_new_mask_is_found() -> None:
         model[3].to_dense()
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_next_forward_finds_them_unasked(optimizer: str) -> None:
+    model = network()
+    plain = OPTIMIZERS[optimizer](model.parameters())
+    steps(model, plain)
+    mask = a_mask((24, 96), seed=11)
+    model[3].update_mask(mask)
+    steps(model, plain, 1)
+    moved = int((model[3].weight[~mask] != 0).sum())
+    sentence = (
+        rf"SparseLinear '3': weight must be zero where it is pruned, got {moved} other entries of {(~mask).sum()} "
+    )
+    for _ in range(2):  # until something is done about it
+        with pytest.raises(RuntimeError, match=sentence):
+            steps(model, plain, 1)
+    model.eval()(batch()[0])
+    with torch.no_grad():
+        model.train()(batch()[0])
+    model[3].checks = False
+    model(batch()[0])
+    model[3].checks = True
+    model[3].update_mask(mask)
+    model(batch()[0])
+
+
+def test_an_optimizer_that_writes_past_the_counter_is_found_too() -> None:
+    """To ``weight.data``, whose writes are not counted; with gradients of several batches added up."""
+    layer, x = linear(), torch.randn(3, IN)
+    for part in range(2):
+        layer(x).sum().backward()
+        if part == 1:
+            layer.weight.data.add_(0.1)
+    with pytest.raises(RuntimeError, match=r"SparseLinear \[20, 48\]: weight must be zero where it is pruned"):
+        layer(x)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_optimizers_that_know_masks_are_not_suspected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    count = mask_checks.pruned_not_zero
+    monkeypatch.setattr(mask_checks, "pruned_not_zero", lambda *a: looked.append(1) or count(*a))
+    model = network()
+    optimizer: torch.optim.Optimizer = (
+        MaskedSGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, model=model)
+        if kind == "sgd"
+        else MaskedAdamW(model.parameters(), lr=0.01, model=model)
+    )
+    for seed in range(3):
+        for _, layer in masks(model):
+            layer.update_mask(a_mask(tuple(layer.weight.shape), seed=seed))
+        looked.clear()
+        steps(model, optimizer, 6)
+        assert 6 <= len(looked) <= 2 * (mask_checks.STEPS + mask_checks.UNSEEN), "of two layers"
+        looked.clear()
+        steps(model, optimizer, 3)
+        assert not looked, "steady training looks at nothing"
+    for _, layer in masks(model):
+        layer.update_mask(layer.mask_bits)  # the same: only zeroed
+    steps(model, optimizer, 2)
+    assert not looked and holds(model)
+
+
+def test_a_kept_nan_is_no_violation() -> None:
+    layer = linear()
+    with torch.no_grad():
+        layer.weight[layer.mask] = torch.nan
+    assert layer(torch.randn(3, IN)).isnan().any()
+    check_invariant(layer)
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=["invariant", "masked"])
+@pytest.mark.parametrize("same", [True, False], ids=["one_mask", "two_masks"])
+def test_averages_of_buffers_are_refused(rule: dict[str, Any], same: bool) -> None:
+    """They make numbers of the bits; where buffers are copied, all is well."""
+    for averaged in (False, True):
+        model = nn.Sequential(linear(**rule))
+        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=averaged)
+        ema.update_parameters(model)
+        ema(torch.randn(2, IN))
+        if not same:
+            model[0].update_mask(a_mask(seed=4))
+            with torch.no_grad():
+                ema.module[0].weight.zero_()
+        ema.update_parameters(model)
+        layer = ema.module[0].eval()
+        if not averaged:
+            layer(torch.randn(2, IN))
+            assert torch.equal(layer.mask, model[0].mask) and layer.state_dict()
+            continue
+        for call in (functools.partial(layer, torch.randn(2, IN)), layer.state_dict, layer.pack, layer.to_dense):
+            with pytest.raises(
+                RuntimeError, match="the mask must be changed by update_mask or load_state_dict alone, got"
+            ):
+                call()
+        model[0](torch.randn(2, IN))
+        layer.update_mask(model[0].mask)
+        layer(torch.randn(2, IN))
+        layer.load_state_dict(model[0].state_dict())
+        assert torch.equal(layer.mask, model[0].mask) and layer.state_dict()
+    packed = nn.Sequential(linear().pack("csr"))
+    ema = AveragedModel(packed, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(2):
+        ema.update_parameters(packed)
+    with pytest.raises(RuntimeError, match="CompressedLinear .*: the mask must be changed by update_mask"):
+        ema(torch.randn(2, IN))
+
+
 def test_training_a_compressed_model() -> None:
     """Step for step what the layers with zeros do."""
     model, other = network(), network("compressed")
@@ -443,13 +560,35 @@ def _two(rank: int, folder: str) -> None:
                 assert holds(model)
                 torch.save(model.state_dict(), Path(folder) / f"{rank}.pt")
             check_masks_agree(model)
+        sentence = "check_masks_agree: all processes must have the same masks, got others for 3"
         model = network()
         if rank == 1:
             model[3].update_mask(a_mask((24, 96), seed=4))
-        with pytest.raises(
-            ValueError, match="check_masks_agree: all processes must have the same masks, got others for 3"
-        ):
+        with pytest.raises(ValueError, match=sentence):
             check_masks_agree(model)
+        for mode in ("invariant", "masked"):  # unasked: when wrapped with other masks, and after a change
+            for broadcast in (True, False):
+                model = network(mode)
+                wrapped = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcast)
+                wrapped(x)
+                assert not model[3]._unsure
+                model[3].update_mask(a_mask((24, 96), seed=4))
+                with torch.no_grad():
+                    wrapped(x)  # another time
+                assert model[3]._unsure
+                wrapped(x)
+                assert not model[3]._unsure
+                model[3].update_mask(a_mask((24, 96), seed=5 + rank))
+                if broadcast and mode == "masked":  # the first process's mask is everyone's, and nothing else differs
+                    wrapped(x)
+                    assert torch.equal(model[3].mask, a_mask((24, 96), seed=5))
+                    continue
+                for _ in range(2):
+                    with pytest.raises(ValueError, match=sentence):
+                        wrapped(x)
+                for _, layer in masks(model):
+                    layer.checks = False
+                wrapped(x)
     finally:
         dist.destroy_process_group()
 
@@ -534,13 +673,14 @@ def test_other_states_are_refused(change: dict[str, Tensor], sentence: str) -> N
 
 @every_format
 def test_compressed_states(format: dict[str, Any], tmp_path: Path) -> None:
+    block = format.get("block", (1, 1))
     for source, empty in (
-        (linear(), CompressedLinear(IN, OUT)),
-        (conv(), CompressedConv2d(4, 8, 3, 2, 1, 1, 2, padding_mode="reflect", format="bitmap")),
+        (linear(block=block), CompressedLinear(IN, OUT)),
+        (conv(block), CompressedConv2d(4, 8, 3, 2, 1, 1, 2, padding_mode="reflect", format="bitmap")),
     ):
         packed = source.pack(**format)
         assert packed.nbytes == packed.sparse_weight.nbytes + 4 * packed.shape[0]
-        assert torch.equal(packed.mask & source.mask, source.mask)
+        assert torch.equal(packed.mask, source.mask)
         assert packed.state_dict()["index"].dtype == packed.sparse_weight.index.dtype != torch.int16
         safetensors.torch.save_file(packed.state_dict(), tmp_path / "state.safetensors")
         empty.load_state_dict(safetensors.torch.load_file(tmp_path / "state.safetensors"))
@@ -553,7 +693,7 @@ def test_compressed_states(format: dict[str, Any], tmp_path: Path) -> None:
             )
         dense = type(source)(**geometry(source))
         dense.load_state_dict(packed.state_dict())
-        assert torch.equal(dense.weight, packed.weight) and torch.equal(dense.mask, packed.mask)
+        assert torch.equal(dense.weight, packed.weight) and torch.equal(dense.mask, source.mask)
         again = type(packed)(**geometry(source), format=packed.format, block=format.get("block", (16, 1)))
         again.load_state_dict(source.state_dict())
         torch.testing.assert_close(again.weight, source.weight)
@@ -561,6 +701,52 @@ def test_compressed_states(format: dict[str, Any], tmp_path: Path) -> None:
         if packed.scale is not None:
             half = copy.deepcopy(packed).bfloat16()
             assert half.scale.dtype == torch.float32 and half.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("values", [torch.float32, torch.bfloat16, torch.int8])
+def test_bridges_are_not_kept_weights(values: torch.dtype) -> None:
+    """Distances of more than 255 columns, and kept zeros at just 255 and its multiples."""
+    dense, mask = nn.Linear(1600, 8), torch.zeros(8, 1600, dtype=torch.bool)
+    places = ([], [0], [254], [255], [256], [0, 255, 510, 1275], [3, 258, 1278, 1599], [1599])
+    for row, columns in enumerate(places):
+        mask[row, columns] = True
+    for zeros in (False, True):
+        if zeros:
+            nn.init.zeros_(dense.weight)
+        source = SparseLinear.from_dense(dense, mask)
+        packed = source.pack("delta", values=values)
+        assert torch.equal(packed.mask, mask)
+        fresh = SparseLinear(1600, 8)
+        fresh.load_state_dict(packed.state_dict())
+        assert torch.equal(fresh.mask, mask) and torch.equal(fresh.weight, packed.weight)
+        again = CompressedLinear(1600, 8, format="delta")
+        again.load_state_dict(fresh.state_dict())
+        assert torch.equal(again.mask, mask)
+        for rows in (1, 3, 70):
+            x = torch.randn(rows, 1600)
+            product = spmm(x, packed.sparse_weight, packed.bias)
+            torch.testing.assert_close(product, fresh(x), rtol=1e-2, atol=1e-2)
+
+
+def test_blocks_that_are_not_whole_are_refused() -> None:
+    """They would keep more than the mask says."""
+    mask = torch.zeros(OUT, IN, dtype=torch.bool)
+    mask[0, 0], mask[17, 3] = True, True
+    layer = SparseLinear.from_dense(nn.Linear(IN, OUT), mask)
+    sentence = "mask must consist of whole blocks of 16x1 in the format 'block', got one of 2 weights in blocks of 20;"
+    with pytest.raises(ValueError, match=f"SparseLinear.pack: {sentence}"):
+        layer.pack("block")
+    with pytest.raises(ValueError, match=f"SparseLinear.pack: {sentence}"):
+        SparseLinear.from_dense(nn.Linear(IN, OUT), mask, mode="compressed", format="block")
+    empty = CompressedLinear(IN, OUT, format="block")
+    with pytest.raises(RuntimeError, match=f"CompressedLinear: its mask: {sentence}"):
+        empty.load_state_dict(layer.state_dict())
+    whole = in_blocks((OUT, IN), (16, 1))
+    packed = SparseLinear.from_dense(nn.Linear(IN, OUT), whole).pack("block")
+    assert torch.equal(packed.mask, whole)
+    whole[0] = False
+    with pytest.raises(ValueError, match="CompressedLinear.update_mask: mask must consist of whole blocks of 16x1"):
+        packed.update_mask(whole)
 
 
 def geometry(layer: Any) -> dict[str, Any]:
@@ -588,7 +774,7 @@ def test_compressed_states_that_are_refused() -> None:
 
 @every_format
 def test_compressed_products(format: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = linear().pack(**format).requires_grad_(False)
+    layer = linear(block=format.get("block", (1, 1))).pack(**format).requires_grad_(False)
     expected = F.linear(x := torch.randn(5, IN), layer.weight, layer.bias)
     for most in (0.0, 1.0):  # the dense product, and the sparse one
         monkeypatch.setattr(dispatch, "largest_density", lambda *a, most=most: [most] * 6)
@@ -607,8 +793,11 @@ def test_compressed_products(format: dict[str, Any], monkeypatch: pytest.MonkeyP
 @every_format
 def test_compressed_convolutions(format: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for source, x in (
-        (conv(), torch.randn(2, 4, 9, 8)),
-        (SparseConv2d.from_dense(nn.Conv2d(3, 5, (2, 3), padding="same"), density=0.4), torch.randn(1, 3, 6, 5)),
+        (conv((1, 2)), torch.randn(2, 4, 9, 8)),
+        (
+            SparseConv2d.from_dense(nn.Conv2d(3, 5, (2, 3), padding="same"), pattern="1x2", density=0.4),
+            torch.randn(1, 3, 6, 5),
+        ),
     ):
         layer = source.pack(**{**format, "block": (1, 2)})
         dense = layer.to_dense()
@@ -632,7 +821,7 @@ def test_compressed_convolutions(format: dict[str, Any], monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("format", [f for f in FORMATS if f["format"] in ("csr", "block")], ids=lambda f: f["format"])
 def test_compressed_gradients(format: dict[str, Any]) -> None:
-    source = linear()
+    source = linear(block=format.get("block", (1, 1)))
     layer, x = source.pack(**format), torch.randn(5, IN)
     assert layer.values.requires_grad
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -734,6 +923,67 @@ def test_preparing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparse > 0 and dense > 0
     with pytest.raises(ValueError, match="prepare: rows must be positive, got 0"):
         layer.prepare(0)
+
+
+def test_preparing_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = conv().pack("csr"), torch.randn(2, 4, 8, 8)  # 32 positions
+    taken: list[str] = []
+    for way in ("_convolve_sparse", "_convolve_dense"):
+        real = getattr(layer, way)
+        monkeypatch.setattr(layer, way, lambda x, way=way, real=real: (taken.append(way), real(x))[1])
+    sparse, dense = layer._time(x.shape, torch.float32)
+    assert sparse > 0 and dense > 0 and {"_convolve_sparse", "_convolve_dense"} == set(taken)
+    shapes: list[Any] = []
+    for times, path in (((1.0, 1.06), "sparse"), ((1.0, 1.04), "dense")):
+        measured = lambda self, shape, dtype, times=times: shapes.append(shape) or times  # noqa: E731
+        monkeypatch.setattr(CompressedConv2d, "_time", measured)
+        assert layer.prepare(shape=x.shape, tune=True) is layer and shapes[-1] == [2, 4, 8, 8]
+        (entry,) = layer.explain(32)
+        assert entry["path"] == path and entry["why"].startswith("measured here: sparse 1 ms, dense 1.0")
+        assert entry["why"].endswith("; the same while it is trained")
+        for train in (True, False):
+            taken.clear()
+            with torch.set_grad_enabled(train), warnings.catch_warnings():
+                warnings.simplefilter("error")
+                layer(x)
+            assert taken == [f"_convolve_{path}"]
+    with pytest.warns(UserWarning, match=r"prepared for other numbers of rows than 144; prepare\(144\) includes them"):
+        layer(torch.randn(1, 4, 24, 24))
+    layer.prepare(144).prepare(shape=[(1, 4, 4, 4), (1, 4, 100, 100)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer(torch.randn(1, 4, 4, 4))
+        layer(torch.randn(1, 4, 100, 100))
+    frozen = conv().pack("delta")
+    monkeypatch.setattr(dispatch, "largest_density", lambda *a: [1.0] * 6)
+    monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "c++")
+    frozen._replan()
+    assert frozen.explain(32)[0]["why"].endswith("; dense where the input needs a gradient")
+    for arguments, sentence in (
+        ({"tune": True}, r"shape must be given to measure: \[batch, 4, height, width\] of an input, got None"),
+        ({"shape": (1, 3, 8, 8)}, r"shape must be \[batch, 4, height, width\], got \[1, 3, 8, 8\]"),
+        ({"shape": [(4, 8, 8)]}, r"shape must be \[batch, 4, height, width\], got \[4, 8, 8\]"),
+        ({"shape": (1, 4, 8, 8), "rows": 3}, "rows and shape must not both be given.*, got rows=3"),
+        ({"rows": 0}, "rows must be positive, got 0"),
+    ):
+        with pytest.raises(ValueError, match=f"CompressedConv2d.prepare: {sentence}"):
+            layer.prepare(**arguments)
+
+
+def test_what_the_table_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = conv().pack("csr")
+    monkeypatch.setattr(dispatch, "kernel_for", lambda *a: "c++")
+    for machine in ("avx2", "avx512"):
+        monkeypatch.setattr(dispatch, "machine_of", lambda device, machine=machine: machine)
+        for entry, path in (({}, "dense"), ({"convolution": {"csr": [0.9] * 6}}, "sparse")):
+            densities = {machine: {"float32": {"kept": {"csr": [1.0] * 6}, **entry}}}
+            monkeypatch.setattr(dispatch, "table", lambda densities=densities: {"densities": densities})
+            layer._replan()
+            for found in layer.explain():
+                assert found["path"] == path
+                missing = f"the table has no entry for csr convolution in float32 on {machine}: prepare"
+                assert found["why"].startswith(missing) == (not entry)
+            assert all(layer._plans[torch.float32, False]) == bool(entry)
 
 
 def test_layers_explain_themselves() -> None:
@@ -1043,10 +1293,10 @@ def test_a_model_that_cannot_be_pruned_stays_as_it_is() -> None:
     assert type(model[0]) is nn.Linear and torch.equal(model[0].weight, before)
 
 
-@pytest.mark.parametrize("name", ["sparse", "compressed"])
+@pytest.mark.parametrize("name", ["sparse", "compressed", "mask_checks"])
 def test_the_examples_of_the_docstrings(name: str) -> None:
     module = importlib.import_module(f"cofire.nn.{name}")
-    for public in ("Sparse", "Compressed", "check_masks_agree"):
+    for public in ("Sparse", "Compressed", "Watched", "check_masks_agree"):
         if public in module.__all__:
             module.__all__.remove(public)
     check_examples(module)

@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from cofire import native
 from cofire.info import kernel_for
+from cofire.nn.mask_checks import Watched
 from cofire.nn.palettes import PackedPalettizedConv2d, PaddingMode
 from cofire.ops import SparseWeight, apply_mask, pack_mask, sparse_conv2d, spmm
-from cofire.ops.checks import check_choice, check_device, check_integer, refuse, shape_of
+from cofire.ops.checks import check_choice, check_device, check_integer, is_integer, refuse, shape_of
 from cofire.ops.sparse_weight import FORMATS, PANEL, panels_of
 from cofire.registry import OPERATORS
 
@@ -67,15 +68,24 @@ def table() -> dict[str, Any]:
     return content
 
 
+def machine_of(device: str) -> str:
+    """What the table calls a device: of a CPU, its instruction set."""
+    return str(native.STATUS.variant) if device == "cpu" else device
+
+
+def known_densities(device: str, dtype: torch.dtype, format: str, against: str) -> list[float] | None:
+    """The table's entry, None where there is none. Arguments as of :func:`largest_density`."""
+    machine = table()["densities"].get(machine_of(device), {})
+    found: list[float] | None = machine.get(str(dtype).removeprefix("torch."), {}).get(against, {}).get(format)
+    return found
+
+
 def largest_density(device: str, dtype: torch.dtype, format: str, against: str) -> list[float]:
     """The largest density at which the sparse product is taken, by bucket of rows; zeros where nothing is known.
 
     ``against``: "kept" (a dense copy of the weight is there), "decoded" (it is decoded anew), "training", or "convolution".
     """
-    machine = native.STATUS.variant if device == "cpu" else device
-    found = table()["densities"].get(machine, {}).get(str(dtype).removeprefix("torch."), {}).get(against, {})
-    densities: list[float] = found.get(format, [0.0] * (len(ROWS) + 1))
-    return densities
+    return known_densities(device, dtype, format, against) or [0.0] * (len(ROWS) + 1)
 
 
 def trains_faster(mask: Tensor, dtype: torch.dtype, block: tuple[int, int]) -> str | None:
@@ -120,7 +130,7 @@ def empty_weight(
 # ------------------------------------------------------------------------------------------------------- layers
 
 
-class Compressed(nn.Module):
+class Compressed(Watched):
     """What the compressed layers share: the kept weights, and where they stand.
 
     Attributes:
@@ -131,6 +141,7 @@ class Compressed(nn.Module):
         geometry: int64 buffer: version of the format, its number, the block, and the weight's shape.
         cache_dense: whether a dense copy is kept, from the first time that it is needed, where dense products are
             faster. Else the weight is decoded each time they are.
+        checks: as of :class:`Sparse`: for places that averages of buffers spoiled, and those of other processes.
     """
 
     values: nn.Parameter
@@ -153,6 +164,7 @@ class Compressed(nn.Module):
         self.register_buffer("scale", weight.scale)
         numbers = [VERSION, FORMATS.index(weight.format), *weight.block, *shape]
         self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
+        self._mask_changed()
         #: Of the weight that this one stands for; follows the layer wherever it is cast to.
         self.dtype = dtype
         self._forget()
@@ -178,15 +190,23 @@ class Compressed(nn.Module):
 
     @property
     def mask(self) -> Tensor:
-        """bool, of the weight's shape: where a value is stored (of ``delta`` also the zeros that bridge a distance)."""
+        """bool, of the weight's shape: what is kept."""
         return self.sparse_weight.mask().view(self.shape)
+
+    _mask_names = ("index", "offsets", "geometry")
+
+    def _weight_shape(self) -> Sequence[int]:
+        return self.shape
+
+    def _traces(self) -> tuple[Tensor, ...]:
+        return (pack(self.values.flatten()[None] != 0),)
 
     @property
     def mode(self) -> str:
         return "compressed"
 
     def density(self) -> float:
-        """The share of the weights that is stored."""
+        """The share of the weights that is stored (of ``delta`` with the zeros that bridge a distance)."""
         return self.values.numel() / max(1, math.prod(self.shape))
 
     @property
@@ -237,7 +257,14 @@ class Compressed(nn.Module):
         if kernel.startswith("reference"):
             return False, f"no kernel for the sparse product ({kernel})"
         against = self._against(kept)
-        most = largest_density(self.values.device.type, dtype, self.format, against)[number]
+        device = self.values.device.type
+        most = largest_density(device, dtype, self.format, against)[number]
+        if most == 0 and known_densities(device, dtype, self.format, against) is None:
+            name = str(dtype).removeprefix("torch.")
+            return False, (
+                f"the table has no entry for {self.format} {against} in {name} on {machine_of(device)}: "
+                "prepare(..., tune=True) measures"
+            )
         density = self.density()
         sign = "at most" if density <= most else "above"
         return density <= most, f"density {density:.3g} is {sign} {most:.3g}, the table's for {self.format} {against}"
@@ -245,13 +272,17 @@ class Compressed(nn.Module):
     def _takes_sparse(self, input: Tensor, rows: int) -> bool:
         if torch.is_grad_enabled() and (self.values.requires_grad or input.requires_grad):
             return True  # gradients are those of the stored values
-        plan = self._plans.get((input.dtype, self.cache_dense))
+        return self._planned(input.dtype, rows)
+
+    def _planned(self, dtype: torch.dtype, rows: int) -> bool:
+        """What the table, or what was measured, says."""
+        plan = self._plans.get((dtype, self.cache_dense))
         if self._prepared is not None and not torch.compiler.is_compiling() and bucket(rows) not in self._prepared:
             self._prepared.add(bucket(rows))
             warnings.warn(
                 f"{type(self).__name__}: prepared for other numbers of rows than {rows}; prepare({rows}) includes them "
                 "(this is said once)",
-                stacklevel=3,
+                stacklevel=4,
             )
         if plan is None or all(plan):
             return plan is not None
@@ -276,15 +307,19 @@ class Compressed(nn.Module):
         check_integer(name, **{f"rows[{i}]": n for i, n in enumerate(counts)})
         if not counts or min(counts) < 1:
             refuse(name, f"rows must be positive, got {rows!r}")
-        self._prepared = {bucket(n) for n in counts} | (self._prepared or set())
-        dtype = self.dtype if dtype is None else dtype
-        for n in counts if tune else ():
-            self._measured[dtype, bucket(n)] = self._time(n, dtype)
+        return self._prepare({n: n for n in counts}, tune, self.dtype if dtype is None else dtype)
+
+    def _prepare(self, inputs: Mapping[int, Any], tune: bool, dtype: torch.dtype) -> Any:
+        """``inputs``: by the number of rows, what :meth:`_time` measures."""
+        self._prepared = {bucket(n) for n in inputs} | (self._prepared or set())
+        for n, one in inputs.items() if tune else ():
+            self._measured[dtype, bucket(n)] = self._time(one, dtype)
         self._replan()
         return self
 
     @torch.no_grad()
-    def _time(self, rows: int, dtype: torch.dtype) -> tuple[float, float]:
+    def _time(self, rows: Any, dtype: torch.dtype) -> tuple[float, float]:
+        """Milliseconds of the sparse product and of the dense one."""
         weight = self.sparse_weight
         x = torch.randn(rows, weight.shape[1], dtype=dtype, device=self.values.device)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
@@ -320,10 +355,13 @@ class Compressed(nn.Module):
                 how = "from a kept copy" if self.cache_dense else "decoded with each forward (cache_dense keeps a copy)"
                 entry |= {"path": "dense", "kernel": f"torch {self.product}, {how}"}
                 entry["bytes"] = dense if self.cache_dense else stored + 2 * dense
-            if self.values.requires_grad:
-                entry["why"] += "; while it is trained, sparse"
+            entry["why"] += self._in_training(entry["path"])
             entries.append(entry)
         return entries
+
+    def _in_training(self, path: str) -> str:
+        """What :meth:`explain` says of forwards whose gradients are wanted."""
+        return "; while it is trained, sparse" if self.values.requires_grad else ""
 
     # ----------------------------------------------------------------------------------- changing, casting, loading
 
@@ -336,7 +374,7 @@ class Compressed(nn.Module):
 
         Raises:
             TypeError: ``mask`` is not bool.
-            ValueError: another shape, or another number of values (or blocks).
+            ValueError: another shape, another number of values (or blocks), or a mask that does not consist of whole blocks.
         """
         name = f"{type(self).__name__}.update_mask"
         check_mask(name, mask, self.shape, self.values.device)
@@ -347,16 +385,19 @@ class Compressed(nn.Module):
             a, b = getattr(old, part), getattr(new, part)
             if a is not None and a.shape != b.shape:
                 refuse(name, f"mask must keep as many values as are stored, {shape_of(a)} {part}, got {shape_of(b)}")
+        check_blocks(name, mask.flatten(1), new)
         for part, tensor in new.tensors().items():
             getattr(self, part).copy_(as_bytes(tensor))
         if self.values.grad is not None:
             self.values.grad = None  # of other places
         self._copy = None
+        self._mask_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copy": None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_saved()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         destination[f"{prefix}index"] = from_bytes(destination[f"{prefix}index"], self.format)
 
@@ -409,6 +450,7 @@ class Compressed(nn.Module):
                 else:
                     self._buffers[part] = fresh
         super()._load_from_state_dict(state, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._mask_changed()
         self._forget()
 
     def _compress_state(self, state: dict[str, Any], prefix: str) -> str | None:
@@ -423,6 +465,10 @@ class Compressed(nn.Module):
         packed = SparseWeight.from_dense(
             weight.flatten(1), mask.flatten(1), self.format, block=self.block, values=values
         )
+        try:
+            check_blocks("its mask", mask.flatten(1), packed)
+        except ValueError as error:
+            return str(error)
         for key in ("weight", "mask_bits", "mask_format"):
             state.pop(prefix + key, None)
         state.update({prefix + part: t for part, t in packed.tensors().items()})
@@ -448,6 +494,17 @@ def check_mask(where: str, mask: Any, shape: Iterable[int], device: torch.device
     if list(mask.shape) != list(shape):
         refuse(where, f"mask must have the shape of the weight {list(shape)}, got {shape_of(mask)}")
     check_device(where, "the weight", torch.empty(0, device=device), mask=mask)
+
+
+def check_blocks(where: str, mask: Tensor, packed: SparseWeight) -> None:
+    """Blocks are stored whole: a mask ``[N, K]`` that keeps parts of them would keep more than it says."""
+    if packed.format == "block" and (stored := int(packed.mask().sum())) != (kept := int(mask.sum())):
+        size = "x".join(map(str, packed.block))
+        refuse(
+            where,
+            f"mask must consist of whole blocks of {size} in the format 'block', got one of {kept} weights in blocks of "
+            f"{stored}; take another format, or pattern={size!r} when pruning",
+        )
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -528,6 +585,7 @@ class CompressedLinear(Compressed):
         return self.shape[0]
 
     def forward(self, input: Tensor) -> Tensor:
+        self._guard()
         rows = input.numel() // self.in_features if self.in_features else 0
         if self._takes_sparse(input, rows):
             return spmm(input, self.sparse_weight, self.bias)
@@ -556,7 +614,9 @@ class CompressedConv2d(Compressed):
             ``nn.Conv2d``.
         format, block, cache_dense: as in :class:`CompressedLinear`.
 
-    Rows are positions of the output. Where the dense convolution is taken, the weight is decoded or kept as in a linear layer.
+    Rows are positions of the output, those of all images of the input together. The table says at which densities the sparse
+    convolution is taken, in training too; formats packed for inference are decoded where the input needs a gradient, and so is
+    any where the input has no batch. Where the dense convolution is taken, the weight is decoded or kept as in a linear layer.
 
     Shape: as ``nn.Conv2d``.
 
@@ -660,18 +720,23 @@ class CompressedConv2d(Compressed):
             groups=self.groups,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _positions(self, numel: int) -> int:
+        """Rows of an input with so many elements."""
+        return numel // (self.in_channels * self.stride[0] * self.stride[1])
+
+    def _convolve_dense(self, input: Tensor) -> Tensor:
         train = torch.is_grad_enabled() and self.values.requires_grad
-        frozen = torch.is_grad_enabled() and input.requires_grad and not self.sparse_weight.trainable
-        plan = self._plans.get((input.dtype, self.cache_dense), (False,))
-        if any(plan) and not frozen and input.dim() == 4:
-            positions = input.numel() // (self.in_channels * self.stride[0] * self.stride[1])
-            if all(plan) or plan[bucket(positions)]:
-                return self._convolve_sparse(input)
-        weight = self.sparse_weight.to_dense() if train else self._dense(self.dtype)
-        weight = weight.view(self.shape)
-        output: Tensor = nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight, self.bias)
+        weight = self.sparse_weight.to_dense().to(input.dtype) if train else self._dense(input.dtype)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        output: Tensor = nn.Conv2d._conv_forward(cast(nn.Conv2d, self), input, weight.view(self.shape), bias)
         return output
+
+    def forward(self, input: Tensor) -> Tensor:
+        self._guard()
+        frozen = torch.is_grad_enabled() and input.requires_grad and not self.sparse_weight.trainable
+        if input.dim() == 4 and not frozen and self._planned(input.dtype, self._positions(input.numel())):
+            return self._convolve_sparse(input)
+        return self._convolve_dense(input)
 
     def to_dense(self) -> nn.Conv2d:
         """A plain ``nn.Conv2d`` with the same weights, zeros where none is stored."""
@@ -685,9 +750,61 @@ class CompressedConv2d(Compressed):
         _fill(layer, self)
         return layer
 
-    def prepare(self, rows: Any = (1, 16, 256), *, tune: bool = False, dtype: torch.dtype | None = None) -> Any:
-        """There is one way: nothing is measured."""
-        return self
+    def prepare(
+        self,
+        rows: int | Iterable[int] | None = None,
+        *,
+        tune: bool = False,
+        dtype: torch.dtype | None = None,
+        shape: Sequence[int] | Sequence[Sequence[int]] | None = None,
+    ) -> Any:
+        """Say for which inputs the layer is used, and if asked to, measure what is faster there.
+
+        Args:
+            rows: positions of the output, all images together; default: 1, 16 and 256. Another bucket's number warns once.
+            tune: measure the sparse convolution and the dense one, for inputs of ``shape``; what is found counts for all inputs
+                in the same bucket of rows. Else the shipped table decides.
+            dtype: of the inputs; default: the weight's.
+            shape: of an input, ``[batch, channels, height, width]``, or several such; in place of ``rows``.
+
+        Returns:
+            The layer.
+
+        Raises:
+            ValueError: ``tune`` without ``shape``, both ``rows`` and ``shape``, or sizes that do not fit.
+        """
+        name = "CompressedConv2d.prepare"
+        if shape is None:
+            if tune:
+                refuse(
+                    name,
+                    f"shape must be given to measure: [batch, {self.in_channels}, height, width] of an input, got None",
+                )
+            return super().prepare((1, 16, 256) if rows is None else rows, dtype=dtype)
+        if rows is not None:
+            refuse(
+                name,
+                f"rows and shape must not both be given: the shape says how many rows there are, got rows={rows!r}",
+            )
+        several = list(cast(Any, shape))
+        shapes = [several] if not several or is_integer(several[0]) else [list(one) for one in several]
+        for one in shapes:
+            fits = len(one) == 4 and all(is_integer(n) and n > 0 for n in one) and one[1] == self.in_channels
+            if not fits:
+                refuse(name, f"shape must be [batch, {self.in_channels}, height, width], got {one}")
+        inputs = {max(1, self._positions(math.prod(one))): one for one in shapes}
+        return self._prepare(inputs, tune, self.dtype if dtype is None else dtype)
+
+    @torch.no_grad()
+    def _time(self, rows: Any, dtype: torch.dtype) -> tuple[float, float]:
+        x = torch.randn(rows, dtype=dtype, device=self.values.device)
+        return milliseconds(lambda: self._convolve_sparse(x)), milliseconds(lambda: self._convolve_dense(x))
+
+    def _in_training(self, path: str) -> str:
+        if self.values.requires_grad:
+            return "; the same while it is trained"
+        frozen = path == "sparse" and not self.sparse_weight.trainable
+        return "; dense where the input needs a gradient" if frozen else ""
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"

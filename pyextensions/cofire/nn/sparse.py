@@ -17,7 +17,6 @@ Source: masks: Zhu and Gupta 2017 (1710.01878), section 3; straight-through: Zho
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,11 +34,11 @@ from cofire.nn.compressed import (
     PARTS,
     ROWS,
     VERSION,
-    Compressed,
     CompressedConv2d,
     CompressedLinear,
     bucket,
     bucket_name,
+    check_blocks,
     check_mask,
     pack,
     trainable_format,
@@ -47,12 +46,14 @@ from cofire.nn.compressed import (
     unpack,
 )
 from cofire.nn.lowbit import Filter, is_transposed, linear_layers
+from cofire.nn.mask_checks import Watched, check_masks_agree
 from cofire.nn.palettes import PaddingMode
 from cofire.ops import SparseWeight, apply_mask, keep_mask, keep_masks, masked_linear
 from cofire.ops.checks import check_choice, check_module, check_number, check_pair, refuse, shape_of
 from cofire.ops.selection import check_scores, scores_of
 from cofire.ops.sparse_refine import check_pad
 from cofire.ops.sparse_weight import FORMATS
+from cofire.optim import pruned_not_zero
 from cofire.registry import OPERATORS
 
 __all__ = ["Sparse", "SparseConv2d", "SparseLinear", "check_masks_agree", "masks", "sparsify_"]
@@ -189,16 +190,19 @@ class _Masked(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------------- layers
 
 
-class Sparse(nn.Module):
+class Sparse(Watched):
     """What the layers with a mask share.
 
     Attributes:
         weight: parameter, dense.
         mask_bits: uint8 buffer ``[N, ceil(K / 8)]``, where K counts the weights of a row: the packed mask. It changes in
-            place, so that optimisers, compiled graphs and CUDA graphs go on.
+            place, so that optimisers, compiled graphs and CUDA graphs go on; :meth:`update_mask` changes it.
         mask_format: int64 buffer, the version of that form.
         mode: "invariant" or "masked".
         gradient, decay: of the mode "masked".
+        checks: whether the layer looks, as :mod:`cofire.nn.mask_checks` says, for pruned weights that an optimiser moved (in the
+            first steps after a change of the mask), masks that averages of buffers spoiled, and under
+            ``DistributedDataParallel`` other masks in other processes. ``Sparse.checks = False``: no layer does.
     """
 
     weight: nn.Parameter
@@ -226,6 +230,7 @@ class Sparse(nn.Module):
         full = torch.ones(w.shape[0], math.prod(w.shape[1:]), dtype=torch.bool, device=w.device)
         self.register_buffer("mask_bits", pack(full))
         self.register_buffer("mask_format", torch.tensor(VERSION, device=w.device))
+        self._mask_changed()
 
     @classmethod
     def _dense_over(cls: type[L], module: nn.Module, where: str) -> tuple[L, Tensor | None]:
@@ -241,7 +246,9 @@ class Sparse(nn.Module):
         if type(module) is not cls.plain:
             raise TypeError(f"{where}: module must be a {cls.plain.__name__}, got {type(module).__name__}")
         layer = cls.__new__(cls)
-        layer.__dict__.update({k: copy.copy(v) if isinstance(v, dict) else v for k, v in module.__dict__.items()})
+        layer.__dict__.update(
+            {k: copy.copy(v) if isinstance(v, (dict, set)) else v for k, v in module.__dict__.items()}
+        )
         found = None
         if "weight_orig" in layer._parameters:  # torch.nn.utils.prune
             from torch.nn.utils.prune import BasePruningMethod
@@ -274,10 +281,10 @@ class Sparse(nn.Module):
         """Another mask, in place. In the mode "invariant" what it prunes becomes zero, and so do gradients already there.
 
         The moments of an optimiser are its own: those of :mod:`cofire.optim` are masked, another's momentum moves pruned weights
-        until it has died out.
+        until it has died out: the next forward in training raises then.
 
         Args:
-            mask: bool, of the weight's shape; or packed, like ``mask_bits``.
+            mask: bool, of the weight's shape; or packed, like ``mask_bits``. That buffer itself: what it prunes becomes zero again.
 
         Raises:
             TypeError: neither of them.
@@ -285,8 +292,22 @@ class Sparse(nn.Module):
         """
         name = f"{type(self).__name__}.update_mask"
         bits = self._bits_of(name, mask)
-        self.mask_bits.copy_(bits)
+        if bits is not self.mask_bits:
+            self.mask_bits.copy_(bits)
         self._zero_pruned()
+        if bits is not self.mask_bits:
+            self._mask_changed()
+
+    _mask_names = ("mask_bits",)
+
+    def _weight_shape(self) -> Sequence[int]:
+        return self.weight.shape
+
+    def _traces(self) -> tuple[Tensor, ...]:
+        return (pack(self.weight != 0),) if self._zeros_promised() and type(self.weight) is nn.Parameter else ()
+
+    def _zeros_promised(self) -> bool:
+        return self.mode == "invariant"
 
     def _bits_of(self, name: str, mask: Any) -> Tensor:
         if isinstance(mask, Tensor) and mask.dtype == torch.uint8 and mask.shape == self.mask_bits.shape:
@@ -309,10 +330,12 @@ class Sparse(nn.Module):
 
         Raises:
             ValueError: in the mode "invariant", a pruned weight that is not zero.
+            RuntimeError: a mask that an average of buffers spoiled.
         """
+        self._check_saved()
         w = apply_mask(self.weight, self.mask_bits)
         if self.mode == "invariant":
-            moved = int(((self.weight != 0) & ~self.mask).sum())
+            moved, _ = pruned_not_zero(self.weight, self.mask_bits)
             if moved:
                 refuse(
                     type(self).__name__,
@@ -335,7 +358,7 @@ class Sparse(nn.Module):
         Args:
             format: of :class:`cofire.ops.SparseWeight`. "auto": blocks if the mask consists of them, else by density.
             values: dtype of the stored weights; ``torch.int8``: with a scale per row.
-            block: of the format "block".
+            block: of the format "block", whose masks consist of whole blocks.
             trainable: "auto" takes a format that can be trained.
             cache_dense: see :class:`Compressed`.
 
@@ -343,7 +366,8 @@ class Sparse(nn.Module):
             :class:`CompressedLinear` or :class:`CompressedConv2d`.
 
         Raises:
-            ValueError: a pruned weight that is not zero, in the mode "invariant".
+            ValueError: a pruned weight that is not zero, in the mode "invariant"; the format "block" for a mask that does not
+                consist of whole blocks.
         """
         check_choice(f"{type(self).__name__}.pack", "format", format, ("auto", *FORMATS))
         sizes = check_pair(f"{type(self).__name__}.pack", "block", block)
@@ -351,12 +375,14 @@ class Sparse(nn.Module):
         if format == "auto" and trainable:
             format = trainable_format(mask, (sizes[0], sizes[1]))
         packed = SparseWeight.from_dense(weight, mask, format, block=(sizes[0], sizes[1]), values=values)
+        check_blocks(f"{type(self).__name__}.pack", mask, packed)
         trained = self.weight.requires_grad and packed.trainable
         bias = None
         if self.bias is not None:
             bias = nn.Parameter(self.bias.detach().clone(), trained and self.bias.requires_grad)
         dtype = values if values is not None and values.is_floating_point else self.weight.dtype
         layer = self._around(packed, bias, dtype, trained, cache_dense)
+        layer._place = self._place
         return layer.train(self.training)
 
     def _around(self, weight: SparseWeight, bias: Any, dtype: torch.dtype, trained: bool, cache_dense: bool) -> Any:
@@ -387,6 +413,7 @@ class Sparse(nn.Module):
     # -------------------------------------------------------------------------------------------------- its state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._check_saved()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         if self.transposed:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
@@ -403,15 +430,15 @@ class Sparse(nn.Module):
         super()._load_from_state_dict(state, prefix, local_metadata, strict, own_missing, unexpected_keys, error_msgs)
         # A dense model's state has no mask: the layer's own stays.
         missing_keys += [k for k in own_missing if k not in (f"{prefix}mask_bits", f"{prefix}mask_format")]
-        if self.mode != "invariant" or self.weight.is_meta or self.mask_bits.is_meta:
-            return
-        if local_metadata.get("assign_to_params_buffers"):  # the weight is the state's own tensor: leave it as it is
-            with torch.no_grad():
-                masked = apply_mask(self.weight, self.mask_bits)
-            if not torch.equal(masked, self.weight):
-                self.weight = nn.Parameter(masked, self.weight.requires_grad)
-        else:
-            self._zero_pruned()
+        if self.mode == "invariant" and not (self.weight.is_meta or self.mask_bits.is_meta):
+            if local_metadata.get("assign_to_params_buffers"):  # the weight is the state's own: leave it as it is
+                with torch.no_grad():
+                    masked = apply_mask(self.weight, self.mask_bits)
+                if not torch.equal(masked, self.weight):
+                    self.weight = nn.Parameter(masked, self.weight.requires_grad)
+            else:
+                self._zero_pruned()
+        self._mask_changed()
 
     def _translate(self, state: dict[str, Any], prefix: str) -> str | None:
         """Other states to one of a dense weight and a packed mask: torch's pruning, and a compressed layer."""
@@ -593,6 +620,7 @@ class SparseLinear(Sparse, nn.Linear):  # type: ignore[misc]
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        self._guard()
         if self.mode == "invariant" and not (torch.is_grad_enabled() and self.weight.requires_grad):
             return F.linear(input, self.weight, self.bias)
         return masked_linear(input, self.weight, self.mask_bits, self.bias, mode=self._rule, decay=self.decay)
@@ -697,6 +725,7 @@ class SparseConv2d(Sparse, nn.Conv2d):  # type: ignore[misc]
         )
 
     def forward(self, input: Tensor) -> Tensor:
+        self._guard()
         weight: Tensor = self.weight
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = cast(Tensor, _Masked.apply(weight, self.mask_bits, self._rule, self.decay))
@@ -859,6 +888,7 @@ def sparsify_(
                 bits[name] = choose_bits(where, layer.weight, share, score, scope, pattern, other, pad)
     made = {}
     for name, module in chosen.items():
+        layers[name]._place = name
         made[module] = _finish(layers[name], bits[name], mode, gradient, decay, options)
     if model in made:
         return cast(nn.Module, made[model])
@@ -891,39 +921,3 @@ def _share(where: str, density: float | Mapping[str, float] | None, name: str) -
         if fnmatchcase(name, pattern):
             return share
     refuse(where, f"density must have an entry that matches {name!r}, got {', '.join(density)}")
-
-
-def check_masks_agree(model: nn.Module, process_group: Any = None) -> None:
-    """Raise, in every process, unless all processes have the same masks.
-
-    Before the first forward of ``DistributedDataParallel``, and after updating masks: it would spread the first process's masks
-    over the others without a word, and not prune their weights.
-
-    Args:
-        model: with pruned layers, in each process.
-        process_group: of ``torch.distributed``; default: all processes.
-
-    Raises:
-        ValueError: masks that differ; the sentence names the layers.
-    """
-    import torch.distributed as dist
-
-    check_module("check_masks_agree", model)
-    if not (dist.is_available() and dist.is_initialized()):
-        return
-    own = {}
-    for name, module in model.named_modules():
-        parts = [module.mask_bits] if isinstance(module, Sparse) else []
-        if isinstance(module, Compressed):
-            parts = [module.index.contiguous().view(torch.uint8), module.offsets.view(torch.uint8)]
-        if parts:
-            digest = hashlib.blake2b(digest_size=16)
-            for part in parts:
-                digest.update(part.cpu().contiguous().numpy().tobytes())
-            own[name] = digest.hexdigest()
-    found: list[Any] = [None] * dist.get_world_size(process_group)
-    dist.all_gather_object(found, own, group=process_group)
-    names = {name for one in found for name in one}
-    differ = sorted(name for name in names if len({one.get(name) for one in found}) > 1)
-    if differ:
-        refuse("check_masks_agree", f"all processes must have the same masks, got others for {', '.join(differ)}")
