@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cofire import models
 from cofire.methods import METHODS, LoCoCo, QLoRA
 from cofire.methods.lococo import CompressingDecoder, read
-from cofire.nn import FullCache, HeavyHitterCache, KVFusion, QLoRALinear
+from cofire.nn import FullCache, HeavyHitterCache, KVFusion, LoRALinear, QLoRALinear
 from methods.protocol import check_protocol
 
 torch.manual_seed(0)
@@ -256,6 +256,32 @@ def test_low_rank_terms_stand_beside_the_projections() -> None:
     assert m.report(model, [BATCH]).full_bytes == method().report(plain, [BATCH]).full_bytes
 
 
+def test_low_rank_terms_stand_beside_weights_that_stay() -> None:
+    """LoRA: not quantised, and the same bits after training, while the terms have moved."""
+    m, network = method(low_rank=QLoRA(rank=8, alpha=16.0, method=None), trained=()), decoder()
+    model = m.prepare(network)
+    layers = {n: x for n, x in model.model.named_modules() if isinstance(x, LoRALinear)}
+    assert set(layers) == {f"blocks.{i}.attention.{p}_proj" for i in (0, 1) for p in "qkvo"}
+    assert all(type(x.base) is nn.Linear and (x.rank, x.alpha) == (8, 16.0) for x in layers.values())
+    assert [g["name"] for g in m.parameter_groups(model)] == ["fusion", "low_rank"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(BATCH[0][:, :6]), network(BATCH[0][:, :6]), rtol=1e-5, atol=1e-5)
+    flops = m.report(model, [BATCH]).model_flops
+    assert flops == method().report(method().prepare(network), [BATCH]).model_flops
+    optimizer = torch.optim.AdamW(m.parameter_groups(model, lr=1e-2))
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        losses.append(float(m.backward(model, BATCH[0])))
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for name, layer in layers.items():
+        before = network.get_submodule(name)
+        assert torch.equal(layer.base.weight, before.weight) and not layer.base.weight.requires_grad
+        assert layer.lora_a.grad.abs().sum() > 0 and layer.lora_b.abs().sum() > 0
+    assert m.finalize(model).generate(BATCH[0], 3).shape == (8, 25)
+
+
 @torch.no_grad()
 def test_scaled_positions_have_the_angles_of_the_shorter_text() -> None:
     """With a factor of 2 the token at position 2 p has the angles that p had."""
@@ -307,6 +333,15 @@ def test_a_model_of_transformers_trains_and_generates() -> None:
     together = final.generate(tokens, 5, lengths=[22, 13])
     for row, length in enumerate((22, 13)):
         assert torch.equal(together[row, 22:], final.generate(tokens[row : row + 1, :length], 5)[0, length:])
+
+
+def test_gradient_checkpointing_of_transformers_is_refused() -> None:
+    m = method()
+    model = m.prepare(llama()).train()
+    model.model.gradient_checkpointing_enable()
+    with pytest.raises(RuntimeError, match="LoCoCoCache: gradient checkpointing takes the cache away from the layers"):
+        m.backward(model, BATCH[0][:2])
+    m.finalize(model)(BATCH[0][:2])
 
 
 # ----------------------------------------------------------------------------------------------------------- report

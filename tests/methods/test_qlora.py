@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire.methods import METHODS, QLoRA
-from cofire.nn import QLoRALinear, QuantLinear, hessians, quantize_
+from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, hessians, quantize_
 from helpers import stored_bytes
 from methods.protocol import check_protocol
 
@@ -72,6 +72,30 @@ def test_only_the_low_rank_terms_learn() -> None:
     losses = train(model)
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(model.state_dict()[n], v) for n, v in before.items())
+
+
+def test_without_a_method_weights_stay_and_terms_learn() -> None:
+    """LoRA."""
+    dense, m = network().eval(), method(method=None)
+    model = m.prepare(dense)
+    layers = {n: x for n, x in model.named_modules() if isinstance(x, LoRALinear)}
+    assert list(layers) == ["4", "6", "8"] and not any(
+        isinstance(x, (QLoRALinear, QuantLinear)) for x in model.modules()
+    )
+    with torch.no_grad():
+        assert torch.equal(model(BATCH[0]), dense(BATCH[0]))
+    losses = train(model)
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(x.base.weight, dense.get_submodule(n).weight) for n, x in layers.items())
+    report = m.report(model)
+    assert report.packed_bytes == report.dense_bytes and report.bits_per_weight == 32
+    assert report.model_dense_bytes == stored_bytes(dense) and report.model_packed_bytes == stored_bytes(model)
+    with torch.no_grad():
+        merged = m.finalize(model, merge=True)
+        assert [type(merged[i]) for i in (4, 6, 8)] == [nn.Linear] * 3 and stored_bytes(merged) == stored_bytes(dense)
+        torch.testing.assert_close(merged(BATCH[0]), model(BATCH[0]), rtol=1e-4, atol=1e-5)
+    quantised = m.prepare(quantize_(copy.deepcopy(dense), "nf4", group_size=8))
+    assert all(isinstance(quantised[i], QLoRALinear) for i in (4, 6, 8))
 
 
 def test_it_starts_as_the_quantised_network() -> None:

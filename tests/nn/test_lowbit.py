@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cofire.nn import QLoRALinear, QuantLinear, hessians, quantize_
+from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, hessians, quantize_
 from cofire.nn.lowbit import is_transposed
 from cofire.ops import NestedScale, QTensor, quantize_weight
 from helpers import stored_bytes
@@ -577,6 +577,12 @@ def test_hessians_are_sums_over_inputs_in_evaluation() -> None:
             TypeError,
             "QLoRALinear: base must be a QuantLinear, got Linear",
         ),
+        (
+            lambda: LoRALinear(nn.ReLU()),
+            TypeError,
+            "LoRALinear: base must be a linear layer, got ReLU",
+        ),
+        (lambda: LoRALinear(nn.Linear(8, 8), rank=0), ValueError, "LoRALinear: rank must be at least 1, got 0"),
         (lambda: QLoRALinear(make("4 bits"), rank=0), ValueError, "QLoRALinear: rank must be at least 1, got 0"),
         (lambda: QLoRALinear(make("4 bits"), rank=2.5), TypeError, "QLoRALinear: rank must be an integer, got 2.5"),
         (lambda: QLoRALinear(make("4 bits"), alpha="x"), TypeError, "QLoRALinear: alpha must be a number, got 'x'"),

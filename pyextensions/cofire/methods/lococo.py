@@ -20,7 +20,7 @@ from cofire.methods.base import Method, Report, bare, evaluation, first_input
 from cofire.methods.qlora import QLoRA
 from cofire.nn.kv_cache import KVCache, LoCoCoCache
 from cofire.nn.kv_fusion import GATES, KVFusion
-from cofire.nn.lowbit import QLoRALinear
+from cofire.nn.lowbit import LoRALinear, QLoRALinear
 from cofire.ops.checks import check_choice, check_integer, check_module, check_number, refuse
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -64,9 +64,11 @@ class LoCoCo(Method, name="lococo"):
         std: of the convolutions' first weights.
         normalize: scores are divided by how many queries saw a token; else the first tokens of a chunk have higher ones.
         bptt: chunks that a gradient goes back through. 1, as published: a compression learns from the chunk that follows it.
-        check: refuse keys, values and scores that are not finite when they are compressed; waits for the device.
+        check: refuse keys, values and scores that are not finite when they are compressed; waits for the device. Without it
+            only scores that are NaN are refused.
         trained: parameters whose names contain one of these are trained too.
-        low_rank: a :class:`QLoRA`, to train low-rank terms beside the (then quantised) projections of the attentions.
+        low_rank: a :class:`QLoRA`, to train low-rank terms beside the projections of the attentions. Those are then quantised as
+            it says: with ``QLoRA(rank=8, alpha=16, method=None)``, which is LoRA, they stay as they are.
         scaling: positions are divided by it, so that a context of ``scaling`` times the length has angles that are known.
         fusion_rate, other_rate: factors of the learning rate, of convolutions and gates, and of what ``trained`` names.
 
@@ -232,7 +234,7 @@ class LoCoCo(Method, name="lococo"):
         at ``lr``.
         """
         owner = self._require(model, "parameter_groups")
-        low = {id(p) for m in owner.modules() if isinstance(m, QLoRALinear) for p in (m.lora_a, m.lora_b)}
+        low = {id(p) for m in owner.modules() if isinstance(m, LoRALinear) for p in (m.lora_a, m.lora_b)}
         inner = [p for p in owner.model.parameters() if p.requires_grad]
         groups = (
             ("fusion", list(owner.fusions.parameters()), self.fusion_rate),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from cofire.methods.base import Method, Report, bare, matches, replace_modules
 from cofire.names import near_matches
-from cofire.nn.lowbit import QLoRALinear, QuantLinear, linear_layers
-from cofire.ops import quantize_weight
+from cofire.nn.lowbit import LoRALinear, QLoRALinear, QuantLinear, dense_weight, linear_layers
+from cofire.ops import QTensor, quantize_weight
 from cofire.ops.checks import check_integer, check_module, check_number
 from cofire.ops.quantizers import check_method
 
@@ -28,8 +28,8 @@ class QLoRAReport(Report):
     """What the weights take. Dense bytes are those of the weights' own dtype."""
 
     layers: int
-    bits_per_weight: float  #: of the quantised weights, scales included
-    dense_bytes: int  #: of the quantised weights, before
+    bits_per_weight: float  #: of the layers' weights, scales included
+    dense_bytes: int  #: of the layers' weights, before they were quantised
     packed_bytes: int
     low_rank_bytes: int
     trained: int  #: parameters that are trained
@@ -44,7 +44,8 @@ class QLoRA(Method, name="qlora"):
     Args:
         rank: of the low-rank terms.
         alpha: their factor, before division by the rank.
-        method, bits, group_size: how weights are quantised: :func:`cofire.ops.quantize_weight`.
+        method, bits, group_size: how weights are quantised: :func:`cofire.ops.quantize_weight`. The method None: not at all,
+            which is LoRA; weights then stay, bit for bit, and ``bits`` and ``group_size`` are not looked at.
         skip: names or patterns (``"layers.*.mlp.*"``) of layers that stay dense.
 
     Raises:
@@ -68,7 +69,7 @@ class QLoRA(Method, name="qlora"):
 
     rank: int = 64
     alpha: float = 16.0
-    method: str = "nf4"
+    method: str | None = "nf4"
     bits: int = 4
     group_size: int | None = 64
     skip: Sequence[str] = ()
@@ -76,7 +77,8 @@ class QLoRA(Method, name="qlora"):
     def __post_init__(self) -> None:
         check_integer("QLoRA", rank=self.rank, bits=self.bits)
         check_number("QLoRA", alpha=self.alpha)
-        check_method("QLoRA", self.method)
+        if self.method is not None:
+            check_method("QLoRA", self.method)
         if self.rank < 1:
             raise ValueError(f"QLoRA: rank must be at least 1, got {self.rank}")
         if self.method == "gptq":
@@ -93,8 +95,8 @@ class QLoRA(Method, name="qlora"):
     def prepare(self, model: nn.Module) -> nn.Module:
         """A copy of ``model`` with a low-rank term beside each linear layer, and all else frozen.
 
-        Dense linear layers are quantised first; quantised ones, of :func:`cofire.nn.quantize_` or imported, are taken as
-        they are. Layers whose weight is tied to another's stay dense. Optimise what requires a gradient.
+        Dense linear layers are quantised first, unless ``method`` is None; quantised ones, of
+        :func:`cofire.nn.quantize_` or imported, are taken as they are. Layers whose weight is tied to another's stay dense. Optimise what requires a gradient.
 
         Raises:
             TypeError: ``model`` is no module.
@@ -122,18 +124,18 @@ class QLoRA(Method, name="qlora"):
                 raise ValueError(f"QLoRA.prepare: layer {name!r}: {error}") from None
         return replace_modules(result, new)
 
-    def layer(self, module: nn.Module) -> QLoRALinear:
+    def layer(self, module: nn.Module) -> LoRALinear:
         """What this method puts in the place of one linear layer, dense or quantised.
 
         Raises:
             ValueError: it cannot be quantised.
         """
-        return QLoRALinear(self._base(module), self.rank, self.alpha).train(module.training)
-
-    def _base(self, module: nn.Module) -> QuantLinear:
-        if isinstance(module, QuantLinear):
-            return module
-        return QuantLinear.from_linear(module, self.method, bits=self.bits, group_size=self.group_size)
+        if self.method is not None and not isinstance(module, QuantLinear):
+            module = QuantLinear.from_linear(module, self.method, bits=self.bits, group_size=self.group_size)
+        elif not isinstance(module, (nn.Linear, QuantLinear)):  # GPT-2's, with the weight transposed
+            module = _linear(*dense_weight(module)).train(module.training)
+        kind = QLoRALinear if isinstance(module, QuantLinear) else LoRALinear
+        return kind(module, self.rank, self.alpha).train(module.training)
 
     def loss(self, model: nn.Module, output: Tensor | None = None, target: Tensor | None = None) -> Tensor:
         """Zero, a leaf of its own: the task's loss alone trains the low-rank terms.
@@ -158,7 +160,7 @@ class QLoRA(Method, name="qlora"):
         Args:
             model: a prepared model.
             merge: False: the low-rank terms stay beside the weights, and nothing of what was learnt is lost. True: they are
-                added to the weights, which are quantised again, as this method quantises.
+                added to the weights, which are quantised again, as this method quantises, or not if its ``method`` is None.
 
         Raises:
             ValueError: no low-rank term, or finalized already.
@@ -169,7 +171,9 @@ class QLoRA(Method, name="qlora"):
             return result
         return replace_modules(result, {id(m): self._merged(m) for m in _trained_layers(result).values()})
 
-    def _merged(self, layer: QLoRALinear) -> QuantLinear:
+    def _merged(self, layer: LoRALinear) -> nn.Module:
+        if self.method is None:
+            return _linear(layer.merged().detach(), layer.base.bias).eval()
         weight = quantize_weight(layer.merged(), self.method, bits=self.bits, group_size=self.group_size)
         return QuantLinear.from_qtensor(weight, layer.base.bias).eval()
 
@@ -180,11 +184,11 @@ class QLoRA(Method, name="qlora"):
             ValueError: no low-rank term.
         """
         layers = list(self._require(model, "report").values())
-        packed = sum(layer.base.qweight.nbytes for layer in layers)
+        packed = sum(_held(layer).nbytes for layer in layers)
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        dense = sum(layer.in_features * layer.out_features * layer.base.dtype.itemsize for layer in layers)
+        dense = sum(layer.in_features * layer.out_features * _held(layer).dtype.itemsize for layer in layers)
         low = sum(p.nbytes for layer in layers for p in (layer.lora_a, layer.lora_b))
-        held = {t for layer in layers for t in layer.base.buffers()}
+        held = {t for layer in layers for t in (*layer.base.buffers(), layer.base._parameters.get("weight"))}
         tensors = {*bare(model).parameters(), *bare(model).buffers()} - held
         others = sum(t.nbytes for t in tensors) - low
         return QLoRAReport(
@@ -198,7 +202,7 @@ class QLoRA(Method, name="qlora"):
             model_packed_bytes=others + packed + low,
         )
 
-    def _require(self, model: nn.Module, where: str) -> dict[str, QLoRALinear]:
+    def _require(self, model: nn.Module, where: str) -> dict[str, LoRALinear]:
         check_module(f"QLoRA.{where}", model)
         layers = _trained_layers(model)
         if not layers:
@@ -208,5 +212,20 @@ class QLoRA(Method, name="qlora"):
         return layers
 
 
-def _trained_layers(model: nn.Module) -> dict[str, QLoRALinear]:
-    return {name: module for name, module in bare(model).named_modules() if isinstance(module, QLoRALinear)}
+def _trained_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in bare(model).named_modules() if isinstance(module, LoRALinear)}
+
+
+def _held(layer: LoRALinear) -> Tensor | QTensor:
+    """The layer's frozen weight as it is kept."""
+    weight: Tensor | QTensor = layer.base.qweight if isinstance(layer, QLoRALinear) else layer.base.weight
+    return weight
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A dense layer around these very tensors, frozen."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight, False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, False)
+    return layer

@@ -28,7 +28,7 @@ from cofire.nn.kv_cache import (
     SnapKVCache,
 )
 from cofire.nn.kv_fusion import KVFusion
-from cofire.nn.lowbit import QLoRALinear, QuantLinear, hessians, quantize_
+from cofire.nn.lowbit import LoRALinear, QLoRALinear, QuantLinear, hessians, quantize_
 from cofire.nn.palettes import (
     PackedPalette,
     PackedPalettized,
@@ -67,6 +67,7 @@ __all__ = [
     "LSQConv2d",
     "LSQLinear",
     "LoCoCoCache",
+    "LoRALinear",
     "MixtureOfPrimitives",
     "PackedMixture",
     "PackedPalette",

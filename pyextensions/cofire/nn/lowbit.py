@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire.nn.calibration import input_statistics
@@ -16,7 +17,7 @@ from cofire.ops.lowbit import ACTIVATIONS, check_bits
 from cofire.ops.qtensor import NESTED, TENSORS
 from cofire.ops.quantizers import check_method
 
-__all__ = ["QLoRALinear", "QuantLinear", "hessians", "quantize_"]
+__all__ = ["LoRALinear", "QLoRALinear", "QuantLinear", "hessians", "quantize_"]
 
 #: Of the layout of a packed weight's state: written into it, and compared. States without one are read as well.
 VERSION = 1
@@ -210,7 +211,80 @@ def _trouble(numbers: list[int], shape: list[int]) -> str | None:
     return None
 
 
-class QLoRALinear(nn.Module):
+class LoRALinear(nn.Module):
+    """A frozen linear layer and a trained low-rank term: ``base(x) + alpha / rank * (x A^T) B^T``.
+
+    Args:
+        base: a linear layer. Its weight and bias are frozen, and stay what they are.
+        rank: of the term.
+        alpha: its factor, before division by the rank.
+        dtype: of the term; None: that of the weight.
+
+    Attributes:
+        lora_a: parameter ``[rank, in_features]``, uniform as ``nn.Linear`` starts.
+        lora_b: parameter ``[out_features, rank]``, zero, so that the layer starts as its base.
+
+    Shape: as ``nn.Linear``.
+
+    Raises:
+        TypeError: ``base`` is no linear layer, or a number has another type.
+        ValueError: ``rank`` below 1.
+
+    Example:
+        >>> base = nn.Linear(64, 8)
+        >>> layer = LoRALinear(base, rank=4)
+        >>> x = torch.rand(3, 64)
+        >>> torch.equal(layer(x), base(x)), [name for name, p in layer.named_parameters() if p.requires_grad]
+        (True, ['lora_a', 'lora_b'])
+
+    Source: Hu et al., ICLR 2022 (LoRA, 2106.09685), section 4.1.
+    """
+
+    base: Any
+
+    def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16.0, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        own_dtype, device = self._check_base(base)
+        check_integer(name, rank=rank)
+        check_number(name, alpha=alpha)
+        if rank < 1:
+            refuse(name, f"rank must be at least 1, got {rank}")
+        self.base, self.rank, self.alpha = base.requires_grad_(False), rank, alpha
+        like: dict[str, Any] = {"device": device, "dtype": dtype or own_dtype}
+        self.lora_a = nn.Parameter(torch.empty(rank, self.in_features, **like))
+        self.lora_b = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
+
+    def _check_base(self, base: nn.Module) -> tuple[torch.dtype, torch.device]:
+        """The dtype and the device of its weight."""
+        if not isinstance(base, nn.Linear):
+            raise TypeError(f"LoRALinear: base must be a linear layer, got {type(base).__name__}")
+        return base.weight.dtype, base.weight.device
+
+    @property
+    def in_features(self) -> int:
+        return int(self.base.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.base.out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        term = F.linear(F.linear(input.to(self.lora_a.dtype), self.lora_a), self.lora_b)
+        output: Tensor = self.base(input)
+        return output + (self.alpha / self.rank * term).to(output.dtype)
+
+    def merged(self) -> Tensor:
+        """The dense weight that the layer applies; to quantise it again loses some of what was trained."""
+        weight: Tensor = self.base.weight
+        return weight + (self.alpha / self.rank) * (self.lora_b @ self.lora_a).to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}"
+
+
+class QLoRALinear(LoRALinear):
     """A frozen quantised layer and a trained low-rank term: ``base(x) + alpha / rank * (x A^T) B^T``.
 
     Args:
@@ -234,40 +308,16 @@ class QLoRALinear(nn.Module):
     Source: Dettmers et al. 2023 (QLoRA, 2305.14314), equation 5.
     """
 
-    def __init__(self, base: QuantLinear, rank: int = 8, alpha: float = 16.0, dtype: torch.dtype | None = None) -> None:
-        super().__init__()
+    def _check_base(self, base: nn.Module) -> tuple[torch.dtype, torch.device]:
         if not isinstance(base, QuantLinear):
             raise TypeError(f"QLoRALinear: base must be a QuantLinear, got {type(base).__name__}")
         if base.activations != "exact":
             refuse("QLoRALinear", f"base must have exact activations, got {base.activations!r}")
-        check_integer("QLoRALinear", rank=rank)
-        check_number("QLoRALinear", alpha=alpha)
-        if rank < 1:
-            refuse("QLoRALinear", f"rank must be at least 1, got {rank}")
-        self.base, self.rank, self.alpha = base, rank, alpha
-        like: dict[str, Any] = {"device": base.geometry.device, "dtype": dtype or base.dtype}
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))
-        nn.init.kaiming_uniform_(self.lora_a, a=5**0.5)
-
-    @property
-    def in_features(self) -> int:
-        return self.base.in_features
-
-    @property
-    def out_features(self) -> int:
-        return self.base.out_features
+        return base.dtype, base.geometry.device
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.base.qweight
         return qlora_linear(input, weight, self.lora_a, self.lora_b, self.alpha / self.rank, self.base.bias)
-
-    def merged(self) -> Tensor:
-        """The dense weight that the layer applies; to quantise it again loses some of what was trained."""
-        return self.base.weight + (self.alpha / self.rank) * (self.lora_b @ self.lora_a).to(self.base.dtype)
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha}"
 
 
 # ------------------------------------------------------------------------------------------------ whole models
