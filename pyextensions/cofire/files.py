@@ -36,9 +36,11 @@ def fill(page: Path, markers: tuple[str, str], text: str) -> bool:
     """
     start, end = markers
     old = page.read_text(encoding="utf-8")
-    if not 0 <= old.find(start) < old.find(end):
+    begin = old.find(start)
+    stop = old.find(end, begin)  # a page may have several parts that end alike
+    if begin < 0 or stop < 0:
         raise ValueError(f"cofire: {page} must contain the lines {start!r} and {end!r}")
-    new = f"{old[: old.index(start)]}{start}\n{text}\n{old[old.index(end) :]}"
+    new = f"{old[:begin]}{start}\n{text}\n{old[stop:]}"
     if new != old:
         write_atomically(page, new)
     return new != old

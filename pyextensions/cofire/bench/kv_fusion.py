@@ -279,7 +279,8 @@ def _whole(b: int, h: int, s: int, d: int, half: int, taps: int, **options: Any)
     )
 
 
-#: A layer of Llama-2-7B with 512 slots, and one of a small language model with 64.
+#: A layer of Llama-2-7B with 512 slots, of which its tokens are fused into half or into all, and one of a small language model
+#: with 64.
 CASES = [
     _select(1, 32, 1024, 256, 256),
     _select(8, 4, 192, 32, 32, quick=True, overhead=True),
@@ -288,6 +289,8 @@ CASES = [
     _gather(8, 4, 192, 32, 32, 64, 4, quick=True, overhead=True),
     _fuse(1, 32, 768, 128, 256, 21),
     _fuse(1, 32, 768, 128, 256, 21, dtype=torch.bfloat16),
+    _fuse(1, 32, 1024, 128, 512, 21),
+    _fuse(1, 32, 1024, 128, 512, 21, dtype=torch.bfloat16),
     _fuse(8, 4, 160, 32, 32, 9, quick=True, overhead=True),
     _whole(8, 4, 192, 32, 32, 9),
     _whole(1, 32, 1024, 128, 256, 21),

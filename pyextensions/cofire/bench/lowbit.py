@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
+from cofire.bench.dense_products import dense_products, has_half
 from cofire.bench.fake_quantize import CASES as FAKE
 from cofire.bench.lowbit_torch import int_mm, of_torch
 from cofire.bench.peers._products import Product, clear_of_halves, exact, half, reference
@@ -68,35 +69,9 @@ def _dense_weight(q: Args, columns: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------- qlinear
 
 
-def _dense(dtype: torch.dtype) -> Callable[..., Run]:
-    """A library's product in this dtype; what comes in is converted, if it must be, at every call."""
-
-    def setup(*args: Any) -> Run:
-        p = Product(*args)
-        w = _dense_weight((*p[1:6], p.bits, p.group_size), p.shape[1]).to(dtype)
-        x, to = p.input, p.input.dtype
-        if x.dtype == dtype:
-            return functools.partial(F.linear, x, w)
-        if dtype == HALF:
-            return lambda: F.linear(x.to(dtype), w)
-        return lambda: F.linear(x.to(dtype), w).to(to)
-
-    return setup
-
-
-def _packed(dtype: torch.dtype) -> Callable[..., Run]:
-    """The same by oneDNN with the weight packed for this number of rows: what a frozen ``torch.compile`` runs."""
-
-    def setup(*args: Any) -> Run:
-        p = Product(*args)
-        onednn, x, to = torch.ops.mkldnn, p.input, p.input.dtype
-        w = _dense_weight((*p[1:6], p.bits, p.group_size), p.shape[1]).to(dtype)
-        w = onednn._reorder_linear_weight(w, x.shape[0])
-        if dtype == HALF:
-            return lambda: onednn._linear_pointwise(x.to(dtype), w, None, "none", [], "")
-        return lambda: onednn._linear_pointwise(x.to(dtype), w, None, "none", [], "").to(to)
-
-    return setup
+def _decoded_weight(*args: Any) -> Tensor:
+    p = Product(*args)
+    return _dense_weight((*p[1:6], p.bits, p.group_size), p.shape[1])
 
 
 def _eager(*args: Any) -> Tensor:
@@ -110,11 +85,6 @@ def _eager(*args: Any) -> Tensor:
     return F.linear(x, w)
 
 
-def has_half(rows: int) -> bool:
-    """Whether bfloat16 products are worth trying: without a library for them they take seconds (by AVX2, 64 rows: five)."""
-    return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def _cuda(*args: Any) -> Tensor:
     kernel = OPERATORS["qlinear"].cuda
     assert isinstance(kernel, Kernel)
@@ -122,19 +92,19 @@ def _cuda(*args: Any) -> Tensor:
     return found
 
 
-def _dense_providers(dtype: torch.dtype, bits: int, activations: str, rows: int) -> dict[str, Provider]:
-    """fp32 for both inputs; bfloat16 where the input is, or is rounded anyway."""
-    found = {}
-    wide: dict[str, Any] = {} if activations == "exact" else {"reference": exact}
-    narrow: dict[str, Any] = {} if activations == "exact" else {"reference": half}
-    cpu: dict[str, Any] = {"devices": ("cpu",), "differentiable": False}
-    found["fp32"] = Provider(_dense(FLOAT), expansion=32 / bits, **wide)
-    found["fp32 packed"] = Provider(_packed(FLOAT), expansion=32 / bits, **wide, **cpu)
-    if (dtype == HALF or activations == "int8") and has_half(rows):
-        found["bf16"] = Provider(_dense(HALF), expansion=16 / bits, **narrow)
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            found["bf16 packed"] = Provider(_packed(HALF), expansion=16 / bits, **narrow, **cpu)
-    return found
+def _dense_providers(
+    dtype: torch.dtype, bits: int, activations: str, rows: int, half_too: bool = False
+) -> dict[str, Provider]:
+    """fp32 for both inputs; bfloat16 where the input is, or is rounded anyway, or where it is asked for."""
+    rounds = activations != "exact"
+    return dense_products(
+        _decoded_weight,
+        rows,
+        bits / 8,
+        dtype == HALF or rounds or half_too,
+        exact=exact if rounds else None,
+        rounded=half if rounds or dtype != HALF else None,
+    )
 
 
 def _args(
@@ -159,9 +129,11 @@ def qlinear_case(
     format: str = "uniform",
     compile: bool = False,
     cold: bool = True,
+    dense_half: bool = False,
     **options: Any,
 ) -> Case:
-    dense = _dense_providers(dtype, bits, activations, rows)
+    """``dense_half``: a product in bfloat16 is among the dense ones though the input is exact, and in fp32."""
+    dense = _dense_providers(dtype, bits, activations, rows, dense_half)
     if activations == "int8" and bits == 8 and group_size is None:
         dense["int_mm"] = Provider(int_mm, differentiable=False)
     providers: Providers = {"dense": dense}

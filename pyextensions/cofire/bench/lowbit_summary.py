@@ -3,10 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from cofire.bench.results import Results
-from cofire.bench.targets import COLD, HOT, Found, Index, Key, Target, against, best_other, index_of, lines, ratio
+from cofire.bench.targets import (
+    COLD,
+    HEADINGS,
+    HOT,
+    Draw,
+    Found,
+    Index,
+    Key,
+    Target,
+    against,
+    best_other,
+    index_of,
+    lines,
+    ratio,
+)
 
 SQUARE, TALL = "4096x4096", "11008x4096"
 ROWS = (1, 4, 8, 16, 32, 64, 256)
@@ -149,13 +163,13 @@ def _cell(index: Index, case: str, dtype: str) -> str:
     return f"{text}, {words if faster >= 1 else f'**{words}**'}"
 
 
-def summary(results: Results, table: Callable[[Sequence[str], Sequence[Sequence[str]]], str]) -> str:
+def summary(results: Results, table: Draw) -> str:
     """Markdown; ``table`` draws one from headings and lines. What was missed, and what was lost, is bold."""
     index = index_of(results, "lowbit")
     parts = [
         "Cold weights (each call the next of many copies), groups of 128, 4096x4096, unless stated; a target that was "
         "missed is bold.",
-        table(("what", "target", "found"), lines(TARGETS, index, results)),
+        table(HEADINGS, lines(TARGETS, index, results)),
     ]
     for title, int8, dtype in KINDS:
         weights = []

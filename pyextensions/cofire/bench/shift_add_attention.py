@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cofire.bench.cases import Args, Case, Random, compiled, plain
+from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
 from cofire.ops.shift_add_attention import word_of
 
 EPS = 1e-6
+#: Not what the operator computes: what a network has in its place. It has a time, and is checked against its own maths.
+SOFTMAX = "peer:torch sdpa (softmax, another function)"
 #: How far the features of an input are from the thresholds at least: some ten times what fp32 loses on the way to them.
 CLEARANCE = 1e-5
 
@@ -204,7 +206,33 @@ def attention_by_library(
     return F.normalize(t, dim=-1, eps=math.sqrt(eps)).view(b, h, n, d) + residual
 
 
-def _attention(b: int, h: int, n: int, d: int, bits: int, **options: Any) -> Case:
+def _tokens(value: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries and keys with as many features as the values."""
+    rand = Random(f"queries and keys {tuple(value.shape)}")
+    return rand.normal(*value.shape).to(value), rand.normal(*value.shape).to(value)
+
+
+def by_softmax(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Run:
+    """torch's softmax attention to the same values: of real queries and keys, and without the residual."""
+    q, k = _tokens(value)
+    return lambda: F.scaled_dot_product_attention(q, k, value)
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    """What that computes, an image at a time: the weights of all of them take gigabytes."""
+    images = zip(*_tokens(value), value, strict=True)
+    return torch.stack([(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v for q, k, v in images])
+
+
+def _attention(
+    b: int, h: int, n: int, d: int, bits: int, softmax: bool = False, lossy: bool = False, **options: Any
+) -> Case:
+    """``softmax``: with the time of softmax attention, which is another function.
+
+    ``lossy``: the gradient of the taps sums so many products that torch's convolution in two dimensions loses more of it than
+    the check allows (of 3 million five times as much): what uses it is checked against its own maths, with its own rounding.
+    """
+
     def args(b: int, n: int) -> Callable[[Random], Args]:
         def make(rand: Random) -> Args:
             query, key = (pack(rand.uniform(b, h, n, bits) < 0.5) for _ in range(2))
@@ -213,15 +241,18 @@ def _attention(b: int, h: int, n: int, d: int, bits: int, **options: Any) -> Cas
 
         return make
 
+    by_products: dict[str, Any] = {"reference": attention_by_products} if lossy else {}
+    others = {SOFTMAX: Provider(by_softmax, reference=softmax_attention, differentiable=False)} if softmax else {}
     return Case(
         "binary_linear_attention",
         f"{b}x{h}x{n}x{d}, {bits} bits",
         torch.float32,
         args(b, n),
         {
-            "eager": plain(attention_by_products),
-            "dense": {"products": plain(attention_by_products), "library": plain(attention_by_library)},
-            "compile": compiled(attention_by_products),
+            "eager": plain(attention_by_products, **by_products),
+            "dense": {"products": plain(attention_by_products, **by_products), "library": plain(attention_by_library)},
+            "compile": compiled(attention_by_products, **by_products),
+            **others,
         },
         args(1, 9),
         gradients=(2, 3, 4, 5),
@@ -275,8 +306,8 @@ CASES = [
     _hash(32, 2, 784, 32, 25, 16),
     _binary(32, 1, 3136, 32, overhead=True),
     _binary(32, 3, 196, 64, quick=True),
-    _attention(32, 1, 3136, 32, 16, overhead=True),
-    _attention(1, 1, 3136, 32, 16, quick=True),
+    _attention(32, 1, 3136, 32, 16, softmax=True, lossy=True, overhead=True),
+    _attention(1, 1, 3136, 32, 16, softmax=True, quick=True),
     _attention(32, 3, 196, 64, 64),
     _similarity(1, 1, 3136, 16, quick=True, overhead=True),
     _similarity(8, 3, 196, 64),

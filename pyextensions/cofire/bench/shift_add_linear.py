@@ -17,7 +17,7 @@ def _case(rows: int, shape: tuple[int, int], format: str, **options: Any) -> Cas
 
 
 CASES = [
-    *(_case(1, SQUARE, f) for f in ("S4", "S5")),
+    *(_case(1, SQUARE, f, dense_half=True) for f in ("S4", "S5")),
     *(_case(64, SQUARE, f) for f in ("S4", "S5")),
     *(
         _case(rows, shape, f, cold=False, quick=f == "S4" and (rows, shape) == PVT[2])

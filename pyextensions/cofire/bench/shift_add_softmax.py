@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark cases of softmax attention with binary queries and keys."""
+"""Benchmark cases of softmax attention with binary queries and keys.
+
+Where the precision "high" is asked for, torch's attention in bfloat16 is among the dense providers, checked against its own
+rounding of the values: signs are exact in it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run
-from cofire.bench.shift_add_attention import pack, unpack
+from cofire.bench.dense_products import has_half
+from cofire.bench.peers._attention import HALF, of_half, signs
+from cofire.bench.shift_add_attention import pack
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -26,30 +32,27 @@ def by_library(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tenso
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-def of_signs(attend: Attend, compile: bool = False) -> Provider:
-    """Attention of floats -1 and 1, which are there before time counts; their gradient goes to the links."""
+def of_signs(attend: Attend, compile: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> Provider:
+    """Attention of floats -1 and 1, which are there before time counts; their gradient goes to the links.
 
-    def setup(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        query_link: Tensor,
-        key_link: Tensor,
-        bits: int,
-        scale: float,
-        *_: Any,
-    ) -> Run:
-        q, k = (2 * unpack(codes, bits, value.dtype) - 1 for codes in (query, key))
+    So are values in ``dtype``, but where they are trained: then they are converted at every call.
+    """
+
+    def setup(*args: Any) -> Run:
+        q, k, value, scale = signs(*args)
+        query_link, key_link = args[3:5]
+        query, key, fixed = (x.to(dtype) for x in (q, k, value))
         run = torch.compile(attend, dynamic=False) if compile else attend
 
         def call() -> Tensor:
             if not torch.is_grad_enabled():
-                return run(q, k, value, scale)
-            return run(q + 2 * query_link, k + 2 * key_link, value, scale)
+                return run(query, key, fixed, scale)
+            linked = (q + 2 * query_link).to(dtype), (k + 2 * key_link).to(dtype)
+            return run(*linked, value.to(dtype), scale)
 
         return call
 
-    return Provider(setup)
+    return Provider(setup, **options)
 
 
 def _softmax(b: int, h: int, n: int, d: int, bits: int, precision: str, **options: Any) -> Case:
@@ -61,6 +64,9 @@ def _softmax(b: int, h: int, n: int, d: int, bits: int, precision: str, **option
 
         return make
 
+    dense = {"library": of_signs(by_library), "products": of_signs(by_products)}
+    if precision == "high" and has_half(n):
+        dense["library bf16"] = of_signs(by_library, dtype=HALF, reference=of_half)
     return Case(
         "binary_softmax_attention",
         f"{b}x{h}x{n}x{d}, {bits} bits, {precision}",
@@ -68,7 +74,7 @@ def _softmax(b: int, h: int, n: int, d: int, bits: int, precision: str, **option
         args(b, n),
         {
             "eager": of_signs(by_products),
-            "dense": {"library": of_signs(by_library), "products": of_signs(by_products)},
+            "dense": dense,
             "compile": of_signs(by_products, compile=True),
         },
         args(1, 9),

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Benchmark cases of masked and compressed weights: linear layers and convolutions, normal, masks at random.
 
-``dense`` is the product with all weights, pruned ones as zeros, in the best dtype; ``peer:torch csr`` is torch's own CSR
-with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks; the layers of other libraries are in
-:mod:`cofire.bench.peers`. ``eager`` is the mask multiplied at every call, as pruning is usually written.
+``dense`` is the product with all weights, pruned ones as zeros, in the best dtype, ``peer:dense fp32`` the same in the dtype
+of an input in fp32; ``peer:torch csr`` is torch's own CSR with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks; the
+layers of other libraries are in :mod:`cofire.bench.peers`. ``eager`` is the mask multiplied at every call, as pruning is
+usually written.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from cofire.bench import sparse_refine, sparse_step, sparse_training
 from cofire.bench.cases import Args, Case, Provider, Random, Run, plain
+from cofire.bench.dense_products import FLOAT, HALF, SAME_DTYPE, dense_products, in_half
 from cofire.ops.packing import pack_bits, unpack_bits
 from cofire.ops.sparse import SparseWeight
 from cofire.ops.sparse_weight import dense_values
 
-FLOAT, HALF = torch.float32, torch.bfloat16
 SQUARE, TRAINED = (4096, 4096), (2048, 2048)
 
 
@@ -45,21 +46,14 @@ def _weight(
     return SparseWeight.from_dense(w, mask, format, block=block, values=dtype)
 
 
-def _dense_weight(args: Args, dtype: torch.dtype) -> Tensor:
-    """fp32 values first: what a dense provider does before its first call."""
-    return dense_values(*(*args[2:11], FLOAT)).to(dtype)
+def _dense_weight(*args: Any) -> Tensor:
+    """In fp32: what a dense provider makes before its first call."""
+    return dense_values(*(*args[2:11], FLOAT))
 
 
-def _dense(dtype: torch.dtype) -> Callable[..., Run]:
-    """The library's product with all weights; what comes in is converted, if it must be, at every call."""
-
-    def setup(*args: Any) -> Run:
-        x, w = args[0], _dense_weight(args, dtype)
-        if x.dtype == dtype:
-            return functools.partial(F.linear, x, w)
-        return lambda: F.linear(x.to(dtype), w).to(x.dtype)
-
-    return setup
+def _in_half(*args: Any) -> Tensor:
+    """What a dense product in bfloat16 computes of an input in fp32."""
+    return in_half(args[0], _dense_weight(*args))
 
 
 def _torch_csr(*args: Any) -> Run:
@@ -79,11 +73,6 @@ def _torch_bsr(*args: Any) -> Run:
             offsets.int(), index.int(), values.transpose(1, 2).contiguous(), size=(rows, columns)
         )
     return lambda: torch.mm(w, x.t()).t()
-
-
-def has_half(rows: int) -> bool:
-    """Whether a library has bfloat16 products worth trying."""
-    return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _spmm(
@@ -106,12 +95,13 @@ def _spmm(
         return (rand.normal(rows, shape[1]).to(dtype), None, *w.arguments())
 
     stored = density * values.itemsize + {"csr": 2 * density, "delta": density, "bitmap": 0.125}.get(format, 0.0)
-    dense: dict[str, Provider] = {"fp32": Provider(_dense(FLOAT), expansion=4 / stored, differentiable=False)}
-    if dtype == HALF and has_half(rows):
-        dense["bf16"] = Provider(_dense(HALF), expansion=2 / stored, differentiable=False)
+    dense = dense_products(_dense_weight, rows, stored, True, rounded=_in_half if dtype == FLOAT else None)
     if backward:
         dense = {"fp32": Provider(_trained_dense)}
     providers: dict[str, Any] = {"dense": dense}
+    same = {name: provider for name, provider in dense.items() if name.startswith("fp32")}
+    if dtype == FLOAT and len(same) < len(dense):
+        providers[SAME_DTYPE] = same
     if dtype == FLOAT and values == FLOAT and not backward:
         if format == "csr":
             providers["peer:torch csr"] = Provider(_torch_csr, differentiable=False, expansion=8 / 6)
@@ -293,7 +283,7 @@ def _dense_conv(channels_last: bool) -> Callable[..., Run]:
     def setup(*args: Any) -> Run:
         x, bias, *_ = args
         kernel_size, stride, padding, dilation, groups = args[11:16]
-        w = _dense_weight(args, x.dtype).view(args[7], -1, *kernel_size)
+        w = _dense_weight(*args).to(x.dtype).view(args[7], -1, *kernel_size)
         if channels_last:
             x, w = x.to(memory_format=torch.channels_last), w.to(memory_format=torch.channels_last)
         return lambda: F.conv2d(x, w, bias, stride, padding, dilation, groups)
@@ -305,7 +295,7 @@ def _decoded_conv(*args: Any) -> Tensor:
     """The weight decoded at every call, so that its values get gradients."""
     x, bias, *_ = args
     kernel_size, stride, padding, dilation, groups = args[11:16]
-    w = _dense_weight(args, x.dtype).view(args[7], -1, *kernel_size)
+    w = _dense_weight(*args).to(x.dtype).view(args[7], -1, *kernel_size)
     return F.conv2d(x, w, bias, stride, padding, dilation, groups)
 
 
@@ -338,10 +328,11 @@ CASES = [
     *(_spmm(1, d, "delta") for d in (0.3, 0.1, 0.05)),
     *(_spmm(1, d, "csr", overhead=d == 0.1, quick=d == 0.1) for d in (0.5, 0.3, 0.1, 0.05)),
     *(_spmm(1, d, "block") for d in (0.5, 0.1)),
-    *(_spmm(1, d, "bitmap", dtype=HALF) for d in (0.5, 0.3)),
+    *(_spmm(1, d, "bitmap", dtype=HALF) for d in (0.5, 0.3, 0.1)),
+    *(_spmm(1, d, "delta", dtype=HALF) for d in (0.5, 0.3, 0.1)),
     _spmm(1, 0.5, "bitmap", dtype=HALF, pattern="2:4"),
     _spmm(1, 0.5, "bitmap", values=torch.int8),
-    *(_spmm(m, 0.1, "csr", dtype=HALF) for m in (1, 256)),
+    *(_spmm(m, 0.1, "csr", dtype=HALF) for m in (1, 256, 512)),
     *(_spmm(16, d, "csr") for d in (0.3, 0.1)),
     *(_spmm(m, d, "csr") for m in (256, 512) for d in (0.2, 0.1, 0.05)),
     *(_spmm(m, 0.1, "block", block=b) for m in (16, 256) for b in ((16, 1), (16, 16), (32, 32))),

@@ -120,4 +120,4 @@ def _case(rows: int, density: float) -> Case:
     )
 
 
-CASES = [_case(256, 0.1), _case(512, 0.5)]
+CASES = [_case(256, 0.1), _case(512, 0.1), _case(512, 0.5)]

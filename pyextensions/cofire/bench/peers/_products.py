@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cofire.bench.dense_products import in_half
 from cofire.ops.lowbit import _dequantize_reference, int8_activations
 from cofire.ops.packing import unpack_bits
 
@@ -91,8 +92,7 @@ def exact(*args: Any) -> Tensor:
 def half(*args: Any) -> Tensor:
     """With input and weight rounded to bfloat16, and so is the result."""
     p = Product(*args)
-    y = p.input.to(HALF).double() @ decoded(p).to(HALF).double().t()
-    return y if p.input.dtype == WIDE else y.to(HALF)
+    return in_half(p.input, decoded(p))
 
 
 def by_group(*args: Any) -> Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cofire.bench import lowbit_summary, sparse_summary
+from cofire.bench import kv_fusion_summary, lowbit_summary, shift_add_summary, sparse_summary
 from cofire.bench.memory import load, memory_table
 from cofire.bench.report import markdown, page, tables
 from cofire.bench.report.drawing import INK, _figure, _svg
@@ -24,7 +24,12 @@ MEASURED = ("<!-- measured -->", "<!-- end of measured -->")
 MEMORY = ("<!-- results: cofire bench-memory -->", "<!-- end of memory -->")
 NETWORKS = "networks.md"  #: has its own words, table and pictures of whole networks
 #: What a family aims at, and what was found: in its own page ``<family>.md``, if that has the markers.
-SUMMARIES = {"lowbit": lowbit_summary.summary, "sparse": sparse_summary.summary}
+SUMMARIES = {
+    "kv_fusion": kv_fusion_summary.summary,
+    "lowbit": lowbit_summary.summary,
+    "shift_add": shift_add_summary.summary,
+    "sparse": sparse_summary.summary,
+}
 
 
 def summary_markers(family: str) -> tuple[str, str]:
@@ -101,8 +106,8 @@ def report(
             ``memory`` beside them is drawn too.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks-<family>.md``, the pictures
             as SVG files in ``benchmarks``, and ``benchmarks.html`` (self-contained). A ``clustering.md`` in it gets the
-            table of memory, a ``networks.md`` that of whole networks, a ``lowbit.md`` and a ``sparse.md`` theirs, where they
-            have the markers.
+            table of memory, a ``networks.md`` that of whole networks, and a family's own page (``sparse.md``) what was aimed at
+            and what was found, where they have the markers.
         readme: a markdown file that gets the summary, between the markers ``<!-- measured -->``.
         compare: two files of one machine, the older first. ``out_dir`` gets ``comparison.md`` and ``comparison.html``
             (which rows became faster or slower), and nothing else.

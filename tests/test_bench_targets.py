@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the families aim at: that every number of their tables has a case, and what the tables say of made-up results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cofire.bench import cases as suite
+from cofire.bench import kv_fusion_summary, lowbit_summary, shift_add_summary, sparse_summary
+from cofire.bench.dense_products import SAME_DTYPE
+from cofire.bench.peers import of_case
+from cofire.bench.report import SUMMARIES, summary_markers
+from cofire.bench.report.tables import markdown_table
+from cofire.bench.results import Results, Row
+from cofire.bench.shift_add_attention import SOFTMAX
+from cofire.bench.targets import COLD, HOT, Index, Target, index_of, lines
+from cofire.files import fill
+
+ROOT = Path(__file__).parents[1]
+MODULES = {
+    "kv_fusion": kv_fusion_summary,
+    "lowbit": lowbit_summary,
+    "shift_add": shift_add_summary,
+    "sparse": sparse_summary,
+}
+
+
+def row(family: str, case: str, provider: str, ms: float, mode: str = HOT, **more: Any) -> Row:
+    return {
+        "family": family, "case": case, "dtype": "float32", "mode": mode, "provider": provider, "median_ms": ms,
+        "bytes": 100, "peak_bytes": 100, "noisy": False, **more,
+    }  # fmt: skip
+
+
+def made_up(rows: list[Row]) -> Results:
+    return Results({}, {"read_gbs": {"256": 20.0}}, rows)
+
+
+def everything(family: str) -> Iterator[Row]:
+    """A row of each provider of each case, in each mode."""
+    for case in suite.of_family(family):
+        dtype = str(case.dtype).removeprefix("torch.")
+        for provider in ("cofire", *case.providers, *of_case(case, "cpu")):
+            for mode in case.modes:
+                yield row(family, case.name, provider, 1.0, mode, dtype=dtype)
+
+
+class Asked(dict[tuple[str, str, str, str], Row]):
+    """Remembers what it was asked for in vain."""
+
+    def __init__(self, index: Index) -> None:
+        super().__init__(index)
+        self.missing: list[Any] = []
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self.missing.append(key)
+        return super().get(key, default)
+
+
+# ------------------------------------------------------------------------------------------------------ the targets
+
+
+def test_every_summary_is_known() -> None:
+    assert {family: module.summary for family, module in MODULES.items()} == SUMMARIES
+
+
+@pytest.mark.parametrize(("family", "module"), MODULES.items(), ids=MODULES)
+def test_every_target_has_a_case(family: str, module: ModuleType) -> None:
+    """Were all cases measured, no number would be missing: a target that no case can meet stands for nothing."""
+    results = made_up([*everything(family), *everything("selection")])
+    found = lines(module.TARGETS, index_of(results, family), results)
+    assert [what for what, _, cell in found if cell == "-"] == []
+    if family == "lowbit":  # goes through shapes and rows that it need not have
+        return
+    index = Asked(index_of(results, family))
+    for target in module.TARGETS:
+        target.find(index, results)
+    assert index.missing == []
+
+
+@pytest.mark.parametrize("family", MODULES)
+def test_every_page_has_its_table(family: str) -> None:
+    if not (ROOT / "docs").is_dir():
+        pytest.skip("not a checkout")
+    text = (ROOT / "docs" / f"{family}.md").read_text(encoding="utf-8")
+    begin, end = summary_markers(family)
+    assert begin in text and end in text.partition(begin)[2]
+
+
+def test_a_number_without_a_target_is_not_missed() -> None:
+    beside = Target("beside it", None, "x", lambda index, results: [("", 0.1), ("there", 2.0)])
+    assert beside.line({}, made_up([])) == ["beside it", "-", "0.1x, there: 2x"]
+
+
+# -------------------------------------------------------------------------------------------------------- the tables
+
+
+def test_of_shift_add() -> None:
+    hashed, rows_ = "32x1x3136x32, 25 anchors, 16 bits", "32x1x3136x32, 16 bits"
+    needed = shift_add_summary.TOKENS_BYTES
+    found = [row("shift_add", hashed, "eager", 20.0)]
+    found += [row("shift_add", hashed, "cofire", 1.0, bytes=2 * needed, peak_bytes=3 * needed)]
+    found += [row("shift_add", rows_, "cofire", 2.0), row("shift_add", rows_, SOFTMAX, 18.0)]
+    found += [
+        row("shift_add", "M1 4096x4096 shifts of 5 bits", p, ms, COLD) for p, ms in (("cofire", 1.0), ("dense", 2.5))
+    ]
+    text = shift_add_summary.summary(made_up(found), markdown_table)
+    assert "16 bits, against eager | at least 15x | 20x |" in text
+    assert "memory, of that of inputs and outputs | at most 1.5x | **2x** |" in text
+    assert "which is another function | at least 10x | **32 images: 9x** |" in text
+    assert "| shifts of 5 bits, the same | at least 2x | 2.5x |" in text
+    assert "against an eager dispatcher | at least 1.5x | - |" in text
+
+
+def test_of_kv_fusion() -> None:
+    found = [row("kv_fusion", kv_fusion_summary.SELECT, p, ms) for p, ms in (("cofire", 1.0), ("eager", 1.0))]
+    copies = {"bytes": 32_000_000}
+    found += [
+        row("kv_fusion", kv_fusion_summary.GATHER, p, ms, **copies) for p, ms in (("cofire", 2.0), ("eager", 5.0))
+    ]
+    case = "1x32, 512 queries, 1024 keys of 128, causal"
+    found += [
+        row("kv_fusion", case, "cofire", 10.0, peak_bytes=20),
+        row("kv_fusion", case, "eager", 20.0),
+        row("kv_fusion", case, "peer:library without scores", 5.0),
+    ]
+    text = kv_fusion_summary.summary(made_up(found), markdown_table)
+    assert "1,024 tokens of 128, against eager | at least 4x | **2x** |" in text, "3 ms in place of 6"
+    assert "| the copies | at least 15 GB/s | fp32: 16 GB/s |" in text
+    assert "32 heads of 128, against eager | at least 1.3x | causal: 2x |" in text
+    assert "| the same: memory, of eager's | at most 0.1 | **causal: 0.2** |" in text
+    assert "torch's attention without scores | at most 1.6x | **causal: 2x** |" in text
+    alone = made_up([r for r in found if r["case"] != kv_fusion_summary.GATHER])
+    assert "1,024 tokens of 128, against eager | at least 4x | - |" in kv_fusion_summary.summary(alone, markdown_table)
+
+
+def test_of_sparse_against_dense_of_each_dtype() -> None:
+    many, one = "M256 4096x4096 90 % csr", "M1 4096x4096 50 % bitmap"
+    found = [row("sparse", case, "cofire", 1.0, COLD) for case in (many, one)]
+    found += [row("sparse", case, "dense", 1.5, COLD) for case in (many, one)]
+    text = sparse_summary.summary(made_up(found), markdown_table)
+    assert "against dense of the same dtype | - | M = 256, 90 %: 1.5x |" in text, "where bfloat16 is not tried"
+    found += [row("sparse", case, SAME_DTYPE, 4.0, COLD) for case in (many, one)]
+    text = sparse_summary.summary(made_up(found), markdown_table)
+    assert "against dense of the same dtype | - | M = 256, 90 %: 4x |" in text
+    assert "the best dense product | at least 1.8x | **M = 256, 90 %: 1.5x** |" in text
+    assert "fp32, half the weights, against dense | at least 1.7x | 50 %: 4x |" in text
+
+
+# --------------------------------------------------------------------------------------------------------- the pages
+
+
+def test_parts_of_a_page_may_end_alike(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- one -->\nfirst\n<!-- end -->\nwords\n<!-- two -->\nold\n<!-- end -->\n")
+    assert fill(page, ("<!-- two -->", "<!-- end -->"), "new")
+    assert page.read_text() == "<!-- one -->\nfirst\n<!-- end -->\nwords\n<!-- two -->\nnew\n<!-- end -->\n"
+    assert not fill(page, ("<!-- two -->", "<!-- end -->"), "new")
+    for begin, end in (("<!-- three -->", "<!-- end -->"), ("<!-- two -->", "<!-- one -->")):
+        with pytest.raises(ValueError, match="must contain the lines"):
+            fill(page, (begin, end), "new")
