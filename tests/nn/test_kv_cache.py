@@ -593,8 +593,8 @@ def test_masks_that_are_refused():
     model = llama()
     ids, mask = padded("right")
     for options in ({}, {"prefill_chunk_size": 10}):
+        past = make("lococo", 64).for_transformers(model)
         with pytest.raises(ValueError, match="must be padded on the left, got padding on the right"):
-            past = make("lococo", 64).for_transformers(model)
             model.generate(ids, attention_mask=mask, cache=past, max_new_tokens=2, **options)
     with torch.no_grad():
         past = make("lococo").for_transformers(model)
@@ -666,6 +666,8 @@ def test_what_transformers_may_not_do():
         RuntimeError, match=r"'sdpa' does not give: call model.set_attn_implementation\(\"cofire_scores"
     ):
         make("lococo").for_transformers(sdpa)
+    with pytest.raises(RuntimeError, match="FullCache: lengths need the attention 'cofire_scores', got 'sdpa'"):
+        make("full").for_transformers(sdpa, lengths=[1, 1])
     past = make("heavy").for_transformers(model)
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="layer 0 attended without the cache: call model.set_attn"):

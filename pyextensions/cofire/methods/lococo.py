@@ -446,11 +446,8 @@ def read(model: nn.Module, tokens: Tensor, cache: KVCache, lengths: list[int] | 
     if len(set(starts)) > 1:
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         options["position_ids"] = torch.tensor(starts, device=tokens.device)[:, None] + steps
-    if lengths is not None:
-        counts = torch.tensor(lengths, device=tokens.device)[:, None]
-        new = torch.arange(tokens.shape[1], device=tokens.device) < counts
-        options["attention_mask"] = F.pad(new.long(), (cache.seen, 0), value=1)
-    found: Tensor = model(input_ids=tokens, past_key_values=cache.for_transformers(model), **options).logits
+    past = cache.for_transformers(model, lengths=lengths)
+    found: Tensor = model(input_ids=tokens, past_key_values=past, **options).logits
     return found
 
 

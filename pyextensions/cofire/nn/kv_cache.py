@@ -562,8 +562,13 @@ class KVCache:
             if self.needs and getattr(part, self.needs) is None:
                 refuse(name, f"the state must hold {self.needs} of layer {which}, got {sorted(state)}")
 
-    def for_transformers(self, model: nn.Module) -> Any:
+    def for_transformers(self, model: nn.Module, *, lengths: Sequence[int] | None = None) -> Any:
         """This cache as one of transformers, for ``model.generate(..., past_key_values=...)``.
+
+        Args:
+            model: whose layers it serves.
+            lengths: where the caller of ``forward`` knows them, in place of ``attention_mask``, which has to be brought from the
+                device: how many of its tokens count in each row, the first ones. Make a new object for the next call.
 
         It is a second object with the same tokens, because the two have different words for the same things: the ``update``
         of transformers has the layer last, its ``layers`` are objects of its own classes, and the attention of the model
@@ -571,7 +576,7 @@ class KVCache:
         """
         from cofire.nn.kv_transformers import TransformersCache
 
-        return TransformersCache(self, model)
+        return TransformersCache(self, model, lengths)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         """Modules are shared: a copy of a cache is no copy of the model."""

@@ -11,6 +11,7 @@ import sys
 import threading
 import types
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class TransformersLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, cache: KVCache, index: int, deferred: bool) -> None:
+    def __init__(self, cache: KVCache, index: int, deferred: bool, lengths: Sequence[int] | None) -> None:
         super().__init__()
-        self.cache, self.index, self.deferred = cache, index, deferred
+        self.cache, self.index, self.deferred, self.lengths = cache, index, deferred, lengths
         cache.layer(index)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -111,6 +112,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
         model: whose layers it serves. Policies that need scores or queries need a model with the attention
             "cofire_scores"; it takes prompts of any length, in pieces of ``cache.chunk`` tokens. Others work with any
             attention, and then with prompts of at most ``chunk`` tokens at once (``prefill_chunk_size`` of ``generate``).
+        lengths: see :meth:`KVCache.for_transformers`.
 
     Attributes:
         cache: the cache, with all its methods.
@@ -130,7 +132,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
         >>> model.generate(ids, past_key_values=past, max_new_tokens=100)  # doctest: +SKIP
     """
 
-    def __init__(self, cache: KVCache, model: nn.Module) -> None:
+    def __init__(self, cache: KVCache, model: nn.Module, lengths: Sequence[int] | None = None) -> None:
         config: Any = model.config
         config = config.get_text_config(decoder=True)
         name = type(cache).__name__
@@ -140,6 +142,11 @@ class TransformersCache(Cache):  # type: ignore[misc]
                 f"{name}: the policy needs the {cache.needs} of the attention, which {config._attn_implementation!r} does "
                 f'not give: call model.set_attn_implementation("{ATTENTION}")'
             )
+        if lengths is not None and not deferred:
+            raise RuntimeError(
+                f"{name}: lengths need the attention {ATTENTION!r}, got {config._attn_implementation!r}: call "
+                f'model.set_attn_implementation("{ATTENTION}")'
+            )
         kinds = getattr(config, "layer_types", None) or [
             "full_attention" if getattr(config, "sliding_window", None) is None else "sliding_attention"
         ]
@@ -147,7 +154,9 @@ class TransformersCache(Cache):  # type: ignore[misc]
             raise RuntimeError(f"{name}: all layers of the model must attend to all tokens, got {sorted(set(kinds))}")
         self.cache = cache
         self._model = weakref.ref(model)  # (a copy of the cache is no copy of the model)
-        super().__init__(layers=[TransformersLayer(cache, i, deferred) for i in range(config.num_hidden_layers)])
+        super().__init__(
+            layers=[TransformersLayer(cache, i, deferred, lengths) for i in range(config.num_hidden_layers)]
+        )
 
     @property
     def seen(self) -> int:
@@ -195,7 +204,7 @@ def _attend(
     if attention_mask is not None and attention_mask.dim() != 2:
         refuse(ATTENTION, f"only masks of padding are supported, got one of shape {shape_of(attention_mask)}")
     if layer is not None:
-        starts, lengths = (None, None) if attention_mask is None else attention_mask
+        starts, lengths = (None, layer.lengths) if attention_mask is None else attention_mask
         output = layer.cache.attend(layer.index, query, key, value, scale=scaling, lengths=lengths, starts=starts)
     else:
         if attention_mask is not None:
