@@ -96,7 +96,8 @@ class QLoRA(Method, name="qlora"):
         """A copy of ``model`` with a low-rank term beside each linear layer, and all else frozen.
 
         Dense linear layers are quantised first, unless ``method`` is None; quantised ones, of
-        :func:`cofire.nn.quantize_` or imported, are taken as they are. Layers whose weight is tied to another's stay dense. Optimise what requires a gradient.
+        :func:`cofire.nn.quantize_` or imported, are taken as they are. Layers whose weight is tied to another's stay dense.
+        Optimise what requires a gradient.
 
         Raises:
             TypeError: ``model`` is no module.
