@@ -7,10 +7,12 @@ import json
 import math
 import os
 import random
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from cofire import bench, native
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, quiet, results
+from cofire.bench import ceilings, harness, quiet, results, tuning
 from cofire.bench.cases import Case, Provider, Random, plain
 from cofire.nn import compressed
 from cofire.registry import OPERATORS, tensors_of
@@ -296,23 +298,88 @@ def test_file_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert [p.name for p in results.results_files()] == ["a.json", "b-quick.json"]
 
 
-@pytest.mark.parametrize("variant", [*native.VARIANTS, "another", None])
-def test_tune_says_that_cpus_need_none_and_where_their_table_comes_from(
-    monkeypatch: pytest.MonkeyPatch, variant: str | None
-) -> None:
-    monkeypatch.setattr(native, "STATUS", native.Status(variant, ""))
-    said = bench.tune("cpu")
-    assert said.startswith("cofire tune: nothing to do on a CPU")
-    if variant is not None:
-        assert (
-            f" For {variant}: {compressed.table()['source'].get(variant, 'not known')}. prepare(rows, tune=True)"
-            in said
-        )
+TINY = tuning.Plan(
+    *(32, 16, 4, (1, 4, 16, 64, 65, 513), 8, (0.1, 0.4, 0.7)), formats=("csr", "bitmap"), dtypes=(torch.float32,)
+)
+
+
+def a_table(folder: Path) -> Path:
+    path = folder / "dispatch.json"
+    path.write_text(compressed.TABLE.read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason="needs C++ kernels")
+def test_tune_measures_the_table_of_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each entry is the largest density below which nothing was lost; other machines' entries and types stay."""
+    lost_at = {(1, True): 0.1, (4, True): 0.4}  # else never; (rows, kept)
+    asked: list[tuple[int, bool, float]] = []
+
+    def times(self: Any, rows: int, dtype: torch.dtype) -> tuple[float, float]:
+        where = rows, self.cache_dense
+        asked.append((*where, round(self.density(), 1)))
+        return 1.0, 1.04 if self.density() > lost_at.get(where, 1) - 0.1 else 1.06
+
+    monkeypatch.setattr(compressed.CompressedLinear, "_time", times)
+    path, old = a_table(tmp_path), json.loads(compressed.TABLE.read_text(encoding="utf-8"))
+    monkeypatch.setattr(compressed, "instruction_set", lambda: "made up")
+    said = bench.tune("cpu", path=path, plan=TINY)
+    new = json.loads(path.read_text(encoding="utf-8"))
+    source = new["source"].pop("made up")
+    assert said == f"cofire tune: wrote {path}. made up: {source}."
+    assert source.startswith(f"measured on {results.device_name('cpu')}, 1 threads, ") and "32 x 32" in source
+    found = new["densities"].pop("made up")
+    assert new == old and list(found) == ["float32"]
+    ways = found["float32"]
+    assert set(ways) == {"kept", "decoded", "training", "convolution"}
+    for format in ("csr", "bitmap"):
+        assert ways["kept"][format] == [0.0, 0.1, 0.7, 0.7, 0.7, 0.7] and ways["decoded"][format] == [0.7] * 6
+        assert len(ways["convolution"][format]) == 6
+    assert list(ways["training"]) == ["csr"] and len(set(ways["training"]["csr"])) == 1
+    assert all(d in (0.0, *TINY.densities) for formats in ways.values() for entry in formats.values() for d in entry)
+    assert sum(a[:2] == (1, True) for a in asked) == 4, "of each format the first loss is measured twice, and ends it"
+    assert (
+        path.read_text(encoding="utf-8").count("[0.0, 0.1, 0.7, 0.7, 0.7, 0.7]") == 2
+        and len(list(tmp_path.iterdir())) == 1
+    )
+    before = compressed.TABLE.read_text(encoding="utf-8")
+    monkeypatch.setattr(tuning, "_slowdown", lambda plan, dtype: 30.0 if dtype == torch.float16 else 1.0)
+    some = replace(TINY, formats=("csr",), densities=(0.1,), dtypes=(torch.float16,))
+    said = bench.tune("cpu", path=path, plan=some)
+    assert said.endswith("; float16 not measured, as a dense product takes 30 times as long as one of float32.")
+    assert json.loads(path.read_text(encoding="utf-8"))["densities"]["made up"] == found
+    assert compressed.TABLE.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.skipif(native.STATUS.variant is None, reason="needs C++ kernels")
+def test_what_tune_times() -> None:
+    """Every measurement of the plan runs, with inputs of its bucket."""
+    assert [compressed.bucket(n) for n in tuning.Plan().rows] == list(range(6))
+    trials = list(tuning._trials(TINY, torch.bfloat16, "block", 0.4))
+    assert {(against, number) for against, number, _ in trials} == {
+        *((against, n) for against in ("kept", "decoded", "convolution") for n in range(6)),
+        ("training", 0),
+    }
+    for against, number, measure in trials:
+        assert all(t > 0 for t in measure())
+        if against == "convolution":
+            layer, (shape, _) = measure.func.__self__, measure.args  # type: ignore[attr-defined]
+            assert compressed.bucket(layer._positions(math.prod(shape))) == number
+
+
+def test_tune_needs_kernels_and_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "STATUS", native.Status("avx2", ""))
+    with pytest.raises(ValueError, match=r"tune: the table must be a file that can be read and replaced, got .*none"):
+        bench.tune("cpu", path=tmp_path / "none")
+    monkeypatch.setattr(native, "STATUS", native.Status(None, ""))
+    assert bench.tune("cpu") == "cofire tune: nothing to do on a CPU without C++ kernels."
 
 
 def test_the_dispatch_table_says_how_each_cpu_came_to_its_numbers() -> None:
     assert set(compressed.table()["densities"]) <= set(compressed.table()["source"])
-    assert all(text.startswith(("measured", "estimated")) for text in compressed.table()["source"].values())
+    for text in compressed.table()["source"].values():
+        named = re.match(r"measured on [^,:;]*(AMD|Zen|EPYC|Intel|Xeon|Arm|Neoverse|Apple)[^,:;]*, \w+ threads", text)
+        assert named or text.startswith("estimated"), f"what was measured names its CPU and threads, got {text!r}"
 
 
 def test_tune_refuses_other_devices() -> None:

@@ -234,10 +234,10 @@ def gpu_check(
 
 @app.command()
 def tune(device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda") -> None:
-    """Find the best tiles for this GPU and keep them."""
+    """Measure this device and keep what is best: tiles of a GPU, on a CPU when sparse layers take which product."""
     from cofire import bench as suite
 
-    typer.echo(_sentences(suite.tune, device))
+    typer.echo(_sentences(suite.tune, device, progress=True))
 
 
 @app.command()

@@ -8,6 +8,7 @@ twice, so exactly one is loaded. Without any, the operators run their references
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -81,6 +82,13 @@ def load() -> Status:
         chosen = f"chosen by COFIRE_CPU={variant}" if os.environ.get("COFIRE_CPU") else best
         return Status(variant, chosen, build, features)
     return _failed(f"built for {', '.join(build['variants'])}, you have {wanted[0]}", build, features)
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU multiplies on tiles (AMX), and the system lets it: asked of torch, as the C++ kernels do."""
+    asks = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_init_amx")]
+    return all(ask is not None and ask() for ask in asks)
 
 
 def in_large_pages(x: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
+from cofire import native
 from cofire.nn import (
     Compressed,
     CompressedConv2d,
@@ -898,6 +899,25 @@ def test_the_shipped_table() -> None:
                     assert format in ("csr", "delta", "bitmap", "block") and len(densities) == 6
                     assert all(0 <= d <= 1 for d in densities)
     assert dispatch.largest_density("nowhere", torch.float32, "csr", "kept") == [0.0] * 6
+
+
+def test_cpus_with_tiles_count_as_avx512_until_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variant, tiles, measured, name in (
+        ("avx512", True, True, "amx"),
+        ("avx512", True, False, "avx512"),
+        ("avx512", False, True, "avx512"),
+        ("avx2", True, True, "avx2"),
+    ):
+        densities = {"avx512": {"float32": {"kept": {"csr": [0.25] * 6}}}}
+        if measured:
+            densities["amx"] = {"float32": {"kept": {"csr": [0.5] * 6}}}
+        monkeypatch.setattr(native, "STATUS", native.Status(variant, ""))
+        monkeypatch.setattr(native, "has_tiles", lambda tiles=tiles: tiles)
+        monkeypatch.setattr(dispatch, "table", lambda densities=densities: {"densities": densities})
+        assert dispatch.machine_of("cpu") == name and dispatch.machine_of("cuda") == "cuda"
+        assert dispatch.instruction_set() == ("amx" if variant == "avx512" and tiles else variant)
+        expected = {"amx": [0.5] * 6, "avx512": [0.25] * 6}.get(name)
+        assert dispatch.known_densities("cpu", torch.float32, "csr", "kept") == expected
 
 
 def test_preparing(monkeypatch: pytest.MonkeyPatch) -> None:

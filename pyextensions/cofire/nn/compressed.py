@@ -3,8 +3,8 @@
 
 A product with a compressed weight reads less than a dense one and computes less of it per cycle: it wins where there are
 few rows, or few weights. ``dispatch.json`` holds, for each instruction set, dtype and format, the largest density at which
-the sparse product is taken, by the number of rows; a layer can measure its own (:meth:`Compressed.prepare`), and says
-what it does (:meth:`Compressed.explain`).
+the sparse product is taken, by the number of rows; ``cofire tune --device cpu`` measures it. A layer can measure its own
+(:meth:`Compressed.prepare`), and says what it does (:meth:`Compressed.explain`).
 
 Source: compressed rows: Saad, "Iterative methods for sparse linear systems" (2003), section 3.4; a layer is sparse only where
 it was measured to be faster: Nikdan et al. 2023 (SparseProp, 2302.04852), section 4.
@@ -32,6 +32,7 @@ from cofire.ops import SparseWeight, apply_mask, pack_mask, sparse_conv2d, spmm
 from cofire.ops.checks import check_choice, check_device, check_integer, is_integer, refuse, shape_of
 from cofire.ops.sparse_weight import FORMATS, PANEL, panels_of
 from cofire.registry import OPERATORS
+from cofire.timing import medians
 
 __all__ = ["Compressed", "CompressedConv2d", "CompressedLinear"]
 
@@ -42,6 +43,7 @@ TRAINABLE = ("csr", "block")
 #: Rows of the input, in buckets: up to 1, 4, ... and beyond.
 ROWS = (1, 4, 16, 64, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TABLE = Path(__file__).parent / "dispatch.json"
 GAIN = 1.05  #: what is not faster by so much stays dense
 
 
@@ -64,13 +66,21 @@ def bucket_name(number: int) -> str:
 
 @functools.cache
 def table() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((Path(__file__).parent / "dispatch.json").read_text())
+    content: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8"))
     return content
 
 
 def machine_of(device: str) -> str:
-    """What the table calls a device: of a CPU, its instruction set."""
-    return str(native.STATUS.variant) if device == "cpu" else device
+    """What the table calls a device: of a CPU, its instruction set. Tiles that nothing was measured on count as AVX-512."""
+    if device != "cpu":
+        return device
+    machine = instruction_set()
+    return "avx512" if machine == "amx" and machine not in table()["densities"] else machine
+
+
+def instruction_set() -> str:
+    """What the table calls this CPU once it is measured: of two with AVX-512, that with tiles has other dense products."""
+    return "amx" if native.STATUS.variant == "avx512" and native.has_tiles() else str(native.STATUS.variant)
 
 
 def known_densities(device: str, dtype: torch.dtype, format: str, against: str) -> list[float] | None:
@@ -323,8 +333,7 @@ class Compressed(Watched):
         weight = self.sparse_weight
         x = torch.randn(rows, weight.shape[1], dtype=dtype, device=self.values.device)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
-        calls = (lambda: spmm(x, weight, bias), lambda: F.linear(x, self._dense(dtype), bias))
-        return milliseconds(calls[0]), milliseconds(calls[1])
+        return milliseconds(lambda x: spmm(x, weight, bias), lambda x: F.linear(x, self._dense(dtype), bias), x)
 
     def explain(
         self, rows: int | Iterable[int] | None = None, dtype: torch.dtype | None = None
@@ -476,12 +485,12 @@ class Compressed(Watched):
         return None
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """The median time of a call."""
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    return 1e3 * float(timer.blocked_autorange(min_run_time=0.02).median)
+def milliseconds(
+    sparse: Callable[[Tensor], Any], dense: Callable[[Tensor], Any], x: Tensor, train: bool = False
+) -> tuple[float, float]:
+    """The median times of a call of each, taken in turns."""
+    times = medians({"sparse": (sparse, x), "dense": (dense, x)}, train=train)
+    return 1e3 * times["sparse"], 1e3 * times["dense"]
 
 
 def check_mask(where: str, mask: Any, shape: Iterable[int], device: torch.device) -> None:
@@ -798,7 +807,7 @@ class CompressedConv2d(Compressed):
     @torch.no_grad()
     def _time(self, rows: Any, dtype: torch.dtype) -> tuple[float, float]:
         x = torch.randn(rows, dtype=dtype, device=self.values.device)
-        return milliseconds(lambda: self._convolve_sparse(x)), milliseconds(lambda: self._convolve_dense(x))
+        return milliseconds(self._convolve_sparse, self._convolve_dense, x)
 
     def _in_training(self, path: str) -> str:
         if self.values.requires_grad:
