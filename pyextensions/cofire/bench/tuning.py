@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from cofire.nn.compressed import GAIN, ROWS, TRAINABLE
 from cofire.nn.sparse import SparseConv2d, SparseLinear
 from cofire.timing import medians
 
+Key = tuple[str, int]  #: against what, and the bucket of rows
 Times = tuple[float, float]  #: milliseconds of the sparse product and of the dense one
 SLOW = 20  #: times as long as float32: such a dense product is not waited for
 BLOCK = (16, 1)
+CONVOLVED = ("csr", "delta")  #: of others the convolution itself decodes the weight and takes the dense one
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ Found = dict[str, dict[str, dict[str, list[float]]]]
 def measure(plan: Plan, announce: Callable[[str], Any] = lambda text: None) -> tuple[Found, list[str]]:
     """The table of this CPU, and sentences about what was left out.
 
-    An entry is the largest density such that the sparse product wins there and at all lower ones. A loss counts when a second
-    measurement finds it too.
+    An entry is the largest density such that the sparse product wins there and at all lower ones. Two measurements of at most
+    three decide; others stand between them, so that a slow moment of the machine spoils one at most.
 
     Args:
         plan: see :class:`Plan`.
@@ -108,20 +110,27 @@ def _entries(plan: Plan, dtype: torch.dtype, format: str, announce: Callable[[st
         announce(f"{str(dtype).removeprefix('torch.')} {format} {density:g}")
         if found and len(lost) == sum(len(densities) for densities in found.values()):
             continue
-        for against, number, time in _trials(plan, dtype, format, density):
-            entry = found.setdefault(against, [0.0] * (1 if against == "training" else len(ROWS) + 1))
-            if (against, number) in lost:
-                continue
-            if _wins(time) or _wins(time):
-                entry[number] = density
+        trials = {(against, number): time for against, number, time in _trials(plan, dtype, format, density)}
+        for against, _ in trials:
+            found.setdefault(against, [0.0] * (1 if against == "training" else len(ROWS) + 1))
+        wins = _majority({key: time for key, time in trials.items() if key not in lost})
+        for (against, number), won in wins.items():
+            if won:
+                found[against][number] = density
             else:
                 lost.add((against, number))
     return {against: e * (len(ROWS) + 1) if against == "training" else e for against, e in found.items()}
 
 
-def _wins(time: Callable[[], Times]) -> bool:
-    sparse, dense = time()
-    return sparse * GAIN <= dense
+def _majority(trials: Mapping[Key, Callable[[], Times]]) -> dict[Key, bool]:
+    """Whether the sparse product is faster by enough in two of up to three rounds of all that is not yet decided."""
+    votes: dict[Key, list[bool]] = {key: [] for key in trials}
+    for _ in range(3):
+        for key, time in trials.items():
+            if max(votes[key].count(True), votes[key].count(False)) < 2:
+                sparse, dense = time()
+                votes[key].append(sparse * GAIN <= dense)
+    return {key: found.count(True) >= 2 for key, found in votes.items()}
 
 
 def _trials(
@@ -135,7 +144,8 @@ def _trials(
                 yield against, number, functools.partial(_time_linear, linear, against == "kept", rows, dtype)
         if format in TRAINABLE:
             yield "training", 0, functools.partial(_time_training, linear, plan.train_rows, dtype)
-    del linear
+    if format not in CONVOLVED:
+        return
     conv = _compressed(nn.Conv2d(plan.channels, plan.channels, 3, padding=1, dtype=dtype), format, density)
     if not conv._kernel(dtype).startswith("reference"):
         for number, rows in enumerate(plan.rows):
