@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, hessians, quantize_
+from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, SparseLinear, hessians, quantize_
 from cofire.nn.lowbit import is_transposed
 from cofire.ops import NestedScale, QTensor, quantize_weight
 from helpers import stored_bytes
@@ -580,7 +580,12 @@ def test_hessians_are_sums_over_inputs_in_evaluation() -> None:
         (
             lambda: LoRALinear(nn.ReLU()),
             TypeError,
-            "LoRALinear: base must be a linear layer, got ReLU",
+            "LoRALinear: base must be an nn.Linear itself, got ReLU",
+        ),
+        (
+            lambda: LoRALinear(SparseLinear.from_dense(nn.Linear(8, 8), density=0.5)),
+            TypeError,
+            "LoRALinear: base must be an nn.Linear itself, got the subclass SparseLinear",
         ),
         (lambda: LoRALinear(nn.Linear(8, 8), rank=0), ValueError, "LoRALinear: rank must be at least 1, got 0"),
         (lambda: QLoRALinear(make("4 bits"), rank=0), ValueError, "QLoRALinear: rank must be at least 1, got 0"),

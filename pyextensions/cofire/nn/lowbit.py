@@ -215,7 +215,7 @@ class LoRALinear(nn.Module):
     """A frozen linear layer and a trained low-rank term: ``base(x) + alpha / rank * (x A^T) B^T``.
 
     Args:
-        base: a linear layer. Its weight and bias are frozen, and stay what they are.
+        base: an ``nn.Linear``. Its weight and bias are frozen, and stay what they are.
         rank: of the term.
         alpha: its factor, before division by the rank.
         dtype: of the term; None: that of the weight.
@@ -227,7 +227,8 @@ class LoRALinear(nn.Module):
     Shape: as ``nn.Linear``.
 
     Raises:
-        TypeError: ``base`` is no linear layer, or a number has another type.
+        TypeError: ``base`` is no ``nn.Linear``, or of a subclass, which may compute with another weight than it holds; or a
+            number has another type.
         ValueError: ``rank`` below 1.
 
     Example:
@@ -258,8 +259,9 @@ class LoRALinear(nn.Module):
 
     def _check_base(self, base: nn.Module) -> tuple[torch.dtype, torch.device]:
         """The dtype and the device of its weight."""
-        if not isinstance(base, nn.Linear):
-            raise TypeError(f"LoRALinear: base must be a linear layer, got {type(base).__name__}")
+        if type(base) is not nn.Linear:
+            got = f"the subclass {type(base).__name__}" if isinstance(base, nn.Linear) else type(base).__name__
+            raise TypeError(f"LoRALinear: base must be an nn.Linear itself, got {got}")
         return base.weight.dtype, base.weight.device
 
     @property
