@@ -37,8 +37,8 @@ def variants(case: Case, provider: str = "dense") -> Mapping[str, Provider]:
     return found
 
 
-def error(case: Case, provider: Provider, seconds: str = "forward") -> str | None:
-    return harness.Input(case, "cpu", tiny=True).check(provider, seconds, harness.slack("dense"))
+def error(case: Case, provider: Provider, mode: str = "forward", tiny: bool = True) -> str | None:
+    return harness.Input(case, "cpu", tiny).check(provider, mode, harness.slack("dense"))
 
 
 # ------------------------------------------------------------------------------------------------- dense products
@@ -131,3 +131,34 @@ def test_softmax_attention_has_a_time_beside_linear_attention_and_is_no_variant_
     assert error(timed[0], provider) is None
     assert "off by" in str(error(timed[0], replace(provider, reference=None)))
     assert not provider.differentiable
+
+
+def test_a_wrong_product_is_refused_though_its_gradients_are_compared_with_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only in the gradients of the large input has it a reference of its own."""
+    right = shift_add_attention.attention_by_products
+
+    def wrong(*args: Any) -> Any:
+        return right(*args) + 0.01 * args[2]
+
+    for function, passes in ((right, True), (wrong, False)):
+        monkeypatch.setattr(shift_add_attention, "attention_by_products", function)
+        case = shift_add_attention._attention(1, 1, 64, 32, 16, lossy=True)
+        for provider in (case.providers["eager"], variants(case)["products"]):
+            assert isinstance(provider, Provider)
+            assert provider.gradient_reference is function and provider.reference is None
+            for tiny in (True, False):
+                for mode in ("forward", "forward+backward"):
+                    found = error(case, provider, mode, tiny)
+                    if passes or (not tiny and mode == "forward+backward"):
+                        assert found is None
+                    else:
+                        assert "off by" in str(found)
+        compiles = case.providers["compile"]
+        assert isinstance(compiles, Provider) and compiles.reference is None
+        assert variants(case)["library"].gradient_reference is None
+    (lossy,) = (
+        c for c in shift_add_attention.CASES if c.op == "binary_linear_attention" and c.name.startswith("32x1x")
+    )
+    assert all(isinstance(p, Provider) and p.gradient_reference for p in (lossy.providers["eager"],))

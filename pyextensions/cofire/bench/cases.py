@@ -49,6 +49,9 @@ class Provider:
     setup: Callable[..., Run]
     arrange: Callable[..., Args] | None = None  #: arguments in another memory layout, before they become leaves
     reference: Callable[..., Any] | None = None  #: for a bound that computes something else: its own maths
+    #: of gradients in which its way of summing loses more than the check allows: its own maths, whose rounding counts there.
+    #: Forward, and all of it on the tiny input, are compared with the operator's reference.
+    gradient_reference: Callable[..., Any] | None = None
     outputs: int | None = None  #: how many of the operator's outputs it gives (default: all)
     differentiable: bool = True
     devices: tuple[str, ...] = ("cpu", "cuda")

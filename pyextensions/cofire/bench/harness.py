@@ -427,7 +427,7 @@ class Input:
     def __init__(self, case: Case, device: str, tiny: bool = False, every_mode: bool = False) -> None:
         make = case.tiny if tiny else case.make_args
         made = make(Random(str(case)))
-        self.case, self.device = case, device
+        self.case, self.device, self.tiny = case, device, tiny
         self.together = every_mode and bool(case.gradients) and not OPERATORS[case.op].mutated
         operator = OPERATORS[case.op].reference
         self.reference = operator if tiny or case.reference is None else case.reference
@@ -460,7 +460,9 @@ class Input:
 
     def checked(self, provider: Provider, mode: str, slack: int = 1) -> tuple[str | None, Run | None]:
         """What :meth:`check` says, and the call that it was said of, if the provider could prepare one."""
-        answers = self._answers(provider.reference or self.reference, mode)
+        large = mode == "forward+backward" and not self.tiny
+        own = provider.gradient_reference if large else None
+        answers = self._answers(own or provider.reference or self.reference, mode)
         gradients = len(self.case.gradients) if mode == "forward+backward" else 0
         if provider.outputs is not None:
             outputs = len(answers[0]) - gradients

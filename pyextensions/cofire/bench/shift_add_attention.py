@@ -230,7 +230,8 @@ def _attention(
     """``softmax``: with the time of softmax attention, which is another function.
 
     ``lossy``: the gradient of the taps sums so many products that torch's convolution in two dimensions loses more of it than
-    the check allows (of 3 million five times as much): what uses it is checked against its own maths, with its own rounding.
+    the check allows (of 3 million five times as much): where gradients are computed, what uses it is checked against its own
+    maths, with its own rounding. That its maths are the operator's is what the check of forward and that of the tiny input say.
     """
 
     def args(b: int, n: int) -> Callable[[Random], Args]:
@@ -241,7 +242,7 @@ def _attention(
 
         return make
 
-    by_products: dict[str, Any] = {"reference": attention_by_products} if lossy else {}
+    by_products: dict[str, Any] = {"gradient_reference": attention_by_products} if lossy else {}
     others = {SOFTMAX: Provider(by_softmax, reference=softmax_attention, differentiable=False)} if softmax else {}
     return Case(
         "binary_linear_attention",
