@@ -64,7 +64,7 @@ def criteria(results: Results) -> list[Criterion]:
         found.append(Criterion(name, f"{100 * moved:+.1f} points", moved >= MOVES))
     if mixtures:
         cells = [cell for name in mixtures for cell in _cells(results, name)]
-        found.append(_routers(cells))
+        found += _routers(cells)
     hashed = _cells(results, ADDITIONS)
     if hashed:
         overlap, chance = _mean(results, ADDITIONS, "overlap"), hashed[0]["chance"]
@@ -87,15 +87,20 @@ def criteria(results: Results) -> list[Criterion]:
     return found
 
 
-def _routers(cells: Sequence[Results]) -> Criterion:
-    """What is trained on is task and balance together; what the task adds is said beside it."""
-    name = "every router gets a gradient, of task and balance"
-    reached, routers = (sum(cell[key] for cell in cells) for key in ("routers_reached", "routers"))
-    alone = f"the task alone reaches {reached} of {routers}, least norm {min(c['router_gradient'] for c in cells):.1e}"
-    if any("routers_trained" not in cell for cell in cells):
-        return Criterion(name, f"not recorded; {alone}", None)
-    trained, least = sum(cell["routers_trained"] for cell in cells), min(c["training_gradient"] for c in cells)
-    return Criterion(name, f"{trained} of {routers}, least norm {least:.1e}; {alone}", trained == routers)
+def _routers(cells: Sequence[Results]) -> list[Criterion]:
+    """The criterion from before the run, of the task's gradient alone, and that of what is trained on: task and balance."""
+    return [
+        _reached("the task's gradient reaches every router", cells, "routers_reached", "router_gradient"),
+        _reached("every router gets a gradient, of task and balance", cells, "routers_trained", "training_gradient"),
+    ]
+
+
+def _reached(name: str, cells: Sequence[Results], count: str, norm: str) -> Criterion:
+    if any(count not in cell for cell in cells):
+        return Criterion(name, "not recorded", None)
+    reached, routers = (sum(cell[key] for cell in cells) for key in (count, "routers"))
+    text = f"{reached} of {routers}, least norm {min(cell[norm] for cell in cells):.1e}"
+    return Criterion(name, text, reached == routers)
 
 
 def _differences(results: Results, first: str, second: dict[int, float]) -> list[float]:
