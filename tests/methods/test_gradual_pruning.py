@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 from collections.abc import Callable
@@ -187,6 +188,59 @@ def test_an_overflow_prunes_nothing_and_the_next_step_makes_up_for_it(score: Any
     gradients(other)
     pruning.step(other)
     assert all(torch.equal(layer.mask, mask) for (_, layer), mask in zip(masks(other), before, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["row", "tensor", "global"])
+def test_what_was_missed_is_made_up_for_there_alone(scope: str) -> None:
+    """At the density of the update that was missed; with one order for all layers, in all of them."""
+    pruning = GradualPruning(density=0.1, begin=0, end=9, every=3, score="taylor", scope=scope)
+    model = pruning.prepare(network())
+    layers = [layer for _, layer in masks(model)]
+    for _ in range(3):
+        gradients(model)
+        if int(layers[0].steps_taken) == 2:
+            layers[1].weight.grad[0, 0] = torch.nan
+        pruning.step(model)
+    assert [bool(layer.update_missed) for layer in layers] == [scope == "global", True]
+    first = layers[0].mask
+    gradients(model)
+    pruning.step(model)
+    assert not any(bool(layer.update_missed) for layer in layers)
+    assert torch.equal(layers[0].mask, first) == (scope != "global")
+    aim = pruning.density_at(3)
+    if scope == "row":
+        assert densities(model) == [round(aim * 18) / 18, round(aim * 144) / 144]
+    else:
+        weights = [layer.weight.numel() for layer in layers]
+        kept = [int(layer.mask.sum()) for layer in layers]
+        assert (
+            sum(kept) == round(aim * sum(weights)) if scope == "global" else kept == [round(aim * n) for n in weights]
+        )
+    seen = [layer.mask for layer in layers]
+    gradients(model)
+    pruning.step(model)  # nothing is due
+    assert all(torch.equal(layer.mask, mask) for layer, mask in zip(layers, seen, strict=True))
+
+
+def test_states_that_know_nothing_of_missed_updates_are_loaded() -> None:
+    """Into a layer that had missed one, too; and so are pickles of whole models from before. What else lacks is named."""
+    pruning = GradualPruning(density=0.25, begin=0, end=2, every=2, score="taylor")
+    model = pruning.prepare(network())
+    old = {n: t for n, t in model.state_dict().items() if not n.endswith("update_missed")}
+    assert len(old) == len(model.state_dict()) - 2
+    other = copy.deepcopy(model)
+    for _, layer in masks(other):
+        layer.update_missed.fill_(True)
+    other.load_state_dict(old)
+    assert not any(bool(layer.update_missed) for _, layer in masks(other))
+    with pytest.raises(RuntimeError, match="Missing key.*4.steps_taken"):
+        other.load_state_dict({n: t for n, t in old.items() if n != "4.steps_taken"})
+    for _, layer in masks(other):
+        del layer.update_missed
+    for _ in range(2):
+        gradients(other)
+        pruning.step(other)
+    assert densities(other) == [round(0.25 * 18) / 18, 0.25]
 
 
 def test_what_is_not_finite_is_named() -> None:

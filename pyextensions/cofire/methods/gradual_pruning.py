@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
                     f" in {name!r} (exclude can leave it out)",
                 )
         for layer in layers.values():
-            layer.register_buffer("update_missed", torch.zeros((), dtype=torch.bool, device=layer.weight.device))
+            _remember_missed(layer)
         if self.begin_density < 1:
             for layer in layers.values():  # nothing has a gradient yet
                 self._prune({"": layer}, self.begin_density, "magnitude")
@@ -169,27 +170,37 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
 
         With another score than "magnitude" a layer whose gradient is not finite (an overflow of mixed precision, whose
         optimiser step is skipped too) is not pruned this time, and with the scope "global" none is. The next step makes up
-        for it.
+        for it, in the layers that were left out alone, and to the density that the others have by then.
 
         Raises:
             ValueError: not prepared, a score by gradient without gradients, or scores that are not finite.
         """
         layers = self._require(model, "step")
+        for layer in layers.values():
+            if "update_missed" not in layer._buffers:  # of an older pickle
+                _remember_missed(layer)
         count = self._count(layers)
-        due = self.begin <= count <= self.end and ((count - self.begin) % self.every == 0 or count == self.end)
-        if due or self._missed(layers):
-            self._prune(layers, self.density_at(count), self.score)
+        last = min(count, self.end)
+        if last < self.end:
+            last -= (last - self.begin) % self.every
+        due = last == count >= self.begin
+        chosen = layers if due else self._missed(layers)
+        if chosen:
+            self._prune(chosen, self.density_at(last), self.score)
 
-    def _missed(self, layers: dict[str, Sparse]) -> bool:
-        """Whether the last update could not be made everywhere; all layers say the same."""
-        return self.score != "magnitude" and bool(next(iter(layers.values())).update_missed)
+    def _missed(self, layers: dict[str, Sparse]) -> dict[str, Sparse]:
+        """The layers in which the last update could not be made."""
+        if self.score == "magnitude":
+            return {}
+        flags = [layer.get_buffer("update_missed") for layer in layers.values()]
+        missed = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+        return {name: layer for (name, layer), one in zip(layers.items(), missed, strict=True) if one}
 
     def _prune(self, layers: dict[str, Sparse], density: float, score: str | Callable[[Sparse], Tensor]) -> None:
         maybe = {name: self._scores(name, layer, score) for name, layer in layers.items()}
         scores = {name: s for name, s in maybe.items() if s is not None}
-        missed = len(scores) < len(layers)
         if self.scope == "global" and score == self.score:
-            scores = {} if missed else scores
+            scores = {} if len(scores) < len(layers) else scores
             total = sum(s.numel() for s in scores.values())
             masks = keep_masks(list(scores.values()), max(1, round(density * total)), score="value") if scores else []
             found = dict(zip(scores, masks, strict=True))
@@ -197,9 +208,8 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
             found = {name: self._choose(s, density) for name, s in scores.items()}
         for name, bits in found.items():
             layers[name].update_mask(bits)
-        for layer in layers.values():
-            assert isinstance(layer.update_missed, Tensor)
-            layer.update_missed.fill_(missed)
+        for name, layer in layers.items():
+            layer.get_buffer("update_missed").fill_(name not in found)
 
     def _choose(self, scores: Tensor, density: float) -> Tensor:
         if self.pattern is not None:
@@ -231,3 +241,15 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
             found = scores_of(layer.weight, gradient, score, 1.0)
         check_kept("GradualPruning.step", "the score", name, layer, found)
         return torch.where(layer.mask, found.detach(), -torch.inf).flatten(1)
+
+
+def _remember_missed(layer: Sparse) -> None:
+    """Give the layer the flag of an update that could not be made."""
+    layer.register_buffer("update_missed", torch.zeros((), dtype=torch.bool, device=layer.weight.device))
+    layer.register_load_state_dict_pre_hook(_nothing_missed)
+
+
+def _nothing_missed(layer: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: an older one does not say whether an update was missed, and none was."""
+    if f"{prefix}steps_taken" in state:
+        state.setdefault(f"{prefix}update_missed", torch.zeros_like(layer.get_buffer("update_missed")))
