@@ -729,6 +729,28 @@ def test_bridges_are_not_kept_weights(values: torch.dtype) -> None:
             torch.testing.assert_close(product, fresh(x), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casts_keep_what_becomes_zero_at_the_distance_of_a_bridge(dtype: torch.dtype) -> None:
+    dense, mask = nn.Linear(1600, 3), torch.zeros(3, 1600, dtype=torch.bool)
+    mask[0, [255, 600]] = mask[1, [4, 259, 300]] = mask[2, [0, 7]] = True
+    with torch.no_grad():
+        dense.weight[0, 255] = dense.weight[1, 259] = 1e-45
+    packed = SparseLinear.from_dense(dense, mask).pack("delta")
+    values = packed.values
+    packed.to(dtype)
+    assert torch.equal(packed.mask, mask) and packed.values is values and values.dtype == dtype
+    assert torch.equal(packed.weight, torch.where(mask, dense.weight, 0.0).to(dtype))
+    again = CompressedLinear(1600, 3, format="delta", dtype=dtype)
+    again.load_state_dict(packed.state_dict())
+    assert torch.equal(again.mask, mask)
+    x = torch.randn(2, 1600, dtype=dtype)
+    expected = F.linear(x.float(), packed.weight.float(), packed.bias.float()).to(dtype)
+    torch.testing.assert_close(packed(x), expected, rtol=2e-2, atol=2e-2)
+    stored = values.numel()
+    packed.float()
+    assert torch.equal(packed.mask, mask) and packed.values.numel() == stored
+
+
 def test_blocks_that_are_not_whole_are_refused() -> None:
     """They would keep more than the mask says."""
     mask = torch.zeros(OUT, IN, dtype=torch.bool)
@@ -881,6 +903,19 @@ def test_a_compressed_layer_takes_a_mask_of_as_many_weights() -> None:
         layer.update_mask(a_mask(density=0.9))
 
 
+def test_a_mask_that_needs_other_entries_is_refused_with_what_they_are() -> None:
+    mask = torch.zeros(1, 600, dtype=torch.bool)
+    mask[0, [3, 100]] = True
+    layer = SparseLinear.from_dense(nn.Linear(600, 1), mask).pack("delta")
+    other = torch.zeros_like(mask)
+    other[0, [3, 258]] = True
+    sentence = r"stored \(with the zeros that the format 'delta' needs: .*, and one for a kept zero, .*\), \[2\] values, got \[3\]"
+    with pytest.raises(ValueError, match=sentence):
+        layer.update_mask(other)
+    layer.update_mask(mask.roll(1, 1))
+    assert torch.equal(layer.mask, mask.roll(1, 1))
+
+
 def test_buckets() -> None:
     assert [dispatch.bucket(n) for n in (0, 1, 2, 4, 5, 16, 17, 64, 65, 512, 513)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     names = [e["rows"] for e in linear().pack().explain()]
@@ -955,7 +990,7 @@ def test_preparing_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sparse > 0 and dense > 0 and {"_convolve_sparse", "_convolve_dense"} == set(taken)
     shapes: list[Any] = []
     for times, path in (((1.0, 1.06), "sparse"), ((1.0, 1.04), "dense")):
-        measured = lambda self, shape, dtype, times=times: shapes.append(shape) or times  # noqa: E731
+        measured = lambda self, shape, dtype, times=times: shapes.append(list(shape)) or times  # noqa: E731
         monkeypatch.setattr(CompressedConv2d, "_time", measured)
         assert layer.prepare(shape=x.shape, tune=True) is layer and shapes[-1] == [2, 4, 8, 8]
         (entry,) = layer.explain(32)
@@ -980,7 +1015,6 @@ def test_preparing_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     frozen._replan()
     assert frozen.explain(32)[0]["why"].endswith("; dense where the input needs a gradient")
     for arguments, sentence in (
-        ({"tune": True}, r"shape must be given to measure: \[batch, 4, height, width\] of an input, got None"),
         ({"shape": (1, 3, 8, 8)}, r"shape must be \[batch, 4, height, width\], got \[1, 3, 8, 8\]"),
         ({"shape": [(4, 8, 8)]}, r"shape must be \[batch, 4, height, width\], got \[4, 8, 8\]"),
         ({"shape": (1, 4, 8, 8), "rows": 3}, "rows and shape must not both be given.*, got rows=3"),
@@ -988,6 +1022,31 @@ def test_preparing_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(ValueError, match=f"CompressedConv2d.prepare: {sentence}"):
             layer.prepare(**arguments)
+
+
+def test_convolutions_without_a_shape_are_not_measured() -> None:
+    """A loop over all compressed layers goes on: the table decides."""
+    layer = conv().pack("csr")
+    before = layer.explain()
+    sentence = (
+        r"^CompressedConv2d.prepare: nothing is measured without shape, \[batch, 4, height, width\] of an input; the"
+    )
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        assert layer.prepare((1, 16, 100), tune=True) is layer
+    assert caught[0].filename == __file__ and layer.explain() == before and not layer._measured
+
+
+def test_each_shape_is_measured_and_those_of_a_bucket_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = conv().pack("csr")
+    times = {
+        (1, 4, 4, 16): (1.0, 4.0),
+        (1, 4, 16, 4): (4.0, 2.0),
+        (1, 4, 100, 100): (7.0, 1.0),
+    }  # 16, 16 and 2500 rows
+    monkeypatch.setattr(CompressedConv2d, "_time", lambda self, size, dtype: times[size])
+    layer.prepare(shape=list(times), tune=True)
+    assert layer._measured == {(torch.float32, 2): (2.5, 3.0), (torch.float32, 5): (7.0, 1.0)}
+    assert [entry["path"] for entry in layer.explain([16, 2500])] == ["sparse", "dense"]
 
 
 def test_what_the_table_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -592,6 +592,29 @@ def test_round_trip(shape: tuple[int, int, float, int], format: str, block: tupl
     assert torch.equal(again.to_dense(), packed.to_dense())
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_casts_change_no_mask(format: str) -> None:
+    """What is too small for the type is a kept zero, at the distances of bridges too."""
+    w, mask = torch.zeros(32, 1100), torch.zeros(32, 1100, dtype=torch.bool)
+    for row in range(16):
+        w[row, [255, 511, 1021]] = torch.tensor([1e-9, 1.0, -1e-9])
+    mask[:16, [255, 511, 1021]] = True
+    packed = SparseWeight.from_dense(w, mask, format)
+    half = packed.cast(torch.float16)
+    assert half.values.dtype == torch.float16 and half.format == format and torch.equal(half.mask(), mask)
+    assert torch.equal(half.to_dense(), w.half())
+    assert (half.values.numel() > packed.values.numel()) == (format == "delta")
+    wide = packed.cast(torch.float64)
+    assert torch.equal(wide.mask(), mask) and wide.index is packed.index
+    with pytest.raises(
+        TypeError, match=r"^SparseWeight.cast: floats alone have another type, got torch.float32 to torch.int8"
+    ):
+        packed.cast(torch.int8)
+    packed = SparseWeight.from_dense(w, mask, format, values=torch.int8)
+    with pytest.raises(TypeError, match=r"^SparseWeight.cast: floats alone .* got torch.int8 to torch.float16"):
+        packed.cast(torch.float16)
+
+
 @pytest.mark.parametrize(("columns", "dtype"), [(65536, torch.uint16), (65537, torch.int32)])
 def test_columns_beyond_sixteen_bits(columns: int, dtype: torch.dtype) -> None:
     w = torch.zeros(2, columns)

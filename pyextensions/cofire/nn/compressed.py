@@ -18,6 +18,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -45,6 +46,11 @@ ROWS = (1, 4, 16, 64, 512)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TABLE = Path(__file__).parent / "dispatch.json"
 GAIN = 1.05  #: what is not faster by so much stays dense
+#: Why a mask of as many weights may need more values, or fewer.
+BRIDGES = (
+    " (with the zeros that the format 'delta' needs: one for each 255 columns that are skipped, and one for a kept zero, as all "
+    "are that are kept newly, at a multiple of 255 columns from the one before)"
+)
 
 
 # ----------------------------------------------------------------------------------------------------- dispatch
@@ -306,7 +312,8 @@ class Compressed(Watched):
         Args:
             rows: of the inputs. Another bucket's number warns once.
             tune: measure the sparse product and the dense one (from a kept copy or decoded, as ``cache_dense`` says), with the
-                present number of threads; the sparse one is taken where it is faster by 5 %. Else the shipped table decides.
+                present number of threads; the sparse one is taken where it is faster by 5 %, in the mean of what is measured
+                for a bucket. Else the shipped table decides.
             dtype: of the inputs; default: the weight's.
 
         Returns:
@@ -319,19 +326,23 @@ class Compressed(Watched):
             refuse(name, f"rows must be positive, got {rows!r}")
         return self._prepare({n: n for n in counts}, tune, self.dtype if dtype is None else dtype)
 
-    def _prepare(self, inputs: Mapping[int, Any], tune: bool, dtype: torch.dtype) -> Any:
-        """``inputs``: by the number of rows, what :meth:`_time` measures."""
-        self._prepared = {bucket(n) for n in inputs} | (self._prepared or set())
-        for n, one in inputs.items() if tune else ():
-            self._measured[dtype, bucket(n)] = self._time(one, dtype)
+    def _prepare(self, inputs: Mapping[Any, int], tune: bool, dtype: torch.dtype) -> Any:
+        """``inputs``: the number of rows of each that :meth:`_time` measures. Those of a bucket count together."""
+        self._prepared = {bucket(n) for n in inputs.values()} | (self._prepared or set())
+        found: dict[int, list[tuple[float, float]]] = {}
+        for size, n in inputs.items() if tune else ():
+            found.setdefault(bucket(n), []).append(self._time(size, dtype))
+        for number, times in found.items():
+            sparse, dense = zip(*times, strict=True)
+            self._measured[dtype, number] = (fmean(sparse), fmean(dense))
         self._replan()
         return self
 
     @torch.no_grad()
-    def _time(self, rows: Any, dtype: torch.dtype) -> tuple[float, float]:
-        """Milliseconds of the sparse product and of the dense one."""
+    def _time(self, size: Any, dtype: torch.dtype) -> tuple[float, float]:
+        """Milliseconds of the sparse product and of the dense one. ``size``: the rows of an input; of a convolution its shape."""
         weight = self.sparse_weight
-        x = torch.randn(rows, weight.shape[1], dtype=dtype, device=self.values.device)
+        x = torch.randn(size, weight.shape[1], dtype=dtype, device=self.values.device)
         bias = None if self.bias is None else self.bias.detach().to(dtype)
         return milliseconds(lambda x: spmm(x, weight, bias), lambda x: F.linear(x, self._dense(dtype), bias), x)
 
@@ -383,7 +394,8 @@ class Compressed(Watched):
 
         Raises:
             TypeError: ``mask`` is not bool.
-            ValueError: another shape, another number of values (or blocks), or a mask that does not consist of whole blocks.
+            ValueError: another shape, another number of values (or blocks; of ``delta`` with the zeros that bridge a distance,
+                and those that a kept zero needs), or a mask that does not consist of whole blocks.
         """
         name = f"{type(self).__name__}.update_mask"
         check_mask(name, mask, self.shape, self.values.device)
@@ -393,7 +405,10 @@ class Compressed(Watched):
         for part in PARTS:
             a, b = getattr(old, part), getattr(new, part)
             if a is not None and a.shape != b.shape:
-                refuse(name, f"mask must keep as many values as are stored, {shape_of(a)} {part}, got {shape_of(b)}")
+                more = BRIDGES if self.format == "delta" else ""
+                refuse(
+                    name, f"mask must keep as many values as are stored{more}, {shape_of(a)} {part}, got {shape_of(b)}"
+                )
         check_blocks(name, mask.flatten(1), new)
         for part, tensor in new.tensors().items():
             getattr(self, part).copy_(as_bytes(tensor))
@@ -412,14 +427,30 @@ class Compressed(Watched):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         scale, values = self.scale, self.values
+        old = self.sparse_weight.replace(values=values.detach()) if self.format == "delta" else None
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if scale is not None and self.scale is not None:
             self.scale = scale.to(self.values.device)  # of few bits, it would round every weight
+        if old is not None:
+            self._keep_zeros(old)
         if values.device != self.values.device:
             self._forget()
         self._copy = None
         return self
+
+    @torch.no_grad()
+    def _keep_zeros(self, old: SparseWeight) -> None:
+        """After a cast of ``delta``: what became zero is kept as it was, with an entry more where it needs one."""
+        dtype, device = self.values.dtype, self.values.device
+        if dtype == old.values.dtype or self.values.is_meta or old.values.is_meta:
+            return
+        new = old.cast(dtype)
+        if new.values.shape != self.values.shape:
+            self.values.data = new.values.to(device)
+            self.index, self.offsets = new.index.to(device), new.offsets.to(device)
+            self._mask_changed()
+            self._forget()
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
@@ -771,8 +802,9 @@ class CompressedConv2d(Compressed):
 
         Args:
             rows: positions of the output, all images together; default: 1, 16 and 256. Another bucket's number warns once.
-            tune: measure the sparse convolution and the dense one, for inputs of ``shape``; what is found counts for all inputs
-                in the same bucket of rows. Else the shipped table decides.
+            tune: measure the sparse convolution and the dense one, for inputs of ``shape``; what is found, in the mean of the
+                shapes of a bucket of rows, counts for all inputs in it. Else the shipped table decides, after a warning where
+                there is no ``shape`` to measure.
             dtype: of the inputs; default: the weight's.
             shape: of an input, ``[batch, channels, height, width]``, or several such; in place of ``rows``.
 
@@ -780,14 +812,15 @@ class CompressedConv2d(Compressed):
             The layer.
 
         Raises:
-            ValueError: ``tune`` without ``shape``, both ``rows`` and ``shape``, or sizes that do not fit.
+            ValueError: both ``rows`` and ``shape``, or sizes that do not fit.
         """
         name = "CompressedConv2d.prepare"
         if shape is None:
             if tune:
-                refuse(
-                    name,
-                    f"shape must be given to measure: [batch, {self.in_channels}, height, width] of an input, got None",
+                warnings.warn(
+                    f"{name}: nothing is measured without shape, [batch, {self.in_channels}, height, width] of an input; the "
+                    "shipped table decides",
+                    stacklevel=2,
                 )
             return super().prepare((1, 16, 256) if rows is None else rows, dtype=dtype)
         if rows is not None:
@@ -801,12 +834,12 @@ class CompressedConv2d(Compressed):
             fits = len(one) == 4 and all(is_integer(n) and n > 0 for n in one) and one[1] == self.in_channels
             if not fits:
                 refuse(name, f"shape must be [batch, {self.in_channels}, height, width], got {one}")
-        inputs = {max(1, self._positions(math.prod(one))): one for one in shapes}
+        inputs = {tuple(one): max(1, self._positions(math.prod(one))) for one in shapes}
         return self._prepare(inputs, tune, self.dtype if dtype is None else dtype)
 
     @torch.no_grad()
-    def _time(self, rows: Any, dtype: torch.dtype) -> tuple[float, float]:
-        x = torch.randn(rows, dtype=dtype, device=self.values.device)
+    def _time(self, size: Any, dtype: torch.dtype) -> tuple[float, float]:
+        x = torch.randn(size, dtype=dtype, device=self.values.device)
         return milliseconds(self._convolve_sparse, self._convolve_dense, x)
 
     def _in_training(self, path: str) -> str:

@@ -4,7 +4,8 @@
 ============ ===================================================================================================
 ``csr``      rows of values with their columns, 16 bits each up to 65536 columns, else 32; can be trained
 ``delta``    the same with the distance from the column before, 8 bits; where it is more than 255, a zero at the
-             distance 255 stands between, a bridge. (A kept zero there stands behind a bridge, at the distance 0.)
+             distance 255 stands between, a bridge. (A kept zero at a multiple of 255 stands behind bridges, at the
+             distance 0. What was packed before this was so has it at 255, where it is read as a bridge: not kept.)
 ``bitmap``   panels of 16 rows: per column one word of 16 bits, one a row; the values by column, then by row
 ``block``    blocks of R x C: the numbers of the kept ones' columns, and their values by column, then by row;
              can be trained
@@ -199,7 +200,7 @@ class SparseWeight:
         return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> SparseWeight:
-        """The same with ``function`` applied to each tensor."""
+        """The same with ``function`` applied to each tensor. (For another type of the values there is :meth:`cast`.)"""
         changed: dict[str, Any] = {name: function(t) for name, t in self.tensors().items()}
         return dataclasses.replace(self, **changed)
 
@@ -208,6 +209,28 @@ class SparseWeight:
 
     def replace(self, **changes: Any) -> SparseWeight:
         return dataclasses.replace(self, **changes)
+
+    def cast(self, dtype: torch.dtype) -> SparseWeight:
+        """The same with the values in another floating-point type; what is too small for it is a kept zero.
+
+        Of ``delta`` such a zero may need an entry more, or it would be taken for a bridge: then all is packed anew.
+
+        Raises:
+            TypeError: ``dtype`` is no floating-point type, or the values are int8.
+
+        Example:
+            >>> w = torch.zeros(1, 300)
+            >>> w[0, 255] = 1e-9
+            >>> s = SparseWeight.from_dense(w, w != 0, "delta").cast(torch.float16)
+            >>> s.values.tolist(), s.index.tolist(), s.mask().sum().item()
+            ([0.0, 0.0], [255, 0], 1)
+        """
+        if not (self.values.is_floating_point() and dtype.is_floating_point):
+            raise TypeError(f"SparseWeight.cast: floats alone have another type, got {self.values.dtype} to {dtype}")
+        values = self.values.to(dtype)
+        if self.format == "delta" and bool(((values == 0) & (self.values != 0) & (self.index == STEP)).any()):
+            return SparseWeight.from_dense(self.to_dense().to(dtype), self.mask(), self.format)
+        return self.replace(values=values)
 
     @property
     def device(self) -> torch.device:
