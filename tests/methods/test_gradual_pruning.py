@@ -16,7 +16,7 @@ from torch import nn
 
 from cofire import optim
 from cofire.methods import GradualPruning
-from cofire.nn import SparseLinear, masks
+from cofire.nn import Compressed, SparseLinear, masks
 from methods.protocol import check_protocol
 
 torch.manual_seed(0)
@@ -272,6 +272,9 @@ def test_report_and_deployment() -> None:
     assert report.steps == 2
     assert report.kept == sum(layer.kept for layer in report.layers) == round(0.1 * 18) * 4 + round(0.1 * 144) * 16
     assert report.packed_bytes < report.dense_bytes / 2
+    layers = [layer for layer in pruning.finalize(model).modules() if isinstance(layer, Compressed)]
+    stored = [t for layer in layers for name, t in layer.state_dict().items() if name != "bias"]
+    assert len(layers) == 2 and report.packed_bytes == sum(t.nbytes for t in stored), "what is saved, and no more"
     assert report.deployed_error is not None and report.deployed_error < 1e-5
 
 

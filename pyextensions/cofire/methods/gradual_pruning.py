@@ -53,6 +53,9 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         include, exclude: names or patterns of layers, as in :func:`cofire.nn.sparsify_`; default: all but the last.
         pad: of a pattern: rows may have any number of weights. What is behind the last whole group, r weights, is a group of
             which ``min(N, r)`` are kept in the end.
+        checks: where ``torch.distributed`` has several processes, :meth:`prepare` and each change of the masks compare them, and
+            raise in all processes if they differ (:func:`cofire.nn.check_masks_agree`). All processes must make the same calls
+            then; False: those that train networks of their own.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or out of range.
@@ -85,6 +88,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     pad: bool = False
+    checks: bool = True
 
     def __post_init__(self) -> None:
         name = "GradualPruning"
@@ -162,6 +166,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         if self.begin_density < 1:
             for layer in layers.values():  # nothing has a gradient yet
                 self._prune({"": layer}, self.begin_density, "magnitude")
+        self._agree(result)
         return result
 
     @torch.no_grad()
@@ -173,7 +178,8 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         for it, in the layers that were left out alone, and to the density that the others have by then.
 
         Raises:
-            ValueError: not prepared, a score by gradient without gradients, or scores that are not finite.
+            ValueError: not prepared, a score by gradient without gradients, scores that are not finite, or other masks in
+                other processes.
         """
         layers = self._require(model, "step")
         for layer in layers.values():
@@ -187,6 +193,7 @@ class GradualPruning(SparseTraining, name="gradual_pruning"):
         chosen = layers if due else self._missed(layers)
         if chosen:
             self._prune(chosen, self.density_at(last), self.score)
+            self._agree(model)
 
     def _missed(self, layers: dict[str, Sparse]) -> dict[str, Sparse]:
         """The layers in which the last update could not be made."""

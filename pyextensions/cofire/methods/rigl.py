@@ -80,6 +80,9 @@ class RigL(SparseTraining, name="rigl"):
         end: the step from which the masks stay; about three quarters of training.
         seed: of the first masks and of random growth.
         include, exclude: names or patterns of layers, as in :func:`cofire.nn.sparsify_`; default: all but the last.
+        checks: where ``torch.distributed`` has several processes, :meth:`prepare` and each change of the masks compare them, and
+            raise in all processes if they differ (:func:`cofire.nn.check_masks_agree`). All processes must make the same calls
+            then; False: those that train networks of their own.
 
     Raises:
         TypeError, ValueError: a value of the wrong type, or out of range.
@@ -111,6 +114,7 @@ class RigL(SparseTraining, name="rigl"):
     seed: int = 0
     include: Sequence[str] | None = None
     exclude: Sequence[str] = ()
+    checks: bool = True
 
     def __post_init__(self) -> None:
         check_between("RigL", "density", self.density, 0, 1)
@@ -148,6 +152,7 @@ class RigL(SparseTraining, name="rigl"):
             with torch.no_grad():
                 layer.weight.copy_(apply_mask(layer.weight, bits))
             layer.pruned_are_zero = True  # type: ignore[assignment]
+        self._agree(result)
         return result
 
     def _key(self, step: int, layer: int, layers: int) -> int:
@@ -175,7 +180,8 @@ class RigL(SparseTraining, name="rigl"):
             optimizer: whose moments are zeroed where the mask changes; those of :mod:`cofire.optim` do it by themselves.
 
         Raises:
-            ValueError: not prepared, growth by gradient without a gradient, or a weight that is not finite.
+            ValueError: not prepared, growth by gradient without a gradient, a weight that is not finite, or other masks in
+                other processes.
         """
         layers = self._require(model, "step")
         count = self._count(layers)
@@ -198,3 +204,4 @@ class RigL(SparseTraining, name="rigl"):
             if optimizer is not None:
                 changed = unpack_mask(bits ^ new, weight[0].numel()).view_as(weight)
                 reset_moments(optimizer, weight, changed)
+        self._agree(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cofire.methods.base import Method, Report, bare, evaluation, first_input, replace_modules
 from cofire.nn.compressed import Compressed
+from cofire.nn.mask_checks import check_masks_agree
 from cofire.nn.sparse import Sparse, sparsify_
 from cofire.ops import apply_mask
 from cofire.ops.checks import check_finite, check_integer, check_module, check_number
@@ -86,6 +87,13 @@ def sparse_layers(model: nn.Module) -> dict[str, Sparse]:
 
 class SparseTraining(Method):
     """Prepares layers with masks, counts steps, deploys what is kept."""
+
+    checks: bool = True
+
+    def _agree(self, model: nn.Module) -> None:
+        """Where there are several processes, all of them must have the same masks now."""
+        if self.checks:
+            check_masks_agree(bare(model))
 
     def _with_masks(
         self, model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str], **options: Any
@@ -169,7 +177,8 @@ class SparseTraining(Method):
         packed = 0
         for module in final.modules():
             if isinstance(module, Compressed):
-                own = (module.values, *(b for b in module._buffers.values() if b is not None))
+                skip = module._non_persistent_buffers_set
+                own = (module.values, *(b for n, b in module._buffers.items() if b is not None and n not in skip))
                 packed += sum(x.numel() * x.element_size() for x in own)
         error: float | None = None
         with evaluation(model), torch.no_grad():

@@ -157,7 +157,7 @@ class Compressed(Watched):
         geometry: int64 buffer: version of the format, its number, the block, and the weight's shape.
         cache_dense: whether a dense copy is kept, from the first time that it is needed, where dense products are
             faster. Else the weight is decoded each time they are.
-        checks: as of :class:`Sparse`: for places that averages of buffers spoiled, and those of other processes.
+        checks: as of :class:`Sparse`: for places that averages of buffers spoiled.
     """
 
     values: nn.Parameter
@@ -213,9 +213,6 @@ class Compressed(Watched):
 
     def _weight_shape(self) -> Sequence[int]:
         return self.shape
-
-    def _traces(self) -> tuple[Tensor, ...]:
-        return (pack(self.values.flatten()[None] != 0),)
 
     @property
     def mode(self) -> str:
@@ -418,10 +415,9 @@ class Compressed(Watched):
         self._mask_changed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_copy": None}
+        return {**super().__getstate__(), "_copy": None}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._check_saved()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         destination[f"{prefix}index"] = from_bytes(destination[f"{prefix}index"], self.format)
 

@@ -3,14 +3,15 @@
 
 =================== ================================================================================================
 in any forward      a mask that something else than the layer changed, as averages of buffers do, which make numbers of
-                    its bits: each mask has a checksum beside it, looked at where the mask was written to
+                    its bits: each mask has a checksum beside it, looked at where the mask was written to. A warning, once:
+                    whoever copies a right mask into the buffer looks the same
 in training         pruned weights that are not zero (mode "invariant"), in the first forwards after a change of the
-                    mask: another optimiser's momentum from before moves them
-under DDP           masks that differ between the processes, in the first forward, and after a change of a mask
+                    mask: another optimiser's momentum from before moves them. An error
 =================== ================================================================================================
 
 Nothing is left of it in steady training but the comparison of a few integers. What ``torch.compile`` traces, and what a CUDA
-graph records, looks at nothing. ``checks = False``, of a layer or of its class, turns all of it off.
+graph records, looks at nothing, nor is the checksum looked at where ``DistributedDataParallel`` calls (it writes to buffers
+each time) or ``functional_call`` lends other buffers. ``checks = False``, of a layer or of its class, turns all of it off.
 
 Source: the layers'.
 """
@@ -18,9 +19,10 @@ Source: the layers'.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +59,18 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+@dataclass
+class Seen:
+    """What a layer knows from one forward to the next. A copy of the layer begins anew."""
+
+    place: str = ""  #: the layer's name in the model, where known
+    known: list[int] = field(default_factory=list)  #: the stamp of the mask when its checksum was last right
+    warned: bool = False
+    steps: int = 0  #: how many more forwards look at pruned weights
+    unseen: int = 0
+    written: int = -1  #: the weight's version when they were looked at
+
+
 class Watched(nn.Module):
     """A layer with a mask, and what it finds out by itself.
 
@@ -68,14 +82,7 @@ class Watched(nn.Module):
 
     mask_sum: Tensor
     checks: bool = True
-    _place: str = ""  # its name in the model, where known
-    _known: list[int] | None = None  # the stamp of the mask when a forward last noticed a write
-    _sure: list[int] | None = None  # and when its checksum was last right
-    _outside: int = 0  # forwards that found the mask written to by others
-    _unsure: bool = False  # whether other processes may have another mask
-    _steps: int = 0
-    _unseen: int = 0
-    _written: int = -1
+    _seen: Seen
 
     #: The names of the buffers that say what is kept.
     _mask_names: tuple[str, ...] = ()
@@ -83,15 +90,11 @@ class Watched(nn.Module):
     def _mask_parts(self) -> tuple[Tensor, ...]:
         return tuple(self._buffers[name] for name in self._mask_names)  # type: ignore[misc]
 
-    def _traces(self) -> tuple[Tensor, ...]:
-        """What else differs between processes that had different masks: small tensors."""
-        return ()
-
     def _zeros_promised(self) -> bool:
         return False
 
     def _label(self) -> str:
-        return f"{type(self).__name__} {self._place or list(self._weight_shape())!r}"
+        return f"{type(self).__name__} {self._seen.place or list(self._weight_shape())!r}"
 
     def _weight_shape(self) -> Sequence[int]:
         raise NotImplementedError  # each kind of layer has its own
@@ -108,20 +111,45 @@ class Watched(nn.Module):
     @torch.no_grad()
     def _mask_changed(self) -> None:
         """The mask is what it should be from here on."""
-        parts = self._mask_parts()
-        if any(t.is_meta for t in parts):
-            self.register_buffer("mask_sum", torch.ones((), dtype=torch.int64, device=parts[0].device), False)
-            return
-        total, own = checksum(parts), self._buffers.get("mask_sum")
+        if "_seen" not in self.__dict__:
+            self._seen = Seen()
+        seen, parts = self._seen, self._mask_parts()
+        meta = any(t.is_meta for t in parts)
+        self._record(torch.ones((), dtype=torch.int64, device=parts[0].device) if meta else checksum(parts))
+        seen.steps, seen.unseen = (STEPS, UNSEEN) if self._zeros_promised() and not meta else (0, 0)
+        if seen.steps:
+            seen.written = version(self.weight)  # type: ignore[arg-type]
+
+    def _record(self, total: Tensor) -> None:
+        own = self._buffers.get("mask_sum")
         if own is None or own.device != total.device or own.is_inference():
             self.register_buffer("mask_sum", total, persistent=False)
         else:
             own.copy_(total)
-        self._known = self._sure = self._stamp()
-        self._outside, self._unsure = 0, True
-        self._steps, self._unseen = (STEPS, UNSEEN) if self._zeros_promised() else (0, 0)
-        if self._steps:
-            self._written = version(self.weight)  # type: ignore[arg-type]
+        self._seen.known = self._stamp()
+
+    # ---------------------------------------------------------------------------------------- copying and moving
+
+    def _unread(self) -> None:
+        """The buffers are the layer's own, and the next forward looks at the checksum."""
+        self._seen.known = self._stamp()
+        self._seen.known[1::2] = [-2] * len(self._mask_names)  # (no count of writes)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._unread()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_seen"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._seen = Seen()
+        if "mask_sum" in self._buffers:
+            self._unread()
+        else:  # of a version that had none
+            self._mask_changed()
 
     # ----------------------------------------------------------------------------------------------- looking
 
@@ -129,16 +157,13 @@ class Watched(nn.Module):
         """Of each forward."""
         if torch.compiler.is_compiling() or not self.checks:
             return
-        if (
-            (self._steps and self.training and self._stepped())
-            or self._known != self._stamp()
-            or DistributedDataParallel._active_ddp_module is not None
-        ):
+        seen = self._seen
+        if (seen.steps and self.training and self._stepped()) or seen.known != self._stamp():
             self._look()
 
     def _stepped(self) -> bool:
         """Whether pruned weights may have moved since they were looked at."""
-        return self._unseen > 0 or version(self.weight) != self._written  # type: ignore[arg-type]
+        return self._seen.unseen > 0 or version(self.weight) != self._seen.written  # type: ignore[arg-type]
 
     def _blind(self) -> bool:
         """Whether values cannot be looked at here."""
@@ -147,6 +172,7 @@ class Watched(nn.Module):
             torch.compiler.is_compiling()
             or torch._C._is_tracing()  # of torch.jit
             or torch._C._are_functorch_transforms_active()
+            or getattr(torch._C, "_len_torch_dispatch_stack", int)() > 0  # fake tensors, counters of operations
             or getattr(self, "_is_replica", False)  # of nn.DataParallel
             or any(type(t) is not Tensor or t.is_meta for t in parts)
             or (parts[0].is_cuda and torch.cuda.is_current_stream_capturing())
@@ -155,37 +181,32 @@ class Watched(nn.Module):
     def _look(self) -> None:
         if self._blind():
             return
-        training = self.training and torch.is_grad_enabled()
-        if training:
-            _agree(DistributedDataParallel._active_ddp_module, self._unsure)
-        stamp = self._stamp()
-        if stamp != self._known:
-            # (DDP writes in each forward: the value is asked for less and less often)
-            if not (self._outside + 1) & self._outside:
-                self._check_sum()
-            self._known, self._outside = stamp, self._outside + 1
-        if training and self._steps and self._stepped():
+        seen, stamp = self._seen, self._stamp()
+        # (other tensors are not the layer's: functional_call lends them. DDP writes in each forward)
+        own = stamp[::2] == seen.known[::2] and DistributedDataParallel._active_ddp_module is None
+        if own and stamp != seen.known:
+            self._check_sum()
+        if self.training and torch.is_grad_enabled() and seen.steps and self._stepped():
             self._check_zeros()
 
     @torch.no_grad()
     def _check_sum(self) -> None:
-        found, recorded = torch.stack([checksum(self._mask_parts()), self.mask_sum]).tolist()
-        if recorded and found != recorded:
-            raise RuntimeError(
-                f"{self._label()}: the mask must be changed by update_mask or load_state_dict alone, got one with another "
-                "checksum than theirs. An average of buffers makes such ones: take AveragedModel(model, use_buffers=False), "
-                "which copies them. update_mask(mask) says which mask counts (checks=False looks at nothing)"
+        total = checksum(self._mask_parts())
+        found, recorded = torch.stack([total, self.mask_sum]).tolist()
+        if recorded and found != recorded and not self._seen.warned:
+            self._seen.warned = True
+            warnings.warn(
+                f"{self._label()}: the mask is not the one that update_mask or load_state_dict left: its checksum is another. It "
+                "is taken as it is. An average of buffers spoils masks: AveragedModel(model, use_buffers=False) copies them, and "
+                "update_mask(mask) says which mask counts (this is said once; checks=False looks at nothing)",
+                stacklevel=5,
             )
-        self._sure = self._stamp()
-
-    def _check_saved(self) -> None:
-        """Of what leaves the layer: its state, and what is made of it."""
-        if self.checks and self._sure != self._stamp() and not self._blind():
-            self._check_sum()
+        self._record(total)
 
     def _check_zeros(self) -> None:
-        weight = self.weight
+        weight, seen = self.weight, self._seen
         if type(weight) is not nn.Parameter or not weight.requires_grad:
+            seen.steps = 0
             return
         wrong, pruned = pruned_not_zero(weight, self._mask_parts()[0])
         if wrong:
@@ -193,53 +214,22 @@ class Watched(nn.Module):
                 f"{self._label()}: weight must be zero where it is pruned, got {wrong} other entries of {pruned} pruned "
                 f"ones. {MOVED}. After a change of the mask reset_moments stops another optimiser's momentum"
             )
-        if version(weight) == self._written:
-            self._unseen -= 1
+        if version(weight) == seen.written:
+            seen.unseen -= 1
         else:
-            self._written, self._steps = version(weight), self._steps - 1
+            seen.written, seen.steps = version(weight), seen.steps - 1
 
 
 # ------------------------------------------------------------------------------------------------- processes
 
-#: Of each model under DDP the group for comparing its masks, and those whose masks were the same.
-_GROUPS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_AGREED: WeakSet[nn.Module] = WeakSet()
 
-
-def _agree(ddp: Any, unsure: bool) -> None:
-    """Compare the masks of a model in the first forward under DDP, and after a change: there all processes pass."""
-    if ddp is None or (not unsure and ddp in _AGREED):
-        return
-    import torch.distributed as dist
-
-    if dist.get_world_size(ddp.process_group) > 1:
-        if ddp not in _GROUPS and not dist.is_gloo_available():
-            _GROUPS[ddp] = ddp.process_group
-        elif ddp not in _GROUPS:
-            # one of its own, so that a process that waits here in vain takes no gradients of the others for masks
-            ranks = dist.get_process_group_ranks(ddp.process_group)
-            _GROUPS[ddp] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        try:
-            _compare(ddp.module, _GROUPS[ddp], zeros=True)
-        except RuntimeError as error:
-            raise RuntimeError(
-                "DistributedDataParallel: all processes must change their masks before the same forward, got no answer from "
-                "some in one after a change here"
-            ) from error
-    _AGREED.add(ddp)
-    for module in ddp.module.modules():
-        if isinstance(module, Watched):
-            module._unsure = False
-
-
+@torch.no_grad()
 def check_masks_agree(model: nn.Module, process_group: Any = None) -> None:
     """Raise, in every process, unless all processes have the same masks.
 
-    In the forward of ``DistributedDataParallel`` the layers call it by themselves, the first time and after each change of a mask;
-    every process has to change its masks in the same steps then. ``layer.checks = False`` turns that off. A model that is
-    compiled, or that shares gradients in another way, calls it by hand after changes. (``DistributedDataParallel`` spreads the
-    first process's masks over the others before its forward, and does not prune their weights: so there the layers compare the
-    zeros too.)
+    All processes have to call it, at the same point. The methods ``GradualPruning`` and ``RigL`` do so when they prepare a model
+    and after each change of its masks; no layer does. Elsewhere call it by hand after a change: before its forward
+    ``DistributedDataParallel`` copies the first process's buffers, masks among them, over the others' without a word.
 
     Args:
         model: with pruned layers, in each process.
@@ -247,24 +237,23 @@ def check_masks_agree(model: nn.Module, process_group: Any = None) -> None:
 
     Raises:
         ValueError: masks that differ; the sentence names the layers.
+
+    Example:
+        >>> from cofire.nn import sparsify_
+        >>> check_masks_agree(sparsify_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)), density=0.5))  # one process
     """
     import torch.distributed as dist
 
     check_module("check_masks_agree", model)
-    if dist.is_available() and dist.is_initialized():
-        _compare(model, process_group, zeros=False)
-
-
-@torch.no_grad()
-def _compare(model: nn.Module, process_group: Any, zeros: bool) -> None:
-    import torch.distributed as dist
-
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) < 2:
+        return
     own = {}
     for name, module in model.named_modules():
         if isinstance(module, Watched):
             digest = hashlib.blake2b(digest_size=16)
-            for part in (*module._mask_parts(), *(module._traces() if zeros else ())):
-                digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for part in module._mask_parts():
+                if not part.is_meta:
+                    digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
             own[name] = digest.hexdigest()
     found: list[Any] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(found, own, group=process_group)

@@ -201,8 +201,8 @@ class Sparse(Watched):
         mode: "invariant" or "masked".
         gradient, decay: of the mode "masked".
         checks: whether the layer looks, as :mod:`cofire.nn.mask_checks` says, for pruned weights that an optimiser moved (in the
-            first steps after a change of the mask), masks that averages of buffers spoiled, and under
-            ``DistributedDataParallel`` other masks in other processes. ``Sparse.checks = False``: no layer does.
+            first steps after a change of the mask: an error), and for masks that averages of buffers spoiled (a warning, once).
+            ``Sparse.checks = False``: no layer does.
     """
 
     weight: nn.Parameter
@@ -303,9 +303,6 @@ class Sparse(Watched):
     def _weight_shape(self) -> Sequence[int]:
         return self.weight.shape
 
-    def _traces(self) -> tuple[Tensor, ...]:
-        return (pack(self.weight != 0),) if self._zeros_promised() and type(self.weight) is nn.Parameter else ()
-
     def _zeros_promised(self) -> bool:
         return self.mode == "invariant"
 
@@ -330,9 +327,7 @@ class Sparse(Watched):
 
         Raises:
             ValueError: in the mode "invariant", a pruned weight that is not zero.
-            RuntimeError: a mask that an average of buffers spoiled.
         """
-        self._check_saved()
         w = apply_mask(self.weight, self.mask_bits)
         if self.mode == "invariant":
             moved, _ = pruned_not_zero(self.weight, self.mask_bits)
@@ -382,7 +377,7 @@ class Sparse(Watched):
             bias = nn.Parameter(self.bias.detach().clone(), trained and self.bias.requires_grad)
         dtype = values if values is not None and values.is_floating_point else self.weight.dtype
         layer = self._around(packed, bias, dtype, trained, cache_dense)
-        layer._place = self._place
+        layer._seen.place = self._seen.place
         return layer.train(self.training)
 
     def _around(self, weight: SparseWeight, bias: Any, dtype: torch.dtype, trained: bool, cache_dense: bool) -> Any:
@@ -413,7 +408,6 @@ class Sparse(Watched):
     # -------------------------------------------------------------------------------------------------- its state
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._check_saved()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
         if self.transposed:
             destination[f"{prefix}weight"] = destination[f"{prefix}weight"].t().contiguous()
@@ -888,8 +882,8 @@ def sparsify_(
                 bits[name] = choose_bits(where, layer.weight, share, score, scope, pattern, other, pad)
     made = {}
     for name, module in chosen.items():
-        layers[name]._place = name
         made[module] = _finish(layers[name], bits[name], mode, gradient, decay, options)
+        made[module]._seen.place = name
     if model in made:
         return cast(nn.Module, made[model])
     for parent in list(model.modules()):  # wherever it stands: a module may have several places
