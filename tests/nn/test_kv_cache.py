@@ -8,6 +8,7 @@ import doctest
 import importlib
 import io
 import os
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -384,6 +385,27 @@ def test_rows_in_another_order(policy):
                 torch.testing.assert_close(cache.attend(0, *inputs), other.attend(0, *inputs))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("policy", ["full", *POLICIES])
+@pytest.mark.parametrize("most", [6, 20])
+def test_rows_of_different_lengths_in_another_order(policy, most):
+    """Rows that go on twice, or not at all, of which one has no token yet: each as if it were alone."""
+    cache, alone = make(policy), [make(policy) for _ in range(3)]
+    inputs, lengths, index = tokens(most, batch=3), [most, 0, 5], [2, 0, 2, 1]
+    cache.attend(0, *inputs, lengths=lengths)
+    for b in (0, 2):
+        alone[b].attend(0, *(x[b : b + 1, :, : lengths[b]] for x in inputs))
+    for call in range(30):
+        if call in (0, 15):
+            cache.reorder_cache(torch.tensor(index))
+            alone = [copy.deepcopy(alone[b]) for b in index]
+        inputs = tokens(1, batch=4, seed=call)
+        found = cache.attend(0, *inputs)
+        for b, row in enumerate(alone):
+            assert torch.equal(found[b : b + 1], row.attend(0, *(x[b : b + 1] for x in inputs)))
+    assert cache.lengths() == [row.seen for row in alone] == [35, 35, 35, 30 + most]
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
 def test_decoding_compiles_in_one_graph(backend):
     """With the reduction; the graphs are few: lengths are not baked in."""
@@ -556,8 +578,6 @@ def test_llama_with_prompts_of_different_lengths():
             torch.testing.assert_close(model(ids[one, :n], cache=alone).logits, found[0][one, :n])
             for t in range(12):
                 torch.testing.assert_close(model(prompts()[one, t : t + 1], cache=alone).logits, found[1 + t][one])
-        with pytest.raises(RuntimeError, match="different lengths, and cannot be reordered"):
-            past.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(ValueError, match="padding needs a cache of cofire"):
             model(ids, attention_mask=F.pad(torch.ones(2, 19), (0, 1)))
 
@@ -575,18 +595,99 @@ def test_llama_generates_from_prompts_that_are_padded_on_the_left(policy):
     """Within the capacity the tokens of transformers' own cache, in one prompt or in chunks, of which some are padding
     alone; beyond it those of each row alone."""
     model, (ids, mask) = llama(), padded()
-    options = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False}
-    sdpa = llama("sdpa").generate(ids, **options)
-    for more in ({}, {"prefill_chunk_size": 7}):
-        wide = make(policy, 64)
-        assert torch.equal(model.generate(ids, cache=wide.for_transformers(model), **options, **more), sdpa)
-        assert wide.seen == 53 and wide.lengths(1) == [53, 40, 27]
-    found = model.generate(ids, cache=make(policy).for_transformers(model), **options)
-    for row, n in enumerate((30, 17, 4)):
-        cache = make(policy).for_transformers(model)
-        alone = model.generate(ids[row : row + 1, 30 - n :], cache=cache, max_new_tokens=24, do_sample=False)
-        assert torch.equal(found[row, 30:], alone[0, n:])
-    assert policy == "full" or not torch.equal(found, sdpa)
+    for beams in (1, 3):
+        options = {"max_new_tokens": 24, "do_sample": False, "num_beams": beams}
+        sdpa = llama("sdpa").generate(ids, attention_mask=mask, **options)
+        for more in ({}, {"prefill_chunk_size": 7}, {"prefill_chunk_size": 1}):
+            wide = make(policy, 64)
+            past = wide.for_transformers(model)
+            assert torch.equal(model.generate(ids, attention_mask=mask, cache=past, **options, **more), sdpa)
+            assert wide.seen == 53 and wide.lengths(1) == [n for n in (53, 40, 27) for _ in range(beams)]
+        found = model.generate(ids, attention_mask=mask, cache=make(policy).for_transformers(model), **options)
+        for row, n in enumerate((30, 17, 4)):
+            cache = make(policy).for_transformers(model)
+            alone = model.generate(ids[row : row + 1, 30 - n :], cache=cache, **options)
+            assert torch.equal(found[row, 30:], alone[0, n:])
+        assert policy == "full" or not torch.equal(found, sdpa)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_llama_where_a_row_rests_for_a_step(device):
+    model, ids = llama().to(device), prompts(13).to(device)
+    past, alone = (make("heavy").for_transformers(model) for _ in range(2))
+    mask = torch.ones_like(ids)
+    model(ids[:, :10], attention_mask=mask[:, :10], cache=past)
+    mask[1, 10:12] = 0
+    for t in (10, 11, 12):
+        position = mask[:, : t + 1].sum(-1, keepdim=True) - 1
+        step = {"attention_mask": mask[:, : t + 1], "position_ids": position, "cache": past}
+        found = model(ids[:, t : t + 1], **step).logits
+    assert past.cache.lengths(1) == [13, 11] and past.seen == 13
+    model(ids[1:, :10], cache=alone)
+    torch.testing.assert_close(model(ids[1:, 12:], cache=alone).logits, found[1:])
+
+
+@torch.no_grad()
+def test_llama_is_told_the_lengths_of_one_call():
+    model, ids = llama(), prompts()
+    past, other = make("heavy").for_transformers(model, lengths=[12, 7]), make("heavy").for_transformers(model)
+    mask = torch.ones_like(ids)
+    mask[1, 7:12] = 0
+    for which in (mask, torch.ones_like(mask)):
+        with pytest.raises(ValueError, match="attention_mask must not be given where the cache was given lengths"):
+            model(ids[:, :12], attention_mask=which[:, :12], cache=past)
+    with pytest.raises(
+        ValueError, match="prompts for generate, .* must be padded on the left, got padding on the right"
+    ):
+        model.generate(ids, cache=past, max_new_tokens=2)
+    found = model(ids[:, :12], cache=past).logits
+    assert torch.equal(model(ids[:, :12], attention_mask=mask[:, :12], cache=other).logits[1, :7], found[1, :7])
+    assert past.cache.lengths(1) == [12, 7]
+    model(ids[:, 12:24], cache=past)
+    assert past.cache.lengths(1) == [24, 19]
+    model(ids[:, 24:], attention_mask=mask, cache=past)
+    assert past.cache.lengths(1) == [30, 25]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pad", [False, True])
+def test_llama_goes_on_with_copies(pad):
+    """A pickle, a deep copy, and rows that are repeated."""
+    model, (ids, mask) = llama(), padded()
+    mask = mask if pad else torch.ones_like(mask)
+    past = make("lococo").for_transformers(model)
+    past.batch_repeat_interleave(2)
+    model(ids, attention_mask=mask, cache=past)
+    loaded, copied, twice = pickle.loads(pickle.dumps(past)), copy.deepcopy(past), copy.deepcopy(past)
+    twice.batch_repeat_interleave(2)
+    for t in range(6):
+        mask, token = F.pad(mask, (0, 1), value=1), ids[:, -1 - t, None]
+        found = model(token, attention_mask=mask, cache=past).logits
+        for other in (loaded, copied):
+            assert torch.equal(model(token, attention_mask=mask, cache=other).logits, found)
+        double = {"attention_mask": mask.repeat_interleave(2, 0), "cache": twice}
+        more = model(token.repeat_interleave(2, 0), **double).logits
+        torch.testing.assert_close(more, found.repeat_interleave(2, 0))
+    model.gradient_checkpointing_enable()
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="gradient checkpointing takes the cache away"):
+        model.train()(ids, cache=copied)
+
+
+def test_what_generate_calls_besides_may_be_padded_on_the_right():
+    """A model with a cache of its own, called by a LogitsProcessor."""
+    transformers = pytest.importorskip("transformers")
+    model, (ids, mask), calls = llama(), padded("right"), []
+
+    class Beside(transformers.LogitsProcessor):
+        def __call__(self, _, scores):
+            own = make("heavy").for_transformers(model)
+            model(ids, attention_mask=mask, cache=own)
+            calls.append(own.cache.lengths(1))
+            return scores
+
+    found = continued(model, make("heavy"), logits_processor=[Beside()])
+    assert calls == [[30, 17, 4]] * 24 and torch.equal(found, continued(model, make("heavy")))
 
 
 def test_masks_that_are_refused():
@@ -656,7 +757,7 @@ def test_llama_compiles_in_one_graph(masked):
     found, past, mask = decode(compiled)
     assert torch.equal(decode(model)[0], found)
     if masked:
-        with torch.no_grad(), pytest.raises(RuntimeError, match="must be 1 where a row goes on by one token"):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="must be 1 for each row of a compiled step"):
             compiled(found[:, :1], cache=past, attention_mask=F.pad(mask, (0, 1)))
 
 

@@ -31,7 +31,7 @@ __all__ = ["FullCache", "HeavyHitterCache", "KVCache", "LoCoCoCache", "SlidingWi
 Pair = tuple[Tensor, Tensor]
 
 
-def _integers(numbers: Sequence[int] | Tensor) -> list[int]:
+def integers(numbers: Sequence[int] | Tensor) -> list[int]:
     found: list[int] = numbers.tolist() if isinstance(numbers, Tensor) else list(numbers)
     return found
 
@@ -83,6 +83,14 @@ class CacheLayer:
         if self.store is not None:
             return self.store[0]
         return None if self.loose is None else self.loose[0]
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch; 0 where nothing was cached yet."""
+        if self.rows is not None:
+            return len(self.rows)
+        like = self.like
+        return 0 if like is None else like.shape[0]
 
     def lengths(self, batch: int) -> list[int]:
         """Tokens that each row of the batch was fed, without filling."""
@@ -198,10 +206,23 @@ class CacheLayer:
             self.cache._spares.clear()
         return self.rows
 
+    def copied(self) -> CacheLayer:
+        """The same tokens, which further tokens of this one do not change. Only a store is ever written in place."""
+        other = CacheLayer(self.cache, self.index)
+        other.count, other.seen, other.scores, other.queries = self.count, self.seen, self.scores, self.queries
+        other.loose = self.loose
+        if self.loose is None and self.store is not None:
+            other.store = self.store.clone()
+        return other
+
     def select(self, index: Tensor) -> None:
         """Rows of the batch: another order, fewer, or some more than once."""
         if self.rows is not None:
-            raise RuntimeError(f"{self.name}: the rows of the batch have different lengths, and cannot be reordered")
+            rows: list[CacheLayer] = []
+            for row in (self.rows[b] for b in index.tolist()):
+                rows.append(row.copied() if row in rows else row)
+            self.rows = rows
+            return
         if self.count:
             key, value = (x.index_select(0, index.to(x.device)) for x in self.held)
             if self.store is not None and self.loose is None and len(index) == self.store.shape[1]:
@@ -352,8 +373,8 @@ class KVCache:
         batch, tokens = key.shape[0], key.shape[2]
         if lengths is None and starts is None:
             return None if at.rows is None else [(0, tokens)] * batch
-        first = [0] * batch if starts is None else _integers(starts)
-        counts = [tokens - n for n in first] if lengths is None else _integers(lengths)
+        first = [0] * batch if starts is None else integers(starts)
+        counts = [tokens - n for n in first] if lengths is None else integers(lengths)
         for which, numbers in (("starts", first), ("lengths", counts)):
             if len(numbers) != batch or not all(0 <= n <= tokens for n in numbers):
                 refuse(at.name, f"{which} must be {batch} numbers from 0 to the {tokens} new tokens, got {numbers}")
@@ -499,8 +520,7 @@ class KVCache:
     def lengths(self, layer: int = 0) -> list[int]:
         """Tokens that each row of the batch was fed, without those that only filled up: positions of its next token."""
         at = self.layer(layer)
-        like = at.like
-        return at.lengths(0 if like is None else like.shape[0])
+        return at.lengths(at.batch)
 
     def detach(self) -> None:
         """Cut gradients off that go back into earlier calls."""
@@ -513,11 +533,7 @@ class KVCache:
             layer.clear()
 
     def reorder_cache(self, index: Tensor) -> None:
-        """Rows of the batch in another order, as a beam search wants them.
-
-        Raises:
-            RuntimeError: the rows have different lengths.
-        """
+        """Rows of the batch in another order, as a beam search wants them: int64 ``[B']``, the row that each becomes."""
         for layer in self.layers:
             layer.select(index)
 
@@ -568,7 +584,7 @@ class KVCache:
         Args:
             model: whose layers it serves.
             lengths: where the caller of ``forward`` knows them, in place of ``attention_mask``, which has to be brought from the
-                device: how many of its tokens count in each row, the first ones. Make a new object for the next call.
+                device: how many of its tokens count in each row, the first ones. They are those of the next call alone.
 
         It is a second object with the same tokens, because the two have different words for the same things: the ``update``
         of transformers has the layer last, its ``layers`` are objects of its own classes, and the attention of the model

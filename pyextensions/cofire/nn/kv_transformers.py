@@ -7,6 +7,7 @@ cache with the keys: the cache then attends, so that it learns how much attentio
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 import types
@@ -21,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from cofire import ops
-from cofire.nn.kv_cache import KVCache
+from cofire.nn.kv_cache import KVCache, integers
 from cofire.ops.checks import refuse, shape_of
 
 __all__ = ["ATTENTION", "TransformersCache"]
@@ -31,9 +32,10 @@ ATTENTION = "cofire_scores"
 
 
 class _Handover(threading.local):
-    """The layer that was given keys and waits for the queries."""
+    """From what transformers calls first to what it calls then."""
 
-    layer: TransformersLayer | None = None
+    layer: TransformersLayer | None = None  # was given keys and waits for the queries
+    told: bool = False  # the cache that was asked for its sizes knows the lengths of the rows
 
 
 _waiting = _Handover()
@@ -63,7 +65,7 @@ class TransformersLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{type(self.cache).__name__}: layer {before.index} attended without the cache: "
                 f'call model.set_attn_implementation("{ATTENTION}")'
             )
-        _waiting.layer = self
+        _waiting.layer, _waiting.told = self, False
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -95,9 +97,7 @@ class TransformersLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         at = self.cache.layers[self.index]
-        if at.count:
-            key, _ = at.held
-            at.select(torch.arange(key.shape[0], device=key.device).repeat_interleave(repeats))
+        at.select(torch.arange(at.batch).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
@@ -121,10 +121,17 @@ class TransformersCache(Cache):  # type: ignore[misc]
     on the right in ``forward`` alone, with ``position_ids`` after the prompt. Each row then has a cache of its own. With
     other attentions the policies do not see the mask: do not pad there.
 
+    A mask costs one wait for the device in each forward, also of one token: only then is it known whether a row rests.
+    Without a mask nobody waits. A compiled step of one token does not wait either; the device asserts there that no row
+    rests, and on a GPU such an assertion ends the process's use of it. Do not compile steps in which rows rest.
+
+    It can be pickled and copied. A pickle has no model: what comes out of it does not notice gradient checkpointing.
+
     Raises:
         RuntimeError: the model has another attention than the policy needs, layers that see a window only, or trains with
             gradient checkpointing, for which transformers takes the cache away; tokens are to be taken back.
-        ValueError: masks that are not causal or have gaps, prompts for ``generate`` that are padded on the right.
+        ValueError: masks that are not causal or have gaps, a mask where ``lengths`` were given, prompts for ``generate``
+            that are padded on the right.
 
     Example:
         >>> model.set_attn_implementation("cofire_scores")  # doctest: +SKIP
@@ -153,7 +160,7 @@ class TransformersCache(Cache):  # type: ignore[misc]
         if any(kind != "full_attention" for kind in kinds):
             raise RuntimeError(f"{name}: all layers of the model must attend to all tokens, got {sorted(set(kinds))}")
         self.cache = cache
-        self._model = weakref.ref(model)  # (a copy of the cache is no copy of the model)
+        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)  # (a copy of the cache is no copy of the model)
         super().__init__(
             layers=[TransformersLayer(cache, i, deferred, lengths) for i in range(config.num_hidden_layers)]
         )
@@ -164,13 +171,23 @@ class TransformersCache(Cache):  # type: ignore[misc]
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Asked before each forward; the first to know that transformers is about to take the cache away."""
-        if torch.is_grad_enabled() and _checkpoints(self._model()):
+        if torch.is_grad_enabled() and self._model is not None and _checkpoints(self._model()):
             raise RuntimeError(
                 f"{type(self.cache).__name__}: gradient checkpointing takes the cache away from the layers, so that it would "
                 "not be used: call model.gradient_checkpointing_disable(), activation_checkpointing_disable() in newer versions"
             )
+        _waiting.told = getattr(self.layers[layer_idx], "lengths", None) is not None
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         return sizes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformersCache:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.cache!r})"
@@ -205,6 +222,9 @@ def _attend(
         refuse(ATTENTION, f"only masks of padding are supported, got one of shape {shape_of(attention_mask)}")
     if layer is not None:
         starts, lengths = (None, layer.lengths) if attention_mask is None else attention_mask
+        if lengths is not None:
+            _check_side(layer, starts, lengths, query)
+            layer.lengths = None  # they were those of this call
         output = layer.cache.attend(layer.index, query, key, value, scale=scaling, lengths=lengths, starts=starts)
     else:
         if attention_mask is not None:
@@ -226,10 +246,13 @@ def _mask(
 ) -> Tensor | None:
     """Where the new tokens that count begin in each row of the batch, and how many they are: int64 ``[2, B]`` on the CPU, or
     None where all count."""
+    told, _waiting.told = _waiting.told, False
     if mask_function is not causal_mask_function:
         refuse(ATTENTION, "only causal masks are supported")
     if attention_mask is None:
         return None
+    if told:
+        refuse(ATTENTION, "attention_mask must not be given where the cache was given lengths, got both")
     mask = attention_mask[:, : q_offset + q_length]
     if mask.shape[1] < q_offset + q_length:
         refuse(
@@ -237,37 +260,55 @@ def _mask(
             f"attention_mask must have a column for each of the {q_offset + q_length} tokens, read ones included, got "
             f"{mask.shape[1]}",
         )
-    if q_length == 1 and q_offset and (torch.compiler.is_compiling() or mask.device.type != "cpu"):
-        # A step of one token, which generate has for all rows: nobody waits for a GPU to say so.
+    if q_length == 1 and q_offset and torch.compiler.is_compiling() and (mask.is_cpu or mask.is_cuda):
+        # A graph cannot ask which rows go on. It takes it that all do, and the device sees to it.
         torch._assert_async(
-            mask[:, -1].all(), f"{ATTENTION}: attention_mask must be 1 where a row goes on by one token"
+            mask[:, -1].all(), f"{ATTENTION}: attention_mask must be 1 for each row of a compiled step of one token"
         )
         return None
-    mask = mask.cpu().bool()
     new = mask[:, q_offset:]
     if bool(new.all()):
         return None
+    new = new.cpu().bool()
     lengths, starts = new.sum(-1), new.int().argmax(-1)
     place = torch.arange(q_length)
     between = (place >= starts[:, None]) & (place < (starts + lengths)[:, None])
     if not torch.equal(new, between):
         row = int((new != between).any(-1).int().argmax())
         refuse(ATTENTION, f"attention_mask must have the ones of a row side by side, got gaps in row {row}")
-    if bool((~new[:, -1] & mask.any(-1)).any()) and _generates():
+    return torch.stack([starts, lengths])
+
+
+def _check_side(
+    layer: TransformersLayer, starts: Tensor | None, lengths: Sequence[int] | Tensor, query: Tensor
+) -> None:
+    """Refuse prompts for ``generate`` of which a row ends before the last column."""
+    if layer.index:
+        return  # the first layer was asked
+    batch, _, tokens, _ = query.shape
+    before = layer.cache.layers[layer.index].lengths(batch)
+    first = [0] * batch if starts is None else integers(starts)
+    rows = zip(before, first, integers(lengths), strict=False)  # (the cache refuses another number of lengths)
+    if any(seen + count and start + count < tokens for seen, start, count in rows) and _generates(layer.cache):
         refuse(
             ATTENTION,
             "prompts for generate, which reads the logits of the last column, must be padded on the left, got padding on "
             "the right",
         )
-    return torch.stack([starts, lengths])
 
 
-def _generates() -> bool:
-    """Whether ``generate`` is what calls the model; nothing that it hands to the attention tells."""
+def _generates(cache: KVCache) -> bool:
+    """Whether ``generate`` is what calls the model with this cache; nothing that it hands to the attention tells. What it
+    calls besides, such as a LogitsProcessor with a model and a cache of its own, is not meant."""
     frame: types.FrameType | None = sys._getframe()
-    while frame is not None and not frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+            for x in frame.f_locals.values():  # the arguments of the model are in one of its dictionaries
+                for held in x.values() if isinstance(x, dict) else (x,):
+                    if isinstance(held, TransformersCache) and held.cache is cache:
+                        return True
         frame = frame.f_back
-    return frame is not None
+    return False
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -30,11 +30,10 @@ def _top(scores: Tensor, count: int) -> Tensor:
 
 
 def _select_reference(scores: Tensor, heavy: int, merged: int, local: int) -> tuple[Tensor, Tensor, Tensor]:
-    if scores.is_cpu:
-        if found := int(scores.isnan().sum()):
-            refuse("kv_select", f"scores must not be NaN, got {found} NaN among {scores.numel()} scores")
-    else:  # a check by the device, which nobody waits for
+    if scores.is_cuda:  # a check by the device, which nobody waits for
         torch._assert_async(~scores.isnan().any(), "kv_select: scores must not be NaN")
+    elif found := int(scores.isnan().sum()):
+        refuse("kv_select", f"scores must not be NaN, got {found} NaN among {scores.numel()} scores")
     tokens = scores.shape[-1]
     stays = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     stays[..., tokens - local :] = True
