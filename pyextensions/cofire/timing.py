@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Timing networks against each other."""
+"""Timing calls against each other, in turns."""
 
 from __future__ import annotations
 
