@@ -511,6 +511,33 @@ def test_what_is_usual_is_the_lower_quartile_of_each_piece() -> None:
     assert probe.strangeness({}) == 1
 
 
+def test_the_state_of_the_memory_does_not_count_for_what_stays_in_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "caches", lambda: {"L1d": "32K", "L2": "1M", "L3": "32768K"})
+    assert machine.cache_bytes() == {"L1d": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
+    assert quiet.unfelt(1 << 20) == {"memory"} and quiet.unfelt((1 << 20) + 1) == set()
+    assert quiet.unfelt(0, "cuda") == set()
+    probe = quiet.Probe("cpu", {"core": lambda: 1.0, "memory": lambda: 1.0})
+    assert probe.strangeness({"core": 1.0, "memory": 2.0}, besides={"memory"}) == 1
+    row = {
+        "bytes": 9,
+        "device": "cpu",
+        "median_ms": 1.0,
+        "p20_ms": 1.0,
+        "p80_ms": 1.0,
+        "probe": {"core": 1.0, "memory": 2.0},
+    }
+    rows = [
+        row | {"mode": "forward", "peak_bytes": 9},
+        row | {"mode": "forward, cold", "peak_bytes": 9},
+        row | {"mode": "forward", "peak_bytes": 2 << 20},
+        row | {"mode": "forward", "peak_bytes": 9, "probe": {"core": 2.0, "memory": 1.0}},
+    ]
+    harness.mark_noise(rows, probe)
+    assert [r["flagged"] for r in rows] == [False, True, True, True]
+    monkeypatch.setattr(machine, "caches", lambda: None)
+    assert quiet.unfelt(0) == {"memory"} and quiet.unfelt(1) == set(), "a machine that tells nothing"
+
+
 def test_the_probe_times_threads_a_core_and_the_memory() -> None:
     probe = quiet.Probe("cpu")
     assert set(probe.usual()) == {"threads", "core", "memory"} and probe.looks == quiet.CALIBRATION

@@ -17,8 +17,9 @@ How a number comes about:
 * Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
 * Fixed work, the probe, is timed before, between and after the readings of every case (:mod:`cofire.bench.quiet`). A round
   counts if the machine ran as usual before and after it, by 10 %, and a case goes on a little longer until there are
-  enough of them. Where there are not, all rounds count and the row is ``flagged``; it is noisy, as is a row whose own
-  readings spread by half.
+  enough of them; memory, which others share, is not asked of a call whose data fit into a core's second-level cache.
+  Where there are too few, all rounds count and the row is ``flagged``; it is noisy, as is a row whose own readings spread
+  by half.
 * Where cofire's own answer is wrong the case is not timed, and the run says so at its end.
 * ``bytes`` and ``flops`` are what the input needs at least, the same for all providers, so that GFLOP/s of a dense
   provider are effective ones. ``peak_bytes`` is what a call holds of torch's allocator at most, outputs included.
@@ -46,7 +47,7 @@ from cofire.bench import ceilings as roofs
 from cofire.bench import cuda_timing, machine, resume
 from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
 from cofire.bench.peers import of_case, with_peers
-from cofire.bench.quiet import BAND, LEAST, Probe, Watch, counted
+from cofire.bench.quiet import BAND, LEAST, Probe, Watch, counted, unfelt
 from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
 from cofire.native import in_large_pages
 from cofire.registry import OPERATORS
@@ -674,7 +675,7 @@ def measure(
         runs = {name: input.call(name, rows[name].get("variant", ""), p, mode) for name, p in chosen.items()}
         input.calls.clear()
         clock = "cpu" if mode == "overhead" else device  # what a call costs the host, whoever computes
-        watch = Watch(probe) if probe is not None else None
+        watch = Watch(probe, _unfelt(_row(case, device, mode, "cofire", cost))) if probe is not None else None
         readings = read_in_turns(
             *(runs, clock, effort.case_seconds, effort.least_rounds, effort.most_rounds, own),
             longest_seconds=effort.longest_seconds,
@@ -683,8 +684,8 @@ def measure(
             extra_seconds=effort.extra_seconds,
         )
         for name, run in runs.items():
-            _fill(rows[name], readings[name], readings.get("dense"), watch)
             rows[name]["peak_bytes"] = peak_bytes(run, device, warm=True)
+            _fill(rows[name], readings[name], readings.get("dense"), watch)
     absent = absentees(case, device, mode, wanted)
     return [*rows.values(), *(_absent_row(case, device, mode, name, cost, why) for name, why in absent.items())]
 
@@ -696,11 +697,15 @@ def _absent_row(case: Case, device: str, mode: str, provider: str, cost: tuple[i
 
 def _fill(row: Row, readings: list[float], dense: list[float] | None, watch: Watch | None) -> None:
     """Everything that follows from the readings, and from the looks at the machine."""
-    every, quiet = counted(watch.quiet(), len(readings)) if watch is not None else (list(range(len(readings))), True)
+    every, quiet, unfelt = list(range(len(readings))), True, _unfelt(row)
     if watch is not None:
+        every, quiet = counted(watch.quiet(unfelt), len(readings))
         looks = [look for _, look in watch.looks]
         row.update(
-            probe_before=looks[0], probe=watch.seen(), probe_after=looks[-1], quiet_rounds=len(every) if quiet else 0
+            probe_before=looks[0],
+            probe=watch.seen(unfelt),
+            probe_after=looks[-1],
+            quiet_rounds=len(every) if quiet else 0,
         )
     of_dense = dense or []
     ratios = [of_dense[i] / readings[i] for i in every if i < len(of_dense)]
@@ -724,6 +729,13 @@ def grade(results: Results) -> None:
             row["percent_of_ceiling"] = 100 * shortest / row["median_ms"]
 
 
+def _unfelt(row: Row) -> frozenset[str]:
+    """Pieces of the probe's work that say nothing of a row: what it holds and moves, at most, stays in a core's own caches."""
+    if row.get("mode") == "forward, cold" or "bytes" not in row:
+        return frozenset()
+    return unfelt(max(row["bytes"], row.get("peak_bytes") or 0), row["device"])
+
+
 def mark_noise(rows: Sequence[Row], probe: Probe) -> None:
     """Mark the rows that were taken while the machine was busy (``flagged``), or whose own readings spread (``noisy``)."""
     usual = probe.usual()
@@ -732,7 +744,7 @@ def mark_noise(rows: Sequence[Row], probe: Probe) -> None:
             row["noisy"] = False
             continue
         few = row.get("quiet_rounds", LEAST) < min(LEAST, row.get("rounds", LEAST))
-        row["flagged"] = few or probe.strangeness(row.get("probe", {}), usual) > BAND
+        row["flagged"] = few or probe.strangeness(row.get("probe", {}), usual, _unfelt(row)) > BAND
         row["noisy"] = row["flagged"] or row["p80_ms"] > SPREAD * row["p20_ms"]
 
 

@@ -55,6 +55,13 @@ def caches() -> dict[str, str] | None:
     return found or None
 
 
+def cache_bytes() -> dict[str, int] | None:
+    """The same in bytes."""
+    found = caches()
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return found and {name: int(size.rstrip("KMG")) * units.get(size[-1], 1) for name, size in found.items()}
+
+
 def turbo() -> bool | None:
     """Whether the clock may rise above its base, where the system tells."""
     frequency = SYSTEM / "devices/system/cpu"

@@ -4,7 +4,8 @@
 On a machine that is shared, a core slows down by half when its sibling works for somebody else, and memory by as much when
 others read theirs. Medians do not help: such a state lasts for seconds, longer than the readings of a case. So the readings
 are taken in segments, with a look at the machine before and after each, and a round of readings counts if everything
-was as usual in both looks. What is usual is decided by all looks of a run, and by no reading.
+was as usual in both looks. What is usual is decided by all looks of a run, and by no reading. Memory and the last cache are
+shared with more than a core is: their state does not count for calls whose data stay in a core's own caches.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import bisect
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
-from cofire.bench import cuda_timing
+from cofire.bench import cuda_timing, machine
 
 #: The time in ms of each piece of work.
 Look = dict[str, float]
@@ -25,6 +26,9 @@ BAND = 1.1  #: what takes so many times as long as usual, or as much less, was d
 SEGMENT_SECONDS = 0.06  #: of readings between two looks
 LEAST = 5  #: where fewer rounds are undisturbed all count, and the row is flagged
 CALIBRATION = 20  #: looks before the first case
+PASSES = 10_000  #: of a loop, a tenth of a millisecond
+COPIED_MIB, MOST_COPIED_MIB = 24, 64  #: of memory that is copied: 1.5 times the last cache, where that is not too much
+SHARED = frozenset({"memory"})  #: pieces of work that wait for what lies outside a core
 
 
 class Probe:
@@ -57,10 +61,13 @@ class Probe:
         """The lower quartile of all looks: what the machine reaches again and again."""
         return {part: times[len(times) // 4] for part, times in self._ordered.items()}
 
-    def strangeness(self, look: Mapping[str, float], usual: Mapping[str, float] | None = None) -> float:
-        """How many times the piece that is farthest from its usual time takes as long, or as much less."""
+    def strangeness(
+        self, look: Mapping[str, float], usual: Mapping[str, float] | None = None, besides: Collection[str] = ()
+    ) -> float:
+        """How many times the piece that is farthest from its usual time takes as long, or as much less; some do not count."""
         usual = self.usual() if usual is None else usual
-        return max((max(look[p] / usual[p], usual[p] / look[p]) for p in usual if p in look), default=1.0)
+        parts = [p for p in usual if p in look and p not in besides]
+        return max((max(look[p] / usual[p], usual[p] / look[p]) for p in parts), default=1.0)
 
 
 def _milliseconds(run: Callable[[], object]) -> float:
@@ -70,13 +77,22 @@ def _milliseconds(run: Callable[[], object]) -> float:
 
 
 def _count() -> None:
-    for _ in range(2000):
+    for _ in range(PASSES):
         pass
+
+
+def unfelt(held: int, device: str = "cpu") -> frozenset[str]:
+    """The pieces of work whose state a call does not feel that holds and moves so many bytes, the same each time."""
+    own = (machine.cache_bytes() or {}).get("L2", 0)
+    return SHARED if device == "cpu" and held <= own else frozenset()
 
 
 def _on_cpu() -> dict[str, Callable[[], float]]:
     a, b = torch.rand(384, 384), torch.rand(384, 384)
-    source = torch.rand(6 << 20)  # with its copy larger than most last caches
+    last = max((machine.cache_bytes() or {}).values(), default=0)
+    copied = last + last // 2
+    copied = copied if COPIED_MIB << 20 <= copied <= MOST_COPIED_MIB << 20 else COPIED_MIB << 20
+    source = torch.rand(copied // 4)
     target = torch.empty_like(source)
     return {
         "threads": lambda: _milliseconds(lambda: a @ b),
@@ -92,10 +108,11 @@ def _on_gpu() -> dict[str, Callable[[], float]]:
 
 
 class Watch:
-    """The looks of one case, and which of its rounds they let count."""
+    """The looks of one case, and which of its rounds they let count; ``besides``: pieces of work that say nothing of it."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, besides: Collection[str] = ()) -> None:
         self.probe = probe
+        self.besides = besides
         self.looks: list[tuple[int, Look]] = []  #: how many rounds there were before each, and what it saw
         self._last = float("-inf")
 
@@ -106,19 +123,20 @@ class Watch:
         self.looks.append((rounds, self.probe.look()))
         self._last = time.perf_counter()
 
-    def quiet(self) -> list[int]:
-        """The rounds between two looks in which everything was as usual."""
-        return [i for (begin, _), (end, _) in self._quiet_segments() for i in range(begin, end)]
+    def quiet(self, besides: Collection[str] | None = None) -> list[int]:
+        """The rounds between two looks in which everything was as usual, but for what is ``besides``."""
+        return [i for (begin, _), (end, _) in self._quiet_segments(besides) for i in range(begin, end)]
 
-    def seen(self) -> Look:
+    def seen(self, besides: Collection[str] | None = None) -> Look:
         """The usual look around the rounds that count; around all where too few do."""
-        segments = self._quiet_segments() if len(self.quiet()) >= LEAST else []
+        segments = self._quiet_segments(besides) if len(self.quiet(besides)) >= LEAST else []
         looks = [look for pair in segments for _, look in pair] or [look for _, look in self.looks]
         return {part: statistics.median(look[part] for look in looks) for part in looks[0]}
 
-    def _quiet_segments(self) -> list[tuple[tuple[int, Look], tuple[int, Look]]]:
+    def _quiet_segments(self, besides: Collection[str] | None) -> list[tuple[tuple[int, Look], tuple[int, Look]]]:
         usual = self.probe.usual()
-        fine = [self.probe.strangeness(look, usual) <= BAND for _, look in self.looks]
+        besides = self.besides if besides is None else besides
+        fine = [self.probe.strangeness(look, usual, besides) <= BAND for _, look in self.looks]
         pairs = zip(self.looks, self.looks[1:])
         return [pair for pair, before, after in zip(pairs, fine, fine[1:]) if before and after]
 
