@@ -207,7 +207,7 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "memory.json"
     methods = ["cofire", "eager", "edkm", "edkm-m", "edkm-mu", "edkm-mus"]
     found = memory.run(methods, path, large=(512, 256), small=(256, 256), clusters=[8])
-    assert json.loads(path.read_text()) == found
+    assert {**json.loads(path.read_text()), "refused": []} == found
     rows = {r["method"]: r for r in found["rows"]}
     assert list(rows) == methods
     assert rows["cofire"]["saved_bytes"] < 1 << 16, "centroids, no map"
@@ -259,7 +259,7 @@ def test_a_failed_measurement_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file is written after each measurement, and one that is none is not replaced."""
+    """A file is written after each measurement, and one that is none is moved aside."""
     path, real = tmp_path / "m.json", subprocess.run
 
     def measured(call: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -278,11 +278,28 @@ def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("cofire", 4),
         ("cofire", 8),
     ]
-    for text in ("{", "[]", '{"environment": {}, "rows": []}'):
+    whole = json.loads(path.read_text())
+    newer = {**whole, "environment": {**whole["environment"], "format": 99}}
+    for i, (text, sentence) in enumerate(
+        (
+            (path.read_text()[:-40], "is cut off in line"),
+            ("", "is empty; measure again with cofire bench-memory, or fetch the file again"),
+            ("[]", "is not a results file (environment, rows); name a file of cofire bench-memory"),
+            (json.dumps({**whole, "ceilings": {}}), "it has ceilings, which other files of cofire have"),
+            (json.dumps(newer), "was written by a newer cofire (it is of format 99); install that one to read it"),
+            ('{"environment": {}, "rows": [3]}', "it lacks device, threads, torch, date, method, shape, clusters"),
+        ),
+        start=1,
+    ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"bench-memory: .*m\.json must be a file of `cofire bench-memory`"):
-            memory.run(["cofire"], path)
-        assert path.read_text() == text
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            memory.load(path)
+        assert str(error.value).startswith(f"bench-memory: {path} ") and sentence in str(error.value)
+        said: list[str] = []
+        assert len(memory.run(["cofire"], path, clusters=[4], announce=said.append)["rows"]) == 1
+        aside = tmp_path / f"m.json.broken{'' if i == 1 else f'-{i}'}"
+        assert said[0] == f"{error.value}. It is now {aside}, and {path} is begun anew"
+        assert aside.read_text() == text, "nothing is lost"
 
 
 # ------------------------------------------------------------------------------------------------- growth, report

@@ -109,13 +109,16 @@ def bench_agree(
     second: Annotated[Path, typer.Argument(help="Another one of the same machine.")],
     within: Annotated[float, typer.Option(help="Per cent that two times may differ by.")] = 10,
     worst: Annotated[int, typer.Option(help="How many of the rows that differ most to show.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Keep it: benchmarks/results/agreement/<device>.json, say.")] = None,
 ) -> None:
-    """Say how many rows of two runs agree; exit code 1 where it is fewer than nine in ten."""
+    """Say how many rows of two runs agree; exit code 1 where it is fewer than nine in ten, or too few were undisturbed."""
     from cofire import bench as suite
 
     both = [_sentences(suite.Results.load, path) for path in (first, second)]
     found = _sentences(suite.agreement, *both, within=within / 100)
     typer.echo(found.text(worst))
+    if out is not None:
+        typer.echo(f"{found.save(out)}: written")
     if not found.enough:
         raise typer.Exit(1)
 

@@ -716,6 +716,7 @@ def _fill(row: Row, readings: list[float], dense: list[float] | None, watch: Wat
     )
     if ratios and row["provider"] != "dense":
         row["speedup"], row["speedup_low"], row["speedup_high"] = median_interval(ratios)
+        row["pairs"] = len(ratios)
     row["gbs"], row["gflops"] = row["bytes"] / median / 1e6, row["flops"] / median / 1e6
 
 

@@ -59,7 +59,9 @@ def cache_bytes() -> dict[str, int] | None:
     """The same in bytes."""
     found = caches()
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-    return found and {name: int(size.rstrip("KMG")) * units.get(size[-1], 1) for name, size in found.items()}
+    if found is None:
+        return None
+    return {name: int(size.rstrip("KMG")) * units.get(size[-1], 1) for name, size in found.items()}
 
 
 def turbo() -> bool | None:
@@ -97,6 +99,34 @@ def facts() -> dict[str, Any]:
         "kernel": platform.release(),
         "memory_limit": memory_limit(),
     }
+
+
+#: How the names of variables begin that change what a library does: threads, memory, kernels.
+VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "COFIRE_", "MALLOC_", "LD_PRELOAD")
+
+
+def stepping() -> dict[str, str] | None:
+    """Which CPU it is, beside its name, as ``/proc/cpuinfo`` tells: family, model, stepping, microcode."""
+    try:
+        words = (PROCESSES / "cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    names = ("vendor_id", "cpu family", "model", "stepping", "microcode")
+    found = {name: re.search(rf"^{name}[ \t]*:[ \t]*(.+)$", words, re.MULTILINE) for name in names}
+    return {name: match.group(1).strip() for name, match in found.items() if match is not None} or None
+
+
+def huge_pages() -> str | None:
+    """Whether memory comes in large pages: ``always``, ``madvise`` or ``never``."""
+    line = _line(SYSTEM / "kernel/mm/transparent_hugepage/enabled") or ""
+    chosen = re.search(r"\[(\w+)\]", line)
+    return chosen.group(1) if chosen is not None else None
+
+
+def conditions() -> dict[str, Any]:
+    """What each run notes down besides :func:`facts`; a time may depend on it, and no two machines need agree in it."""
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
+    return {"stepping": stepping(), "huge_pages": huge_pages(), "variables": variables}
 
 
 # ------------------------------------------------------------------------------------------------------ cores

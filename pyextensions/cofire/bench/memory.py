@@ -33,12 +33,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from cofire.bench.cases import Random
 from cofire.bench.edkm_hooks import PAPER_LEARNERS, PAPER_MB, EDKMHooks
-from cofire.bench.results import FOLDER, Results, environment, results_path
-from cofire.bench.resume import may_stay
+from cofire.bench.results import FOLDER, Results, environment, parts_of, read_json, results_path
+from cofire.bench.resume import may_stay, whole
 from cofire.files import write_atomically
 
 __all__ = ["METHODS", "load", "measure", "memory_table", "run"]
 
+COMMAND = "cofire bench-memory"
 KEY = ("method", "shape", "clusters")  #: what makes a row that row
 
 LARGE, SMALL = (4096, 4096), (1024, 1024)
@@ -196,7 +197,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure every method in a process of its own and write a file after each of them.
 
-    What the file holds of other methods stays, if it was measured in this environment.
+    What the file holds of other methods stays, if it was measured in this environment; one that is broken is moved aside.
 
     Args:
         methods: of :data:`METHODS`; default all (coremltools where it is installed).
@@ -210,7 +211,7 @@ def run(
         lines.
 
     Raises:
-        ValueError: an unknown method, or a file that is none of this kind.
+        ValueError: an unknown method.
 
     Example:
         >>> run(["cofire"], out="/tmp/memory.json")["rows"][0]["saved_bytes"]  # doctest: +SKIP
@@ -222,10 +223,9 @@ def run(
     chosen = known("method", methods or default, list(METHODS))
     path = Path(out) if out is not None else memory_path()
     here, rows, refused = environment("cpu", False), [], []
-    if path.exists():
-        earlier = load(path)
-        if may_stay(path, Results(earlier["environment"], {}), here, announce):
-            rows = earlier["rows"]
+    earlier = whole(path, lambda: load(path), announce)
+    if earlier is not None and may_stay(path, Results(earlier["environment"], {}), here, announce):
+        rows = earlier["rows"]
     for method in chosen:
         shape = large if method.startswith("cofire") else small
         for k in clusters:
@@ -246,21 +246,17 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a file of :func:`run`.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it is not one, or not a whole one.
+        FileNotFoundError: there is none. ValueError: it is cut off, another kind of file, or of another cofire.
     """
-    what = f"bench-memory: {path} must be a file of `cofire bench-memory` (environment, rows)"
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of the encoding
-        raise ValueError(f"{what}, got no JSON: {error}") from None
-    if not isinstance(data, dict) or set(data) != {"environment", "rows"}:
-        got = f"the keys {sorted(data)}" if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{what}, got {got}")
+    data = parts_of(read_json(path, COMMAND), {"environment": dict, "rows": list}, path, COMMAND)
     wanted = (*KEY, "weight_bytes", "saved_bytes", "peak_bytes")
     lacking = [name for name in ("device", "threads", "torch", "date") if name not in data["environment"]]
-    lacking += [name for name in wanted if any(name not in row for row in data["rows"])]
+    lacking += [name for name in wanted if any(not isinstance(row, dict) or name not in row for row in data["rows"])]
     if lacking:
-        raise ValueError(f"{what}, it lacks {', '.join(lacking)}")
+        raise ValueError(
+            f"bench-memory: {path} was written by an older cofire or by another program: it lacks {', '.join(lacking)}; "
+            f"measure again with {COMMAND}"
+        )
     return data
 
 

@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +30,10 @@ KEY = ("family", "op", "case", "dtype", "device", "mode", "provider")  #: what m
 COLUMNS = (*KEY, "median_ms", "p20_ms", "p80_ms", "bytes", "flops", "peak_bytes", "correct", "noisy")
 UNCOMPARED = ("overhead", "first call")  #: modes that no summary counts among the speed-ups
 NUMBERS = ("median_ms", "p20_ms", "p80_ms", "peak_bytes")  #: what a provider with a wrong answer does not get
-PARTS = ("environment", "ceilings", "rows")  #: of a results file; ``run`` is there while a run is not finished
+#: Of a results file, by what they are; ``run`` is there while a run is not finished.
+PARTS: dict[str, type] = {"environment": dict, "ceilings": dict, "rows": list, "run": dict}
+#: Of any file that cofire writes: one that has others than its kind has is of another kind, and not of a newer cofire.
+EVERY_PART = ("environment", "ceilings", "rows", "run", "runs", "agreement")
 #: Of the ceilings, and what every reader looks up in them; the bandwidths have the sizes that they have.
 SPEEDS: dict[str, tuple[str, ...]] = {
     "copy_gbs": (),
@@ -42,8 +45,9 @@ FORMAT = 2  #: of a results file; one without a number is of format 1, which lac
 #: What may differ between rows of one file, which say themselves what they measured, or does not change a time.
 UNPARTED = (
     *("date", "commit", "cofire", "cofire_kernels", "peers"),
-    *("format", "kernel", "memory_limit", "affinity", "numpy", "triton"),
+    *("format", "kernel", "memory_limit", "affinity", "numpy", "triton", "runs"),
 )
+BENCH = "cofire bench"  #: the command whose files are read where nothing else is said
 
 
 @dataclass
@@ -57,6 +61,8 @@ class Results:
     run: dict[str, Any] | None = None
     #: why cofire itself got no number in this run; is not written
     refused: list[str] = field(default_factory=list, compare=False)
+    #: the rows that a report leaves out, because the suite no longer has them; is not written
+    left_out: list[Row] = field(default_factory=list, compare=False)
 
     def add(self, rows: list[Row]) -> None:
         """Put rows in, in place of older measurements of the same thing; a peer that is gone leaves its number here."""
@@ -98,13 +104,13 @@ class Results:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read a results file.
+    def load(cls, path: str | Path, command: str = BENCH) -> Results:
+        """Read a results file; ``command`` is what writes such files.
 
         Raises:
             FileNotFoundError: there is none. ValueError: it is cut off, another kind of file, or of another cofire.
         """
-        return cls(**_checked(_read(Path(path)), path))
+        return cls(**_checked(read_json(path, command), path, command))
 
     def same_environment(self, other: dict[str, Any]) -> bool:
         """Whether rows measured there may stand beside rows measured here: all but cofire itself is the same.
@@ -154,60 +160,93 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def _read(path: Path) -> Any:
-    """The JSON in a file; what is wrong with it as a sentence."""
-    again = "measure again with cofire bench, or fetch the file again"
+def flagged(row: Row) -> bool:
+    """Whether the probe was slow; a file of an earlier cofire says only whether the row is noisy."""
+    return bool(row.get("flagged", row["noisy"]))
+
+
+def read_json(path: str | Path, command: str = BENCH) -> Any:
+    """The JSON in a file that a command of cofire writes; what is wrong with it as a sentence.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it cannot be read, is empty, cut off, or no JSON.
+    """
+    path, who = Path(path), _who(command)
+    again, name = f"measure again with {command}, or fetch the file again", f"name a file of {command}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise FileNotFoundError(f"bench: there is no results file {path}; cofire bench writes one") from None
+        raise FileNotFoundError(f"{who}: there is no results file {path}; {command} writes one") from None
     except UnicodeDecodeError:
-        raise ValueError(f"bench: {path} is not a results file: it is not text; name a file of cofire bench") from None
+        raise ValueError(f"{who}: {path} is not a results file: it is not text; {name}") from None
     except OSError as error:
-        raise ValueError(f"bench: {path} cannot be read ({error.strerror}); name a file of cofire bench") from None
+        raise ValueError(f"{who}: {path} cannot be read ({error.strerror}); {name}") from None
     if not text.strip():
-        raise ValueError(f"bench: {path} is empty; {again}")
+        raise ValueError(f"{who}: {path} is empty; {again}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
-            raise ValueError(f"bench: {path} is cut off in line {error.lineno}; {again}") from None
+            raise ValueError(f"{who}: {path} is cut off in line {error.lineno}; {again}") from None
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(
-            f"bench: {path} is not a results file: no JSON at {where}; name a file of cofire bench"
-        ) from None
+        raise ValueError(f"{who}: {path} is not a results file: no JSON at {where}; {name}") from None
 
 
-def _checked(data: Any, path: str | Path) -> dict[str, Any]:
-    """The parts of a results file, each as it has to be."""
-    other = f"bench: {path} is not a results file"
-    parts = ", ".join(PARTS)
-    if not isinstance(data, dict) or not set(data) & set(PARTS):
-        raise ValueError(f"{other} ({parts}); name a file of cofire bench")
+def _who(command: str) -> str:
+    """How the sentences of a command begin."""
+    return command.split()[1]
+
+
+def parts_of(data: Any, kinds: Mapping[str, type], path: str | Path, command: str = BENCH) -> dict[str, Any]:
+    """The parts of a file that a command of cofire writes, if they are there, of their kinds, and no others.
+
+    ``run`` may be there or not: it is a part of a run that is not finished.
+
+    Raises:
+        ValueError: it is another kind of file, or of a newer cofire.
+    """
+    other, name = f"{_who(command)}: {path} is not a results file", f"name a file of {command}"
+    needed = [part for part in kinds if part != "run"]
+    parts = ", ".join(needed)
+    if not isinstance(data, dict) or not set(data) & set(needed):
+        raise ValueError(f"{other} ({parts}); {name}")
     environment = data.get("environment")
     written = environment.get("format", 1) if isinstance(environment, dict) else 1
-    unknown = sorted(set(data) - {*PARTS, "run"})
+    unknown = sorted(set(data) - set(kinds))
+    strange = [part for part in unknown if part in EVERY_PART]
+    if strange:
+        raise ValueError(f"{other}: it has {', '.join(strange)}, which other files of cofire have; {name}")
     if unknown or not isinstance(written, int) or written > FORMAT:
         what = f"has {', '.join(unknown)}" if unknown else f"is of format {written}"
-        raise ValueError(f"bench: {path} was written by a newer cofire (it {what}); install that one to read it")
-    missing = [name for name in PARTS if name not in data]
+        raise ValueError(
+            f"{_who(command)}: {path} was written by a newer cofire (it {what}); install that one to read it"
+        )
+    missing = [part for part in needed if part not in data]
     if missing:
-        raise ValueError(f"{other}: it lacks {', '.join(missing)} of {parts}; name a file of cofire bench")
-    kinds = {"environment": dict, "ceilings": dict, "rows": list, "run": dict}
-    for name, value in data.items():
-        if not isinstance(value, kinds[name]) and not (name == "run" and value is None):
-            raise ValueError(f"{other}: {name} is {type(value).__name__}, expected {kinds[name].__name__}")
-    _check_kept(data, path)
+        raise ValueError(f"{other}: it lacks {', '.join(missing)} of {parts}; {name}")
+    for part, value in data.items():
+        if not isinstance(value, kinds[part]) and not (part == "run" and value is None):
+            raise ValueError(f"{other}: {part} is {type(value).__name__}, expected {kinds[part].__name__}")
     return data
 
 
-def _check_kept(data: dict[str, Any], path: str | Path) -> None:
+def _checked(data: Any, path: str | Path, command: str) -> dict[str, Any]:
+    """The parts of a results file, each as it has to be."""
+    found = parts_of(data, PARTS, path, command)
+    _check_kept(found, path, command)
+    return found
+
+
+def _check_kept(data: dict[str, Any], path: str | Path, command: str) -> None:
     """What every reader of a file may count on."""
-    older = f"bench: {path} was written by an older cofire or by another program"
-    again = "measure again with cofire bench"
+    older = f"{_who(command)}: {path} was written by an older cofire or by another program"
+    again = f"measure again with {command}"
     for name in ("device", "kind", "threads", "torch"):
         if name not in data["environment"]:
             raise ValueError(f"{older}: its environment lacks {name}; {again}")
+    runs = data["environment"].get("runs", {})
+    if not isinstance(runs, dict) or not all(isinstance(facts, dict) for facts in runs.values()):
+        raise ValueError(f"{older}: its environment has runs={runs!r}, expected facts by run; {again}")
     for kind, least in SPEEDS.items() if data["ceilings"] else ():  # a file of cofire bench-growth has none
         table = data["ceilings"].get(kind)
         if not isinstance(table, dict) or not table or not {*least} <= {*table}:

@@ -14,14 +14,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from cofire.bench import machine
 from cofire.bench.results import CODE, Results, Row
 from cofire.files import move_aside
 
 #: The environment may differ in these between the parts of one run.
-MOMENT = ("date",)
+MOMENT = ("date", "runs")
+#: Of the environment, what a run notes down for itself, because rows of other runs may have it otherwise.
+NOTED = (
+    *("date", "commit", "torch", "cofire_kernels", "threads", "pinned", "affinity", "kernel"),
+    *("numpy", "triton", "peers"),
+)
 DEATHS = 2  #: a measurement in which the process died so often is left out
+
+
+def new_id() -> str:
+    """What the rows of a run call it."""
+    return uuid.uuid4().hex[:12]
 
 
 @dataclass
@@ -30,7 +41,7 @@ class Record:
 
     request: dict[str, Any]  #: what was asked for
     state: str  #: of the code that is measured (:func:`state`)
-    id: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    id: str = field(default_factory=new_id)
     began: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
     done: list[str] = field(default_factory=list)  #: the measurements that are finished: case and mode
     usual: dict[str, float] | None = None  #: what the machine's usual speed was so far, ...
@@ -75,25 +86,32 @@ def state(commit: str | None) -> str:
     return f"{__version__} {commit} {found.hexdigest()[:12]}"
 
 
+def run_facts(here: dict[str, Any]) -> dict[str, Any]:
+    """What a run measures with: versions, threads, the CPU, variables, the compiler of our kernels."""
+    from cofire import native
+
+    kept = {name: here[name] for name in NOTED if name in here}
+    facts = {**kept, **machine.conditions(), "compiler": native.STATUS.build.get("compiler")}
+    return dict(json.loads(json.dumps(facts)))  # as it would come out of a file
+
+
+def noted(here: dict[str, Any], run: str, earlier: Results, **more: Any) -> dict[str, Any]:
+    """The environment with ``runs``: by its id what this run measures with, and what those did whose rows are there."""
+    there = {row.get("run") for row in earlier.rows}
+    runs = {name: facts for name, facts in earlier.environment.get("runs", {}).items() if name in there}
+    return {**here, "runs": {**runs, run: {**run_facts(here), **more}}}
+
+
 def begin(
     path: Path, here: dict[str, Any], request: dict[str, Any], fresh: bool, announce: Callable[[str], Any]
 ) -> tuple[Results, Record]:
     """The results to add to, and the run to go on with: that of the file, if it asked for the same, or a new one."""
     request = json.loads(json.dumps(request))  # as it would come out of a file
     new = Record(request, state(here["commit"]))
-    try:
-        earlier = Results.load(path)
-    except FileNotFoundError:
-        return Results(here, {}), new
-    except ValueError as error:
-        if not path.is_file():
-            raise
-        aside = move_aside(path, "broken")
-        announce(f"{error}. It is now {aside}, and {path} is begun anew")
-        return Results(here, {}), new
-    if not may_stay(path, earlier, here, announce):
-        return Results(here, {}), new
-    results = Results(here, earlier.ceilings, earlier.rows)
+    earlier = whole(path, lambda: Results.load(path), announce)
+    if earlier is None or not may_stay(path, earlier, here, announce):
+        return Results(noted(here, new.id, Results({}, {})), {}), new
+    results = Results(noted(here, new.id, earlier), earlier.ceilings, earlier.rows)
     old = Record.of(earlier.run)
     if old is None:
         return results, new
@@ -102,15 +120,42 @@ def begin(
         announce(f"{words}; all are measured anew")
     elif old.request != request:
         announce(f"{words}; it was asked for something else, so this is a new run")
-    elif old.state != new.state or not _same_moment(earlier.environment, here):
+    elif old.state != new.state or not _same_moment(earlier.environment, here) or _other_facts(earlier, old, here):
         announce(f"{words}; cofire or its environment has changed since, so this is a new run")
     else:
         announce(f"{words}; this one goes on with the others (--fresh measures all anew)")
         if old.begun is not None:
             old.deaths[old.begun] = old.deaths.get(old.begun, 0) + 1
             old.begun = None
-        return results, old
+        return Results(noted(here, old.id, earlier), earlier.ceilings, earlier.rows), old
     return results, new
+
+
+def _other_facts(earlier: Results, old: Record, here: dict[str, Any]) -> bool:
+    """Whether the run that was stopped noted down something else than it would now; an older cofire noted nothing."""
+    then = earlier.environment.get("runs", {}).get(old.id)
+    return then is not None and not _same_moment(then, run_facts(here))
+
+
+Loaded = TypeVar("Loaded")
+
+
+def whole(path: Path, load: Callable[[], Loaded], announce: Callable[[str], Any]) -> Loaded | None:
+    """What a file holds, or None where there is none; one that is broken is moved aside.
+
+    Raises:
+        ValueError: what is there is no file.
+    """
+    try:
+        return load()
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        if not path.is_file():
+            raise
+        aside = move_aside(path, "broken")
+        announce(f"{error}. It is now {aside}, and {path} is begun anew")
+        return None
 
 
 class Measured(Protocol):

@@ -21,8 +21,9 @@ from cofire.bench.results import FOLDER, Results, Row, environment, results_path
 if TYPE_CHECKING:
     from cofire.bench.growth.methods import MethodSweep
 
-__all__ = ["Sweep", "exponent", "growth_path", "growth_plots", "growth_table", "run", "select"]
+__all__ = ["Sweep", "exponent", "growth_path", "growth_plots", "growth_table", "load", "run", "select"]
 
+COMMAND = "cofire bench-growth"
 QUICK = 3  #: so many sizes, the smallest ones
 
 
@@ -73,8 +74,8 @@ def run(
 ) -> Results:
     """Time operators and methods on larger and larger inputs, each answer checked, and write a results file.
 
-    The file is written after each point. A point that is there already, measured at this commit in this environment, is not
-    measured again: an interrupted run goes on where it stopped.
+    The file is written after each point. A point that is there already, measured with this very code in this environment, is
+    not measured again: an interrupted run goes on where it stopped. A file that is broken is moved aside and begun anew.
 
     Args:
         out: the file; default :func:`growth_path`.
@@ -83,7 +84,7 @@ def run(
         device: ``"cpu"`` or ``"cuda"``.
         fresh: measure again what is there.
         progress: show a bar.
-        announce: called with a line about a file that is moved aside: one that was measured elsewhere.
+        announce: called with a line about a file that is moved aside: one that is broken, or was measured elsewhere.
 
     Returns:
         Results, whose ``refused`` says which points raised an error, and which; the others go on. The rows also have
@@ -104,15 +105,16 @@ def run(
     points = [(sweep, size) for sweep in chosen for size in (sweep.sizes[:QUICK] if quick else sweep.sizes)]
     began: list[Row] = []
     with machine.settled(None, True, announce) as pinned, harness._progress(progress, len(points)) as advance:
-        results = _begin(path, {**environment(device, quick), "pinned": pinned}, announce)
+        results, run_id = _begin(path, {**environment(device, quick), "pinned": pinned}, announce)
         effort, probe = harness.Effort(True), quiet.Probe(device)
         for sweep, size in points:
             advance(f"{sweep.op}, {sweep.label(size)}", None)
-            if not fresh and _measured(results, sweep, size, device):
+            if not fresh and _measured(results, run_id, sweep, size, device):
                 continue
-            measured = functools.partial(sweep.measure, size, device, effort, _measured(results, sweep, None, device))
+            others = _measured(results, run_id, sweep, None, device)
+            measured = functools.partial(sweep.measure, size, device, effort, others)
             try:
-                rows = _with_facts(measured, sweep, results, probe)
+                rows = _with_facts(measured, sweep, results, run_id, probe)
             except Exception as error:  # of one point: the others go on
                 results.refused.append(f"{sweep.op}, {sweep.label(size)}: {type(error).__name__}: {error}")
                 continue
@@ -123,13 +125,30 @@ def run(
     return results
 
 
-def _begin(path: Path, here: dict[str, Any], announce: Callable[[str], Any]) -> Results:
-    """What the file holds already, if it was measured in this environment; else it is moved aside."""
-    if path.exists():
-        earlier = Results.load(path)
-        if resume.may_stay(path, earlier, here, announce):
-            return Results(here, {}, earlier.rows)
-    return Results(here, {})
+def load(path: str | Path) -> Results:
+    """Read a file of :func:`run`.
+
+    Raises:
+        FileNotFoundError: there is none. ValueError: it is cut off, another kind of file, or of another cofire.
+    """
+    found = Results.load(path, COMMAND)
+    for i, row in enumerate(found.rows):
+        lacking = [name for name in ("sweep", "size") if name not in row]
+        if lacking:
+            raise ValueError(
+                f"bench-growth: {path} is not a results file of {COMMAND}: row {i} lacks {', '.join(lacking)}; name a file "
+                f"of {COMMAND}"
+            )
+    return found
+
+
+def _begin(path: Path, here: dict[str, Any], announce: Callable[[str], Any]) -> tuple[Results, str]:
+    """What the file holds already, if it was measured in this environment, and the id of this run."""
+    earlier, run_id = resume.whole(path, lambda: load(path), announce), resume.new_id()
+    if earlier is None or not resume.may_stay(path, earlier, here, announce):
+        earlier = Results({}, {})
+    there = resume.noted(here, run_id, earlier, state=resume.state(here["commit"]))
+    return Results(there, {}, earlier.rows), run_id
 
 
 def _is_of(row: Row, sweep: Sweep | MethodSweep, size: int | None, device: str) -> bool:
@@ -138,14 +157,15 @@ def _is_of(row: Row, sweep: Sweep | MethodSweep, size: int | None, device: str) 
     return same and (size is None or row["case"].startswith(f"{sweep.label(size)}: "))
 
 
-def _measured(results: Results, sweep: Sweep | MethodSweep, size: int | None, device: str) -> list[Row]:
-    """The rows of this very commit: others say nothing about what is there, or affordable."""
-    commit = results.environment["commit"]
-    return [r for r in results.rows if _is_of(r, sweep, size, device) and r.get("commit") == commit]
+def _measured(results: Results, run_id: str, sweep: Sweep | MethodSweep, size: int | None, device: str) -> list[Row]:
+    """The rows of this run and of those of the very same code: others say nothing about what is there, or affordable."""
+    runs = results.environment["runs"]
+    same = {name for name, facts in runs.items() if facts.get("state") == runs[run_id]["state"]}
+    return [r for r in results.rows if _is_of(r, sweep, size, device) and r.get("run") in same]
 
 
 def _with_facts(
-    measured: Callable[[], list[Row]], sweep: Sweep | MethodSweep, results: Results, probe: quiet.Probe
+    measured: Callable[[], list[Row]], sweep: Sweep | MethodSweep, results: Results, run_id: str, probe: quiet.Probe
 ) -> list[Row]:
     """The rows of a point between two readings of the probe, with what a reader must know of the sweep."""
     before = probe.look()
@@ -153,5 +173,5 @@ def _with_facts(
     strangest = max(before, probe.look(), key=probe.strangeness)
     facts = {"sweep": sweep.grows, "time_law": sweep.time, "memory_law": sweep.memory, "probe": strangest}
     for row in rows:
-        row.update(facts, commit=results.environment["commit"], date=results.environment["date"])
+        row.update(facts, commit=results.environment["commit"], date=results.environment["date"], run=run_id)
     return rows
