@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cofire import native
 from cofire.bench import cases as suite
-from cofire.bench import growth, harness, quiet, results
+from cofire.bench import growth, harness, quiet, results, resume
 from cofire.bench.cases import Case, Random, plain
 from cofire.bench.growth import laws, operators, plots, sweep
 from cofire.bench.growth import methods as trained
@@ -63,6 +63,31 @@ def test_an_exponent_needs_two_sizes(points: list[tuple[float, float]]) -> None:
 def test_an_exponent_needs_positive_numbers(wrong: float) -> None:
     with pytest.raises(ValueError, match="exponent: sizes and costs must be above 0, got"):
         growth.exponent([(1.0, 1.0), (2.0, wrong)])
+
+
+def test_the_range_of_an_exponent_is_what_the_readings_allow() -> None:
+    exact = [(4.0**i, 2.0 * 4**i, 2.0 * 4**i) for i in range(5)]
+    assert laws.exponent_range(exact) == (pytest.approx(1), pytest.approx(1))
+    # of the last two sizes, a factor of 4 apart, a factor of 2 more in the last cost is half an exponent more
+    wide = [*exact[:2], (16.0, 32.0, 32.0), (64.0, 128.0, 256.0)]
+    assert laws.exponent_range(wide) == (pytest.approx(1), pytest.approx(1.5))
+    # and where the first of them may cost twice as much, half an exponent less
+    assert laws.exponent_range([*exact[:2], (16.0, 32.0, 64.0), (64.0, 128.0, 256.0)]) == pytest.approx((0.5, 1.5))
+    assert laws.exponent_range(list(reversed(wide))) == pytest.approx((1, 1.5))
+    # of 5 sizes the middle one of the last 3 has no say
+    assert laws.exponent_range([*exact[:3], (64.0, 1.0, 9.0), exact[4]]) == pytest.approx((1, 1))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.1, 2.0])
+def test_where_the_fixed_cost_rules(power: float) -> None:
+    sizes = (1.0, 8.0, 64.0, 512.0)
+    cost = {s: s**power for s in sizes}
+    assert laws.fixed_until(list(cost.items()), power) is None
+    for fixed, until in ((0.5, None), (1.01, 1.0), (1.01 * cost[8.0], 8.0), (1.01 * cost[512.0], 512.0)):
+        assert laws.fixed_until([(s, c + fixed) for s, c in cost.items()], power) == until
+    assert laws.fixed_until([(s, 5.0) for s in sizes], power) == 512.0, "it does not grow"
+    assert laws.fixed_until([(1.0, 5.0), (8.0, 5.0)], power) is None, "two points fit anything"
+    assert laws.fixed_until([(s, 5.0) for s in sizes], 0.0) is None, "theory says that it does not grow"
 
 
 # ------------------------------------------------------------------------------------------------------ sweeps
@@ -222,18 +247,30 @@ def test_an_error_at_one_point_leaves_the_others(
     assert found.refused == ["channel_pool, 4 samples: MemoryError: no room"]
 
 
-def test_points_of_another_commit_are_measured_again(
+def test_points_of_other_code_are_measured_again(
     one_sweep: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Two states of the code may have the same commit, where there are changes that are in none."""
     path = tmp_path / "growth.json"
+    monkeypatch.setattr(results, "_commit", lambda: "abc+changes")
+    monkeypatch.setattr(resume, "state", lambda commit: f"{commit} and one line")
     first = growth.run(path, progress=False)
-    rows = [dict(r, commit="earlier") for r in first.rows]
-    rows += [dict(r, op="another", case="kept") for r in first.rows[:1]]
-    results.Results(first.environment, {}, rows).save(path)
     one_sweep.clear()
+    again = growth.run(path, progress=False)
+    assert one_sweep == [] and again.rows == first.rows
+    (run,) = {r["run"] for r in first.rows}
+    assert again.environment["runs"][run]["state"] == "abc+changes and one line"
+    rows = [*first.rows, dict(first.rows[0], op="another", case="kept")]
+    results.Results(first.environment, {}, rows).save(path)
+    monkeypatch.setattr(resume, "state", lambda commit: f"{commit} and two lines")
     found = growth.run(path, progress=False)
     assert one_sweep == [1, 2, 4, 8]
-    assert len(found.rows) == 9 and not any(r["commit"] == "earlier" for r in found.rows)
+    assert len(found.rows) == 9 and [r["op"] for r in found.rows if r["run"] == run] == ["another"]
+    without = [{k: v for k, v in r.items() if k != "run"} for r in found.rows]
+    results.Results(first.environment, {}, without).save(path)
+    one_sweep.clear()
+    growth.run(path, progress=False)
+    assert one_sweep == [1, 2, 4, 8], "an older file does not say what it measured"
     elsewhere = {**first.environment, "torch": "0.1"}
     results.Results(elsewhere, {}, rows).save(path)
     said: list[str] = []
@@ -242,6 +279,74 @@ def test_points_of_another_commit_are_measured_again(
     assert len(said) == 1 and "was measured under other conditions (torch 0.1 there, " in said[0]
     assert said[0].endswith(f"it is now {aside}")
     assert results.Results.load(aside).environment["torch"] == "0.1", "and nothing is lost"
+
+
+def broken(change: Any) -> str:
+    """A file with one row, changed."""
+    row = dict.fromkeys(results.COLUMNS, "x") | dict.fromkeys(results.NUMBERS, 1.0) | {"correct": True, "noisy": False}
+    where = {"device": "CPU", "kind": "cpu", "threads": 2, "torch": "2", "format": results.FORMAT}
+    data: dict[str, Any] = {"environment": where, "ceilings": {}, "rows": [{**row, "sweep": "tokens", "size": 4}]}
+    change(data)
+    return json.dumps(data)
+
+
+BROKEN: dict[str, tuple[str | bytes, str]] = {
+    "truncated": (
+        broken(lambda d: None)[:-40],
+        "is cut off in line 1; measure again with cofire bench-growth, or fetch",
+    ),
+    "empty": ("", "is empty; measure again with cofire bench-growth"),
+    "binary": (b"\x89PNG\xff\xfe", "is not a results file: it is not text; name a file of cofire bench-growth"),
+    "foreign": (
+        '{"name": "package"}',
+        "is not a results file (environment, ceilings, rows); name a file of cofire bench-g",
+    ),
+    "of bench-memory": (
+        '{"environment": {}, "rows": []}',
+        "it lacks ceilings of environment, ceilings, rows; name a file",
+    ),
+    "of bench": (
+        broken(lambda d: d["rows"][0].pop("sweep")),
+        "is not a results file of cofire bench-growth: row 0 lacks sweep",
+    ),
+    "of bench-agree": (broken(lambda d: d.update(agreement={})), "it has agreement, which other files of cofire have"),
+    "newer": (
+        broken(lambda d: d["environment"].update(format=99)),
+        "was written by a newer cofire (it is of format 99)",
+    ),
+    "older": (
+        broken(lambda d: d["environment"].pop("torch")),
+        "its environment lacks torch; measure again with cofire bench-g",
+    ),
+    "runs": (
+        broken(lambda d: d["environment"].update(runs=[1])),
+        "its environment has runs=[1], expected facts by run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_gets_a_sentence_and_is_moved_aside(name: str, one_sweep: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "growth.json"
+    text, sentence = BROKEN[name]
+    content = text if isinstance(text, bytes) else text.encode()
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        growth.load(path)
+    assert str(error.value).startswith(f"bench-growth: {path} ") and sentence in str(error.value)
+    said: list[str] = []
+    assert len(growth.run(path, progress=False, announce=said.append).rows) == 8
+    assert said == [f"{error.value}. It is now {path}.broken, and {path} is begun anew"]
+    assert (tmp_path / "growth.json.broken").read_bytes() == content, "nothing is lost"
+
+
+def test_no_file_and_a_folder_get_a_sentence(one_sweep: list[int], tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match="bench-growth: there is no results file .*; cofire bench-growth writes one"
+    ):
+        growth.load(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"bench-growth: .* cannot be read \(Is a directory\)"):
+        growth.run(tmp_path, progress=False)
 
 
 def test_plain_torch_is_left_out_where_it_would_take_too_long() -> None:
@@ -355,6 +460,8 @@ def drawn_results() -> results.Results:
     rows += [row("unkind", "cofire", n, 0.1 * n**1.5, 64 * n, noisy=n == 64) for n in (16, 1, 64, 4)]
     rows += [row("in_place", "cofire", n, 0.1 * n, 0, memory_law="linear") for n in (1, 4)]
     rows += [row("method:Some", "cofire", 100, 1.0, 10, sweep="parameters")]
+    for n, ms in ((1, 4.1), (4, 4.4), (16, 5.6), (64, 10.4), (256, 29.6)):  # 4 and a tenth of the size
+        rows.append(row("flat_kind", "cofire", n, ms, 64, p20_ms=ms, p80_ms=1.1 * ms))
     return results.Results({"device": "x"}, {}, [*rows, {"op": "of no sweep"}])
 
 
@@ -362,10 +469,13 @@ def test_table() -> None:
     headings, lines = growth.growth_table(drawn_results())
     assert all(len(line) == len(headings) for line in lines)
     found = {line[0]: line[1:] for line in lines}
-    assert found["kind"] == ["tokens", "16 to 64", "1.00", "linear", "0.00", "constant", "2.00", "1.00"]
-    assert found["unkind"] == ["tokens", "16 to 64", "**~1.50**", "linear", "**1.00**", "constant", "-", "-"]
-    assert found["in_place"] == ["tokens", "1 to 4", "1.00", "linear", "allocates nothing", "linear", "-", "-"]
-    assert found["method:Some"] == ["parameters", "-", "-", "linear", "-", "constant", "-", "-"]
+    assert found["kind"] == ["tokens", "16 to 64", "1.00", "linear", "-", "0.00", "constant", "2.00", "1.00"]
+    unkind = ["tokens", "16 to 64", "**~1.50** above", "linear", "-", "**1.00** above", "constant", "-", "-"]
+    assert found["unkind"] == unkind
+    assert found["in_place"] == ["tokens", "1 to 4", "1.00", "linear", "-", "allocates nothing", "linear", "-", "-"]
+    assert found["method:Some"] == ["parameters", "-", "-", "linear", "-", "-", "constant", "-", "-"]
+    flat = ["tokens", "16 to 256", "0.60 [0.57, 0.63] below", "linear", "up to 16", "0.00", "constant", "-", "-"]
+    assert found["flat_kind"] == flat
 
 
 def test_plots() -> None:
@@ -390,6 +500,6 @@ def test_the_line_of_theory_stays_in_its_panel() -> None:
 
 def test_every_line_has_its_points() -> None:
     found = laws.sweeps_of(drawn_results())
-    assert next(iter(found)) == ("gating", "in_place", "tokens")
+    assert list(found)[:2] == [("gating", "flat_kind", "tokens"), ("gating", "in_place", "tokens")]
     assert laws.points_of(found["gating", "kind", "tokens"], "dense", "median_ms") == [(1, 0.1), (4, 1.6), (16, 25.6)]
     assert laws.points_of(found["gating", "kind", "tokens"], "eager", "median_ms") == []

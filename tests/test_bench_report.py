@@ -23,7 +23,7 @@ from cofire.bench import cases as suite
 from cofire.bench import floors, results
 from cofire.bench.cases import Case, Random
 from cofire.bench.peers import built_in
-from cofire.bench.report import compare, markdown, page, plots, rows, tables
+from cofire.bench.report import compare, markdown, page, plots, roster, rows, tables
 from cofire.bench.report.chart import STYLE, LogAxis, inline
 from cofire.bench.report.extras import Extras
 from cofire.cli import app
@@ -89,12 +89,54 @@ def test_who_won() -> None:
     lowbit, selection = rows.standings([made_up(some_rows())])
     assert (lowbit.dense.won, lowbit.dense.tied, lowbit.dense.lost) == (1, 1, 1), "an overhead is not compared"
     assert lowbit.dense.mean == pytest.approx((3 * 0.5 * 1.02) ** (1 / 3))
-    assert (lowbit.peer.won, lowbit.peer.lost) == (1, 1)
-    assert (selection.dense.won, selection.peer.lost) == (1, 1), "torch.compile is what somebody could use instead"
-    assert tables.headline([lowbit, selection]) == (
-        "Of 4 measurements against the strongest plain torch, cofire won 2, tied 1 and lost 1."
-    )
-    assert tables.headline([], "peer").startswith("Nothing was compared with the best peer")
+    assert (lowbit.library.won, lowbit.library.lost) == (1, 1)
+    assert (selection.dense.won, selection.torch.lost) == (1, 1), "torch.compile is what somebody could use instead"
+    assert selection.library.count == 0, "and no other library"
+    assert [tables.headline([lowbit, selection], which) for which in ("dense", "library")] == [
+        "Of 4 measurements against the strongest plain torch, cofire won 2, tied 1 and lost 1; "
+        "3 of 4 were undisturbed: won 2, tied 1, lost 0.",
+        "Of 2 measurements against the best of other libraries, cofire won 1, tied 0 and lost 1; "
+        "1 of 2 were undisturbed: won 1, tied 0, lost 0.",
+    ]
+    assert tables.headline([], "library") == "Nothing was compared with the best of other libraries."
+
+
+def test_what_the_machine_disturbed_is_counted_apart() -> None:
+    def both(ours: bool | None, other: bool | None) -> rows.Score:
+        flags = [{} if f is None else {"flagged": f} for f in (ours, other)]
+        found = [row("cofire", 1.0, **against(2), **flags[0]), row("dense", 2.0, **flags[1]), row("peer:x", 3.0)]
+        (standing,) = rows.standings([made_up(found)])
+        assert standing.dense.won == 1, "it counts all the same"
+        assert standing.library.quiet is not None and standing.library.quiet.count == (not ours)
+        assert standing.dense.quiet is not None
+        return standing.dense.quiet
+
+    assert both(False, False).won == both(None, None).won == 1
+    assert both(True, False).count == both(False, True).count == 0
+    disturbed = made_up([row("cofire", 1.0, **against(2), flagged=True), row("dense", 2.0)])
+    assert tables.headline(rows.standings([disturbed])).endswith("lost 0; 0 of 1 were undisturbed.")
+    assert tables.summary(rows.standings([disturbed]))[1][0][2:4] == ["1 won, 0 lost (2.00x)", "0 of 1"]
+
+
+@pytest.mark.parametrize(("pairs", "text"), [(5, "2.00x"), (6, "2.00x [1.50, 2.50]"), (None, "2.00x [1.50, 2.50]")])
+def test_fewer_than_six_pairs_have_no_interval(pairs: int | None, text: str) -> None:
+    """The smallest and the largest of 5 readings hold the median with 94 %."""
+    assert tables.against(rows.Comparison(2.0, 1.5, 2.5, {}, pairs)) == text
+    assert rows.Comparison(2.0, 0.5, 2.5, {}, pairs).verdict == "tied", "their whole range says that much"
+
+
+def test_the_number_of_pairs_is_said() -> None:
+    def cell(ours: dict[str, Any], dense: dict[str, Any]) -> tuple[str, str]:
+        found = [row("cofire", 1.0, **against(2), **ours), row("dense", 2.0, **dense)]
+        (measurement,) = rows.measurements(found)
+        svg = "".join(plots.speedup_plots(found))
+        assert ("1.98, 2.02" in svg) == ("[" in tables.COLUMNS["against dense"](measurement))
+        return tables.COLUMNS["pairs"](measurement), tables.COLUMNS["against dense"](measurement)
+
+    assert cell({"rounds": 30}, {"rounds": 3}) == ("3", "2.00x"), "an older file says how many there are at most"
+    assert cell({"rounds": 30, "pairs": 2}, {"rounds": 30}) == ("2", "2.00x")
+    assert cell({"rounds": 30, "pairs": 7}, {"rounds": 30}) == ("7", "2.00x [1.98, 2.02]")
+    assert cell({}, {}) == ("-", "2.00x [1.98, 2.02]")
 
 
 @pytest.mark.parametrize(
@@ -106,13 +148,47 @@ def test_ties(ratio: float, spread: float, verdict: str) -> None:
     assert found.verdict == verdict
 
 
+NO_RIVALS = (
+    *("peer:cofire-on-one-thread", "peer:plain layer", "eager", "dense", "peer:gather-out", "peer:grouped"),
+    *("peer:torch sdpa (softmax, another function)", "peer:dequantize-then-dense", "peer:dense fp32"),
+)
+
+
 def test_what_is_no_rival() -> None:
-    found = [row("cofire", 2.0), row("peer:cofire-on-one-thread", 1.0), row("peer:plain layer", 1.0), row("eager", 1.0)]
+    (only,) = rows.measurements([row("cofire", 2.0), *(row(name, 1.0) for name in NO_RIVALS)])
+    assert only.against(rows.LIBRARY) is None and only.against(rows.TORCH) is None
+    others = tables.COLUMNS["others ms (of ceiling)"](only)
+    for words in ("plain layer (bound) 1", "fp32 (part of dense) 1", "dequantize-then-dense (our own code) 1"):
+        assert words in others
+    assert "(softmax, another function) 1" in others and "cofire-on-one-thread 1" in others, "the name says it"
+
+
+def test_libraries_and_torch_are_rivals_apart() -> None:
+    found = [
+        row("cofire", 2.0),
+        row("peer:faiss", 1.0),
+        row("peer:numpy", 3.0),
+        row("compile", 4.0),
+        row("peer:torch csr", 3.0),
+    ]
     (only,) = rows.measurements(found)
-    assert only.against_peer is None
-    assert not rows.is_rival("dense") and rows.is_rival("peer:faiss")
+    library, torch = only.against(rows.LIBRARY), only.against(rows.TORCH)
+    assert library is not None and (library.ratio, library.other["provider"]) == (0.5, "peer:faiss")
+    assert torch is not None and (torch.ratio, torch.other["provider"]) == (1.5, "peer:torch csr")
+    cells = dict(zip(tables.COLUMNS, tables.cells(only)))
+    assert cells["against best library"] == "**0.50x**" and cells["against other torch"] == "1.50x"
+    assert cells["others ms (of ceiling)"] == "numpy 3 (17 %), compile 4 (12 %)"
+    assert rows.kind_of("peer:somebody's own") == rows.LIBRARY
+
+
+def test_every_provider_has_a_kind() -> None:
+    """One that stands in a family's own file is a library only where it is named as one."""
     every = {name for family in bench.families() for case in suite.of_family(family) for name in case.providers}
-    assert set(rows.BOUNDS) <= every, "a bound that no case has"
+    named = {*rows.NO_RIVALS, *rows.OTHER_TORCH, *rows.LIBRARIES}
+    assert [n for n in every if n.startswith("peer:") and not n.startswith("peer:cofire") and n not in named] == []
+    peers = {f"peer:{p.name}": rows.TORCH if not p.packages else rows.LIBRARY for p in built_in()}
+    assert {name: rows.kind_of(name) for name in peers} == peers, "those without a package are torch's own"
+    assert named - every <= set(peers), "a provider that no case has"
 
 
 def test_absent_peers_are_one_line() -> None:
@@ -143,11 +219,12 @@ def test_cells() -> None:
     )
     assert won["dense ms (of ceiling)"] == "3 (17 %) packed"
     assert won["of ceiling"] == "50 %" and won["against dense"] == "3.00x [2.97, 3.03]"
-    assert won["best peer ms (of ceiling)"] == "onnxruntime 2 (25 %)"
+    assert won["best library ms (of ceiling)"] == "onnxruntime 2 (25 %)"
     assert lost["against dense"] == "**0.50x [0.49, 0.51]**", "a loss is bold"
-    assert lost["against best peer"] == "**0.62x**" and lost["cofire ms"] == "~4"
+    assert lost["against best library"] == "**0.62x**" and lost["cofire ms"] == "~4"
     assert "quanto no number" in tied["others ms (of ceiling)"] and "off by 1" in tied["notes"]
-    assert call["against dense"] == "-" and compact["best peer ms (of ceiling)"].startswith("compile 1")
+    assert call["against dense"] == "-" and compact["best other torch ms (of ceiling)"].startswith("compile 1")
+    assert compact["best library ms (of ceiling)"] == compact["against best library"] == "-"
     assert (tables.times(None), tables.times(123.4), tables.digits(12345.0)) == ("-", "123x", "12345")
     assert tables.environment(results.Results({"device": "D", "kind": "cpu"}, {})).startswith("D, not noted threads")
     assert tables.ceilings(results.Results({}, {})) == "Ceilings: not measured."
@@ -159,7 +236,43 @@ def test_operators_have_their_floor_and_their_losses() -> None:
     cells = dict(zip(headings, line))
     assert "FLOPs: 2 M N K" in cells[tables.MUST]
     assert cells["slowest"] == "**0.50x**" and cells["fastest"] == "3.00x"
-    assert "1 won, 1 tied, **1 lost**" in line
+    assert cells["against dense (mean)"] == "1 won, 1 tied, **1 lost** (1.15x)"
+    assert cells["undisturbed"] == "2 of 3: 1 won, 1 tied, 0 lost"
+    assert cells["against best library (mean)"] == "1 won, **1 lost** (1.12x)"
+    assert cells["against other torch (mean)"] == "-"
+
+
+def test_what_no_commit_has_is_told() -> None:
+    found = [row("cofire", 1.0), row("dense", 1.0, commit="abc+changes"), row("eager", 1.0, commit="abb+changes")]
+    results_ = made_up([*found, row("cofire", 1.0, family="gating")])
+    line = "Measured with changes that are in no commit: 2 rows, after abb, abc."
+    assert tables.caveats(results_) == tables.caveats(results_, "lowbit") == [line]
+    assert tables.caveats(results_, "gating") == []
+    assert line in markdown.family("lowbit", [results_], []) and line in markdown.index([results_], [], Extras())
+    assert page.page([results_], Extras()).count(line) == 2, "with the family, and with the machine"
+
+
+def test_what_each_run_measured_with_is_shown() -> None:
+    noted = {"date": "today", "commit": "c", "threads": 2, "peers": {"onnx": "1", "torchao": None}, "affinity": [0, 1]}
+    found = made_up(
+        [row("cofire", 1.0, run="a"), row("dense", 1.0, run="a"), row("eager", 1.0)], runs={"a": noted, "b": noted}
+    )
+    headings, lines = tables.runs(found)
+    assert [dict(zip(headings, line)) for line in lines] == [
+        {
+            "run": "a",
+            "begun": "today",
+            "commit": "c",
+            "rows": "2",
+            "measured with": "threads 2; peers onnx 1; affinity 0, 1",
+        },
+        {"run": "earlier ones", "begun": "-", "commit": "-", "rows": "1", "measured with": "not noted"},
+    ]
+    assert "| a | today | c | 2 |" in markdown.index([found], [], Extras()) and ">today<" in page.page(
+        [found], Extras()
+    )
+    older = made_up(some_rows())
+    assert tables.runs(older)[1] == [] and "each run measured with" not in markdown.index([older], [], Extras())
 
 
 def test_rows_of_earlier_commits_are_told() -> None:
@@ -209,6 +322,13 @@ def saved(found: results.Results, path: Path) -> Path:
     return found.save(path)
 
 
+@pytest.fixture
+def any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite that has all that is made up here."""
+    monkeypatch.setattr(roster, "gone", lambda found: [])
+
+
+@pytest.mark.usefixtures("any_case")
 def test_report(tmp_path: Path) -> None:
     file = saved(made_up(some_rows()), tmp_path / "r.json")
     written = {p.name: p.read_text() for p in bench.report([file], tmp_path / "docs")}
@@ -254,13 +374,15 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "docs").exists(), "nothing is written"
 
 
+@pytest.mark.usefixtures("any_case")
 def test_the_readme_has_one_short_table(tmp_path: Path) -> None:
     file = saved(made_up(some_rows()), tmp_path / "r.json")
     readme = tmp_path / "README.md"
     readme.write_text("\n".join(["Words.", *report.MEASURED, "More."]))
     assert readme in bench.report([file], tmp_path / "docs", readme)
     text = readme.read_text()
-    assert "| lowbit | CPU A | 1 won, 1 tied, **1 lost** |" in text and text.endswith("More.")
+    line = "| lowbit | CPU A | 1 won, 1 tied, **1 lost** (1.15x) | 2 of 3: 1 won, 1 tied, 0 lost | 1 won, **1 lost** (1.12x) | - |"
+    assert line in text and text.endswith("More.")
     assert len(text) < 1500
 
 
@@ -272,6 +394,7 @@ def test_a_family_page_of_its_own() -> None:
     assert report.family_tables("lowbit", [both[1]]) == "Not measured."
 
 
+@pytest.mark.usefixtures("any_case")
 def test_memory_beside_the_results(tmp_path: Path) -> None:
     file = saved(made_up(some_rows()), tmp_path / "results" / "r.json")
     where = {"device": "CPU A", "threads": 2, "torch": "2", "date": "d"}
@@ -287,6 +410,7 @@ def test_memory_beside_the_results(tmp_path: Path) -> None:
     assert text.startswith("Words.") and text.endswith("More.") and "| method" in text
 
 
+@pytest.mark.usefixtures("any_case")
 def test_growth_and_whole_networks_beside_the_results(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "results"
@@ -555,6 +679,18 @@ def test_no_ceiling_is_too_low() -> None:
 
 
 @checkout
+def test_nothing_is_shown_that_the_suite_does_not_have() -> None:
+    """Rows of cases and providers that are gone are left out; those of providers that nobody here knows are not committed."""
+    for path in committed():
+        found = results.Results.load(path)
+        strange = {r["provider"] for r in found.rows} - roster.known(found.environment["kind"]) - roster.BY_MACHINE
+        left = roster.current(found)
+        shown = {r["provider"] for r in left.rows}
+        assert not strange & shown, f"{path.name}: {sorted(strange & shown)}"
+        assert roster.gone(left) == []
+
+
+@checkout
 def test_every_operator_was_measured() -> None:
     """One committed file has a row with a time of each operator with a benchmark, and of each peer that was there."""
     lacking = []
@@ -568,3 +704,88 @@ def test_every_operator_was_measured() -> None:
             return
         lacking.append(f"{path.name}: {', '.join(sorted(operators | peers))}")
     pytest.fail("not measured: " + "; ".join(lacking))
+
+
+# ----------------------------------------------------------------------------------------------- what the suite has
+
+#: The measurements of a small suite, and their providers.
+SMALL = {
+    ("lowbit", "qlinear", "M8", "float32", "forward"): frozenset(
+        {"cofire", "dense", "peer:onnxruntime", roster.ONE_THREAD}
+    ),
+    ("lowbit", "qlinear", "M8", "float32", "overhead"): frozenset({"cofire", "dense"}),
+}
+
+
+@pytest.fixture
+def small_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roster, "roster", lambda device: SMALL if device == "cpu" else {})
+
+
+def full() -> list[results.Row]:
+    """What a run of the small suite measures."""
+    return [
+        row(name, 1.0, case, op, mode=mode) for (_, op, case, _, mode), names in SMALL.items() for name in sorted(names)
+    ]
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_rows_that_the_suite_no_longer_has_are_left_out(tmp_path: Path) -> None:
+    gone = [
+        row("cofire", 1.0, "M9"),
+        row("cofire", 1.0, mode="forward, cold"),
+        row("peer:onnxruntime", 1.0, mode="overhead"),
+    ]
+    stay = [*full(), row("peer:mine", 1.0), row("eager", 1.0)]
+    left = roster.current(made_up([*gone, *stay]))
+    assert left.rows == stay and left.left_out == gone, "somebody's own peer stays, and what the machine decides"
+    line = "Left out: 3 rows of cases or providers that the suite no longer has"
+    assert tables.caveats(left) == [f"{line}."]
+    (found,) = tables.caveats(left, "lowbit")
+    assert found.startswith(f"{line} (qlinear, M9, float32, forward; qlinear, M8, float32, forward, cold; qlinear, M8")
+    assert tables.caveats(left, "gating") == []
+    written = {
+        p.name: p for p in bench.report([saved(made_up([*gone, *stay]), tmp_path / "r.json")], tmp_path / "docs")
+    }
+    text = written["benchmarks-lowbit.md"].read_text()
+    assert line in text and "| M9 |" not in text and "| M8 |" in text
+    assert line in written["benchmarks.html"].read_text() and line in written["benchmarks.md"].read_text()
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_what_a_file_lacks_is_named() -> None:
+    forward = next(iter(SMALL))
+    assert roster.missing(made_up(full())) == {}
+    assert roster.missing(made_up([])) == {place: sorted(names) for place, names in SMALL.items()}
+
+    def lacking(**more: Any) -> list[str]:
+        """Where the row of the peer is another one."""
+        found = [row("peer:onnxruntime", **more) if r["provider"] == "peer:onnxruntime" else r for r in full()]
+        return roster.missing(made_up(found)).get(forward, [])
+
+    assert lacking(ms=2.0) == lacking(ms=None, note="output 0 is off by 1") == [], "it was tried"
+    for excuse in ("cannot run here: it needs another CPU", "left out: it takes minutes"):
+        assert lacking(ms=None, absent=True, note=excuse) == []
+    assert lacking(ms=None, absent=True, note="not installed: onnx") == ["peer:onnxruntime"]
+    assert lacking(ms=None) == ["peer:onnxruntime"], "neither a time nor a reason"
+    wrong = [
+        row("cofire", None, note="wrong") if r["provider"] == "cofire" and r["mode"] == "forward" else r for r in full()
+    ]
+    assert roster.missing(made_up(wrong)) == {forward: ["cofire"]}, "cofire itself needs a number"
+    alone = [r for r in full() if r["provider"] != roster.ONE_THREAD]
+    assert roster.missing(made_up(alone)) == {forward: [roster.ONE_THREAD]}
+    assert roster.missing(made_up(alone, threads=1)) == {}
+    lost = made_up([r for r in full() if r["mode"] == "forward"])
+    assert roster.words(roster.missing(lost)) == ["lowbit, qlinear, M8, float32, overhead: cofire, dense"]
+
+
+def test_the_roster_has_every_case_and_every_peer() -> None:
+    there = roster.roster("cpu")
+    assert {(place[1], place[2]) for place in there} == {
+        (op, c.name) for op, cases in cases_of().items() for c in cases
+    }
+    assert all("cofire" in names for names in there.values())
+    peers = {f"peer:{p.name}" for p in built_in() if "cpu" in p.devices}
+    assert peers <= roster.known("cpu"), "whether they are installed or not"
+    (place,) = [p for p in there if p[1:3] == ("mass_mask", "128x512 mass 0.95") and p[4] == "forward"]
+    assert there[place] == {"cofire", "dense", "eager", "compile", roster.ONE_THREAD}

@@ -11,18 +11,28 @@ from typing import Any
 import pytest
 
 from cofire.bench import cases as suite
-from cofire.bench import kv_fusion_summary, lowbit_summary, shift_add_summary, sparse_summary
+from cofire.bench import (
+    clustering_summary,
+    gating_summary,
+    kv_fusion_summary,
+    lowbit_summary,
+    shift_add_summary,
+    sparse_summary,
+)
 from cofire.bench.dense_products import SAME_DTYPE
+from cofire.bench.harness import ONE_THREAD
 from cofire.bench.peers import of_case
 from cofire.bench.report import SUMMARIES, summary_markers
 from cofire.bench.report.tables import markdown_table
 from cofire.bench.results import Results, Row
 from cofire.bench.shift_add_attention import SOFTMAX
-from cofire.bench.targets import COLD, HOT, Index, Target, index_of, lines
+from cofire.bench.targets import BOTH_WAYS, COLD, HOT, Index, Target, index_of, lines
 from cofire.files import fill
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
+    "clustering": clustering_summary,
+    "gating": gating_summary,
     "kv_fusion": kv_fusion_summary,
     "lowbit": lowbit_summary,
     "shift_add": shift_add_summary,
@@ -32,8 +42,8 @@ MODULES = {
 
 def row(family: str, case: str, provider: str, ms: float, mode: str = HOT, **more: Any) -> Row:
     return {
-        "family": family, "case": case, "dtype": "float32", "mode": mode, "provider": provider, "median_ms": ms,
-        "bytes": 100, "peak_bytes": 100, "noisy": False, **more,
+        "family": family, "op": "some_operator", "case": case, "dtype": "float32", "mode": mode, "provider": provider,
+        "median_ms": ms, "bytes": 100, "flops": 100, "peak_bytes": 100, "noisy": False, **more,
     }  # fmt: skip
 
 
@@ -45,17 +55,18 @@ def everything(family: str) -> Iterator[Row]:
     """A row of each provider of each case, in each mode."""
     for case in suite.of_family(family):
         dtype = str(case.dtype).removeprefix("torch.")
-        for provider in ("cofire", *case.providers, *of_case(case, "cpu")):
+        alone = [ONE_THREAD] if case.overhead else []
+        for provider in ("cofire", *alone, *case.providers, *of_case(case, "cpu")):
             for mode in case.modes:
-                yield row(family, case.name, provider, 1.0, mode, dtype=dtype)
+                yield row(family, case.name, provider, 1.0, mode, dtype=dtype, op=case.op)
 
 
 class Asked(dict[tuple[str, str, str, str], Row]):
     """Remembers what it was asked for in vain."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, missing: list[Any]) -> None:
         super().__init__(index)
-        self.missing: list[Any] = []
+        self.missing = missing
 
     def get(self, key: Any, default: Any = None) -> Any:
         if key not in self:
@@ -71,17 +82,30 @@ def test_every_summary_is_known() -> None:
 
 
 @pytest.mark.parametrize(("family", "module"), MODULES.items(), ids=MODULES)
-def test_every_target_has_a_case(family: str, module: ModuleType) -> None:
+def test_every_target_has_a_case(family: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were all cases measured, no number would be missing: a target that no case can meet stands for nothing."""
     results = made_up([*everything(family), *everything("selection")])
     found = lines(module.TARGETS, index_of(results, family), results)
     assert [what for what, _, cell in found if cell == "-"] == []
     if family == "lowbit":  # goes through shapes and rows that it need not have
         return
-    index = Asked(index_of(results, family))
+    missing: list[Any] = []
+
+    def asked(*args: Any) -> Asked:
+        return Asked(index_of(*args), missing)
+
+    monkeypatch.setattr(module, "index_of", asked, raising=False)
     for target in module.TARGETS:
-        target.find(index, results)
-    assert index.missing == []
+        target.find(asked(results, family), results)
+    assert missing == []
+
+
+def test_cases_of_one_name_are_told_apart_by_their_operator() -> None:
+    results = made_up([row("lowbit", "4 bits", "cofire", ms, op=op) for op, ms in (("first", 1.0), ("second", 2.0))])
+    for op, ms in (("first", 1.0), ("second", 2.0)):
+        (found,) = index_of(results, "lowbit", op).values()
+        assert found["median_ms"] == ms
+    assert index_of(results, "lowbit", "third") == {}
 
 
 @pytest.mark.parametrize("family", MODULES)
@@ -138,6 +162,56 @@ def test_of_kv_fusion() -> None:
     assert "torch's attention without scores | at most 1.6x | **causal: 2x** |" in text
     alone = made_up([r for r in found if r["case"] != kv_fusion_summary.GATHER])
     assert "1,024 tokens of 128, against eager | at least 4x | - |" in kv_fusion_summary.summary(alone, markdown_table)
+
+
+def test_of_kv_fusion_what_each_takes() -> None:
+    cases = {case.name for case in suite.of_family("kv_fusion")}
+    assert [case for case in kv_fusion_summary.FIGURES.values() if case not in cases] == []
+    found = [
+        row("kv_fusion", kv_fusion_summary.SELECT, "cofire", 2.0, peak_bytes=20, noisy=True),
+        row("kv_fusion", kv_fusion_summary.SELECT, "eager", 30.0),
+        row("kv_fusion", kv_fusion_summary.SELECT, "dense", 1.5),
+        row("kv_fusion", kv_fusion_summary.MASKED, "cofire", 3.0, BOTH_WAYS, dtype="bfloat16"),
+    ]
+    text = kv_fusion_summary.summary(made_up(found), markdown_table)
+    assert "1,024 tokens, 32 heads | fp32 | forward | ~2 ms | 15x | **0.75x** | 0.2 |" in text
+    assert "| masked attention, 700 tokens, 32 heads of 128 | bf16 | forward+backward | 3 ms | - | - | - |" in text
+    assert text.count("| fp32 |") == 1, "what was not measured has no line"
+
+
+def test_of_gating() -> None:
+    middle = gating_summary.MIDDLE.format(0.5)
+    times = {"cofire": 2.0, "dense": 5.0, "peer:gather-out": 9.0, "peer:gather-in-out": 3.0, "peer:grouped": 4.0}
+    found = [row("gating", middle, provider, ms) for provider, ms in times.items()]
+    found += [row("gating", f"{shape} keep 0.9", "cofire", 1.0) for shape in gating_summary.SHAPES[:2]]
+    found += [row("gating", f"{gating_summary.SHAPES[i]} keep 0.9", "dense", 0.9 + 0.1 * i) for i in range(2)]
+    found += [row("gating", gating_summary.MASS, p, ms) for p, ms in (("cofire", 1.0), (ONE_THREAD, 1.9))]
+    text = gating_summary.summary(made_up(found), markdown_table)
+    assert "8 samples, half kept, against dense | at least 2.4x | 2.5x |" in text
+    assert "| the same, against the best naive way | at least 2x | **1.5x** |" in text
+    assert "| 90 % kept, against dense | at least 0.95x | **B1 C256 14x14: 0.9x**, B8 C256 14x14: 1x |" in text
+    assert "| all threads, against one | - | mass_mask: 1.9x |" in text
+    assert "| training epilogue, 128x256x16x16, against eager | at least 2x | - |" in text
+
+
+def test_of_clustering() -> None:
+    def time(op: str, case: str, mode: str, dtype: str = "bfloat16", **times: float) -> list[Row]:
+        names = {"coreml": "peer:coremltools"}
+        return [row("clustering", case, names.get(p, p), ms, mode, dtype=dtype, op=op) for p, ms in times.items()]
+
+    found = time("dkm", "1024x1024 K16 T3", BOTH_WAYS, cofire=7.0, coreml=840.0, eager=350.0, dense=14.0)
+    found += time("palettize", "1024x1024 K16", HOT, cofire=1.0, coreml=1.0)
+    found += time("kmeans1d", "1024x1024 K16", HOT, cofire=2.0, coreml=300.0)
+    found += time("lut_apply16", "4096x4096", HOT, cofire=1.0)
+    found += time("histogram16", "4096x4096", HOT, cofire=4.5)
+    found += time("histogram16", "4096x4096", HOT, "float16", cofire=6.0)
+    text = clustering_summary.summary(made_up(found), markdown_table)
+    assert "bf16, against coremltools | at least 100x | 120x |" in text
+    assert "| the same, against eager | at least 60x | **50x** |" in text
+    assert "| the same, in time | at most 6 ms | **7 ms** |" in text
+    assert "histogram16 of 16.8 M weights | at most 5 ms | bf16: 4.5 ms, **fp16: 6 ms** |" in text, "not of lut_apply16"
+    assert "kmeans1d, 1024x1024, K = 16, bf16, against coremltools | at least 100x | 150x |" in text, "not of palettize"
+    assert "| the same, against faiss | at least 5x | - |" in text
 
 
 def test_of_sparse_against_dense_of_each_dtype() -> None:

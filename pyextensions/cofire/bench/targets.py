@@ -18,9 +18,11 @@ HEADINGS = ("what", "target", "found")
 HOT, COLD, BOTH_WAYS = "forward", "forward, cold", "forward+backward"
 
 
-def index_of(results: Results, family: str) -> Index:
-    """The rows of a family that have a time."""
-    timed = (r for r in results.rows if r["family"] == family and r["median_ms"] is not None)
+def index_of(results: Results, family: str, op: str | None = None) -> Index:
+    """The rows of a family, or of one operator of it, that have a time. Names of cases are those of an operator."""
+    timed = (
+        r for r in results.rows if r["family"] == family and r["median_ms"] is not None and op in (None, r.get("op"))
+    )
     return {(r["case"], r["dtype"], r["mode"], r["provider"]): r for r in timed}
 
 

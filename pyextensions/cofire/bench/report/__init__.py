@@ -6,9 +6,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cofire.bench import kv_fusion_summary, lowbit_summary, shift_add_summary, sparse_summary
+from cofire.bench import (
+    clustering_summary,
+    gating_summary,
+    kv_fusion_summary,
+    lowbit_summary,
+    shift_add_summary,
+    sparse_summary,
+)
 from cofire.bench.memory import load, memory_table
-from cofire.bench.report import markdown, page, tables
+from cofire.bench.report import markdown, page, roster, tables
 from cofire.bench.report.drawing import INK, _figure, _svg
 from cofire.bench.report.extras import Extras, extras_in, files_in
 from cofire.bench.report.plots import speedup_plot
@@ -25,6 +32,8 @@ MEMORY = ("<!-- results: cofire bench-memory -->", "<!-- end of memory -->")
 NETWORKS = "networks.md"  #: has its own words, table and pictures of whole networks
 #: What a family aims at, and what was found: in its own page ``<family>.md``, if that has the markers.
 SUMMARIES = {
+    "clustering": clustering_summary.summary,
+    "gating": gating_summary.summary,
     "kv_fusion": kv_fusion_summary.summary,
     "lowbit": lowbit_summary.summary,
     "shift_add": shift_add_summary.summary,
@@ -102,8 +111,9 @@ def report(
     """Draw any number of results files.
 
     Args:
-        results_files: what :func:`cofire.bench.run` wrote, one file per device. What lies in ``growth``, ``end_to_end`` and
-            ``memory`` beside them is drawn too.
+        results_files: what :func:`cofire.bench.run` wrote, one file per device. What lies in ``growth``, ``end_to_end``,
+            ``memory`` and ``agreement`` beside them is drawn too. Rows of cases and providers that the suite no longer has
+            are left out, and the pages say so.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks-<family>.md``, the pictures
             as SVG files in ``benchmarks``, and ``benchmarks.html`` (self-contained). A ``clustering.md`` in it gets the
             table of memory, a ``networks.md`` that of whole networks, and a family's own page (``sparse.md``) what was aimed at
@@ -129,7 +139,7 @@ def report(
         pages = {"comparison.md": markdown.comparison(old, new), "comparison.html": page.comparison(old, new)}
         return [write_atomically(folder / name, text) for name, text in pages.items()]
     files = [Path(path) for path in results_files]
-    all_results = [Results.load(path) for path in files]
+    all_results = [roster.current(Results.load(path)) for path in files]
     folders = list(dict.fromkeys(path.parent for path in files)) or [FOLDER]
     extras = extras_in(folders)
     written = _markdown(folder, all_results, extras) + _networks(folder, folders)

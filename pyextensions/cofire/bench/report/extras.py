@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What else was measured, in folders beside the results: the growth of cost, and whole networks."""
+"""What else was measured, in folders beside the results: the growth of cost, whole networks, whether two runs agree."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from cofire.bench.agreement import MACHINE, load, sentence
 from cofire.bench.report import tables
 from cofire.bench.report.rows import titles
 from cofire.bench.results import Results
@@ -27,10 +29,17 @@ class Part:
 
 @dataclass
 class Extras:
-    """What the folders ``growth`` and ``end_to_end`` beside the results hold."""
+    """What the folders ``growth``, ``end_to_end`` and ``agreement`` beside the results hold."""
 
     growth: list[Part] = field(default_factory=list)
     end_to_end: list[Part] = field(default_factory=list)
+    agreements: list[dict[str, Any]] = field(default_factory=list)
+
+    def agreement(self, results: Results) -> str:
+        """Whether two runs of the machine of these results agree, as far as a file says."""
+        machine = [results.environment.get(name) for name in MACHINE]
+        found = [a for a in self.agreements if [a["environment"][name] for name in MACHINE] == machine]
+        return " ".join(map(sentence, found)) or "Whether two runs agree: not shown."
 
 
 def files_in(folders: Iterable[Path], kind: str) -> list[Path]:
@@ -42,14 +51,14 @@ def files_in(folders: Iterable[Path], kind: str) -> list[Path]:
 def extras_in(folders: Sequence[Path]) -> Extras:
     """Read and draw what is there."""
     growth, networks = files_in(folders, "growth"), files_in(folders, "end_to_end")
-    return Extras(_growth(growth), _end_to_end(networks))
+    return Extras(_growth(growth), _end_to_end(networks), list(map(load, files_in(folders, "agreement"))))
 
 
 def _growth(paths: Sequence[Path]) -> list[Part]:
     from cofire.bench import growth  # with all methods
 
     found = []
-    all_results = [Results.load(path) for path in paths]
+    all_results = [growth.load(path) for path in paths]
     for path, machine, results in zip(paths, titles(all_results), all_results):
         drawn = {f"{path.stem}-growth-{_slug(name)}.svg": svg for name, svg in growth.growth_plots(results).items()}
         found.append(_part(machine, results, growth.growth_table(results), drawn))

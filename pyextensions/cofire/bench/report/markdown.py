@@ -18,11 +18,14 @@ INTRODUCTION = """# Benchmarks
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
 input that is timed; a wrong answer gets no number. *Dense* is the strongest plain torch: the fastest of several ways to
 write the operation in it (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of
-paired readings, with its 95 % interval. The *best peer* is the fastest of the other libraries and of `torch.compile`,
-by medians. cofire may lose twice what plain torch in that type loses (gradients three times), the others 16 times as much;
-a peer that rounds in a way of its own is checked against that. What is marked as a bound does less than the
-operator, and is no peer; nor does attention without scores return what `attention_with_scores` does, but it is what is used
-instead. A tie is less than 5 % apart, or within the interval. GFLOP/s and GB/s count what the masks leave to do, for all
+paired readings, with its 95 % interval, which fewer than six *pairs* do not have. Two more comparisons are by medians: with the
+fastest of other *libraries*, and with the fastest of torch's other ways (*other torch*): `torch.compile`, and its packed,
+quantised and sparse kernels. No rival is what computes another function, what is built on our own operators, and what is marked
+as a *bound*, because it does less than the operator; nor does attention without scores return what `attention_with_scores`
+does, but it is what is used instead. cofire may lose twice what plain torch in that type loses (gradients three times), the
+others 16 times as much; a peer that rounds in a way of its own is checked against that. A tie is less than 5 % apart, or within
+the interval (with fewer than six pairs: within their range). *Undisturbed* are the comparisons during which a probe of fixed
+work took as long as usual: they are counted apart. GFLOP/s and GB/s count what the masks leave to do, for all
 providers alike. The *ceiling* is the larger of bytes / bandwidth and FLOPs / peak, both measured on the same machine with the
 same torch, the best of all runs of the file: 100 % is as fast as the machine allows. `kv_fuse` passes that: its FLOPs are
 those of the sum as it stands, by frequencies (in fp32) they are fewer, and in bf16 on AMX it ran faster than the library's
@@ -32,9 +35,11 @@ fewer than the usual 30, as has one that was disturbed. Slower is **bold**; `~` 
 or the readings spread.
 """
 FOLDER = "benchmarks"  #: of the pictures, beside the page
-GROWTH = """Each exponent is that of a power law through the larger half of the sizes; **bold** is one that lies a quarter or
-more above what theory expects. *Plain torch* is the strongest plain torch of an operator; of a method, a step of the
-same network without it."""
+GROWTH = """Each exponent is that of a power law through the larger half of the sizes; in brackets, of time, the smallest and the
+largest that the readings allow, between their 20th and 80th percentiles. One that is a quarter or more away from what theory
+expects says "above" (**bold**) or "below". Where a call's fixed cost weighs, time grows slower than theory says: *fixed cost* is
+the largest size at which it is half of the time or more, if the time is a fixed cost and the law of theory. *Plain
+torch* is the strongest plain torch of an operator; of a method, a step of the same network without it."""
 
 
 def family_page(family: str) -> str:
@@ -63,7 +68,7 @@ def summary(all_results: Sequence[Results], drawn: Sequence[str]) -> str:
         return "\n\n".join(["Not measured.", *tables.gpu_words(all_results)])
     headings, lines = tables.summary(found)
     linked = [[f"[{line[0]}]({family_page(line[0])})", *line[1:]] for line in lines]
-    parts = [f"{tables.headline(found)} {tables.headline(found, 'peer')}", tables.markdown_table(headings, linked)]
+    parts = [*tables.headlines(found), tables.markdown_table(headings, linked)]
     if "summary.svg" in drawn:
         parts.append(_image("won, tied and lost by family", "summary.svg"))
     return "\n\n".join([*parts, *tables.gpu_words(all_results)])
@@ -84,12 +89,10 @@ def index(all_results: Sequence[Results], drawn: Sequence[str], extras: Extras, 
     if all_results:
         parts.append("## Machines")
     for machine, results in zip(titles(all_results), all_results):
-        parts += [
-            f"### {machine}",
-            tables.environment(results),
-            *tables.peers(results),
-            tables.ceilings(results),
-        ]
+        parts += [f"### {machine}", tables.environment(results), *tables.peers(results), tables.ceilings(results)]
+        parts += [*tables.caveats(results), extras.agreement(results)]
+        headings, lines = tables.runs(results)
+        parts += [_folded("what each run measured with", headings, lines)] if lines else []
     return "\n\n".join(parts)
 
 
@@ -128,6 +131,7 @@ def family(name: str, all_results: Sequence[Results], drawn: Sequence[str]) -> s
         if not rows:
             continue
         parts += [f"## {machine}", tables.environment(results), *tables.commits(results, name)]
+        parts += tables.caveats(results, name)
         missing = absent(rows)
         parts += [f"Not there: {'; '.join(missing)}."] if missing else []
         parts.append(tables.markdown_table(*tables.operators(results, name)))
@@ -173,6 +177,6 @@ def measured(all_results: Sequence[Results]) -> str:
     found = standings(all_results)
     if not found:
         return "Not measured."
-    headings, lines = tables.summary(found)
-    parts = [f"{tables.headline(found)} {tables.headline(found, 'peer')}", tables.markdown_table(headings, lines)]
+    headings, lines = tables.short_summary(found)
+    parts = [*tables.headlines(found), tables.markdown_table(headings, lines)]
     return "\n\n".join([*parts, *tables.gpu_words(all_results)])

@@ -13,8 +13,11 @@ from cofire.bench.report.extras import Extras, Part
 from cofire.bench.report.markdown import INTRODUCTION
 from cofire.bench.report.plots import roofline_plots, speedup_plots, standing_plot
 from cofire.bench.report.rows import (
+    LIBRARY,
     LOST,
+    TORCH,
     VERDICTS,
+    Comparison,
     Measurement,
     absent,
     families,
@@ -22,7 +25,7 @@ from cofire.bench.report.rows import (
     standings,
     titles,
 )
-from cofire.bench.results import Results
+from cofire.bench.results import Results, Row
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1f2328; --soft: #f3f5f7; --line: #d0d7de; --dim: #59636e;
@@ -132,10 +135,12 @@ def _rows_table(taken: Sequence[Measurement]) -> str:
     lines = []
     for m in taken:
         values = {
-            "dense ms (of ceiling)": m.dense["median_ms"] if m.dense is not None else None,
-            "best peer ms (of ceiling)": m.rivals[0]["median_ms"] if m.rivals else None,
-            "against dense": m.against_dense.ratio if m.against_dense is not None else None,
-            "against best peer": m.against_peer.ratio if m.against_peer is not None else None,
+            "dense ms (of ceiling)": _time(m.dense),
+            "best library ms (of ceiling)": _time(m.rival(LIBRARY)),
+            "best other torch ms (of ceiling)": _time(m.rival(TORCH)),
+            "against dense": _ratio(m.against_dense),
+            "against best library": _ratio(m.against(LIBRARY)),
+            "against other torch": _ratio(m.against(TORCH)),
         }
         cells = [m.op, *tables.cells(m)]
         body = "".join(
@@ -143,6 +148,14 @@ def _rows_table(taken: Sequence[Measurement]) -> str:
         )
         lines.append(f'<tr class="{tables.verdict(m)}">{body}</tr>')
     return _framed(headings, lines, ' class="rows"')
+
+
+def _time(row: Row | None) -> float | None:
+    return None if row is None else float(row["median_ms"])
+
+
+def _ratio(found: Comparison | None) -> float | None:
+    return None if found is None else found.ratio
 
 
 def _paragraphs(lines: Sequence[str], kind: str = "") -> str:
@@ -181,7 +194,7 @@ def page(all_results: Sequence[Results], extras: Extras) -> str:
             _links(all_results, extras),
             *(_family(family, all_results) for family in families(all_results)),
             *filter(None, more),
-            _how_to_read(all_results),
+            _how_to_read(all_results, extras),
         ],
     )
 
@@ -191,7 +204,7 @@ def _summary(all_results: Sequence[Results]) -> str:
     if not found:
         return _paragraphs(["Not measured.", *tables.gpu_words(all_results)])
     picture = standing_plot(found)
-    lead = _paragraphs([tables.headline(found), tables.headline(found, "peer")], ' class="lead"')
+    lead = _paragraphs(tables.headlines(found), ' class="lead"')
     drawn = f"<figure>{inline(picture)}</figure>" if picture is not None else ""
     means = "The number at the right of a bar is the geometric mean of the speed-ups."
     return lead + drawn + _paragraphs([means, *tables.gpu_words(all_results)]) + table(*tables.summary(found))
@@ -213,7 +226,8 @@ def _family(family: str, all_results: Sequence[Results]) -> str:
         if not rows:
             continue
         parts.append(f"<h3>{html.escape(machine)}</h3>")
-        parts.append(_paragraphs([tables.environment(results), *tables.commits(results, family)], ' class="dim"'))
+        said = [tables.environment(results), *tables.commits(results, family), *tables.caveats(results, family)]
+        parts.append(_paragraphs(said, ' class="dim"'))
         missing = absent(rows)
         parts.append(_paragraphs([f"Not there: {'; '.join(missing)}."]) if missing else "")
         parts.append(table(*tables.operators(results, family), words=(tables.MUST,)))
@@ -260,10 +274,17 @@ def _side_by_side(all_results: Sequence[Results]) -> str:
     return "".join(parts)
 
 
-def _how_to_read(all_results: Sequence[Results]) -> str:
+def _how_to_read(all_results: Sequence[Results], extras: Extras) -> str:
     words = INTRODUCTION.split("\n\n", 1)[1].replace("`", "").replace("*", "")
-    machines = [w for r in all_results for w in (tables.environment(r), *tables.peers(r), tables.ceilings(r))]
-    return '<h2 id="reading">How to read this</h2>' + _paragraphs([words]) + _paragraphs(machines, ' class="dim"')
+    parts = [f'<h2 id="reading">How to read this</h2>{_paragraphs([words])}']
+    for results in all_results:
+        said = [tables.environment(results), *tables.peers(results), tables.ceilings(results), *tables.caveats(results)]
+        parts.append(_paragraphs([*said, extras.agreement(results)], ' class="dim"'))
+        headings, lines = tables.runs(results)
+        parts.append(
+            _folded("What each run measured with", table(headings, lines, words=headings[-1:])) if lines else ""
+        )
+    return "".join(parts)
 
 
 def comparison(old: Results, new: Results) -> str:

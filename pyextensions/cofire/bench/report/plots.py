@@ -19,10 +19,10 @@ SHADE = {WON: WIN, TIED: TIE, LOST: LOSS}
 
 
 def standing_plot(standings: Sequence[Standing]) -> str | None:
-    """For each family and machine two bars: how many measurements were won, tied and lost."""
+    """For each family and machine three bars: how many measurements were won, tied and lost."""
     if not standings:
         return None
-    picture = Chart(34 + 46 * len(standings), "won, tied and lost by family")
+    picture = Chart(34 + 60 * len(standings), "won, tied and lost by family")
     x = 8.0
     for word, color in SHADE.items():
         picture.rect(x, 6, 9, 9, color)
@@ -34,9 +34,11 @@ def standing_plot(standings: Sequence[Standing]) -> str | None:
         picture.text(8, y, s.family, 11, bold=True)
         if several:
             picture.text(WIDTH - 8, y, s.machine, 9, "end", room=220)
-        for i, (name, found) in enumerate((("plain torch", s.dense), ("best peer", s.peer))):
+        for i, (name, found) in enumerate(
+            (("plain torch", s.dense), ("libraries", s.library), ("other torch", s.torch))
+        ):
             _share_bar(picture, y + 5 + 14 * i, name, found)
-        y += 46
+        y += 60
     return picture.svg()
 
 
@@ -109,10 +111,13 @@ def _bar(picture: Chart, axis: LogAxis, y: float, m: Measurement, found: Compari
     noisy = bool(m.rows["cofire"]["noisy"] or m.rows["dense"]["noisy"])
     picture.text(8, y + 8, f"{m.case}, {SHORT.get(m.dtype, m.dtype)}{mode}", 8.5, room=WIDTH - 16)
     left, right = sorted((axis(1), axis(found.ratio)))
-    tip = f"{times(found.ratio)} [{found.low:.2f}, {found.high:.2f}]{', noisy' if noisy else ''}"
+    interval = found.interval
+    range_ = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval is not None else f", {found.pairs} pairs"
+    tip = f"{times(found.ratio)}{range_}{', noisy' if noisy else ''}"
     picture.rect(left, y + 11, right - left, 9, SHADE[found.verdict], 0.5 if noisy else 1, tip)
-    ends = [min(max(v, axis.low), axis.high) for v in (found.low, found.high)]
-    picture.line([(axis(ends[0]), y + 15.5), (axis(ends[1]), y + 15.5)], width=1)
+    ends = [min(max(v, axis.low), axis.high) for v in interval or (found.ratio, found.ratio)]
+    if interval is not None:
+        picture.line([(axis(ends[0]), y + 15.5), (axis(ends[1]), y + 15.5)], width=1)
     picture.text(
         max(right, axis(ends[1])) + 4, y + 19, ("~" if noisy else "") + times(found.ratio), 9, bold=found.ratio < 1
     )

@@ -4,32 +4,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from cofire.bench.results import UNCOMPARED, Results, Row, geometric_mean
+from cofire.bench.results import UNCOMPARED, Results, Row, flagged, geometric_mean
 
-#: Providers that do less than the operator does, so that they show what it could reach at best. No rivals.
-BOUNDS = {
-    "peer:library without scores": "attention that returns no scores",
-    "peer:plain layer": "a layer without a mask",
-    "peer:static-pruned": "the same channels for every sample",
+OURS, PLAIN, LIBRARY, TORCH = "our own code", "plain torch", "library", "other torch"
+BOUND, OTHER, PART = "bound", "another function", "part of dense"
+RIVALS = (LIBRARY, TORCH)  #: what somebody could use instead of the operator, and of the strongest plain torch
+#: torch.compile, and kernels of torch's own that are no form of the plain operation: packed, quantised, sparse, attention.
+OTHER_TORCH = (
+    *("compile", "peer:torch csr", "peer:torch bsr", "peer:torch sampled_addmm", "peer:torch learnable"),
+    *("peer:torch-dynamic", "peer:torch-int4pack", "peer:torch-int8pack"),
+    *("peer:torch sdpa", "peer:torch 2:4", "peer:torch fp8"),
+)
+LIBRARIES = ("peer:numpy",)  #: that stand in a family's own file; those of ``cofire.bench.peers`` need not be named
+#: No rivals, and why. A bound does less than the operator, so that it shows what that could reach at best.
+NO_RIVALS = {
+    "peer:library without scores": (BOUND, "attention that returns no scores"),
+    "peer:plain layer": (BOUND, "a layer without a mask"),
+    "peer:static-pruned": (BOUND, "the same channels for every sample"),
+    "peer:gather-out": (BOUND, "the channels of each sample were listed before time counts"),
+    "peer:gather-in-out": (BOUND, "the channels of each sample were listed before time counts"),
+    "peer:grouped": (BOUND, "the channels of each sample were listed before time counts"),
+    "peer:torch sdpa (softmax, another function)": (OTHER, "softmax attention instead of linear attention"),
+    "peer:dequantize-then-dense": (OURS, "the weight is decoded by our own operator"),
+    "peer:dense fp32": (PART, "the forms in fp32, of those that dense is the fastest of"),
 }
 TIE = 1.05  #: less than so many times apart is a tie
+LEAST_PAIRS = 6  #: of fewer readings no two bound the median with 95 %: the smallest and the largest of 5 do with 94
 WON, TIED, LOST = "won", "tied", "lost"
 VERDICTS = (WON, TIED, LOST)
 
 
+def kind_of(provider: str) -> str:
+    """What a provider is: only :data:`RIVALS` are counted against."""
+    if provider in NO_RIVALS:
+        return NO_RIVALS[provider][0]
+    if provider == "cofire" or provider.startswith("peer:cofire"):
+        return OURS
+    if provider in OTHER_TORCH:
+        return TORCH
+    return LIBRARY if provider.startswith("peer:") else PLAIN
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """How many times as fast as ``other`` (its row); an interval where readings were paired."""
+    """How many times as fast as ``other`` (its row); the range of readings where they were paired."""
 
     ratio: float
     low: float
     high: float
     other: Row
+    pairs: int | None = None  #: of readings; None where a file does not say
+    quiet: bool = True  #: the probe ran as usual during both
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the median ratio, if there were enough pairs for one."""
+        enough = self.pairs is None or self.pairs >= LEAST_PAIRS
+        return (self.low, self.high) if enough else None
 
     @property
     def verdict(self) -> str:
+        """A tie where the interval, or with few pairs their whole range, holds 1, or the ratio is next to it."""
         if self.low <= 1 <= self.high or 1 / TIE < self.ratio < TIE:
             return TIED
         return WON if self.ratio > 1 else LOST
@@ -61,11 +98,10 @@ class Measurement:
     def compared(self) -> bool:
         return self.mode not in UNCOMPARED
 
-    @property
-    def rivals(self) -> list[Row]:
-        """Other libraries and ``torch.compile``, the fastest first: what somebody could use instead."""
-        timed = [r for name, r in self.rows.items() if is_rival(name) and r["median_ms"]]
-        return sorted(timed, key=lambda r: float(r["median_ms"]))
+    def rival(self, kind: str) -> Row | None:
+        """The fastest of :data:`LIBRARY`, or of :data:`TORCH`."""
+        timed = [r for name, r in self.rows.items() if kind_of(name) == kind and r["median_ms"]]
+        return min(timed, key=lambda r: float(r["median_ms"]), default=None)
 
     @property
     def against_dense(self) -> Comparison | None:
@@ -73,22 +109,28 @@ class Measurement:
         ours, dense = self.ours, self.dense
         if ours is None or dense is None or not ours.get("speedup") or not self.compared:
             return None
-        return Comparison(ours["speedup"], ours["speedup_low"], ours["speedup_high"], dense)
+        ends = ours["speedup_low"], ours["speedup_high"]
+        return Comparison(ours["speedup"], *ends, dense, _pairs(ours, dense), _quiet(ours, dense))
 
-    @property
-    def against_peer(self) -> Comparison | None:
+    def against(self, kind: str) -> Comparison | None:
         """Medians of the same rounds, without an interval: only the ratios to dense were kept pair by pair."""
-        ours = self.ours
-        if ours is None or not self.rivals or not self.compared:
+        ours, other = self.ours, self.rival(kind)
+        if ours is None or other is None or not self.compared:
             return None
-        ratio = self.rivals[0]["median_ms"] / ours["median_ms"]
-        return Comparison(ratio, ratio, ratio, self.rivals[0])
+        ratio = other["median_ms"] / ours["median_ms"]
+        return Comparison(ratio, ratio, ratio, other, quiet=_quiet(ours, other))
 
 
-def is_rival(provider: str) -> bool:
-    if provider == "compile":
-        return True
-    return provider.startswith("peer:") and not provider.startswith("peer:cofire") and provider not in BOUNDS
+def _quiet(ours: Row, other: Row) -> bool:
+    return not flagged(ours) and not flagged(other)
+
+
+def _pairs(ours: Row, dense: Row) -> int | None:
+    """How many ratios the median is of; a file of an earlier cofire tells how many there are at most."""
+    rounds = [r["rounds"] for r in (ours, dense) if r.get("rounds")]
+    most = min(rounds) if len(rounds) == 2 else None
+    found: int | None = ours.get("pairs", most)
+    return found
 
 
 def measurements(rows: Iterable[Row]) -> list[Measurement]:
@@ -122,6 +164,7 @@ class Score:
     mean: float | None
     least: float | None
     most: float | None
+    quiet: Score | None = None  #: of the undisturbed ones alone
 
     @property
     def count(self) -> int:
@@ -129,7 +172,12 @@ class Score:
 
 
 def score(comparisons: Iterable[Comparison | None]) -> Score:
+    """Of those that there are, and of the undisturbed ones among them."""
     there = [c for c in comparisons if c is not None]
+    return replace(_score(there), quiet=_score([c for c in there if c.quiet]))
+
+
+def _score(there: Sequence[Comparison]) -> Score:
     verdicts = [c.verdict for c in there]
     ratios = [c.ratio for c in there]
     mean = geometric_mean(ratios) if ratios else None
@@ -145,7 +193,8 @@ class Standing:
     family: str
     machine: str
     dense: Score
-    peer: Score
+    library: Score
+    torch: Score
 
 
 def standings(all_results: Sequence[Results]) -> list[Standing]:
@@ -154,10 +203,16 @@ def standings(all_results: Sequence[Results]) -> list[Standing]:
     for family in families(all_results):
         for machine, results in zip(titles(all_results), all_results):
             taken = [m for m in measurements(results.rows) if m.family == family]
-            dense, peer = score(m.against_dense for m in taken), score(m.against_peer for m in taken)
-            if dense.count or peer.count:
-                found.append(Standing(family, machine, dense, peer))
+            scores = scores_of(taken)
+            if any(s.count for s in scores):
+                found.append(Standing(family, machine, *scores))
     return found
+
+
+def scores_of(taken: Sequence[Measurement]) -> tuple[Score, Score, Score]:
+    """Against the strongest plain torch, the best library, and the best of torch's other ways."""
+    library, torch = (score(m.against(kind) for m in taken) for kind in RIVALS)
+    return score(m.against_dense for m in taken), library, torch
 
 
 def families(all_results: Sequence[Results]) -> list[str]:

@@ -9,10 +9,27 @@ from typing import Any
 
 from cofire.bench.ceilings import bandwidth_of
 from cofire.bench.floors import floor_words
-from cofire.bench.report.rows import BOUNDS, Comparison, Measurement, Score, Standing, measurements, score
+from cofire.bench.report.rows import (
+    BOUND,
+    LIBRARY,
+    OTHER,
+    OURS,
+    PART,
+    RIVALS,
+    TORCH,
+    Comparison,
+    Measurement,
+    Score,
+    Standing,
+    kind_of,
+    measurements,
+    scores_of,
+)
 from cofire.bench.results import Results, Row
 
 Table = tuple[Sequence[str], list[list[str]]]  #: headings and lines
+CHANGES = "+changes"  #: how the commit ends of code that is in none
+MOST_NAMED = 5  #: of what is left out
 #: How pages speak of a type, and of a mode.
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
@@ -48,8 +65,9 @@ def bold(text: str, when: bool) -> str:
 def against(found: Comparison | None, interval: bool = True) -> str:
     if found is None:
         return "-"
-    ends = f" [{found.low:.2f}, {found.high:.2f}]" if interval else ""
-    return bold(f"{times(found.ratio)}{ends}", found.ratio < 1)
+    ends = found.interval if interval else None
+    words = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends is not None else ""
+    return bold(f"{times(found.ratio)}{words}", found.ratio < 1)
 
 
 def _name(row: Row) -> str:
@@ -62,14 +80,25 @@ def _dense(m: Measurement) -> str:
     return timed(row) + (f" {row['variant']}" if row is not None and row.get("variant") else "")
 
 
-def _best(m: Measurement) -> str:
-    return f"{_name(m.rivals[0])} {timed(m.rivals[0])}" if m.rivals else "-"
+def _best(kind: str) -> Callable[[Measurement], str]:
+    def cell(m: Measurement) -> str:
+        row = m.rival(kind)
+        return f"{_name(row)} {timed(row)}" if row is not None else "-"
+
+    return cell
 
 
 def _others(m: Measurement) -> str:
-    best = m.rivals[0]["provider"] if m.rivals else ""
-    shown = [r for name, r in m.rows.items() if name not in ("cofire", "dense", best)]
-    return ", ".join(f"{_name(r)}{' (bound)' if r['provider'] in BOUNDS else ''} {timed(r)}" for r in shown) or "-"
+    best = [row["provider"] for kind in RIVALS if (row := m.rival(kind)) is not None]
+    shown = [r for name, r in m.rows.items() if name not in ("cofire", "dense", *best)]
+    return ", ".join(f"{_name(r)}{_role(r)} {timed(r)}" for r in shown) or "-"
+
+
+def _role(row: Row) -> str:
+    """Why it is no rival, where its name does not say so."""
+    kind, name = kind_of(row["provider"]), str(row["provider"])
+    said = kind in name or name.startswith("peer:cofire")
+    return f" ({kind})" if kind in (BOUND, OTHER, OURS, PART) and not said else ""
 
 
 def _mebibytes(row: Row) -> str:
@@ -90,6 +119,11 @@ def _notes(m: Measurement) -> str:
     return "; ".join(f"{name}: {row['note']}" for name, row in m.rows.items() if row.get("note"))
 
 
+def _pairs(m: Measurement) -> str:
+    found = m.against_dense
+    return "-" if found is None or found.pairs is None else str(found.pairs)
+
+
 def _rounds(m: Measurement) -> str:
     counts = m.ours is not None and m.ours.get("rounds")
     return str(counts) if counts else "-"
@@ -108,9 +142,12 @@ COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "rounds": _rounds,
     "of ceiling": _share,
     "against dense": lambda m: against(m.against_dense),
+    "pairs": _pairs,
     "dense ms (of ceiling)": _dense,
-    "against best peer": lambda m: against(m.against_peer, interval=False),
-    "best peer ms (of ceiling)": _best,
+    "against best library": lambda m: against(m.against(LIBRARY), interval=False),
+    "best library ms (of ceiling)": _best(LIBRARY),
+    "against other torch": lambda m: against(m.against(TORCH), interval=False),
+    "best other torch ms (of ceiling)": _best(TORCH),
     "others ms (of ceiling)": _others,
     "GFLOP/s": _work("gflops"),
     "GB/s": _work("gbs"),
@@ -124,30 +161,52 @@ def cells(m: Measurement) -> list[str]:
 
 
 def verdict(m: Measurement) -> str:
-    """Against the strongest plain torch; where there is none, against the best peer."""
-    found = m.against_dense or m.against_peer
+    """Against the strongest plain torch; where there is none, against the best library, or torch's other ways."""
+    found = m.against_dense or m.against(LIBRARY) or m.against(TORCH)
     return "" if found is None else found.verdict
 
 
-def _counts(found: Score) -> list[str]:
-    if not found.count:
-        return ["-", "-"]
+def _won(found: Score) -> str:
     parts = [f"{found.won} won", *([f"{found.tied} tied"] if found.tied else [])]
-    return [", ".join([*parts, bold(f"{found.lost} lost", found.lost > 0)]), times(found.mean)]
+    return ", ".join([*parts, bold(f"{found.lost} lost", found.lost > 0)])
 
 
-SUMMARY = ("family", "machine", "against the strongest plain torch", "mean", "against the best peer", "mean")
+def _counts(found: Score) -> str:
+    return f"{_won(found)} ({times(found.mean)})" if found.count else "-"
+
+
+def _undisturbed(found: Score) -> str:
+    """How many of them the probe saw nothing beside, and how often those were won."""
+    if not found.count or found.quiet is None:
+        return "-"
+    return f"{found.quiet.count} of {found.count}" + (f": {_won(found.quiet)}" if found.quiet.count else "")
+
+
+SUMMARY = (
+    *("family", "machine", "against the strongest plain torch (mean)", "undisturbed"),
+    *("against other libraries (mean)", "undisturbed", "against other torch (mean)", "undisturbed"),
+)
 
 
 def summary(standings: Sequence[Standing]) -> Table:
-    lines = [[s.family, s.machine, *_counts(s.dense), *_counts(s.peer)] for s in standings]
-    return SUMMARY, lines
+    """A line for each family and machine."""
+    scores = [(s, (s.dense, s.library, s.torch)) for s in standings]
+    return SUMMARY, [
+        [s.family, s.machine, *(f(x) for x in found for f in (_counts, _undisturbed))] for s, found in scores
+    ]
+
+
+def short_summary(standings: Sequence[Standing]) -> Table:
+    """The same, without what was undisturbed of the comparisons with rivals."""
+    headings, lines = summary(standings)
+    kept = [i for i in range(len(headings)) if i < 4 or headings[i] != headings[3]]
+    return [headings[i] for i in kept], [[line[i] for i in kept] for line in lines]
 
 
 MUST = "what any program must do (e: bytes of an element)"
 OPERATORS = (
-    *("operator", MUST, "slowest", "fastest", "against dense", "mean"),
-    *("against best peer", "mean", "of ceiling"),
+    *("operator", MUST, "slowest", "fastest", "against dense (mean)", "undisturbed"),
+    *("against best library (mean)", "against other torch (mean)", "of ceiling"),
 )
 
 
@@ -157,13 +216,14 @@ def operators(results: Results, family: str) -> Table:
     lines = []
     for op in dict.fromkeys(m.op for m in taken):
         those = [m for m in taken if m.op == op]
-        dense, peer = score(m.against_dense for m in those), score(m.against_peer for m in those)
+        dense, library, torch = scores_of(those)
         shares = sorted(
             m.ours["percent_of_ceiling"] for m in those if m.ours is not None and m.ours.get("percent_of_ceiling")
         )
         middle = f"{shares[len(shares) // 2]:.0f} %" if shares else "-"
         ends = [bold(times(r), r is not None and r < 1) for r in (dense.least, dense.most)]
-        lines.append([op, floor_words(op), *ends, *_counts(dense), *_counts(peer), middle])
+        counts = [_counts(dense), _undisturbed(dense), _counts(library), _counts(torch)]
+        lines.append([op, floor_words(op), *ends, *counts, middle])
     return OPERATORS, lines
 
 
@@ -189,6 +249,22 @@ def commits(results: Results, family: str) -> list[str]:
     return [f"Measured earlier: {plural(len(rows), 'row')}, at {which}, {dates[0]} to {dates[-1]}."]
 
 
+def caveats(results: Results, family: str | None = None) -> list[str]:
+    """Lines for rows that nobody can repeat from a commit alone, and for those that are not shown; of all families or one."""
+    shown, old = ([r for r in rows if family in (None, r["family"])] for rows in (results.rows, results.left_out))
+    changed = [str(r["commit"]) for r in shown if str(r.get("commit")).endswith(CHANGES)]
+    found = []
+    if changed:
+        commits = ", ".join(sorted({c.removesuffix(CHANGES) for c in changed}))
+        found.append(f"Measured with changes that are in no commit: {plural(len(changed), 'row')}, after {commits}.")
+    if old:
+        cases = list(dict.fromkeys(f"{r['op']}, {r['case']}, {r['dtype']}, {r['mode']}" for r in old))
+        some = "; ".join(cases[:MOST_NAMED]) + ("; ..." if len(cases) > MOST_NAMED else "")
+        words = f"{plural(len(old), 'row')} of cases or providers that the suite no longer has"
+        found.append(f"Left out: {words}{'' if family is None else f' ({some})'}.")
+    return found
+
+
 def peers(results: Results) -> list[str]:
     """A line that says which peers took part, where that was noted down."""
     found = results.environment.get("peers")
@@ -197,6 +273,31 @@ def peers(results: Results) -> list[str]:
     there = ", ".join(f"{name} {version}" for name, version in found.items() if version) or "none"
     missing = ", ".join(name for name, version in found.items() if not version)
     return [f"Peers: {there}{f'; not installed: {missing}' if missing else ''}."]
+
+
+RUNS = ("run", "begun", "commit", "rows", "measured with")
+
+
+def runs(results: Results) -> Table:
+    """A line for each run that noted down what it measured with; rows of earlier ones in the last line."""
+    noted: dict[str, dict[str, Any]] = results.environment.get("runs", {})
+    count = collections.Counter(r.get("run") for r in results.rows)
+    lines = []
+    for run, facts in noted.items():
+        if count[run]:
+            kept = [
+                f"{name} {_fact(value)}" for name, value in facts.items() if name not in ("date", "commit") and value
+            ]
+            where = [run, str(facts.get("date")), str(facts.get("commit")), str(count[run])]
+            lines.append([*where, "; ".join(kept)])
+    rest = sum(n for run, n in count.items() if run not in noted)
+    return RUNS, [*lines, ["earlier ones", "-", "-", str(rest), "not noted"]] if lines and rest else lines
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {x}" for name, x in value.items() if x is not None)
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def ceilings(results: Results) -> str:
@@ -229,14 +330,31 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'' if count == 1 else 's'}"
 
 
+#: What the strongest plain torch, and the rivals, are called in a sentence.
+AGAINST = {
+    "dense": "the strongest plain torch",
+    "library": "the best of other libraries",
+    "torch": "torch.compile and torch's packed, quantised and sparse kernels",
+}
+
+
 def headline(standings: Sequence[Standing], which: str = "dense") -> str:
-    """The one sentence on all families."""
+    """The one sentence on all families, and one on what was undisturbed."""
     found: list[Score] = [getattr(s, which) for s in standings]
-    total: dict[str, Any] = {k: sum(getattr(f, k) for f in found) for k in ("won", "tied", "lost", "count")}
-    other = "the strongest plain torch" if which == "dense" else "the best peer (another library, or torch.compile)"
-    if not total["count"]:
+    total, quiet = _total(found), _total([s.quiet for s in found if s.quiet is not None])
+    count, other = sum(total), AGAINST[which]
+    if not count:
         return f"Nothing was compared with {other}."
-    return (
-        f"Of {plural(total['count'], 'measurement')} against {other}, cofire won {total['won']}, tied {total['tied']} "
-        f"and lost {total['lost']}."
-    )
+    won, tied, lost = total
+    words = f"Of {plural(count, 'measurement')} against {other}, cofire won {won}, tied {tied} and lost {lost}"
+    if not sum(quiet):
+        return f"{words}; 0 of {count} were undisturbed."
+    return f"{words}; {sum(quiet)} of {count} were undisturbed: won {quiet[0]}, tied {quiet[1]}, lost {quiet[2]}."
+
+
+def headlines(standings: Sequence[Standing]) -> list[str]:
+    return [headline(standings, which) for which in AGAINST]
+
+
+def _total(scores: Sequence[Score]) -> tuple[int, int, int]:
+    return sum(s.won for s in scores), sum(s.tied for s in scores), sum(s.lost for s in scores)
