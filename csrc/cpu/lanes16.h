@@ -165,6 +165,12 @@ COFIRE_INLINE F16 dot_bf16(F16 acc, W16 w, W16 x) {
   return acc;
 }
 #endif
+// Table of 32 numbers of 16 bits for each of 32; of each index the lowest five bits count.
+struct Halves32 {
+  __m512i v;
+  explicit COFIRE_INLINE Halves32(const uint16_t* p) : v(_mm512_loadu_si512(p)) {}
+  COFIRE_INLINE W16 operator[](W16 i) const { return {_mm512_permutexvar_epi16(i.v, v)}; }
+};
 
 // The rows and blocks of a tile; the rows that are multiplied while decoding, and up to how many
 // they are taken in such parts, of floats and of bytes; the size of a tile of bytes or pairs; their
@@ -172,6 +178,9 @@ COFIRE_INLINE F16 dot_bf16(F16 acc, W16 w, W16 x) {
 // conversion beats one of floats.
 constexpr int kTileRows = 8, kTileBlocks = 3, kFewRows = 4, kSums = 16;
 constexpr int kFewFloats = 4, kFewBytes = 4, kTileBytes = 24 << 10;
+// Of words of bytes or of pairs: the rows of a tile whose sums over all groups stay in registers
+// beside those of one, and the rows that are multiplied while decoding.
+constexpr int kWordRows = 4, kFewWordRows = 12;
 constexpr bool kLookup = true, kByteTables = false;
 
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -378,6 +387,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 }
 
 constexpr int kTileRows = 6, kTileBlocks = 1, kFewRows = 4, kSums = 4;
+constexpr int kWordRows = kTileRows, kFewWordRows = kFewRows;
 constexpr int kFewFloats = 8, kFewBytes = 4, kTileBytes = 24 << 10;
 constexpr bool kLookup = false, kByteTables = true;
 
@@ -549,6 +559,7 @@ COFIRE_INLINE W16 widened(W16 acc, W16 sums) {
 #undef COFIRE_LANES
 
 constexpr int kTileRows = 2, kTileBlocks = 1, kFewRows = 1, kSums = 1;
+constexpr int kWordRows = kTileRows, kFewWordRows = kFewRows;
 constexpr int kFewFloats = 2, kFewBytes = 2, kTileBytes = 16 << 10;
 constexpr bool kLookup = false, kByteTables = false;
 

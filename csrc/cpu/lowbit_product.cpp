@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with a packed weight: y = x W^T.
 //
-// Two inner loops each for floats and for bytes. With a few rows of x the codes
-// are decoded in registers and used there (decoding is most of the work, reading
-// the weight the limit). With more, a tile of the weight is decoded into the
+// Two inner loops each for floats, for bytes and for pairs of bf16. With a few rows of x
+// the codes are decoded in registers and used there (decoding is most of the work,
+// reading the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight, and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <bit>
@@ -29,6 +29,7 @@ constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
 constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
+constexpr int kPairBits = 5;         // of codes that one table makes pairs of bf16 of
 
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
@@ -115,10 +116,15 @@ float quantize_row(const float* x, int64_t n, int8_t* out) {
   return scale;
 }
 
-// Rows that are taken together while codes are decoded: one, two or kFewRows.
-int64_t part_of_few(int64_t rows) {
-  if (rows >= kFewRows) return kFewRows;
-  return rows >= 2 ? 2 : 1;
+// Rows that are taken together while codes are decoded: as many as there is a loop for, in parts of
+// about one size. Words of bytes or of pairs: more than floats.
+constexpr int kFewSizes[] = {12, 8, 6, 4, 3, 2, 1};
+int64_t part_of_few(int64_t rows, bool words) {
+  const int64_t fair = next_part(rows, words ? kFewWordRows : kFewRows);
+  for (const int size : kFewSizes) {
+    if (size <= fair) return size;
+  }
+  return 1;
 }
 
 // Sums of a row by groups, or by parts of each.
@@ -170,6 +176,9 @@ void Rows::fill(int64_t begin, int64_t end) const {
         for (int64_t k = 0; k < stride; k += kLanes) {
           store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
         }
+        // Columns 0 and 2 of four are a pair, and 1 and 3: so bytes are cut into numbers of 16
+        // bits.
+        for (int64_t k = 0; k < stride; k += 4) std::swap(narrowed[k + 1], narrowed[k + 2]);
         from = narrowed.data();
       }
       if (all_words != nullptr) {
@@ -206,7 +215,7 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   // A few rows of floats are read as they are.
   const bool in_panels = int8 || way != Way::kFew;
   rows.int8 = int8;
-  rows.pairs = way == Way::kPairs;
+  rows.pairs = way == Way::kPairs || way == Way::kFewPairs;
   rows.widened = int8 && way == Way::kStored;
   rows.stride = round_up(rows.columns, kStep);
   const bool as_it_is =
@@ -222,8 +231,13 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   }
   for (int64_t m = 0; m < rows.count;) {
     rows.panels.push_back(m);
-    m += way == Way::kFew ? part_of_few(rows.count - m)
-                          : next_part(rows.count - m, run > 1 ? amx::kRows : kTileRows);
+    const int64_t left = rows.count - m;
+    if (way == Way::kFew || way == Way::kFewPairs) {
+      m += part_of_few(left, int8 || rows.pairs);
+    } else {
+      const bool in_words = way == Way::kBytes || way == Way::kPairs;
+      m += next_part(left, run > 1 ? amx::kRows : in_words ? kWordRows : kTileRows);
+    }
   }
   rows.panels.push_back(rows.count);
   if (!in_panels && !sums) return rows;
@@ -378,6 +392,8 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
       W16 acc[R][kChains];
       unrolled<R>([&](auto r) __attribute__((always_inline)) {
         unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = W16::zero(); });
+        // One register less for each row.
+        if constexpr (Kind != Bytes::kNarrow) std::swap(acc[r][0], total[r]);
       });
       const auto add_step = [&]() __attribute__((always_inline)) {
         ask_for<Bits>(codes + kAhead);
@@ -531,13 +547,91 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
 
-template <typename F>
-void with_rows(int64_t rows, F&& f) {
-  if (rows == 1) return f(std::integral_constant<int, 1>{});
-  if constexpr (kFewRows > 1) {
-    if (rows == 2) return f(std::integral_constant<int, 2>{});
-    f(std::integral_constant<int, kFewRows>{});
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+// Codes of up to 5 bits to pairs of bf16, which have to hold what they stand for: half H of quad Q
+// is that of columns 4 Q + H and 4 Q + H + 2 of each row.
+template <int Bits>
+struct PairDecoder {
+  Halves32 table;
+
+  PairDecoder(const Packed& w, int64_t block) : table(Entries(w, block).halves) {}
+
+  template <int Q, int H>
+  COFIRE_INLINE W16 pair(const Planes<Bits>& planes) const {
+    if constexpr (Bits == 3 || Bits == 5) {
+      return table[shift_right<8 * H>(planes.template quad<Q>())];
+    } else {  // straight from the plane: bits of the next codes choose among equal entries
+      constexpr int fields = 8 / Bits;
+      return table[shift_right<8 * H + Bits*(Q % fields)>(planes.vector(Q / fields))];
+    }
   }
+
+ private:
+  struct Entries {
+    alignas(64) uint16_t halves[32];
+    Entries(const Packed& w, int64_t block) {
+      const float* from =
+          w.table.const_data_ptr<float>() + block / w.partition_blocks * w.table.size(1);
+      for (int i = 0; i < 32; ++i) {
+        halves[i] = std::bit_cast<uint32_t>(from[i % (1 << Bits)]) >> 16;
+      }
+    }
+  };
+};
+
+// R rows times one block, pairs.
+template <int Bits, int R>
+void few_pairs(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
+  constexpr int kChains = std::clamp(kSums / R, 1, 4);
+  const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
+  const PairDecoder<Bits> decoder(w, block);
+  const uint32_t* p = x.panel(m, R, 0);
+  F16 y[R];
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r] = F16::zero(); });
+  const uint8_t* codes = w.step(block, 0);
+  const float* scale = w.scale.const_data_ptr<float>() + block * w.groups * kBlock;
+  const float* shift =
+      w.shift.defined() ? w.shift.const_data_ptr<float>() + block * w.groups * kBlock : nullptr;
+  const float* sums = shift != nullptr ? x.sums.const_data_ptr<float>() + m * w.groups : nullptr;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    F16 acc[R][kChains];
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
+    });
+    for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, p += 16 * R) {
+      ask_for<Bits>(codes + kAhead);
+      const Planes<Bits> planes(codes);
+      unrolled<16>([&](auto i) __attribute__((always_inline)) {
+        const W16 pair = decoder.template pair<i / 2, i % 2>(planes);
+        unrolled<R>([&](auto r) __attribute__((always_inline)) {
+          F16& sum = acc[r][i % kChains];
+          sum = dot_bf16(sum, pair, W16::all(p[i * R + r]));
+        });
+      });
+    }
+    const F16 factor = F16::load(scale + g * kBlock);
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      F16 sum = acc[r][0];
+      unrolled<kChains - 1>([&](auto i)
+                                __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
+      y[r] = fma(factor, sum, y[r]);
+      if (shift != nullptr) {
+        const F16 total = F16::all(sums[r * w.groups + g]);
+        y[r] = fma(F16::load(shift + g * kBlock), total, y[r]);
+      }
+    });
+  }
+  unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
+}
+#endif
+
+template <int Most, typename F>
+void with_rows(int64_t rows, F&& f) {
+  unrolled<std::size(kFewSizes)>([&](auto i) {
+    if constexpr (kFewSizes[i] <= Most) {
+      if (rows == kFewSizes[i]) f(std::integral_constant<int, kFewSizes[i]>{});
+    }
+  });
 }
 
 // Calls f with the way in which bytes are multiplied by this weight on this machine.
@@ -556,14 +650,26 @@ void with_kind(const Packed& w, F&& f) {
 
 using Few = void (*)(const Rows&, const Packed&, int64_t, int64_t, float*);
 
-Few few_kernel(const Packed& w, int64_t rows, bool int8) {
+Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool pairs) {
   Few found = nullptr;
-  with_rows(rows, [&](auto r) {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  if (pairs) {
+    with_rows<kFewWordRows>(rows, [&](auto r) {
+      with_bits(w.bits, [&](auto bits) {
+        if constexpr (bits <= kPairBits) found = few_pairs<bits, r>;
+      });
+    });
+    return found;
+  }
+#endif
+  if (!int8) {
+    with_rows<kFewRows>(rows, [&](auto r) {
+      with_value(w, [&](auto bits, auto how) { found = few_floats<bits, r, how>; });
+    });
+    return found;
+  }
+  with_rows<kFewWordRows>(rows, [&](auto r) {
     constexpr int R = r;
-    if (!int8) {
-      with_value(w, [&](auto bits, auto how) { found = few_floats<bits, R, how>; });
-      return;
-    }
     with_bits(w.bits, [&](auto bits) {
       with_kind(w, [&](auto kind) {
         constexpr int B = bits;
@@ -582,11 +688,11 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8) {
 void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
   const int64_t cost = w.steps * kStep * kBlock / 8 * x.count;
   in_parts(w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
-    alignas(64) float c[kFewRows * kWidth];
+    alignas(64) float c[kFewWordRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t m = 0, now; m < x.count; m += now) {
-        now = part_of_few(x.count - m);
-        few_kernel(w, now, int8)(x, w, block, m, c);
+        now = part_of_few(x.count - m, int8 || x.pairs);
+        few_kernel(w, now, int8, x.pairs)(x, w, block, m, c);
         sink(c, m, now, block * kBlock, kBlock);
       }
     }
@@ -642,10 +748,10 @@ struct Piece {
   bool first;                  // whether nothing was added to the results before
 };
 
-// c += scale * total + shift * sums.
+// y += scale * total + shift * sums.
 template <int R>
 COFIRE_INLINE void add_group(const F16 (&total)[R][kTileBlocks], const Piece& piece, int64_t g,
-                             const float* sums, float* c) {
+                             const float* sums, F16 (&y)[R][kTileBlocks]) {
   COFIRE_UNROLL
   for (int j = 0; j < kTileBlocks; ++j) {
     const int64_t at = g * kWidth + 16 * j;
@@ -653,12 +759,27 @@ COFIRE_INLINE void add_group(const F16 (&total)[R][kTileBlocks], const Piece& pi
     const F16 moved = piece.shift != nullptr ? F16::load(piece.shift + at) : F16::zero();
     COFIRE_UNROLL
     for (int r = 0; r < R; ++r) {
-      float* to = c + r * kWidth + 16 * j;
-      F16 y = fma(factor, total[r][j], F16::load(to));
-      if (piece.shift != nullptr) y = fma(moved, F16::all(sums[r * piece.all_groups + g]), y);
-      y.store(to);
+      y[r][j] = fma(factor, total[r][j], y[r][j]);
+      if (piece.shift != nullptr) {
+        y[r][j] = fma(moved, F16::all(sums[r * piece.all_groups + g]), y[r][j]);
+      }
     }
   }
+}
+
+// The results of a panel, from [R][kWidth] or to it.
+template <int R>
+COFIRE_INLINE void load_results(const Piece& piece, const float* c, F16 (&y)[R][kTileBlocks]) {
+  COFIRE_UNROLL
+  for (int i = 0; i < R * kTileBlocks; ++i) {
+    y[i / kTileBlocks][i % kTileBlocks] = piece.first ? F16::zero() : F16::load(c + 16 * i);
+  }
+}
+
+template <int R>
+COFIRE_INLINE void store_results(const F16 (&y)[R][kTileBlocks], float* c) {
+  COFIRE_UNROLL
+  for (int i = 0; i < R * kTileBlocks; ++i) y[i / kTileBlocks][i % kTileBlocks].store(c + 16 * i);
 }
 
 // A panel of R rows times a piece. `Long`: 16 bits hold the sums of more than one step.
@@ -667,6 +788,8 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
   const auto dot_of = [](W16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot<Kind>(a, w, x); };
   const uint8_t* tile = piece.tile;
+  F16 y[R][kTileBlocks];
+  load_results(piece, c, y);
   for (int64_t g = 0; g < piece.groups; ++g) {
     W16 acc[R][kTileBlocks];
     if (piece.middle == 0) {
@@ -704,10 +827,11 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
       COFIRE_UNROLL
       for (int j = 0; j < kTileBlocks; ++j) total[r][j] = to_float(acc[r][j]);
     }
-    add_group(total, piece, g, sums, c);
+    add_group(total, piece, g, sums, y);
     p += piece.words * R;
     tile += piece.words * 4 * kWidth;
   }
+  store_results(y, c);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
@@ -717,18 +841,29 @@ void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float*
   const auto dot_of = [](F16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot_bf16(a, w, x); };
   const uint8_t* tile = piece.tile;
+  F16 y[R][kTileBlocks];
+  load_results(piece, c, y);
   for (int64_t g = 0; g < piece.groups; ++g) {
     F16 acc[R][kTileBlocks];
     clear(acc);
     for (int64_t q = 0; q < piece.words; ++q) add_word(p, tile, q, acc, dot_of);
-    add_group(acc, piece, g, sums, c);
+    add_group(acc, piece, g, sums, y);
     p += piece.words * R;
     tile += piece.words * 4 * kWidth;
   }
+  store_results(y, c);
 }
 
 // Decodes one step of a block into a tile of pairs: codes, and the bytes of tables, are exact in
 // bf16.
+template <int Bits>
+void step_to_pairs(const uint8_t* codes, const PairDecoder<Bits>& decoder, uint8_t* tile) {
+  ask_for<Bits>(codes + kTileAhead);
+  const Planes<Bits> planes(codes);
+  unrolled<16>([&](auto i) __attribute__((always_inline)) {
+    decoder.template pair<i / 2, i % 2>(planes).store(tile + i * 4 * kWidth);
+  });
+}
 template <int Bits, Value How>
 void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint8_t* tile) {
   ask_for<Bits>(codes + kTileAhead);
@@ -736,8 +871,8 @@ void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = decoder.prepared(planes.template quad<q>());
     unrolled<2>([&](auto h) __attribute__((always_inline)) {
-      const F16 low = decoder.template value<q, 2 * h>(planes, quad);
-      const F16 high = decoder.template value<q, 2 * h + 1>(planes, quad);
+      const F16 low = decoder.template value<q, h>(planes, quad);
+      const F16 high = decoder.template value<q, h + 2>(planes, quad);
       const W16 pair = shift_right<16>(bits_of(low)) | (bits_of(high) & W16::all(0xffff0000u));
       pair.store(tile + (2 * q + h) * 4 * kWidth);
     });
@@ -885,10 +1020,10 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const auto kernel = [&](int64_t rows) {
     Tile found = nullptr;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-    if (pairs) return pairs_kernel(rows, std::make_integer_sequence<int, kTileRows>{});
+    if (pairs) return pairs_kernel(rows, std::make_integer_sequence<int, kWordRows>{});
 #endif
     with_kind(w, [&](auto kind) {
-      found = tile_kernel<kind>(rows, held, std::make_integer_sequence<int, kTileRows>{});
+      found = tile_kernel<kind>(rows, held, std::make_integer_sequence<int, kWordRows>{});
     });
     return found;
   };
@@ -901,13 +1036,21 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
   const auto decode = [&](int64_t first, int64_t used, int64_t at, int64_t piece, uint8_t* tile) {
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
     if (pairs) {
-      return with_value(w, [&](auto bits, auto how) {
-        for (int64_t b = 0; b < used; ++b) {
-          const Decoder<bits, how> decoder(w, first + b);
-          for (int64_t i = 0; i < piece; ++i) {
-            step_to_pairs(w.step(first + b, at + i), decoder,
-                          tile + i * kStep * kWidth * 2 + 64 * b);
+      const auto to_tile = [&](int64_t b, const auto& decoder) {
+        for (int64_t i = 0; i < piece; ++i) {
+          step_to_pairs(w.step(first + b, at + i), decoder, tile + i * kStep * kWidth * 2 + 64 * b);
+        }
+      };
+      if (w.bits > kPairBits) {
+        return with_value(w, [&](auto bits, auto how) {
+          if constexpr (bits > kPairBits) {
+            for (int64_t b = 0; b < used; ++b) to_tile(b, Decoder<bits, how>(w, first + b));
           }
+        });
+      }
+      return with_bits(w.bits, [&](auto bits) {
+        if constexpr (bits <= kPairBits) {
+          for (int64_t b = 0; b < used; ++b) to_tile(b, PairDecoder<bits>(w, first + b));
         }
       });
     }
@@ -979,7 +1122,6 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
                   continue;
                 }
 #endif
-                if (at == 0) std::fill_n(results, together * kWidth, 0.0f);
                 kernel(together)(piece, panel, sums, results);
               }
             }
@@ -1273,11 +1415,15 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
 
 }  // namespace
 
-// Up to how many rows codes are decoded in registers. A tile of AMX is worth its decoding from more
-// rows on than one that other instructions multiply.
-static int64_t most_few(bool int8) {
-  if (!int8) return kFewFloats;
-  return amx::found() ? std::max(kFewBytes, 8) : kFewBytes;
+// Up to how many rows codes are decoded in registers: bytes and pairs, where an instruction takes a
+// word of each row, as long as that is faster than a tile, which is decoded but once; of AMX a tile
+// is so from a few rows on.
+static int64_t most_few(bool bytes, bool pairs) {
+  constexpr int64_t kManyRows = 512, kRowsBesideAmx = 8;
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  if (pairs || (bytes && has_vnni())) return amx::found() ? kRowsBesideAmx : kManyRows;
+#endif
+  return bytes ? kFewBytes : kFewFloats;
 }
 
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
@@ -1290,10 +1436,12 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!can_pack(w)) return Way::kStored;
   // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
   const bool looked_up = int8 && w.int8_lut && w.bits > 4;
-  if (count <= most_few(int8) && !looked_up) return Way::kFew;
-  if (int8) return Way::kBytes;
   const bool exact = !w.lut.defined() || w.int8_lut;
-  return dtype == at::kBFloat16 && exact && has_bf16() ? Way::kPairs : Way::kFloats;
+  const bool pairs = !int8 && dtype == at::kBFloat16 && exact && has_bf16();
+  if (pairs && w.bits <= kPairBits && count <= most_few(false, true)) return Way::kFewPairs;
+  if (count <= most_few(int8, false) && !looked_up) return Way::kFew;
+  if (int8) return Way::kBytes;
+  return pairs ? Way::kPairs : Way::kFloats;
 }
 
 // How many words of a row AMX takes at a time: whole rows of a tile, where groups fill them.
@@ -1305,11 +1453,15 @@ static int64_t run_of(const Packed* w, Way way) {
 
 std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
-  const std::string limit = std::to_string(most_few(int8));
+  const Way way = way_of(w, count, dtype, int8);
+  const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
+  const std::string limit = std::to_string(most_few(int8, pairs && w.bits <= kPairBits));
   const std::string on_amx = amx::found() ? ", multiplied on AMX" : "";
-  switch (way_of(w, count, dtype, int8)) {
+  switch (way) {
     case Way::kFew:
       return "codes decoded in registers: " + rows + ", up to " + limit;
+    case Way::kFewPairs:
+      return "codes decoded to pairs of bf16 in registers: " + rows + ", up to " + limit;
     case Way::kBytes:
       return "tiles of the weight decoded to bytes: " + rows + ", more than " + limit +
              (w.int8_lut && w.bits > 4 ? " or a table of more than 16 entries" : "") + on_amx;
@@ -1365,6 +1517,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
                   bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
   switch (way) {
     case Way::kFew:
+    case Way::kFewPairs:
       return multiply_few(rows, *w, int8, sink);
     case Way::kBytes:
     case Way::kPairs:
