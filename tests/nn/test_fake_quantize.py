@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +35,10 @@ def calls(x: Tensor) -> list[tuple[FakeQuantize, Any]]:
         (
             FakeQuantize("affine", 3, axis=0, size=x.shape[0]),
             lambda: ops.fake_quantize_affine(x, high - low, low, 3, axis=0),
+        ),
+        (
+            FakeQuantize("lsq", 3, group_size=16, size=x.shape),
+            lambda: ops.fake_quantize_lsq(x, 2 * x.abs().view(-1, 4, 16).mean(2) / math.sqrt(3), -4, 3, group_size=16),
         ),
         (FakeQuantize("minmax", 5, group_size=16), lambda: ops.fake_quantize_minmax(x, 5, group_size=16)),
         (FakeQuantize("minmax", 5), lambda: ops.fake_quantize_minmax(x, 5)),
@@ -91,6 +96,68 @@ def test_state_round_trip() -> None:
     torch.testing.assert_close(other.scale.detach(), 2 * (5 * x).abs().mean() / math.sqrt(7))
 
 
+def through_safetensors(model: nn.Module) -> dict[str, Tensor]:
+    return safetensors.torch.load(safetensors.torch.save(model.state_dict()))
+
+
+LAYERS = {
+    "linear": (lambda: LSQLinear(48, 6, bits=3, activation_bits=8), (5, 48)),
+    "linear in groups": (lambda: LSQLinear(48, 6, bits=3, per="group", group_size=16, activation_bits=8), (5, 48)),
+    "convolution": (lambda: LSQConv2d(3, 5, 3, activation_bits=4, activation_signed=False), (2, 3, 8, 8)),
+    "deployed": (lambda: LSQLinear(48, 6, activation_bits=8).finalize(), (5, 48)),
+    "model": (lambda: nn.Sequential(LSQLinear(48, 32, activation_bits=8), nn.ReLU(), LSQLinear(32, 4)), (5, 48)),
+    "model deployed in part": (
+        lambda: quantize_(
+            nn.Sequential(
+                LSQLinear(48, 32, activation_bits=8).finalize(),
+                FakeQuantize("group", group_size=32, stochastic=True),
+                nn.Linear(32, 32),
+            ),
+            group_size=32,
+            activations="int8",
+        ),
+        (5, 48),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_pass_through_safetensors(name: str) -> None:
+    """Which holds tensors alone."""
+    make, shape = LAYERS[name]
+    x, layer, other = torch.randn(shape), make(), make()
+    layer(x)
+    other(5 * x)
+    assert str(other.load_state_dict(through_safetensors(layer))) == "<All keys matched successfully>"
+    assert all(torch.equal(v, other.state_dict()[n]) for n, v in layer.state_dict().items())
+    assert torch.equal(other(x), layer(x))
+
+
+def test_quantisers_pass_through_safetensors() -> None:
+    x = torch.randn(6, 64)
+    for (quantizer, _), (other, _) in zip(calls(x), calls(torch.randn(6, 64))):
+        y = quantizer(x)
+        other(3 * x)
+        other.load_state_dict(through_safetensors(quantizer))
+        assert torch.equal(other(x), y)
+
+
+def test_a_seed_that_was_saved_as_a_number_is_read() -> None:
+    """As states had it before it was a tensor."""
+    x = torch.randn(2, 256)
+    quantizer = FakeQuantize("group", stochastic=True)
+    for _ in range(3):
+        quantizer(x)
+    assert isinstance(quantizer.state_dict()["_extra_state"], Tensor)
+    other = FakeQuantize("group", stochastic=True)
+    other.load_state_dict({"_extra_state": 3})
+    assert other.seed == 3 and torch.equal(other(x), quantizer(x))
+    model, trained = (nn.Sequential(LSQLinear(8, 4, activation_bits=4)) for _ in range(2))
+    trained(torch.randn(3, 8))
+    old = {n: int(v) if n.endswith("_extra_state") else v for n, v in trained.state_dict().items()}
+    assert str(model.load_state_dict(old)) == "<All keys matched successfully>"
+
+
 def test_stochastic_rounding_goes_on_where_it_was() -> None:
     x = torch.randn(2, 256)
     quantizer = FakeQuantize("group", stochastic=True)
@@ -120,6 +187,62 @@ def test_the_deployed_weight_is_the_trained_one(bits: int, per: str, dtype: torc
     assert torch.equal(deployed.weight, layer.quantized_weight)
     x = torch.randn(5, 33).to(dtype)
     torch.testing.assert_close(deployed(x), layer(x), rtol=2e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_deployed_weight_of_groups_is_the_trained_one(bits: int, dtype: torch.dtype) -> None:
+    layer = LSQLinear(96, 7, bits=bits, per="group", group_size=32, dtype=dtype)
+    assert layer.weight_scale.shape == (7, 3)
+    first = 2 * layer.weight.detach()[:, :32].to(torch.float64).abs().mean(1) / math.sqrt(layer.high)
+    torch.testing.assert_close(layer.weight_scale.detach()[:, 0].double(), first, rtol=1e-2, atol=1e-6)
+    with torch.no_grad():
+        layer.weight_scale.mul_(torch.rand(7, 3) + 0.5)
+        layer.weight_scale[3, 1] = -1.0  # read as the floor
+    deployed = layer.finalize()
+    assert isinstance(deployed, QuantLinear) and deployed.group_size == 32 and deployed.scale.shape == (7, 3)
+    assert torch.equal(deployed.weight, layer.quantized_weight)
+    assert "group_size=32" in repr(layer)
+
+
+def test_a_step_for_each_group_gets_its_own_gradient() -> None:
+    layer = LSQLinear(48, 5, bits=4, per="group", group_size=16)
+    x = torch.randn(9, 48)
+    layer(x).square().sum().backward()
+    weight, scale = layer.weight.detach().requires_grad_(), layer.weight_scale.detach()
+    columns = [scale[:, g].clone().requires_grad_() for g in range(3)]
+    # each group by itself is a matrix whose rows have a step each
+    parts = [ops.fake_quantize_lsq(weight[:, 16 * g : 16 * g + 16], columns[g], -8, 7, axis=0) for g in range(3)]
+    nn.functional.linear(x, torch.cat(parts, 1), layer.bias.detach()).square().sum().backward()
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+    torch.testing.assert_close(layer.weight_scale.grad, torch.stack([c.grad for c in columns], 1))
+
+
+def test_groups_fit_a_weight_better_than_rows() -> None:
+    """Where the parts of a row differ in size, which is what groups are for."""
+    dense = nn.Linear(64, 8)
+    with torch.no_grad():
+        dense.weight *= torch.logspace(0, 3, 4).repeat_interleave(16)
+    errors = [
+        ((layer.quantized_weight - dense.weight) / torch.logspace(0, 3, 4).repeat_interleave(16)).square().mean().item()
+        for layer in (
+            LSQLinear.from_linear(dense, bits=4),
+            LSQLinear.from_linear(dense, bits=4, per="group", group_size=16),
+        )
+    ]
+    assert errors[1] < 0.2 * errors[0]
+
+
+def test_a_convolution_in_groups() -> None:
+    layer = LSQConv2d(4, 6, 3, bits=4, per="group", group_size=12)
+    assert layer.weight_scale.shape == (6, 3)
+    flat = ops.fake_quantize_lsq(layer.weight.flatten(1), layer.weight_scale, -8, 7, group_size=12)
+    assert torch.equal(layer.quantized_weight, flat.view(6, 4, 3, 3))
+    x = torch.randn(2, 4, 7, 7)
+    y = layer.to(memory_format=torch.channels_last)(x)
+    torch.testing.assert_close(y, nn.functional.conv2d(x, flat.view(6, 4, 3, 3), layer.bias))
+    y.square().sum().backward()
+    assert layer.weight_scale.grad is not None and layer.weight_scale.grad.abs().min() > 0
 
 
 def test_deployed_with_activations() -> None:
@@ -204,10 +327,30 @@ def test_scales_start_positive() -> None:
          "FakeQuantize: bits must be at least 2 for signed levels of method lsq, got 1"),
         (lambda: FakeQuantize("lsq", axis=1), ValueError, "FakeQuantize: axis and size belong together, got axis=1 and size=None"),
         (lambda: FakeQuantize("statsq", axis=1, size=2), ValueError, "FakeQuantize: axis must be None for method statsq, got 1"),
-        (lambda: FakeQuantize("lsq", group_size=8), ValueError, "FakeQuantize: group_size must be None for method lsq, got 8"),
+        (lambda: FakeQuantize("affine", group_size=8), ValueError,
+         "FakeQuantize: group_size must be None for method affine, got 8"),
+        (lambda: FakeQuantize("lsq", group_size=8), ValueError,
+         "FakeQuantize: size must be the shape of the input where method lsq has a group_size, got None"),
+        (lambda: FakeQuantize("lsq", group_size=8, size=16), ValueError,
+         "FakeQuantize: size must be the shape of the input where method lsq has a group_size, got 16"),
+        (lambda: FakeQuantize("lsq", group_size=8, size=(4, 12)), ValueError,
+         "FakeQuantize: group_size must be positive and divide the 12 columns of size, got 8"),
+        (lambda: FakeQuantize("lsq", group_size=8, size=(4, 16), axis=0), ValueError,
+         "FakeQuantize: axis and group_size exclude each other, got axis=0 and group_size=8"),
+        (lambda: FakeQuantize("lsq", group_size=8.0, size=(4, 16)), TypeError,
+         "FakeQuantize: group_size must be an integer, got 8.0"),
+        (lambda: FakeQuantize("lsq", axis=0, size=(4, 16)), TypeError, "FakeQuantize: size must be an integer, got (4, 16)"),
         (lambda: FakeQuantize("lsq", outliers=2), TypeError, "FakeQuantize: method lsq has no option 'outliers'"),
         (lambda: LSQLinear(4, 4, bits=1), ValueError, "LSQLinear: bits must be between 2 and 8, got 1"),
-        (lambda: LSQLinear(4, 4, per="column"), ValueError, "LSQLinear: per must be one of tensor, row, got 'column'"),
+        (lambda: LSQLinear(4, 4, per="column"), ValueError, "LSQLinear: per must be one of tensor, row, group, got 'column'"),
+        (lambda: LSQLinear(4, 4, per="group"), ValueError,
+         "LSQLinear: per='group' and group_size belong together, got per='group' and group_size=None"),
+        (lambda: LSQLinear(4, 4, group_size=2), ValueError,
+         "LSQLinear: per='group' and group_size belong together, got per='row' and group_size=2"),
+        (lambda: LSQLinear(4, 4, per="group", group_size=3), ValueError,
+         "LSQLinear: group_size must be positive and divide the 4 columns, got 3"),
+        (lambda: LSQConv2d(4, 4, 3, per="group", group_size=8), ValueError,
+         "LSQConv2d: group_size must be positive and divide the 36 columns, got 8"),
         (lambda: LSQConv2d(4, 4, 3, bits=16), ValueError, "LSQConv2d: bits must be between 2 and 8, got 16"),
         (lambda: LSQLinear.from_linear(nn.ReLU()), TypeError, "LSQLinear.from_linear: linear must be an nn.Linear, got ReLU"),
     ],
