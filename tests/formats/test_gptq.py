@@ -206,7 +206,12 @@ def weight(rows=32, columns=64, bits=4, group=32, **parts):
         (lambda: weight(offset=torch.zeros(32, 2)), {}, ValueError, "no place for offsets"),
         (lambda: weight(zero=torch.full((1, 1), 7.5)), {}, ValueError, "zero points must be integers"),
         (lambda: weight(zero=torch.full((1, 1), 16.0)), {}, ValueError, "zero points must be codes, 0 to 15"),
-        (lambda: weight(perm=torch.zeros(64).long()), {}, ValueError, "perm must be a permutation of the 64 columns"),
+        (
+            lambda: weight().replace(perm=torch.zeros(64).long()),
+            {},
+            ValueError,
+            "to_gptq: perm must be a permutation of the 64 columns",
+        ),
         (
             lambda: weight().replace(scale=torch.full((32, 2), 1e6)),
             {},

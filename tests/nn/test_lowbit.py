@@ -7,7 +7,10 @@ import copy
 import doctest
 import importlib
 import io
+import os
 import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import cofire
+from cofire import native
 from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, SparseLinear, hessians, quantize_
 from cofire.nn.lowbit import is_transposed
 from cofire.ops import NestedScale, QTensor, quantize_weight
+from cofire.ops.lowbit import ACTIVATIONS
 from helpers import stored_bytes
 
 IN, OUT = 48, 20
@@ -179,9 +185,65 @@ def test_states_of_before_formats_were_written_load() -> None:
         for twin, format in ((same, layer.format), (other, "")):
             assert str(twin.load_state_dict(old, assign=assign)) == "<All keys matched successfully>"
             assert twin.format == format and torch.equal(twin.weight, layer.weight)
-            assert twin.geometry.tolist() == [*old["geometry"].tolist(), 1, *format.encode()]
+            assert twin.geometry.tolist() == [*old["geometry"].tolist(), 2, 0, *format.encode()]
             twin.load_state_dict(twin.state_dict())
     assert old["geometry"].shape == (5,)
+
+
+def version_1(layer: QuantLinear) -> dict[str, Tensor]:
+    """A state as it was written before activations were a part of it."""
+    numbers = layer.geometry.tolist()
+    assert numbers[5:7] == [2, ACTIVATIONS.index(layer.activations)]
+    return {**layer.state_dict(), "geometry": torch.tensor([*numbers[:5], 1, *numbers[7:]])}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("own", ACTIVATIONS)
+def test_states_of_before_activations_were_written_load(own: str, assign: bool) -> None:
+    """The layer keeps its own, and its format is read; what is written then is the new version."""
+    layer = QuantLinear.from_qtensor(make("4 bits").qweight.replace(format="some"), torch.randn(OUT))
+    twin = make("3 bits, whole rows", activations=own)
+    old = version_1(layer)
+    assert str(twin.load_state_dict(old, assign=assign)) == "<All keys matched successfully>"
+    assert twin.activations == own and twin.format == "some" and torch.equal(twin.weight, layer.weight)
+    assert twin.geometry.tolist() == [OUT, IN, 4, 16, 0, 2, ACTIVATIONS.index(own), *b"some"]
+    assert old["geometry"].tolist()[5] == 1
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(("stored", "own"), [("int8", "exact"), ("exact", "int8")])
+def test_activations_are_a_part_of_the_state(stored: str, own: str, assign: bool) -> None:
+    """A layer of another kind computes with it what the layer that was saved does."""
+    layer, x = make("4 bits", activations=stored), torch.randn(3, IN)
+    other = make("8 bits", activations=own)
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(layer.state_dict())), assign=assign)
+    assert other.activations == stored and torch.equal(other(x), layer(x)) and repr(other) == repr(layer)
+    model = nn.Sequential(make("8 bits", activations=own))
+    model.load_state_dict({f"0.{n}": v for n, v in layer.state_dict().items()}, assign=assign)
+    assert torch.equal(model(x), layer(x))
+
+
+def test_activations_may_be_set() -> None:
+    layer, x = make("4 bits"), torch.randn(3, IN)
+    exact = layer(x)
+    layer.activations = "int8"
+    other = make("4 bits")
+    other.load_state_dict(layer.state_dict())
+    assert other.activations == "int8" and torch.equal(other(x), layer(x)) and not torch.equal(layer(x), exact)
+    with pytest.raises(ValueError, match="QuantLinear: activations must be one of exact, int8, got 'int4'"):
+        layer.activations = "int4"
+    with pytest.raises(ValueError, match="QuantLinear: int8 activations need uniform codes or an int8 lut"):
+        make("nf4").activations = "int8"
+    assert layer.activations == "int8"
+
+
+def test_a_layer_pickled_before_activations_were_written() -> None:
+    layer, x = make("4 bits", activations="int8"), torch.randn(3, IN)
+    inside = {n: v for n, v in copy.deepcopy(layer).__dict__.items() if n != "_activations"}
+    inside["_buffers"] = {**inside["_buffers"], "geometry": version_1(layer)["geometry"]}
+    old = QuantLinear.__new__(QuantLinear)
+    old.__setstate__({**inside, "activations": "int8"})
+    assert torch.equal(old(x), layer(x)) and torch.equal(old.geometry, layer.geometry)
 
 
 def test_nested_scales_survive() -> None:
@@ -218,6 +280,19 @@ def test_the_empty_layer_may_be_on_meta() -> None:
         assert torch.equal(empty.to("cpu").bfloat16().weight, layer.weight.bfloat16())
 
 
+def nested_state(**changes: Tensor) -> dict[str, Any]:
+    """What replaces the scales of "4 bits" by nested ones of 4 to a block, and the geometry that goes with them."""
+    parts = {
+        "codes": torch.full((OUT, 3), 9, dtype=torch.uint8),
+        "table": torch.ones(10),
+        "absmax": torch.ones(15),
+        "mean": torch.tensor(0.0),
+        **changes,
+    }
+    geometry = torch.tensor([OUT, IN, 4, 16, 4, 2, 0])
+    return {"scale": None, "geometry": geometry, **{f"scale_{name}": part for name, part in parts.items()}}
+
+
 def with_numbers(state: dict[str, Any], *numbers: int) -> dict[str, Any]:
     """A state with other first numbers in its geometry."""
     return {**state, "geometry": torch.tensor([*numbers, *state["geometry"].tolist()[len(numbers) :]])}
@@ -227,12 +302,71 @@ def with_numbers(state: dict[str, Any], *numbers: int) -> dict[str, Any]:
     ("change", "sentence"),
     [
         (lambda s: with_numbers(s, 21, 49), r"must be of a weight \[20, 48\], got one of \[21, 49\]"),
-        (lambda s: with_numbers(s, 21, 49, 4, 16, 0, 3), "the layout of the state must have the version 1, got 3"),
+        (
+            lambda s: with_numbers(s, 21, 49, 4, 16, 0, 3),
+            "the layout of the state must have a version of 1 to 2, got 3",
+        ),
+        (
+            lambda s: with_numbers(s, 20, 48, 4, 16, 0, 2, 2),
+            r"the geometry .* must hold rows, .*, activations and .*, got \[20, 48, 4, 16, 0, 2, 2\]",
+        ),
+        (lambda s: {**s, "geometry": s["geometry"][:6]}, r"the geometry .* must hold .*, got \[20, 48, 4, 16, 0, 2\]"),
         (lambda s: {**s, "geometry": s["geometry"][:3]}, r"the geometry .* must hold rows, .*, got \[20, 48, 4\]"),
         (lambda s: {**s, "geometry": s["geometry"][None]}, r"the geometry .* must hold rows, .*, got \[\]"),
         (
             lambda s: {**s, "geometry": F.pad(s["geometry"], (0, 1), value=300)},
             r"the bytes of a format's name, got .*300",
+        ),
+        (lambda s: with_numbers(s, 20, 48, 9), "bits must be between 1 and 8, got 9"),
+        (lambda s: with_numbers(s, 20, 48, 4, 0), "group_size must be positive and divide the 48 columns, got 0"),
+        (lambda s: with_numbers(s, 20, 48, 4, 32), "group_size must be positive and divide the 48 columns, got 32"),
+        (lambda s: with_numbers(s, 20, 48, 4, 8), r"scale must have shape \[20, 6\], got \[20, 3\]"),
+        (
+            lambda s: with_numbers(s, 20, 48, 3),
+            r"codes must have shape \[N, 18\] \(48 columns of 3 bits\), got \[20, 24\]",
+        ),
+        (lambda s: {**s, "codes": s["codes"][:19]}, r"codes must have a row for each of 20 rows, got shape \[19, 24\]"),
+        (lambda s: {**s, "codes": s["codes"].int()}, "codes must be uint8, got torch.int32"),
+        (lambda s: {**s, "scale": s["scale"].int()}, "scale must be a floating-point tensor, got torch.int32"),
+        (lambda s: {**s, "zero": torch.ones(20, 2)}, r"zero must have shape \[20, 3\] or \[1, 1\], got \[20, 2\]"),
+        (lambda s: {**s, "perm": torch.arange(47)}, r"perm must be int64 of shape \[48\], got torch.int64 \[47\]"),
+        (
+            lambda s: {**s, "perm": torch.zeros(48, dtype=torch.int64)},
+            "perm must be a permutation of the 48 columns, got one without 47 of them",
+        ),
+        (
+            lambda s: {**s, "scale": torch.full((20, 3), torch.nan)},
+            "scale must be finite, got 60 values that are not, of 60",
+        ),
+        (
+            lambda s: {**s, "zero": torch.full((1, 1), torch.inf)},
+            "zero must be finite, got 1 values that are not, of 1",
+        ),
+        (
+            lambda s: {**s, "offset": torch.full((20, 3), torch.inf)},
+            "offset must be finite, got 60 values that are not, of 60",
+        ),
+        (
+            lambda s: {**s, "lut": torch.full((1, 16), torch.nan)},
+            "lut must be finite, got 16 values that are not, of 16",
+        ),
+        (
+            lambda s: {**s, **nested_state(absmax=torch.full((15,), torch.inf))},
+            "scale.absmax must be finite, got 15 values",
+        ),
+        (lambda s: {**s, **nested_state(mean=torch.tensor(torch.nan))}, "scale.mean must be finite, got 1 values"),
+        (lambda s: {**s, **nested_state(table=torch.ones(8))}, "scale.codes must be below 8, got up to 9"),
+        (
+            lambda s: {**s, **nested_state(absmax=torch.ones(3))},
+            r"absmax \[15\] and one mean belong together, got .*absmax \[3\]",
+        ),
+        (
+            lambda s: {n: v for n, v in {**s, **nested_state()}.items() if n != "scale_table"},
+            "the state of a nested scale must have scale_table, got none",
+        ),
+        (
+            lambda s: with_numbers({**s, **nested_state()}, 20, 48, 4, 16, 0),
+            "NestedScale: block must be at least 1, got 0",
         ),
         (lambda s: {"weight": torch.ones(OUT, IN), "bias": s["bias"]}, "Missing key"),
     ],
@@ -242,7 +376,25 @@ def test_another_state_is_refused_and_changes_nothing(change: Callable[[Any], An
     before = copy.deepcopy(layer)
     with pytest.raises(RuntimeError, match=sentence):
         layer.load_state_dict(change(make("4 bits", bias=True).state_dict()))
-    assert torch.equal(before.weight, layer.weight)
+    layer.bias = before.bias  # (torch loads what it can where a key is missed)
+    same_state(before, layer)
+    assert torch.equal(before.weight, layer.weight) and repr(before) == repr(layer)
+
+
+@pytest.mark.parametrize("state", [lambda: make("nf4").state_dict(), lambda: version_1(make("nf4"))])
+def test_a_table_of_floats_and_int8_activations_do_not_meet(state: Callable[[], dict[str, Any]]) -> None:
+    """A state that says its own activations brings them; one that does not meets those of the layer."""
+    layer, found = make("4 bits", activations="int8"), state()
+    sentence = "int8 activations need uniform codes or an int8 lut, got a lut of torch.float32"
+    if found["geometry"][5] == 1:
+        with pytest.raises(RuntimeError, match=sentence):
+            layer.load_state_dict(found)
+        assert layer.activations == "int8" and layer.lut is None
+    else:
+        layer.load_state_dict(found)
+        assert layer.activations == "exact"
+        with pytest.raises(RuntimeError, match=sentence):
+            layer.load_state_dict(with_numbers(found, OUT, IN, 4, 16, 0, 2, 1))
 
 
 def test_a_state_without_codes_is_missed() -> None:
@@ -264,6 +416,20 @@ def test_codes_and_scales_keep_their_dtypes(kind: str) -> None:
     for name, value in before.items():
         assert torch.equal(layer.state_dict()[name], value) and layer.state_dict()[name].dtype == value.dtype
     assert layer.float().weight.dtype == torch.float32
+
+
+def test_bytes_that_are_held() -> None:
+    """Once the layer has run there is a second layout beside what is saved, until it is given back."""
+    layer = QuantLinear.from_linear(nn.Linear(64, OUT), bits=4, group_size=32)
+    assert layer.resident_nbytes >= layer.nbytes == stored_bytes(layer)
+    # two blocks of 16 rows, of two steps of 32 columns; a scale and a shift for each row and group; a table
+    layout = 2 * 2 * 4 * 64 + 2 * (4 * 2 * 2 * 16) + 64
+    assert layer.resident_nbytes - layer.nbytes == (layout if native.STATUS.variant else 0)
+    x = torch.randn(3, 64)
+    y = layer(x)
+    codes = layer.codes
+    assert layer.free_layout() is layer and layer.codes is not codes
+    assert torch.equal(layer(x), y) and torch.equal(layer.codes, codes)
 
 
 def test_bytes() -> None:
@@ -402,6 +568,20 @@ def test_training_lowers_a_loss_and_leaves_the_base() -> None:
     assert losses[-1] < 0.5 * losses[0]
     assert all(torch.equal(model.state_dict()[n], v) for n, v in before.items())
     assert {n.rsplit(".", 1)[1] for n, p in model.named_parameters() if p.grad is not None} == {"lora_a", "lora_b"}
+
+
+def test_a_base_stays_exact() -> None:
+    """Its product takes no other activations: they would be left out without a word."""
+    layer = QLoRALinear(make("4 bits"), rank=2)
+    int8 = QLoRALinear(make("4 bits"), rank=2)
+    int8.base.activations = "int8"
+    with pytest.raises(ValueError, match="QLoRALinear: base must have exact activations, got 'int8'"):
+        int8(torch.randn(3, IN))
+    with pytest.raises(RuntimeError, match="base: the state must have exact activations, got 'int8'"):
+        nn.Sequential(layer).load_state_dict(nn.Sequential(int8).state_dict())
+    layer = QLoRALinear(make("4 bits"), rank=2)
+    layer.load_state_dict({**layer.state_dict(), "base.geometry": version_1(make("4 bits"))["geometry"]})
+    assert layer.base.activations == "exact"
 
 
 def test_trained_state_survives() -> None:
@@ -703,6 +883,50 @@ def test_a_model_of_transformers_is_saved_and_loaded(name: str) -> None:
     assert half(input_ids=tokens()).logits.dtype == torch.bfloat16
 
 
+def same_logits(a: nn.Module, b: nn.Module) -> bool:
+    with torch.no_grad():
+        return torch.equal(a(input_ids=tokens()).logits, b(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("way", ["nf4", "int8"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_transformers_goes_through_safetensors(name: str, way: str, tmp_path: Path) -> None:
+    """Of tied weights, which share memory, ``save_model`` writes one; ``load_model`` fills both."""
+    model, file = quantize_(MODELS[name](), **WAYS[way]), str(tmp_path / "model.safetensors")
+    safetensors.torch.save_model(model, file)
+    stored = safetensors.torch.load_file(file)
+    tied = name != "llama"
+    assert set(model.state_dict()) - set(stored) <= {
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "transformer.wte.weight",
+    }
+    assert (len(stored) < len(model.state_dict())) == tied
+    other = quantize_(MODELS[name](), bits=4, group_size=32)
+    assert not same_logits(model, other)
+    missing, unexpected = safetensors.torch.load_model(other, file)
+    assert not missing and not unexpected
+    assert same_logits(model, other)
+    if tied:
+        assert other.lm_head.weight is other.get_input_embeddings().weight
+        with pytest.raises(RuntimeError, match="share memory"):
+            safetensors.torch.save_file(model.state_dict(), file)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_transformers_saves_is_read(name: str, tmp_path: Path) -> None:
+    """Into a model that was quantised before: transformers itself would make dense layers of the configuration."""
+    model = quantize_(MODELS[name](), "nf4", group_size=64)
+    model.save_pretrained(tmp_path)
+    other = quantize_(type(model)(type(model).config_class.from_pretrained(tmp_path)).eval(), bits=4, group_size=32)
+    safetensors.torch.load_model(other, str(tmp_path / "model.safetensors"))
+    assert same_logits(model, other)
+    assert torch.equal(
+        model.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None),
+        other.generate(tokens(), max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None),
+    )
+
+
 def test_a_model_of_transformers_trains_its_low_rank_terms() -> None:
     model = quantize_(llama(), "nf4", group_size=64)
     for p in model.parameters():
@@ -724,6 +948,27 @@ def test_a_model_of_transformers_trains_its_low_rank_terms() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
+
+
+LAZY = """
+import sys
+import cofire
+assert not [m for m in sys.modules if m == "cofire.nn" or m.startswith("cofire.nn.")], "importing cofire imports layers"
+assert "quantize_" in dir(cofire) and "quantize_" in cofire.__all__
+assert not hasattr(cofire, "quantise_") and "cofire.nn" not in sys.modules
+from cofire import quantize_
+import cofire.nn
+assert quantize_ is cofire.quantize_ is cofire.nn.quantize_
+"""
+
+
+def test_the_call_is_at_the_top_and_imported_when_it_is_asked_for() -> None:
+    assert cofire.quantize_ is quantize_
+    with pytest.raises(AttributeError, match="module 'cofire' has no attribute 'quantise_'"):
+        cofire.quantise_  # noqa: B018
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root / "pyextensions"), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
+    subprocess.run([sys.executable, "-c", LAZY], env={**os.environ, "PYTHONPATH": paths}, check=True)
 
 
 def test_the_examples_of_the_docstrings() -> None:

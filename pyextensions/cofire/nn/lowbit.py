@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from cofire.nn.calibration import input_statistics
 from cofire.ops import QTensor, dequantize, packed_bytes, qlinear, qlora_linear, quantize_weight
 from cofire.ops.checks import check_choice, check_integer, check_module, check_number, refuse, shape_of
-from cofire.ops.lowbit import ACTIVATIONS, check_bits
+from cofire.ops.lowbit import ACTIVATIONS, check_bits, drop_layouts
 from cofire.ops.qtensor import NESTED, TENSORS
 from cofire.ops.quantizers import check_method
 
 __all__ = ["LoRALinear", "QLoRALinear", "QuantLinear", "hessians", "quantize_"]
 
-#: Of the layout of a packed weight's state: written into it, and compared. States without one are read as well.
-VERSION = 1
+#: Of the layout of a packed weight's state: written into it, and compared. Older ones, and states without one, are read.
+VERSION = 2
 #: The buffers of a quantised weight; a dot cannot be part of a name.
 BUFFERS = (*TENSORS, *(f"{name}_{part}" for name in ("scale", "offset") for part in NESTED))
 
@@ -34,17 +34,27 @@ class QuantLinear(nn.Module):
         activations: "exact" or "int8", as in :func:`cofire.ops.qlinear`.
 
     A new layer is all zeros: :meth:`from_linear` makes one from a dense layer, and ``load_state_dict`` accepts the state of
-    any other of the same size, whatever its bits, groups, tables, order of columns or format; the state says them itself.
+    any other of the same size, whatever its bits, groups, tables, order of columns, format or activations; the state says
+    them itself. It is looked at before anything is changed: shapes that do not fit together, numbers that are not finite and
+    a ``perm`` that is no permutation are refused.
 
     Attributes:
         codes, scale, zero, offset, lut, perm: the tensors of the :class:`~cofire.ops.QTensor`, as buffers; those that the
             weight has not are None. Nested scales are ``scale_codes`` and so on, nested offsets ``offset_codes``. They keep
             their dtypes when the layer is cast.
-        geometry: int64 buffer: rows, columns, bits, group size, the block of nested scales or 0, the version of this layout,
-            and the bytes of the format's name. Older states end after the block: they are loaded, and a layer of other
-            bits or groups than theirs then has no format.
+        activations: "exact" or "int8"; may be set.
+        geometry: int64 buffer: rows, columns, bits, group size, the block of nested scales or 0, the version of this layout
+            (2), 0 for exact activations or 1 for int8, and the bytes of the format's name. States of version 1 say nothing
+            of activations: the layer keeps its own. Still older ones end after the block; a layer of other bits or groups
+            than theirs then has no format either.
 
     Shape: as ``nn.Linear``.
+
+    Raises:
+        TypeError: sizes that are no integers.
+        ValueError: bits out of range, a group size that does not divide ``in_features``, unknown activations, or int8
+            activations of a weight with a table of floats.
+        RuntimeError: from ``load_state_dict``, for a state that does not fit; from the forward as :func:`cofire.ops.qlinear`.
 
     Example:
         >>> layer = QuantLinear.from_linear(nn.Linear(64, 8), bits=4, group_size=32)
@@ -72,14 +82,12 @@ class QuantLinear(nn.Module):
         super().__init__()
         check_integer("QuantLinear", in_features=in_features, out_features=out_features)
         size = check_bits("QuantLinear", bits, group_size, in_features)
-        check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        self.activations = activations
         where: dict[str, Any] = {"device": device}
         codes = torch.zeros(out_features, packed_bytes(in_features, bits), dtype=torch.uint8, **where)
         scale = torch.zeros(out_features, in_features // size, **where, dtype=torch.float32)
         zero = torch.zeros(1, 1, **where, dtype=torch.float32)
-        self._take(QTensor(codes, scale, (out_features, in_features), bits, size, zero, dtype=dtype))
+        self._take(QTensor(codes, scale, (out_features, in_features), bits, size, zero, dtype=dtype), activations)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype), False) if bias else None
 
     @classmethod
@@ -93,35 +101,48 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_qtensor(cls, weight: QTensor, bias: Tensor | None = None, *, activations: str = "exact") -> QuantLinear:
         """Around a weight, which is not copied, and a bias."""
-        check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
         if not isinstance(weight, QTensor):
             raise TypeError(f"QuantLinear.from_qtensor: weight must be a QTensor, got {type(weight).__name__}")
         if bias is not None and list(bias.shape) != [weight.shape[0]]:
             refuse("QuantLinear.from_qtensor", f"bias must have shape [{weight.shape[0]}], got {shape_of(bias)}")
-        if activations == "int8" and weight.lut is not None and weight.lut.is_floating_point():
-            refuse(
-                "QuantLinear", f"int8 activations need uniform codes or an int8 lut, got a lut of {weight.lut.dtype}"
-            )
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.activations = activations
-        layer._take(weight)
+        layer._take(weight, activations)
         layer.bias = None if bias is None else nn.Parameter(bias.detach(), False)
         return layer
 
     # ---------------------------------------------------------------------------------------------- its weight
 
-    def _take(self, weight: QTensor) -> None:
+    def _take(self, weight: QTensor, activations: str) -> None:
+        _check_activations(activations, weight.lut)
         tensors = {name.replace(".", "_"): t.detach() for name, t in weight.tensors().items()}
         for name in BUFFERS:
             self.register_buffer(name, tensors.get(name))
-        block = getattr(weight.scale, "block", 0)
         self.out_features, self.in_features = weight.shape
-        self.bits, self.group_size, self._block, self.format = weight.bits, weight.group_size, block, weight.format
-        numbers = [*weight.shape, weight.bits, weight.group_size, block, VERSION, *weight.format.encode()]
-        self.register_buffer("geometry", torch.tensor(numbers, device=weight.device))
+        self._describe(weight, activations)
+        self.register_buffer("geometry", torch.tensor(self._numbers(), device=weight.device))
         #: Of the weight that this one stands for; follows the layer wherever it is cast to.
         self.dtype = weight.dtype
+
+    def _describe(self, weight: QTensor, activations: str) -> None:
+        self.bits, self.group_size, self.format = weight.bits, weight.group_size, weight.format
+        self._block: int = getattr(weight.scale, "block", 0)
+        self._activations = activations
+
+    def _numbers(self) -> list[int]:
+        """What ``geometry`` holds."""
+        sizes = [self.out_features, self.in_features, self.bits, self.group_size, self._block]
+        return [*sizes, VERSION, ACTIVATIONS.index(self._activations), *self.format.encode()]
+
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        _check_activations(value, self._buffers["lut"])
+        self._activations = value
+        self.geometry = torch.tensor(self._numbers(), device=self.geometry.device)
 
     @property
     def qweight(self) -> QTensor:
@@ -146,11 +167,38 @@ class QuantLinear(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight and of the bias."""
+        """Bytes of the weight and of the bias: what is saved."""
         return self.qweight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def resident_nbytes(self) -> int:
+        """Bytes that are held once it has run: what is saved, and the layout that products on a CPU read, which is made by
+        the first one and kept. :meth:`free_layout` gives that back."""
+        return self.qweight.resident_nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    @torch.no_grad()
+    def free_layout(self) -> QuantLinear:
+        """Free the layout that products read; the next one makes it anew.
+
+        The layout lives as long as the memory of the codes, so the layer moves to a copy of them. Where something else holds
+        the old ones, a :attr:`qweight` or a state dict, both stay until that is gone.
+
+        Returns:
+            The layer.
+
+        Example:
+            >>> layer = QuantLinear.from_linear(nn.Linear(64, 8), bits=4, group_size=32)
+            >>> x = torch.rand(3, 64)
+            >>> y = layer(x)
+            >>> torch.equal(layer.free_layout()(x), y)
+            True
+        """
+        self.codes = self._buffers["codes"].clone()  # type: ignore[union-attr]
+        drop_layouts()
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
-        return qlinear(input, self.qweight, self.bias, activations=self.activations)
+        return qlinear(input, self.qweight, self.bias, activations=self._activations)
 
     def extra_repr(self) -> str:
         return (
@@ -159,6 +207,12 @@ class QuantLinear(nn.Module):
         )
 
     # ------------------------------------------------------------------------------------- casting and loading
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "activations" in self.__dict__:  # pickled before they were in the geometry
+            self._activations = self.__dict__.pop("activations")
+            self.geometry = torch.tensor(self._numbers(), device=self.geometry.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         before = {name: self._buffers[name] for name in BUFFERS}
@@ -176,35 +230,66 @@ class QuantLinear(nn.Module):
     ) -> None:  # fmt: skip
         stored, codes = state_dict.get(f"{prefix}geometry"), state_dict.get(f"{prefix}codes")
         if isinstance(stored, Tensor) and isinstance(codes, Tensor) and not stored.is_meta:
-            numbers = stored.tolist() if stored.dim() == 1 else []
-            trouble = _trouble(numbers, [self.out_features, self.in_features])
-            if trouble:
-                error_msgs.append(f"{prefix.removesuffix('.') or 'QuantLinear'}: {trouble}")
+            parts = {n: t for n in BUFFERS if isinstance(t := state_dict.get(prefix + n), Tensor)}
+            try:
+                weight, activations = self._read(stored.tolist() if stored.dim() == 1 else [], parts)
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix.removesuffix('.') or 'QuantLinear'}: {error}")
                 return
-            if len(numbers) == 5:  # of before there was a version
-                same = numbers[2:] == [self.bits, self.group_size, self._block]
-                numbers += [VERSION, *(self.format.encode() if same else b"")]
-                stored = torch.tensor(numbers, device=stored.device)
+            self._describe(weight, activations)
+            if stored.tolist() != self._numbers():  # of an older version
+                stored = torch.tensor(self._numbers(), device=stored.device)
                 state_dict = {**state_dict, f"{prefix}geometry": stored}
-            self.bits, self.group_size, self._block = numbers[2:5]
-            self.format = bytes(numbers[6:]).decode(errors="replace")
             self.geometry = torch.empty_like(stored, device=self.geometry.device)
             for name in BUFFERS:  # of the shapes and dtypes of what comes
-                there = state_dict.get(prefix + name)
-                device = self.geometry.device
-                self._buffers[name] = None if there is None else torch.empty_like(there, device=device)
+                there = parts.get(name)
+                self._buffers[name] = None if there is None else torch.empty_like(there, device=self.geometry.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
+    def _read(self, numbers: list[int], parts: dict[str, Tensor]) -> tuple[QTensor, str]:
+        """The weight of a state, and its activations; refused where the layer cannot be one of it."""
+        trouble = _trouble(numbers, [self.out_features, self.in_features])
+        if trouble:
+            raise ValueError(trouble)
+        bits, group_size, block = numbers[2:5]
+        same = [bits, group_size, block] == [self.bits, self.group_size, self._block]
+        if len(numbers) == 5:  # of before there was a version
+            activations, format = self.activations, self.format if same else ""
+        else:
+            first = 6 if numbers[5] == 1 else 7
+            activations = self.activations if first == 6 else ACTIVATIONS[numbers[6]]
+            format = bytes(numbers[first:]).decode(errors="replace")
+        for name in ("scale", "offset"):
+            lacking = [part for part in NESTED if f"{name}_{part}" not in parts]
+            if 0 < len(lacking) < len(NESTED):
+                raise ValueError(f"the state of a nested {name} must have {name}_{lacking[0]}, got none")
+        weight = QTensor.from_tensors(
+            {n.replace("_", ".", 1): t for n, t in parts.items()},
+            shape=(self.out_features, self.in_features), bits=bits, group_size=group_size, block=block, dtype=self.dtype,
+            format=format,
+        )  # fmt: skip
+        if not any(t.is_meta for t in parts.values()):
+            weight.check_values()
+        _check_activations(activations, weight.lut)
+        return weight, activations
+
+
+def _check_activations(activations: str, lut: Tensor | None) -> None:
+    check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
+    if activations == "int8" and lut is not None and lut.is_floating_point():
+        refuse("QuantLinear", f"int8 activations need uniform codes or an int8 lut, got a lut of {lut.dtype}")
+
 
 def _trouble(numbers: list[int], shape: list[int]) -> str | None:
     """Why a packed weight of this geometry cannot be loaded into a layer of ``shape``, or None."""
-    version = numbers[5] if len(numbers) > 5 else VERSION
-    if version != VERSION:
-        return f"the layout of the state must have the version {VERSION}, got {version}"
-    if len(numbers) < 5 or not all(0 <= byte < 256 for byte in numbers[6:]):
-        parts = "rows, columns, bits, group size, block, version and the bytes of a format's name"
+    version = numbers[5] if len(numbers) > 5 else 1
+    if not 1 <= version <= VERSION:
+        return f"the layout of the state must have a version of 1 to {VERSION}, got {version}"
+    known = version == 1 or (len(numbers) > 6 and 0 <= numbers[6] < len(ACTIVATIONS))
+    if len(numbers) < 5 or not known or not all(0 <= byte < 256 for byte in numbers[6:]):
+        parts = "rows, columns, bits, group size, block, version, activations and the bytes of a format's name"
         return f"the geometry of the state must hold {parts}, got {numbers}"
     if numbers[:2] != shape:
         return f"the state must be of a weight {shape}, got one of {numbers[:2]}"
@@ -300,6 +385,11 @@ class QLoRALinear(LoRALinear):
 
     Shape: as ``nn.Linear``.
 
+    Raises:
+        TypeError: ``base`` is no :class:`QuantLinear`, or a number has another type.
+        ValueError: ``rank`` below 1, or a base with int8 activations, in the forward as well.
+        RuntimeError: from ``load_state_dict``, for the state of such a base.
+
     Example:
         >>> base = QuantLinear.from_linear(nn.Linear(64, 8), "nf4", group_size=64)
         >>> layer = QLoRALinear(base, rank=4)
@@ -313,13 +403,30 @@ class QLoRALinear(LoRALinear):
     def _check_base(self, base: nn.Module) -> tuple[torch.dtype, torch.device]:
         if not isinstance(base, QuantLinear):
             raise TypeError(f"QLoRALinear: base must be a QuantLinear, got {type(base).__name__}")
-        if base.activations != "exact":
-            refuse("QLoRALinear", f"base must have exact activations, got {base.activations!r}")
+        _check_exact(base.activations)
         return base.dtype, base.geometry.device
 
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        stored = state_dict.get(f"{prefix}base.geometry")
+        numbers = stored.tolist() if isinstance(stored, Tensor) and stored.dim() == 1 and not stored.is_meta else []
+        if len(numbers) > 6 and numbers[5] == VERSION and numbers[6] == ACTIVATIONS.index("int8"):
+            error_msgs.append(f"{prefix}base: the state must have exact activations, got 'int8'")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def forward(self, input: Tensor) -> Tensor:
+        _check_exact(self.base.activations)
         weight = self.base.qweight
         return qlora_linear(input, weight, self.lora_a, self.lora_b, self.alpha / self.rank, self.base.bias)
+
+
+def _check_exact(activations: str) -> None:
+    if activations != "exact":
+        refuse("QLoRALinear", f"base must have exact activations, got {activations!r}")
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -379,6 +486,10 @@ def quantize_(
     Layers whose weight is tied to another module's (an output layer to the embedding) stay dense, as do subclasses of
     ``nn.Linear``, which may do more than a linear layer does. Nothing is changed if a layer cannot be quantised.
 
+    The state of the result loads into any model of the same layers that was quantised by this function, whatever its method,
+    bits and groups: ``safetensors.torch.save_model`` and ``load_model`` write and read it, tied weights included, of which
+    ``save_file`` would refuse the two names.
+
     Args:
         model: changed in place.
         method, bits, group_size, options: as in :func:`cofire.ops.quantize_weight`.
@@ -390,13 +501,15 @@ def quantize_(
         The model; or a new layer, if the model itself is a linear layer.
 
     Raises:
-        TypeError: ``model`` is no module.
-        ValueError: no layer is left to quantise, or one cannot be: the sentence names it.
+        TypeError: ``model`` is no module, or an option that the method does not have.
+        ValueError: no layer is left to quantise, or one cannot be: the sentence names it; an unknown method.
 
     Example:
         >>> model = quantize_(nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)), bits=4, group_size=32)
         >>> type(model[0]).__name__, model(torch.rand(2, 64)).shape
         ('QuantLinear', torch.Size([2, 8]))
+
+    Source: the call: torchao's ``quantize_``; the ways to quantise: those of :func:`cofire.ops.quantize_weight`.
     """
     check_module("quantize_", model)
     check_choice("quantize_", "activations", activations, ACTIVATIONS)
@@ -439,7 +552,10 @@ def hessians(model: nn.Module, batches: Iterable[Any], filter: Filter | None = N
         filter: as in :func:`quantize_`.
 
     Returns:
-        fp32 ``[K, K]`` by name of the layer.
+        fp32 ``[K, K]`` by name of the layer; those that had no input are not in it.
+
+    Raises:
+        TypeError: ``model`` is no module.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3))

@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with weights of 1 to 8 bits.
 
-A weight is a :class:`~cofire.ops.QTensor`; the operators take its tensors one by one. All arithmetic on weights is in
-fp32 (fp64 where an argument is): ``W = (V(q) - zero) * scale + offset``, each operation rounded by itself.
+A weight is a :class:`~cofire.ops.QTensor`; the operators take its tensors one by one. It stands for
+``W = (V(q) - zero) * scale + offset`` in fp32 (fp64 where an argument is), each operation rounded by itself: so
+``dequantize`` decodes it everywhere, and so the references read it.
+
+Kernels sum in fp32, and multiply with the same W but for its last bits. Most apply scale, zero and offset to the sum of a
+group, not to each weight. Where matrix units multiply 16-bit numbers alone, W is rounded once to 16 bits, as a dense weight
+of that type is: with bf16 inputs on CPUs with AMX from 64 rows on, in the forward and in the gradient of the input, and with
+fp16 and bf16 inputs on GPUs, but for forward products of up to 4 rows. ``cofire.explain`` says which kernel a call takes.
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cofire import native
 from cofire.ops.checks import check_choice, check_device, check_float, check_integer, check_number, refuse, shape_of
 from cofire.ops.packing import unpack_bits
 from cofire.ops.qtensor import NestedScale, QTensor, check_parts
@@ -201,8 +208,8 @@ def dequantize(weight: QTensor) -> Tensor:
         weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut,
         weight.bits, weight.group_size, weight.shape[1],
     )  # fmt: skip
-    if weight.perm is not None:
-        w = torch.empty_like(w).index_copy(1, weight.perm, w)
+    if weight.perm is not None:  # by the inverse, so that every column is written whatever perm holds
+        w = w.index_select(1, weight.perm.argsort())
     return w.to(weight.dtype)
 
 
@@ -345,8 +352,21 @@ def _check_product(
         refuse(operator, f"bias must have shape [{codes.shape[0]}], got {shape_of(bias)}")
     if activations == "int8" and lut is not None and lut.is_floating_point():
         refuse(operator, f"int8 activations need uniform codes or an int8 lut, got a lut of {lut.dtype}")
-    if activations == "int8" and columns >= 1 << 16:
-        refuse(operator, f"int8 activations take fewer than 65536 columns (sums stay in 32 bits), got {columns}")
+    if activations == "int8" and group_size > (most := int8_columns(bits, lut)):
+        codes_of = f"bits={bits}" if lut is None else "an int8 lut"
+        refuse(
+            operator,
+            f"int8 activations take groups of at most {most} columns with {codes_of} (sums stay in 32 bits), got {group_size}",
+        )
+
+
+def int8_columns(bits: int, lut: Tensor | None) -> int:
+    """The widest group whose products with int8 activations, each at most 127 times the largest code, fit in 32 bits.
+
+    At most 2^17: the sum of the activations is kept in fp32, which holds integers up to 2^24.
+    """
+    largest = (1 << bits) - 1 if lut is None else 255
+    return min(1 << 17, ((1 << 31) - 1) // (127 * largest))
 
 
 def _validate_qlinear(*args: Any) -> None:
@@ -379,7 +399,10 @@ def _in_stored_order(operator: str, input: Tensor, weight: QTensor) -> Tensor:
         raise TypeError(f"{operator}: input must be a tensor, got {type(input).__name__}")
     if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         refuse(operator, f"input must have shape [..., {weight.shape[1]}], got {shape_of(input)}")
-    return input if weight.perm is None else input.index_select(-1, weight.perm)
+    if weight.perm is None:
+        return input
+    check_device(operator, "input", input, codes=weight.codes)
+    return input.index_select(-1, weight.perm)
 
 
 def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activations: str = "exact") -> Tensor:
@@ -391,16 +414,22 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
         bias: optional, any float ``[N]``.
         activations: "exact": the input as it is, accumulated in fp32. "int8": each row of the input is rounded to
             symmetric 8-bit integers of its own scale (absmax / 127), and the product is one of integers, exact within
-            each group of the weight. Needs uniform codes or an int8 ``lut``.
+            each group of the weight. Needs uniform codes or an int8 ``lut``, and groups of at most 66,311 columns (131,072
+            where codes have at most 7 bits).
 
     Returns:
-        ``[..., N]`` in the dtype of the input; the same bits for any number of threads. Differentiable with respect to
-        input, bias, and scale, zero, offset and lut of the weight where they are floats. The input is saved for the
-        backward only where one of the latter needs a gradient; the rounding to int8 passes gradients through.
+        ``[..., N]`` in the dtype of the input; the same bits for any number of threads. With 16-bit inputs and exact
+        activations the decoded weight is rounded to 16 bits, as a dense one is, where matrix units multiply it: bf16 on CPUs
+        with AMX from 64 rows on, fp16 and bf16 on GPUs from 5 rows on.
+
+        Differentiable with respect to input, bias, and scale, zero, offset and lut of the weight where they are floats. The
+        input is saved for the backward only where one of the latter needs a gradient; the rounding to int8 passes gradients
+        through.
 
     Raises:
         TypeError: ``weight`` is no QTensor, ``input`` no float.
-        ValueError: shapes that do not fit; int8 activations with a table of floats.
+        ValueError: shapes that do not fit; tensors on different devices; int8 activations with a table of floats, or with
+            groups whose sums 32 bits may not hold.
 
     Example:
         >>> q = QTensor.from_codes(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[0.5], [2.0]]), bits=2)
@@ -566,13 +595,13 @@ def qlora_linear(
         bias: optional, any float ``[N]``.
 
     Returns:
-        ``[..., N]`` in the dtype of the input. Differentiable with respect to input, ``lora_a``, ``lora_b`` and bias.
-        Saved for the backward are ``x A^T`` (R numbers per row) where ``lora_b`` is trained, and the input only where
-        ``lora_a`` is.
+        ``[..., N]`` in the dtype of the input; the decoded weight is rounded where it is in :func:`qlinear`. Differentiable
+        with respect to input, ``lora_a``, ``lora_b`` and bias. Saved for the backward are ``x A^T`` (R numbers per row)
+        where ``lora_b`` is trained, and the input only where ``lora_a`` is.
 
     Raises:
         TypeError: ``weight`` is no QTensor, or a tensor no float.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit; tensors on different devices.
         RuntimeError: a part of the weight requires a gradient.
 
     Example:
@@ -587,12 +616,52 @@ def qlora_linear(
     check_number("qlora_linear", alpha=alpha)
     stored = _in_stored_order("qlora_linear", input, weight)
     if weight.perm is not None:
+        check_device("qlora_linear", "input", input, lora_a=lora_a)
         lora_a = lora_a.index_select(-1, weight.perm)
     y: Tensor = _qlora_linear(
         stored, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias, lora_a, lora_b,
         float(alpha), weight.bits, weight.group_size,
     )[0]  # fmt: skip
     return y
+
+
+# ---------------------------------------------------------------------------------------- the second layout
+
+#: Rows of a block and columns of a step of the layout that CPU products read: ``csrc/cpu/lowbit.h``.
+BLOCK, STEP = 16, 32
+
+
+def layout_nbytes(weight: QTensor) -> int:
+    """Bytes of the layout that the first product of this machine's CPU makes of a weight; 0 where it makes none.
+
+    But for 16 bytes of a table of powers of two with 5 bits.
+    """
+    (rows, columns), lut, zero, offset = weight.shape, weight.lut, weight.zero, weight.offset
+    wide = any(t.dtype == torch.float64 for t in weight.tensors().values())
+    if native.STATUS.variant is None or weight.device.type != "cpu" or wide or not rows:
+        return 0
+    groups = columns // weight.group_size
+    if groups != 1 and weight.group_size % STEP:
+        return 0
+    if lut is not None and lut.shape[0] > 1 and -(-rows // lut.shape[0]) % BLOCK:
+        return 0
+    blocks, steps = -(-rows // BLOCK), -(-columns // STEP)
+    moved = zero is not None or offset is not None  # then zero and offset become one number of a row and group
+    parts = 4 * BLOCK * blocks * groups
+    tables, entries = 1 if lut is None else lut.shape[0], max(1 << weight.bits, 16)
+    found = blocks * steps * weight.bits * 64 + parts * (1 + moved) + 4 * tables * entries
+    if lut is None and zero is not None and zero.numel() == 1 and offset is not None and float(zero):
+        found += parts  # the offset without the zero point, for products of few rows
+    if lut is not None and lut.dtype == torch.int8:
+        found += tables * entries
+    return found
+
+
+def drop_layouts() -> None:
+    """Drop the layouts of weights that are gone. Without it they go when the next weight gets one: here a tiny one does."""
+    tiny = QTensor(torch.zeros(1, 1, dtype=torch.uint8, device="cpu"), None, (1, 2), 4, 2)
+    if layout_nbytes(tiny):
+        _qlinear.overload(torch.zeros(1, 2, device="cpu"), tiny.codes, None, None, None, None, None, 4, 2, "exact")
 
 
 def check_bits(operator: str, bits: Any, group_size: Any, columns: int) -> int:
