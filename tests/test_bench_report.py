@@ -181,6 +181,18 @@ def test_libraries_and_torch_are_rivals_apart() -> None:
     assert rows.kind_of("peer:somebody's own") == rows.LIBRARY
 
 
+def test_pairs_say_more_than_medians() -> None:
+    def ratio(**more: Any) -> float:
+        (only,) = rows.measurements([row("cofire", 2.0, run="a"), row("peer:faiss", 4.0, **more)])
+        found = only.against(rows.LIBRARY)
+        assert found is not None
+        return found.ratio
+
+    assert ratio(run="a", vs_cofire=2.5) == 2.5
+    assert ratio(run="a") == 2.0, "an older file"
+    assert ratio(run="b", vs_cofire=2.5) == 2.0, "beside a row of ours that is no longer there"
+
+
 def test_every_provider_has_a_kind() -> None:
     """One that stands in a family's own file is a library only where it is named as one."""
     every = {name for family in bench.families() for case in suite.of_family(family) for name in case.providers}

@@ -18,14 +18,15 @@ INTRODUCTION = """# Benchmarks
 `cofire bench` measures, `cofire report` writes this page. Each answer is checked against an fp64 reference on the very
 input that is timed; a wrong answer gets no number. *Dense* is the strongest plain torch: the fastest of several ways to
 write the operation in it (memory layouts, packed weights, in-place expressions); the speed-up is the median ratio of
-paired readings, with its 95 % interval, which fewer than six *pairs* do not have. Two more comparisons are by medians: with the
-fastest of other *libraries*, and with the fastest of torch's other ways (*other torch*): `torch.compile`, and its packed,
-quantised and sparse kernels. No rival is what computes another function, what is built on our own operators, and what is marked
-as a *bound*, because it does less than the operator; nor does attention without scores return what `attention_with_scores`
-does, but it is what is used instead. cofire may lose twice what plain torch in that type loses (gradients three times), the
-others 16 times as much; a peer that rounds in a way of its own is checked against that. A tie is less than 5 % apart, or within
-the interval (with fewer than six pairs: within their range). *Undisturbed* are the comparisons during which a probe of fixed
-work took as long as usual: they are counted apart. GFLOP/s and GB/s count what the masks leave to do, for all
+paired readings, with its 95 % interval, which fewer than six *pairs* do not have. Two more comparisons have no interval (the
+median of paired ratios; in older files the ratio of medians): with the fastest of other *libraries*, and with the fastest of
+torch's other ways (*other torch*): `torch.compile`, and its packed, quantised and sparse kernels. No rival is what computes
+another function, what is built on our own operators, and what is marked as a *bound*, because it does less than the operator;
+nor does attention without scores return what `attention_with_scores` does, but it is what is used instead. cofire may lose
+twice what plain torch in that type loses (gradients three times), the others 16 times as much; a peer that rounds in a way of
+its own is checked against that. A tie is less than 5 % apart, or within the interval (with fewer than six pairs: within their
+range). *Undisturbed* are the comparisons during which a probe of fixed work took as long as usual: they are counted apart.
+GFLOP/s and GB/s count what the masks leave to do, for all
 providers alike. The *ceiling* is the larger of bytes / bandwidth and FLOPs / peak, both measured on the same machine with the
 same torch, the best of all runs of the file: 100 % is as fast as the machine allows. `kv_fuse` passes that: its FLOPs are
 those of the sum as it stands, by frequencies (in fp32) they are fewer, and in bf16 on AMX it ran faster than the library's

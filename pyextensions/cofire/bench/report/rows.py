@@ -113,11 +113,14 @@ class Measurement:
         return Comparison(ours["speedup"], *ends, dense, _pairs(ours, dense), _quiet(ours, dense))
 
     def against(self, kind: str) -> Comparison | None:
-        """Medians of the same rounds, without an interval: only the ratios to dense were kept pair by pair."""
+        """The median of paired ratios where one was kept, or the ratio of medians; without an interval."""
         ours, other = self.ours, self.rival(kind)
         if ours is None or other is None or not self.compared:
             return None
-        ratio = other["median_ms"] / ours["median_ms"]
+        # of another run it was taken beside an earlier row of ours
+        together = "run" not in ours or ours["run"] == other.get("run")
+        paired = other.get("vs_cofire") if together else None
+        ratio = paired or other["median_ms"] / ours["median_ms"]
         return Comparison(ratio, ratio, ratio, other, quiet=_quiet(ours, other))
 
 
