@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from cofire.bench.cases import Case, Provider, Random, plain
 from cofire.nn import compressed
 from cofire.registry import OPERATORS, tensors_of
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CEILINGS = {
     "copy_gbs": {"1": 100.0, "64": 20.0},
     "read_gbs": {"1": 90.0, "64": 30.0},
@@ -97,6 +99,7 @@ def test_a_wrong_provider_gets_no_number(suite_of_one: Case, tmp_path: Path) -> 
     assert rows["dense"]["median_ms"] > 0
     ours = rows["cofire"]
     assert ours["speedup_low"] <= ours["speedup"] <= ours["speedup_high"]
+    assert ours["pairs"] == ours["rounds"] and "vs_cofire" not in ours and rows["dense"]["vs_cofire"] > 0
     for name, reason in (("peer:zero", "output 0 is off by"), ("peer:missing", "ImportError: no such library here")):
         assert not rows[name]["correct"]
         assert reason in rows[name]["note"]
@@ -151,6 +154,71 @@ def test_the_fastest_variant_is_the_baseline() -> None:
     rows = {r["provider"]: r for r in harness.measure(case, "forward", "cpu", Hurried(quick=True))}
     assert rows["dense"]["variant"] == "fast"
     assert rows["dense"]["variants_ms"]["slow"] > rows["dense"]["variants_ms"]["fast"]
+
+
+# --------------------------------------------------------------------------------- variants with cold weights
+
+HOT_MS, COLD_MS, STEADY_MS = 1.0, 9.0, 4.0
+
+
+def of_weights(copied: list[str], name: str, cold_ms: float, hot_ms: float) -> Provider:
+    """Slow with a weight that is another one than in its last call; ``copied`` gets its name for each copy that it is given."""
+    last: list[int] = [0]
+
+    def setup(x: Tensor, mode: str) -> Callable[[], tuple[Tensor]]:
+        copied.append(name)
+
+        def run() -> tuple[Tensor]:
+            time.sleep((hot_ms if last[0] == x.data_ptr() else cold_ms) / 1e3)
+            last[0] = x.data_ptr()
+            return mean(x, mode)
+
+        return run
+
+    return Provider(setup, outputs=1)
+
+
+def cold_case(monkeypatch: pytest.MonkeyPatch, variants: dict[str, tuple[float, float]]) -> tuple[Case, list[str]]:
+    """Of variants by the ms that they take with cold and with hot weights; there are three copies of the weights."""
+    monkeypatch.setattr(harness, "cold_bytes", lambda device: 3 * 4 * 2 * 3 * 16)
+    copied: list[str] = []
+    dense = {name: of_weights(copied, name, *ms) for name, ms in variants.items()}
+    return replace(pool_case(), cold=(0,), providers={"dense": dense}), copied
+
+
+@pytest.mark.parametrize("hot_first", [True, False], ids=["after hot weights", "at once"])
+def test_the_fastest_variant_with_cold_weights_is_found_with_cold_weights(
+    hot_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, copied = cold_case(monkeypatch, {"hot": (COLD_MS, HOT_MS), "steady": (STEADY_MS, STEADY_MS - 0.5)})
+    given = harness.Input(case, "cpu", every_mode=True)
+    effort = Hurried(quick=True)
+    if hot_first:
+        rows = {r["provider"]: r for r in harness.measure(case, "forward", "cpu", effort, given=given)}
+        assert rows["dense"]["variant"] == "hot"
+    copied.clear()
+    rows = {r["provider"]: r for r in harness.measure(case, "forward, cold", "cpu", effort, given=given)}
+    dense = rows["dense"]
+    assert dense["variant"] == "steady" and dense["variants_ms"]["hot"] > dense["variants_ms"]["steady"]
+    assert dense["median_ms"] == pytest.approx(STEADY_MS, rel=0.5)
+    assert copied.count("steady") == copied.count("hot"), "the winner's copies are made but once"
+    assert not given.cold, "and kept no longer than they are timed"
+
+
+def test_a_variant_that_is_far_behind_gets_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, copied = cold_case(monkeypatch, {"near": (2.0, 2.0), "far": (30.0, 30.0)})
+    rows = {r["provider"]: r for r in harness.measure(case, "forward, cold", "cpu", Hurried(quick=True))}
+    assert rows["dense"]["variant"] == "near" and list(rows["dense"]["variants_ms"]) == ["near"]
+    assert copied.count("far") <= 2, "for its check, and for its rank with hot weights"
+
+
+def test_when_copying_took_long_the_best_with_hot_weights_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, copied = cold_case(monkeypatch, {"steady": (STEADY_MS, STEADY_MS), "hot": (COLD_MS, HOT_MS)})
+    effort = Hurried(quick=True)
+    effort.copying_seconds = 0.0
+    monkeypatch.setattr(harness, "FAR_BEHIND", 100.0)
+    rows = {r["provider"]: r for r in harness.measure(case, "forward, cold", "cpu", effort)}
+    assert rows["dense"]["variant"] == "hot" and copied.count("steady") <= 2
 
 
 def test_gradients_are_checked() -> None:
@@ -219,9 +287,15 @@ def test_rule_for_integers_shapes_and_gradients() -> None:
 
 def test_interval_is_the_binomial_one() -> None:
     # ranks 10 and 21 of 30, 6 and 15 of 20, 1 and 6 of 6: the table of any text on the sign test
-    for n, low, high in ((30, 10, 21), (20, 6, 15), (6, 1, 6), (5, 1, 5), (1, 1, 1)):
+    for n, low, high in ((30, 10, 21), (20, 6, 15), (6, 1, 6)):
         median, lower, upper = harness.median_interval([float(v) for v in range(1, n + 1)])
         assert (median, lower, upper) == ((n + 1) / 2, low, high)
+    for n in (1, 2, 5):
+        found = harness.median_interval([float(v) for v in range(1, n + 1)])
+        assert found == ((n + 1) / 2, None, None), (
+            "the smallest and the largest of 5 hold the median in 94 of 100 cases"
+        )
+    assert harness.median_interval([1.0, 2.0, 3.0, 4.0, 5.0], 0.9) == (3, 1, 5)
 
 
 def test_interval_covers() -> None:
@@ -229,12 +303,26 @@ def test_interval_covers() -> None:
     hits = 0
     for _ in range(1000):
         _, low, high = harness.median_interval([source.expovariate(1) for _ in range(31)])
+        assert low is not None and high is not None
         hits += low <= math.log(2) <= high
     assert 940 <= hits <= 990
 
 
 def test_percentiles() -> None:
     assert [harness.percentile([3.0, 1.0, 2.0, 5.0, 4.0, 6.0], p) for p in (0, 0.2, 0.8, 1)] == [1, 2, 5, 6]
+
+
+def test_ratios_are_those_of_the_rounds() -> None:
+    readings = {"cofire": [1.0, 2.0, 4.0, 1.0], "dense": [3.0, 4.0, 4.0, 5.0], "peer:slow": [9.0, 8.0]}
+    rows: dict[str, results.Row] = {
+        name: {"provider": name, "device": "cpu", "mode": "forward", "bytes": 1, "flops": 1} for name in readings
+    }
+    for name, row in rows.items():
+        harness._fill(row, readings[name], readings, None)
+    assert [rows["cofire"][k] for k in ("speedup", "speedup_low", "speedup_high", "pairs")] == [2.5, 1, 5, 4]
+    assert rows["peer:slow"]["speedup"] == pytest.approx((3 / 9 + 4 / 8) / 2) and rows["peer:slow"]["pairs"] == 2
+    assert rows["peer:slow"]["vs_cofire"] == 6.5 and rows["dense"]["vs_cofire"] == 2.5
+    assert "speedup" not in rows["dense"] and "vs_cofire" not in rows["cofire"]
 
 
 def test_noise_marks() -> None:
@@ -253,6 +341,101 @@ def test_ceilings() -> None:
     assert ceilings.arithmetic(CEILINGS, "bfloat16") == 250, "16-bit work may be done in fp32"
     assert ceilings.shortest_ms(CEILINGS, 10**8, 10**6, "float32") == pytest.approx(1e8 / 30e9 * 1e3)
     assert ceilings.shortest_ms(CEILINGS, 10, 10**9, "float32") == pytest.approx(4)
+    assert ceilings.bandwidth(CEILINGS, 1 << 21) == 100, "between two sizes the higher speed of both"
+    inside = ceilings.shortest_ms(CEILINGS, 10**8, 10**6, "float32", held=1 << 19)
+    assert inside == pytest.approx(1), "by the memory that is touched"
+
+
+def test_bandwidths_are_measured_up_to_a_size_that_lies_in_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache, largest in (("307200K", 512), ("32768K", 256), (None, 256)):
+        monkeypatch.setattr(ceilings.machine, "caches", lambda cache=cache: {"L3": cache} if cache else None)
+        ceilings.cold_bytes.cache_clear()
+        sizes = ceilings.sizes("cpu")
+        assert sizes[0] == 0.25 and sizes[-1] == largest and sizes[-1] * ceilings.MIB >= ceilings.cold_bytes("cpu")
+        assert all(b == 2 * a for a, b in itertools.pairwise(sizes))
+    ceilings.cold_bytes.cache_clear()
+
+
+def test_bandwidths_count_what_is_touched_and_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings, "sizes", lambda device: [1.0, 2.0])
+    seen: list[Any] = []
+
+    def timed(call: Any, device: str, seconds: float) -> float:
+        seen.append((call(), seconds))
+        return float(1 + len(seen) % 3)
+
+    monkeypatch.setattr(ceilings, "best_seconds", timed)
+    copy, read, change = ceilings._bandwidth("cpu", 1.0)
+    assert list(copy) == list(read) == list(change) == ["1", "2"] and len(seen) == 2 * 6
+    mib = ceilings.MIB / 1e9
+    times = [float(1 + n % 3) for n in range(1, 7)]
+    assert copy["1"] == pytest.approx(mib / times[0]) and read["1"] == pytest.approx(mib / min(times[1:5]))
+    assert change["1"] == pytest.approx(2 * mib / times[5])
+    assert sum(seconds for _, seconds in seen[:6]) == 3.0
+    assert seen[0][0].numel() == ceilings.MIB // 8 and seen[5][0].numel() == ceilings.MIB // 4
+
+
+def test_every_reader_reads_everything() -> None:
+    ones = torch.ones(4 * ceilings.ROW)
+    answers = [reader() for reader in ceilings._readers(ones)]
+    bits = torch.ones(2).view(torch.int64)
+    assert answers[0] == ones.numel() and answers[1] == bits * (ones.numel() // 2) and answers[2] == ones.numel() // 2
+    assert answers[3].tolist() == [ceilings.ROW] * 4
+
+
+def test_bandwidths_of_other_sizes_do_not_count() -> None:
+    old = {"copy_gbs": {"1": 9.0, "64": 9.0}, "gemm_gflops": {"float32": 9.0}}
+    new = {"copy_gbs": {"1": 1.0, "2": 1.0}, "read_gbs": {"1": 2.0, "2": 2.0}, "gemm_gflops": {"float32": 1.0}}
+    found = ceilings.highest(old, new)
+    assert found == {**new, "gemm_gflops": {"float32": 9.0}}
+    assert ceilings.highest(found, {**new, "copy_gbs": {"1": 3.0, "2": 0.0}})["copy_gbs"] == {"1": 3.0, "2": 1.0}
+
+
+def test_what_is_written_where_it_was_read_lies_there_once() -> None:
+    by_op = {c.op: c for family in ("sparse", "kv_fusion") for c in suite.of_family(family)}
+    adam, append, spmm = (by_op[op] for op in ("masked_adam_", "kv_append_", "spmm"))
+    args = harness.Input(adam, "cpu", tiny=True).args
+    moved, _ = adam.cost(args, "forward")
+    w, g, m, v, _, bits, *_ = args
+    assert adam.footprint(args, moved) == sum(t.nbytes for t in (w, g, m, v, bits))
+    args = harness.Input(append, "cpu", tiny=True).args
+    assert append.footprint(args, 200) == 100, "at least half, though the cache that is written to is larger"
+    args = harness.Input(spmm, "cpu", tiny=True).args
+    assert spmm.footprint(args, 1000) == 1000
+    row = harness._work(adam, harness.Input(adam, "cpu", tiny=True).args, "forward")
+    assert row["footprint"] < row["bytes"] == moved and "footprint" not in harness._work(spmm, args, "forward")
+
+
+def test_the_shorter_of_two_ways_to_count_is_the_limit() -> None:
+    row = {
+        "mode": "forward",
+        "dtype": "bfloat16",
+        "arithmetic": "float32",
+        "bytes": 0,
+        "flops": 10**9,
+        "median_ms": 8.0,
+    }
+    table = {**CEILINGS, "gemm_gflops": {"float32": 200.0, "bfloat16": 2000.0}}
+    for other, percent in ((None, 50), (10**9, 100 * 0.5 / 8), (16 * 10**9, 50)):
+        found = {**row, **({} if other is None else {"or_flops": ["bfloat16", other]})}
+        harness.grade(bench.Results({}, table, [found]))
+        assert found["percent_of_ceiling"] == pytest.approx(percent)
+
+
+def test_a_fusion_in_bf16_is_counted_both_ways() -> None:
+    for case in (c for c in suite.of_family("kv_fusion") if c.op == "kv_fuse" and c.ours is None):
+        work = {mode: harness._work(case, harness.Input(case, "cpu", tiny=True).args, mode) for mode in case.modes}
+        once, both = work["forward"], work["forward+backward"]
+        assert both["flops"] == 2 * once["flops"], "the gradients of the weight and the gate take as much again"
+        tokens, weight, *_ = case.tiny(Random("x"))
+        places, (slots, width, taps) = tokens.shape[2] - weight.shape[2] + 1, weight.shape
+        products = tokens.shape[0] * tokens.shape[1] * slots * width
+        assert once["flops"] == 2 * products * (2 * places + taps - 1)
+        if case.dtype == torch.bfloat16:
+            assert once["or_flops"] == ["bfloat16", 2 * products * places * (taps + 1)]
+            assert both["or_flops"][1] == 2 * once["or_flops"][1] and case.arithmetic == "float32"
+        else:
+            assert "or_flops" not in once
 
 
 # -------------------------------------------------------------------------------------------------- words
@@ -406,6 +589,33 @@ def test_every_operator_has_a_case() -> None:
     covered = {case.op for family in bench.families() for case in suite.of_family(family)}
     backward = {name for name in OPERATORS if name.endswith("_backward")}
     assert covered - backward == set(OPERATORS) - backward, "the backward operators are in the mode forward+backward"
+
+
+#: Operators that are compared with no strongest plain torch in a mode, and why.
+WITHOUT_DENSE = {
+    (f"fake_quantize_{name}", mode): "compared with the published expression, and with torch.compile of the reference"
+    for name in ("affine", "minmax", "group")
+    for mode in ("forward", "forward+backward")
+}
+
+
+def test_every_case_is_compared_with_the_strongest_plain_torch() -> None:
+    cases = [case for family in bench.families() for case in suite.of_family(family)]
+    lacking = {
+        (case.op, mode)
+        for case in cases
+        for mode in set(case.modes) - set(results.UNCOMPARED)
+        if "dense" not in harness.candidates(case, "cpu", mode, None)
+    }
+    assert lacking <= set(WITHOUT_DENSE)
+
+
+@pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="not a checkout")
+def test_every_family_runs_under_pytest_benchmark() -> None:
+    files = {path.stem.removeprefix("test_"): path for path in BENCHMARKS.glob("test_*.py")}
+    assert set(files) == set(bench.families())
+    for family, path in files.items():
+        assert f"def test_{family}(measurement: " in path.read_text(encoding="utf-8")
 
 
 def test_cases_are_told_apart() -> None:

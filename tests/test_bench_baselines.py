@@ -19,11 +19,13 @@ from cofire.bench import (
     shift_add_linear,
     shift_add_softmax,
     sparse,
+    sparse_refine,
 )
 from cofire.bench.cases import Case, Provider, Random
 from cofire.bench.dense_products import SAME_DTYPE
 from cofire.bench.peers import of_case
 from cofire.bench.peers._attention import of_half
+from cofire.ops import unpack_mask
 from cofire.registry import OPERATORS
 
 HALF = torch.bfloat16
@@ -96,6 +98,64 @@ def test_one_row_of_shifts_is_compared_with_bf16() -> None:
         assert ("bf16" in variants(case)) == case.name.startswith("M1 "), case
     assert error(cases[0], variants(cases[0])["bf16"]) is None
     assert "bf16" not in variants(lowbit.qlinear_case(1)), "4 bits are compared with the dtype of the input"
+
+
+# ------------------------------------------------------------------------------------------------- masks and routes
+
+
+@pytest.mark.parametrize("way", ["invariant", "hard"])
+def test_dense_masked_layers_compute_what_the_mode_says(way: str) -> None:
+    """A hard mask also where pruned weights are not zero, as they are in the case; an invariant one may count on that."""
+    case = sparse._masked_linear(64, way)
+    make = case.tiny
+
+    def filled(rand: Random) -> tuple[Any, ...]:
+        x, w, bits, *rest = make(rand)
+        return x, torch.where(w == 0, 3.0, w) if way == "hard" else w, bits, *rest
+
+    case = replace(case, tiny=filled)
+    assert set(variants(case)) == {"where", "mask of floats", "in place"}
+    for mode in ("forward", "forward+backward"):
+        for provider in variants(case).values():
+            assert error(case, provider, mode) is None
+    bound = case.providers["peer:plain layer"]
+    assert isinstance(bound, Provider)
+    unmasked = error(case, replace(bound, reference=None), "forward+backward")
+    assert "off by" in str(unmasked), "its gradient is not masked"
+
+
+def test_a_mask_in_place_leaves_the_weight_as_it_is() -> None:
+    case = sparse._masked_linear(64, "hard")
+    given = harness.Input(case, "cpu", tiny=True)
+    given.args = (given.args[0], given.args[1] + 1.0, *given.args[2:])
+    before = given.args[1].clone()
+    for mode in ("forward", "forward+backward"):
+        given.runs(variants(case)["in place"], mode)()
+    assert torch.equal(given.args[1], before)
+
+
+@pytest.mark.parametrize("rows_end", [False, True], ids=["few swaps", "until no row changes"])
+def test_swaps_by_torch_are_those_of_the_reference(rows_end: bool) -> None:
+    case = sparse_refine._gram(24, 96, 0.5, 96 if rows_end else 3)
+    weight, bits, gram, correlation, swaps, _, group = case.make_args(Random("swaps"))
+    reference = OPERATORS["gram_swap"].reference
+    for candidates in (5, 40):
+        args = (weight, bits, gram, correlation, swaps, candidates, group)
+        right = reference(*args)
+        changed = (unpack_mask(right, 96) != unpack_mask(bits, 96)).sum(1)
+        assert changed.max() > 0 and (len(changed.unique()) > 1) == rows_end, "rows end at different times"
+        for provider in variants(case).values():
+            assert torch.equal(provider.setup(*args)(), right)
+
+
+def test_routes_by_torch_send_equal_logits_to_the_second_expert() -> None:
+    logits = torch.tensor([[0.5, 0.5], [1.0, -1.0], [-3.0, 2.0], [0.25, 0.25], [9.0, 8.5]])
+    right = OPERATORS["moe_route"].reference(logits)
+    assert right[2].tolist() == [2, 3]
+    for case in (c for c in suite.of_family("shift_add") if c.op == "moe_route"):
+        for provider in variants(case).values():
+            for got, expected in zip(provider.setup(logits)(), right, strict=True):
+                torch.testing.assert_close(got, expected, check_dtype=expected.dtype == torch.int32)
 
 
 # ------------------------------------------------------------------------------------------------------ attention

@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 
 from cofire import bench
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, machine, quiet, results, resume
+from cofire.bench import ceilings, growth, harness, machine, quiet, results, resume
 from cofire.bench.cases import Case, Random, plain
+from cofire.bench.growth import methods as trained
+from cofire.bench.growth import operators, sweep
 from cofire.cli import app
 from cofire.files import move_aside
 
@@ -171,19 +173,24 @@ def test_a_measurement_in_which_the_process_died_twice_is_left_out(
     assert lines[-1] == f"{step} is left out: the process died in it 2 times; --fresh tries again"
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, three: list[Case], measured: list[str]) -> None:
-    path = tmp_path / "r.json"
-    words = f"from {HERE.stem} import stuck_in_the_second; stuck_in_the_second({str(path)!r})"
+def killed(function: str, path: Path, there: Callable[[Path], bool]) -> None:
+    """A function of this file, which writes to ``path``, runs in a process of its own, which is killed when something is there."""
+    words = f"from {HERE.stem} import {function}; {function}({str(path)!r})"
     where = os.pathsep.join([str(HERE.parent), *(p for p in sys.path if p)])
     process = subprocess.Popen([sys.executable, "-c", words], env={**os.environ, "PYTHONPATH": where})
     try:
         end = time.monotonic() + 120
-        while not _in_the_second(path) and process.poll() is None and time.monotonic() < end:
+        while not there(path) and process.poll() is None and time.monotonic() < end:
             time.sleep(0.05)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, three: list[Case], measured: list[str]) -> None:
+    path = tmp_path / "r.json"
+    killed("stuck_in_the_second", path, _in_the_second)
     left = bench.Results.load(path)
     assert left.run is not None and left.run["done"] == ["channel_pool, a, float32, forward"]
     assert left.run["begun"] == "channel_pool, b, float32, forward"
@@ -195,6 +202,39 @@ def test_a_killed_run_goes_on(tmp_path: Path, three: list[Case], measured: list[
     assert [r["case"] for r in found.rows] == ["a", "a", "b", "b", "c", "c"]
     assert "run" not in json.loads(path.read_text()), "it is finished"
     assert run_lines(path)[1] == [] and measured == ["b", "c", "a", "b", "c"], "a finished run measures anew"
+
+
+def swept(patch: Callable[[Any, str, Any], Any], stuck_at: int, seen: list[int]) -> None:
+    """``growth.run`` sees one sweep of three sizes, and at one of them waits for ever."""
+
+    def case(n: int) -> Case:
+        seen.append(n)
+        if n == stuck_at:
+            time.sleep(600)
+        return case_named(str(n))
+
+    patch(operators, "SWEEPS", [sweep.Sweep("channel_pool", "samples", (1, 2, 4), case, family="gating")])
+    patch(trained, "SWEEPS", [])
+    patch(harness, "Effort", Hurried)
+    patch(quiet, "Probe", Quiet)
+
+
+def stuck_at_the_second_size(path: str) -> None:
+    torch.set_num_threads(1)
+    swept(setattr, 2, [])
+    growth.run(path, progress=False)
+
+
+def test_a_killed_sweep_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "growth.json"
+    killed("stuck_at_the_second_size", path, Path.exists)
+    left = bench.Results.load(path).rows
+    assert [r["size"] for r in left] == [1, 1]
+    seen: list[int] = []
+    swept(monkeypatch.setattr, 0, seen)
+    found = growth.run(path, progress=False)
+    assert seen == [2, 4], "the first size is not measured again"
+    assert found.rows[:2] == left and [r["size"] for r in found.rows] == [1, 1, 2, 2, 4, 4]
 
 
 @pytest.mark.parametrize(

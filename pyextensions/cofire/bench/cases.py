@@ -125,6 +125,8 @@ class Case:
     first: bool = False
     arithmetic: str | None = None  #: the dtype whose peak is the limit, where it is not that of the activations
     flops: Callable[..., int] | None = None  #: the arithmetic that this input needs (default: the operator's formula)
+    #: another way to count it, where that takes more but in a dtype that may be faster: the dtype, and a formula for forward
+    or_flops: tuple[str, Callable[..., int]] | None = None
     compared: Callable[[tuple[Tensor, ...], Args], tuple[Tensor, ...]] | None = (
         None  #: the part of an answer that callers read
     )
@@ -161,6 +163,20 @@ class Case:
             return moved, flops
         more = self.backward_cost(*args) if self.backward_cost is not None else (2 * moved, 2 * flops)
         return moved + more[0], flops + more[1]
+
+    def other_cost(self, args: Args, mode: str) -> tuple[str, int] | None:
+        """The dtype of ``or_flops`` and its count, of which a backward takes as many times more as of ``flops``."""
+        if self.or_flops is None:
+            return None
+        dtype, formula = self.or_flops
+        once, all_of = (self.cost(args, which)[1] for which in ("forward", mode))
+        return dtype, formula(*args) * all_of // max(once, 1)
+
+    def footprint(self, args: Args, moved: int) -> int:
+        """The bytes of memory that so many moved ones lie in: what is written where it was read counts once."""
+        written = (args[i] for i in OPERATORS[self.op].mutated)
+        twice = sum(a.numel() * a.element_size() for a in written if isinstance(a, Tensor))
+        return max(moved - twice, -(-moved // 2))
 
 
 def families() -> list[str]:

@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cofire.bench import cuda_timing
+from cofire.bench import cuda_timing, machine
 
 MIB = 1 << 20
-#: Buffer sizes of the bandwidth table. The smallest live in a core's cache, the largest in memory.
-SIZES_MIB = (0.25, 1, 4, 16, 64, 256)
-SIZES_MIB_CUDA = (*SIZES_MIB, 1024, 4096)  #: the caches of a GPU are larger, and 256 MiB last it 60 microseconds
+#: Of the bandwidth table, in MiB: the smallest lies in a core's cache, the largest in memory. Those of a GPU are larger: 256 MiB
+#: last it 60 microseconds.
+LEAST_MIB, MOST_MIB = 0.25, {"cpu": 256, "cuda": 4096}
+RANDOM_NUMBERS = (
+    1 << 18
+)  #: that a buffer consists of, again and again: to draw all of them would take longer than to time it
+ROW = 4096  #: numbers in a row of the matrix that is read
 DTYPES = (torch.float32, torch.bfloat16)
 LONGEST_SECONDS = 2.0  #: of a multiplication that is worth trying
 
@@ -35,20 +40,50 @@ def best_seconds(call: Callable[[], Any], device: str, seconds: float) -> float:
     return best
 
 
+@functools.cache
+def cold_bytes(device: str) -> int:
+    """How much memory to rotate through so that the weights are in no cache."""
+    if device == "cuda":
+        return 4 * int(torch.cuda.get_device_properties(0).L2_cache_size)
+    largest = max((machine.cache_bytes() or {}).values(), default=0)
+    return max(128 * MIB, largest + largest // 4)
+
+
+def sizes(device: str) -> list[float]:
+    """Of the bandwidth table, in MiB: each twice the one before, up to one that lies in no cache."""
+    found = [LEAST_MIB]
+    while found[-1] < MOST_MIB[device] or found[-1] * MIB < cold_bytes(device):
+        found.append(2 * found[-1])
+    return found
+
+
+def _readers(x: Tensor) -> list[Callable[[], Any]]:
+    """Ways to read all of it and to write next to nothing. Which is the fastest hangs on the library and on the size."""
+    matrix, first, second = x.view(-1, ROW), *x.chunk(2)
+    return [
+        x.sum,
+        x.view(torch.int64).sum,
+        functools.partial(torch.dot, first, second),
+        functools.partial(torch.mv, matrix, torch.ones(ROW, device=x.device)),
+    ]
+
+
 def _bandwidth(device: str, seconds: float) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """GB/s of a copy, of a sum and of a change in place, by the bytes that the call reads and writes.
+    """GB/s of a copy, of reading and of a change in place, by the size of the memory that they touch.
 
     What is written where it was read needs not be fetched before, so that a change in place may move the most.
     """
     copy, read, change = {}, {}, {}
-    for mib in SIZES_MIB_CUDA if device == "cuda" else SIZES_MIB:
-        source = torch.rand(int(mib * MIB / 8), device=device)  # half of the bytes, in fp32
-        target = torch.empty_like(source)
-        moved = 2 * source.numel() * 4
-        copy[f"{mib:g}"] = moved / best_seconds(functools.partial(target.copy_, source), device, seconds) / 1e9
-        both = torch.cat([source, target])
-        read[f"{mib:g}"] = moved / best_seconds(both.sum, device, seconds) / 1e9
-        change[f"{mib:g}"] = moved / best_seconds(source.neg_, device, seconds) / 1e9
+    for mib in sizes(device):
+        numbers = int(mib * MIB) // 4
+        x = torch.rand(min(numbers, RANDOM_NUMBERS), device=device).repeat(max(1, numbers // RANDOM_NUMBERS))
+        touched, name = 4 * x.numel(), f"{mib:g}"
+        source, target = x.chunk(2)
+        copy[name] = touched / best_seconds(functools.partial(target.copy_, source), device, seconds) / 1e9
+        readers = _readers(x)
+        shortest = min(best_seconds(reader, device, seconds / len(readers)) for reader in readers)
+        read[name] = touched / shortest / 1e9
+        change[name] = 2 * touched / best_seconds(x.neg_, device, seconds) / 1e9
     return copy, read, change
 
 
@@ -114,20 +149,27 @@ def measure(device: str, seconds: float = 0.1) -> dict[str, Any]:
 
 
 def highest(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """The higher of two measurements of the same machine, speed by speed; of an older file ``a`` some may not be there."""
-    return {kind: {k: max(a.get(kind, {}).get(k, 0.0), b[kind][k]) for k in b[kind]} for kind in b}
+    """The higher of two measurements of the same machine, speed by speed; of an older file ``a`` some may not be there.
+
+    Bandwidths of an older file that were measured at other sizes do not count: they were measured in another way.
+    """
+    earlier = {kind: {} if kind.endswith("_gbs") and {*a[kind]} != {*b.get(kind, {})} else a[kind] for kind in a}
+    return {kind: {k: max(earlier.get(kind, {}).get(k, 0.0), b[kind][k]) for k in b[kind]} for kind in b}
 
 
-def bandwidth(ceilings: dict[str, Any], moved: int, cold: bool = False) -> float:
-    """GB/s that a call touching ``moved`` bytes could reach; ``cold``: straight from memory."""
-    sizes = sorted(ceilings["copy_gbs"], key=float)
-    fitting = [s for s in sizes if moved <= float(s) * MIB]
-    size = sizes[-1] if cold or not fitting else fitting[0]
-    return bandwidth_of(ceilings, size)
+def bandwidth(ceilings: dict[str, Any], held: int, cold: bool = False) -> float:
+    """GB/s that a call whose data take ``held`` bytes could reach; ``cold``: straight from memory.
+
+    Between two sizes of the table it is the higher speed of both.
+    """
+    names = sorted(ceilings["copy_gbs"], key=float)
+    above = next((i for i, name in enumerate(names) if held <= float(name) * MIB), None)
+    near = names[-1:] if cold or above is None else names[max(above - 1, 0) : above + 1]
+    return max(bandwidth_of(ceilings, name) for name in near)
 
 
 def bandwidth_of(ceilings: dict[str, Any], size: str) -> float:
-    """The best of what moved so many MiB; files from before ``change_gbs`` do without."""
+    """The best of what touched so many MiB; files from before ``change_gbs`` do without."""
     kinds = ("copy_gbs", "read_gbs", "change_gbs")
     return float(max(ceilings[kind].get(size, 0.0) for kind in kinds if kind in ceilings))
 
@@ -142,6 +184,9 @@ def arithmetic(ceilings: dict[str, Any], dtype: str) -> float:
     return float(max(rates))
 
 
-def shortest_ms(ceilings: dict[str, Any], moved: int, flops: int, dtype: str, cold: bool = False) -> float:
-    """The roofline: no call that moves these bytes and does this arithmetic can take less."""
-    return max(moved / bandwidth(ceilings, moved, cold), flops / arithmetic(ceilings, dtype)) / 1e6
+def shortest_ms(
+    ceilings: dict[str, Any], moved: int, flops: int, dtype: str, cold: bool = False, held: int | None = None
+) -> float:
+    """The roofline: no call that moves these bytes, in ``held`` bytes of memory, and does this arithmetic can take less."""
+    rate = bandwidth(ceilings, moved if held is None else held, cold)
+    return max(moved / rate, flops / arithmetic(ceilings, dtype)) / 1e6

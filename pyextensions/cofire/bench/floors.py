@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from cofire.ops.gating import mask_from_index
+from cofire.ops.packing import unpack_bits
 from cofire.registry import OPERATORS, leading_dtype
 
 Symbols = dict[str, int]
@@ -219,9 +220,9 @@ FLOORS: dict[str, Floor] = {
         },
     ),
     "kv_fuse": Floor(
-        "x + w + p + e m d", "2 R s M D (t + 1)",
+        "x + w + p + e m d", "2 R M D (2 s + t - 1)",
         "x, w, p bytes of the tokens, of the weight and bias, of the picks; m slots in all, d wide; R rows of s places, M "
-        "slots of a row, D channels and t taps of the convolution.",
+        "slots of a row, D channels and t taps of the convolution, of which s places take s + t - 1 products at least.",
         lambda a: {
             "x": _size(a.tokens), "w": _size(a.weight, a.bias), "p": _size(a.pick), "m": a.pick.numel(),
             "d": a.tokens.shape[3], "R": a.tokens.shape[0] * a.tokens.shape[1],
@@ -311,9 +312,11 @@ FLOORS: dict[str, Floor] = {
     ),
     # shift_add
     "hash_encode": Floor(
-        "e n d + 2 c n", "0", "n tokens of d features, codes of c bytes, and a gate of as many.",
+        "e n d + 2 c n", "2 n m (d + b)",
+        "n tokens of d features, m anchors, codes of b bits in c bytes, and a gate of as many.",
         lambda a: {
-            "n": a.input[..., 0].numel(), "d": a.input.shape[-1], "c": _word(a.projection.shape[1]),
+            "n": a.input[..., 0].numel(), "d": a.input.shape[-1], "m": a.anchors.shape[1], "b": a.projection.shape[1],
+            "c": _word(a.projection.shape[1]),
         },
     ),
     "binary_encode": Floor(
@@ -383,8 +386,13 @@ FLOORS: dict[str, Floor] = {
         lambda a: {**_elements(a.weight), "b": a.bits.numel()},
     ),
     "gram_swap": Floor(
-        "w + 2 b + g + c", "0", "bytes of the weight, the mask, the Gram matrix and the correlation.",
-        lambda a: {"w": _size(a.weight), "b": _size(a.bits), "g": _size(a.gram), "c": _size(a.correlation)},
+        "w + 2 b + g + c", "s (4 p + 7 n)",
+        "w, b, g, c bytes of the weight, the mask, the Gram matrix and the correlation; n weights, p pairs that are tried for a "
+        "swap of each row, s swaps of a row.",
+        lambda a: {
+            "w": _size(a.weight), "b": _size(a.bits), "g": _size(a.gram), "c": _size(a.correlation),
+            **_elements(a.weight), "p": _pairs_of_swaps(a), "s": a.max_swaps,
+        },
     ),
     "masked_sgd_": Floor(
         "2 w + g + 2 s + b", "0", "bytes of the weight, the gradient, the state and the mask.",
@@ -416,6 +424,16 @@ FLOORS: dict[str, Floor] = {
 def _word(bits: int) -> int:
     """Bytes of a code."""
     return 2 if bits <= 16 else 4 if bits <= 32 else 8
+
+
+def _pairs_of_swaps(a: Any) -> int:
+    """Kept and pruned weights that are tried with each other for one swap of each row."""
+    columns = a.weight.shape[1]
+    kept = unpack_bits(a.bits, 1, columns).view(len(a.bits), -1, a.group or columns).sum(2)
+    pruned = (a.group or columns) - kept
+    if not a.group:
+        kept, pruned = kept.clamp(max=a.candidates), pruned.clamp(max=a.candidates)
+    return int((kept.long() * pruned).sum())
 
 
 def _dkm(a: Any) -> Symbols:

@@ -9,7 +9,11 @@ How a number comes about:
   more than five seconds, on a GPU two). A provider whose reading lasts 100 ms and ten times as long as the shortest takes
   part in the first 7 alone, in the first 3 where it lasts longer than half a second, in none after a call of 3 s.
   A row's time is the median over rounds; its speed-up is the median of the rounds' ratios to ``dense``, with a 95 %
-  interval that assumes nothing about their distribution (:func:`median_interval`).
+  interval that assumes nothing about their distribution (:func:`median_interval`); of fewer than six ``pairs``, which have
+  none, ``speedup_low`` and ``speedup_high`` are the least and the largest ratio. ``vs_cofire`` is how many times as long as
+  cofire it took, the median of the rounds' ratios too.
+* Of a provider that has several variants the fastest is timed, in each mode by itself: with cold weights it may be another
+  one than with hot ones.
 * Calls shorter than 1 ms (on a GPU 0.2 ms) are repeated within one reading. A short call runs once untimed before it, so
   that it finds the caches and the threads as its own last call left them, not as another provider did; ``forward, cold``
   is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first
@@ -27,7 +31,6 @@ How a number comes about:
 
 from __future__ import annotations
 
-import functools
 import gc
 import itertools
 import math
@@ -46,6 +49,7 @@ from torch import Tensor
 from cofire.bench import ceilings as roofs
 from cofire.bench import cuda_timing, machine, resume
 from cofire.bench.cases import Args, Case, Provider, Random, Run, known, one_thread, plain, select
+from cofire.bench.ceilings import cold_bytes
 from cofire.bench.peers import of_case, with_peers
 from cofire.bench.quiet import BAND, LEAST, Probe, Watch, counted, unfelt
 from cofire.bench.results import UNCOMPARED, Results, Row, environment, results_path
@@ -64,6 +68,7 @@ SLOW_MS, SLOW_TIMES, LEAST_ROUNDS = 100.0, 10.0, 7
 LONG_MS, LONG_ROUNDS = 500.0, 3  #: of a slow reading that lasts longer there are fewer, and it is not warmed up twice
 ONCE_MS = 3000.0  #: a slow call that lasts longer is timed once, after that of its check
 BEHIND = 2.0  #: a variant that takes so many times as long as another one is not timed again
+FAR_BEHIND = 4.0  #: so far behind with hot weights, it is not tried with cold ones
 LONGEST_SECONDS = 5  #: where the least rounds of the others take longer there are fewer, but :data:`LEAST_ROUNDS`
 LONGER = 4  #: times the rounds that fit are the most, while too few of them were undisturbed
 SPREAD = 1.5  #: p80 / p20 of a row's own readings that makes it noisy
@@ -78,6 +83,7 @@ class Effort:
         self.most_rounds = 30 if short else 100
         self.case_seconds = 0.2 if short else 1.0
         self.variant_seconds = 0.03 if short else 0.1  #: to find the fastest of a provider's variants
+        self.copying_seconds = 1.0 if short else 5.0  #: after which no other variant gets copies of cold weights
         self.longest_seconds = 2.0 if short else LONGEST_SECONDS
         self.slow_rounds = 3 if quick else LEAST_ROUNDS
         self.ceiling_seconds = 0.02 if quick else 0.2
@@ -216,10 +222,11 @@ def _disagreement(got: Any, answers: Answers, dtype: torch.dtype, gradients: int
 # ------------------------------------------------------------------------------------------------ statistics
 
 
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float | None, float | None]:
     """Median and its confidence interval by order statistics: exact for any distribution, from the binomial law.
 
-    With too few values for the confidence asked (fewer than 6 for 95 %) the interval is the whole range.
+    With too few values for the confidence asked (fewer than 6 for 95 %) there is no interval, and its ends are None: the
+    whole range would be too short.
     """
     ordered, n = sorted(values), len(values)
     below, rank = 0.0, 0
@@ -228,8 +235,9 @@ def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[
         if below > (1 - confidence) / 2:
             break
         rank += 1
-    low = max(rank - 1, 0)
-    return statistics.median(ordered), ordered[low], ordered[n - 1 - low]
+    if not rank:
+        return statistics.median(ordered), None, None
+    return statistics.median(ordered), ordered[rank - 1], ordered[n - rank]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -438,6 +446,7 @@ class Input:
         self.verdicts: dict[tuple[str, str, bool], str | None] = {}
         self.ranks: dict[tuple[str, bool], dict[str, float]] = {}  #: ... the times of a provider's variants in ms, ...
         self.calls: dict[tuple[str, str, bool], Run] = {}  #: ... and calls that were prepared for a check, to be timed
+        self.cold: dict[tuple[str, str], Run] = {}  #: calls of variants with cold weights, ranked and to be timed
 
     def _answers(self, reference: Callable[..., Any], mode: str) -> Answers:
         """The reference in fp64, then in the input's dtype in each memory layout."""
@@ -497,6 +506,8 @@ class Input:
     def call(self, name: str, variant: str, provider: Provider, mode: str) -> Run:
         """The call to time: the one that was checked, where it is still there and the mode asks for no other."""
         key = (name, variant, mode == "forward+backward")
+        if mode == "forward, cold" and (name, variant) in self.cold:
+            return self.cold[name, variant]
         if mode in ("forward, cold", "first call") or key not in self.calls:
             return self.runs(provider, mode)
         return self.calls[key]
@@ -526,17 +537,6 @@ def _copy(weight: Tensor) -> Tensor:
     """Laid out as it is; in large pages where those who make such weights would ask for them."""
     copy = in_large_pages(weight) if weight.is_contiguous() else weight
     return weight.clone() if copy is weight else copy
-
-
-@functools.cache
-def cold_bytes(device: str) -> int:
-    """How much memory to rotate through so that the weights are in no cache."""
-    if device == "cuda":
-        return 4 * int(torch.cuda.get_device_properties(0).L2_cache_size)
-    largest = 0
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        largest = max(largest, int(path.read_text().strip().rstrip("K")) << 10)
-    return max(128 << 20, largest + largest // 4)
 
 
 def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, dict[str, Provider]]:
@@ -576,7 +576,20 @@ def _variants(name: str, entry: Provider | Mapping[str, Provider], device: str, 
     }
 
 
-def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int]) -> Row:
+def _work(case: Case, args: Args, mode: str) -> Row:
+    """What this input needs at least, whoever computes it."""
+    moved, flops = case.cost(args, mode)
+    held = case.footprint(args, moved)
+    other = case.other_cost(args, mode)
+    return {
+        "bytes": moved,
+        "flops": flops,
+        **({"footprint": held} if held < moved else {}),
+        **({"or_flops": list(other)} if other is not None else {}),
+    }
+
+
+def _row(case: Case, device: str, mode: str, provider: str, work: Row) -> Row:
     dtype = str(case.dtype).removeprefix("torch.")
     return {
         **({"arithmetic": case.arithmetic} if case.arithmetic is not None else {}),
@@ -590,8 +603,7 @@ def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int
         "median_ms": None,
         "p20_ms": None,
         "p80_ms": None,
-        "bytes": cost[0],
-        "flops": cost[1],
+        **work,
         "peak_bytes": None,
         "correct": False,
         "noisy": False,
@@ -599,27 +611,51 @@ def _row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int
 
 
 def _pick(
-    name: str, variants: Mapping[str, Provider], input: Input, mode: str, seconds: float
+    name: str, variants: Mapping[str, Provider], input: Input, mode: str, effort: Effort
 ) -> tuple[str | None, dict[str, float], dict[str, str]]:
     """The fastest correct variant, the times of all in ms, and why the others have none."""
     wrong = {v: reason for v, p in variants.items() if (reason := input.verdict(name, v, p, mode)) is not None}
     right = {v: p for v, p in variants.items() if v not in wrong}
     if len(right) < 2:
         return next(iter(right), None), {}, wrong
-    hot = "forward" if mode == "forward, cold" else mode  # a layout's rank does not depend on where the weights are
+    hot = "forward" if mode == "forward, cold" else mode
     key = (name, hot == "forward+backward")
     times = input.ranks.get(key, {}) if hot != "first call" else {}
     if not {*right} <= {*times}:
         with mode_context(mode):
             runs = {v: input.call(name, v, p, hot) for v, p in right.items()}
-            times = _rank(runs, "cpu" if mode == "overhead" else input.device, seconds)
+            times = _rank(runs, "cpu" if mode == "overhead" else input.device, effort.variant_seconds)
         if hot != "first call":
             input.ranks[key] = times
     times = {v: times[v] for v in right}
+    if mode == "forward, cold":
+        times = _rank_cold(name, right, times, input, effort)
     best = min(times, key=lambda v: times[v])
     for variant in {*right} - {best}:
         input.calls.pop((name, variant, key[1]), None)
     return best, times, wrong
+
+
+def _rank_cold(
+    name: str, variants: Mapping[str, Provider], hot: Mapping[str, float], input: Input, effort: Effort
+) -> dict[str, float]:
+    """The times in ms with cold weights, of the variants that are not far behind with hot ones; the best one's call is kept.
+
+    To copy and prepare so many weights takes time and memory. The fastest with hot weights come first; when they have taken
+    ``effort.copying_seconds`` the others are left out.
+    """
+    runs: dict[str, Run] = {}
+    begin = time.perf_counter()
+    with mode_context("forward, cold"):
+        for variant in sorted(hot, key=lambda v: hot[v]):
+            late = time.perf_counter() - begin > effort.copying_seconds
+            if runs and (late or hot[variant] > FAR_BEHIND * min(hot.values())):
+                break
+            runs[variant] = input.runs(variants[variant], "forward, cold")
+        times = _rank(runs, input.device, effort.variant_seconds)
+    best = min(times, key=lambda v: times[v])
+    input.cold[name, best] = runs[best]
+    return times
 
 
 def _rank(runs: Mapping[str, Run], device: str, seconds: float) -> dict[str, float]:
@@ -653,13 +689,13 @@ def measure(
         probe: looks at the machine before, between and after; what it sees stands in the rows.
     """
     input = given if given is not None and mode != "overhead" else Input(case, device, tiny=mode == "overhead")
-    cost = case.cost(input.args, mode)
+    work = _work(case, input.args, mode)
     rows: dict[str, Row] = {}
     chosen: dict[str, Provider] = {}
     torch._dynamo.reset()  # compiled code of earlier cases would count against the limit for recompiling
     for name, variants in candidates(case, device, mode, wanted).items():
-        rows[name] = row = _row(case, device, mode, name, cost)
-        best, times, wrong = _pick(name, variants, input, mode, effort.variant_seconds)
+        rows[name] = row = _row(case, device, mode, name, work)
+        best, times, wrong = _pick(name, variants, input, mode, effort)
         if times:
             row["variants_ms"] = times
         if wrong:
@@ -674,8 +710,9 @@ def measure(
     with mode_context(mode):
         runs = {name: input.call(name, rows[name].get("variant", ""), p, mode) for name, p in chosen.items()}
         input.calls.clear()
+        input.cold.clear()
         clock = "cpu" if mode == "overhead" else device  # what a call costs the host, whoever computes
-        watch = Watch(probe, _unfelt(_row(case, device, mode, "cofire", cost))) if probe is not None else None
+        watch = Watch(probe, _unfelt(_row(case, device, mode, "cofire", work))) if probe is not None else None
         readings = read_in_turns(
             *(runs, clock, effort.case_seconds, effort.least_rounds, effort.most_rounds, own),
             longest_seconds=effort.longest_seconds,
@@ -685,18 +722,18 @@ def measure(
         )
         for name, run in runs.items():
             rows[name]["peak_bytes"] = peak_bytes(run, device, warm=True)
-            _fill(rows[name], readings[name], readings.get("dense"), watch)
+            _fill(rows[name], readings[name], readings, watch)
     absent = absentees(case, device, mode, wanted)
-    return [*rows.values(), *(_absent_row(case, device, mode, name, cost, why) for name, why in absent.items())]
+    return [*rows.values(), *(_absent_row(case, device, mode, name, work, why) for name, why in absent.items())]
 
 
-def _absent_row(case: Case, device: str, mode: str, provider: str, cost: tuple[int, int], why: str) -> Row:
+def _absent_row(case: Case, device: str, mode: str, provider: str, work: Row, why: str) -> Row:
     """Of a peer that is not here: no number, and no reading of the probe."""
-    return {**_row(case, device, mode, provider, cost), "note": why, "absent": True}
+    return {**_row(case, device, mode, provider, work), "note": why, "absent": True}
 
 
-def _fill(row: Row, readings: list[float], dense: list[float] | None, watch: Watch | None) -> None:
-    """Everything that follows from the readings, and from the looks at the machine."""
+def _fill(row: Row, readings: list[float], all_of: Mapping[str, list[float]], watch: Watch | None) -> None:
+    """Everything that follows from the readings, its own and those of all, and from the looks at the machine."""
     every, quiet, unfelt = list(range(len(readings))), True, _unfelt(row)
     if watch is not None:
         every, quiet = counted(watch.quiet(unfelt), len(readings))
@@ -707,16 +744,20 @@ def _fill(row: Row, readings: list[float], dense: list[float] | None, watch: Wat
             probe_after=looks[-1],
             quiet_rounds=len(every) if quiet else 0,
         )
-    of_dense = dense or []
-    ratios = [of_dense[i] / readings[i] for i in every if i < len(of_dense)]
+    dense, ours = (all_of.get(name, []) for name in ("dense", "cofire"))
+    ratios = [dense[i] / readings[i] for i in every if i < len(dense)]
+    against_ours = [readings[i] / ours[i] for i in every if i < len(ours)]
     readings = [readings[i] for i in every]
     median = statistics.median(readings)
     row.update(
         median_ms=median, p20_ms=percentile(readings, 0.2), p80_ms=percentile(readings, 0.8), rounds=len(readings)
     )
     if ratios and row["provider"] != "dense":
-        row["speedup"], row["speedup_low"], row["speedup_high"] = median_interval(ratios)
-        row["pairs"] = len(ratios)
+        middle, low, high = median_interval(ratios)
+        ends = (min(ratios), max(ratios)) if low is None or high is None else (low, high)
+        row.update(speedup=middle, speedup_low=ends[0], speedup_high=ends[1], pairs=len(ratios))
+    if against_ours and row["provider"] != "cofire":
+        row["vs_cofire"] = statistics.median(against_ours)
     row["gbs"], row["gflops"] = row["bytes"] / median / 1e6, row["flops"] / median / 1e6
 
 
@@ -724,10 +765,17 @@ def grade(results: Results) -> None:
     """Each row's share of what the machine could do on it."""
     for row in results.rows:
         if row["median_ms"] is not None and row["mode"] not in UNCOMPARED:
-            cold = row["mode"] == "forward, cold"
-            dtype = row.get("arithmetic") or row["dtype"]
-            shortest = roofs.shortest_ms(results.ceilings, row["bytes"], row["flops"], dtype, cold)
-            row["percent_of_ceiling"] = 100 * shortest / row["median_ms"]
+            row["percent_of_ceiling"] = 100 * _shortest_ms(results.ceilings, row) / row["median_ms"]
+
+
+def _shortest_ms(ceilings: dict[str, Any], row: Row) -> float:
+    """By the roofline; where there are two ways to count the arithmetic, each in a dtype of its own, by the shorter one."""
+    ways = [(row.get("arithmetic") or row["dtype"], row["flops"])]
+    ways += [tuple(row["or_flops"])] if "or_flops" in row else []
+    cold = row["mode"] == "forward, cold"
+    return min(
+        roofs.shortest_ms(ceilings, row["bytes"], flops, dtype, cold, row.get("footprint")) for dtype, flops in ways
+    )
 
 
 def _unfelt(row: Row) -> frozenset[str]:

@@ -177,8 +177,30 @@ def by_channels(fuse: Fuse, compile: bool = False) -> Provider:
     return Provider(setup)
 
 
+def _fuse_flops(tokens: Tensor, weight: Tensor, *_: Any) -> int:
+    """The fewest, those of the mixing among them: s outputs of a convolution of t taps take s + t - 1 products (Winograd
+    1980), summed over the channels. By frequencies there are some more, and transforms; in fp32 that is what a CPU does."""
+    merged, width, taps = weight.shape
+    places = tokens.shape[2] - taps + 1
+    return 2 * tokens.shape[0] * tokens.shape[1] * merged * width * (2 * places + taps - 1)
+
+
+def _fuse_backward_cost(
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, pick: Tensor
+) -> tuple[int, int]:
+    """Of the weight and the gate: a product and a convolution as in forward, of which what is read is read again."""
+    args = (tokens, weight, bias, gate, pick)
+    return OPERATORS["kv_fuse"].bytes(*args) + weight.numel() * weight.element_size(), _fuse_flops(*args)  # type: ignore[misc]
+
+
+#: In bfloat16 transforms would lose too much: there a convolution takes all its products, and by frequencies it is one of fp32.
+AS_IT_STANDS = ("bfloat16", OPERATORS["kv_fuse"].flops)
+
+
 def _fuse(b: int, h: int, n: int, d: int, merged: int, taps: int, **options: Any) -> Case:
     dtype = options.pop("dtype", torch.float32)
+    if dtype == torch.bfloat16:
+        options.update(arithmetic="float32", or_flops=AS_IT_STANDS)
 
     def args(b: int, h: int, n: int, d: int, merged: int, taps: int) -> Callable[[Random], Args]:
         def make(rand: Random) -> Args:
@@ -204,6 +226,8 @@ def _fuse(b: int, h: int, n: int, d: int, merged: int, taps: int, **options: Any
         },
         args(2, 2, 9, 3, 4, 3),
         gradients=(1, 3),  # the bias's is zero here: a softmax does not see it
+        flops=_fuse_flops,
+        backward_cost=_fuse_backward_cost,
         **options,
     )
 
@@ -274,6 +298,7 @@ def _whole(b: int, h: int, s: int, d: int, half: int, taps: int, **options: Any)
             },
         },
         args(2, 2, 9, 4, 3, 3),
+        flops=_fuse_flops,
         ours=_reduce(*(OPERATORS[name] for name in ("kv_select", "kv_gather_", "kv_fuse"))),
         **options,
     )

@@ -93,6 +93,20 @@ def hash_by_products(input: Tensor, anchors: Tensor, center: Tensor, projection:
     return _encoded(features, sigma, packed=pack_by_words if _packs_words(projection.shape[1]) else pack)
 
 
+def _hash_flops(input: Tensor, anchors: Tensor, center: Tensor, projection: Tensor, *_: Any) -> int:
+    """Of two products: tokens with anchors, and what comes of them with the projection."""
+    return 2 * input[..., 0].numel() * anchors.shape[1] * (input.shape[-1] + projection.shape[1])
+
+
+def _hash_backward_cost(
+    input: Tensor, anchors: Tensor, center: Tensor, projection: Tensor, eps: float
+) -> tuple[int, int]:
+    """The gradient of the features goes back through both products: it, the gate and the input are read, one is written."""
+    tokens, bits = input[..., 0].numel(), projection.shape[1]
+    moved = input.element_size() * (tokens * bits + 2 * input.numel()) + word_of(bits).itemsize * tokens
+    return moved, _hash_flops(input, anchors, center, projection)
+
+
 def _hash(b: int, h: int, n: int, d: int, m: int, bits: int, **options: Any) -> Case:
     def args(b: int, n: int) -> Callable[[Random], Args]:
         def make(rand: Random) -> Args:
@@ -119,6 +133,8 @@ def _hash(b: int, h: int, n: int, d: int, m: int, bits: int, **options: Any) -> 
         },
         args(1, 9),
         gradients=(0,),
+        flops=_hash_flops,
+        backward_cost=_hash_backward_cost,
         **options,
     )
 

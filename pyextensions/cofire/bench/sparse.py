@@ -4,7 +4,7 @@
 ``dense`` is the product with all weights, pruned ones as zeros, in the best dtype, ``peer:dense fp32`` the same in the dtype
 of an input in fp32; ``peer:torch csr`` is torch's own CSR with 32-bit indices (MKL on x86), ``peer:torch bsr`` its blocks; the
 layers of other libraries are in :mod:`cofire.bench.peers`. ``eager`` is the mask multiplied at every call, as pruning is
-usually written.
+usually written; of masked layers ``dense`` is the fastest way to write it, and a layer without a mask a bound.
 """
 
 from __future__ import annotations
@@ -247,6 +247,41 @@ def _linear_with_mask(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor 
     return lambda: F.linear(input, weight * mask, bias)
 
 
+def _linear_where(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, *rest: Any) -> Run:
+    mask = _bool_mask(bits, weight.shape[1])
+    return lambda: F.linear(input, torch.where(mask, weight, 0.0), bias)
+
+
+def _linear_by_floats(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, *rest: Any) -> Run:
+    """A mask of floats: four times the memory, and the faster product."""
+    mask = _bool_mask(bits, weight.shape[1]).to(weight.dtype)
+    return lambda: F.linear(input, weight * mask, bias)
+
+
+def _linear_in_place(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, mode: str, *rest: Any) -> Run:
+    """No tensor is made but the results: the masked weight lies in memory that is there, its gradient is masked in place.
+
+    Where pruned weights are zero already ("invariant") it is the weight itself, and the gradient alone is masked.
+    """
+    mask = _bool_mask(bits, weight.shape[1]).to(weight.dtype)
+    held = weight.detach() if mode == "invariant" else torch.empty_like(weight, requires_grad=False)
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            if mode != "invariant":
+                torch.mul(w, mask, out=held)
+            ctx.save_for_backward(x)
+            return F.linear(x, held, bias)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            (x,) = ctx.saved_tensors
+            return grad @ held, (grad.t() @ x).mul_(mask)
+
+    return lambda: Layer.apply(input, weight)
+
+
 def _without_mask(input: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, *rest: Any) -> Run:
     """The plain layer, whose gradients of pruned weights are not zero: what masking is to cost nothing over."""
     return lambda: F.linear(input, weight, bias)
@@ -268,6 +303,11 @@ def _masked_linear(rows: int, mode: str, shape: tuple[int, int] = SQUARE, **opti
         lambda rand: args(rand, shape, rows),
         {
             "eager": Provider(_linear_with_mask),
+            "dense": {
+                "where": Provider(_linear_where),
+                "mask of floats": Provider(_linear_by_floats),
+                "in place": Provider(_linear_in_place),
+            },
             "peer:plain layer": Provider(_without_mask, reference=_plain_layer),
         },
         lambda rand: args(rand, (17, 65), min(rows, 7)),
@@ -291,6 +331,40 @@ def _dense_conv(channels_last: bool) -> Callable[..., Run]:
     return setup
 
 
+def _maps_last(x: Tensor, *rest: Any) -> Args:
+    return (x.contiguous(memory_format=torch.channels_last), *rest)
+
+
+def _trained_conv(*args: Any) -> Run:
+    """A dense layer whose weight is made beforehand, laid out as the maps are: of the gradient of the values, all is computed."""
+    x, bias, values, index, offsets, scale, *rest = args
+    kernel_size, stride, padding, dilation, groups = args[11:16]
+    rows = rest[1]
+    w = (
+        dense_values(*(values.detach(), index, offsets, scale, *rest[:5], FLOAT))
+        .to(x.dtype)
+        .view(rows, -1, *kernel_size)
+    )
+    if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        w = w.contiguous(memory_format=torch.channels_last)
+    row = torch.repeat_interleave(torch.arange(rows, device=x.device), offsets.diff())
+    geometry = (stride, padding, dilation, False, [0, 0], groups)
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return F.conv2d(x, w, bias, stride, padding, dilation, groups)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            (x,) = ctx.saved_tensors
+            to_x, to_w, _ = torch.ops.aten.convolution_backward(grad, x, w, None, *geometry, [True, True, False])
+            return to_x, to_w.reshape(rows, -1)[row, index.long()]
+
+    return lambda: Layer.apply(x, values)
+
+
 def _decoded_conv(*args: Any) -> Tensor:
     """The weight decoded at every call, so that its values get gradients."""
     x, bias, *_ = args
@@ -305,16 +379,19 @@ def _conv(batch: int, channels: int, size: int, density: float, kernel: int = 3,
         window = [[kernel, kernel], [1, 1], [kernel // 2, kernel // 2], [1, 1], 1]
         return (rand.normal(batch, channels, size, size), None, *w.arguments(), *window)
 
+    dense = {
+        "plain": Provider(_dense_conv(False), differentiable=False),
+        "channels_last": Provider(_dense_conv(True), differentiable=False),
+    }
+    if options.get("gradients"):
+        dense = {"plain": Provider(_trained_conv), "channels_last": Provider(_trained_conv, _maps_last)}
     return Case(
         "sparse_conv2d",
         f"B{batch} {channels}x{size}x{size} {kernel}x{kernel} {round(100 * (1 - density))} %",
         FLOAT,
         lambda rand: args(rand, channels, size, batch),
         {
-            "dense": {
-                "plain": Provider(_dense_conv(False), differentiable=False),
-                "channels_last": Provider(_dense_conv(True), differentiable=False),
-            },
+            "dense": dense,
             "eager": plain(_decoded_conv),
         },
         lambda rand: args(rand, 8, 7, 2),
