@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from cofire.bench.end_to_end import recommender
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, compressed
+from cofire.bench.end_to_end.dense import dense_forms
+from cofire.bench.end_to_end.network import RANDOM_WEIGHTS, Network, Variant, compressed
 from cofire.bench.end_to_end.recommender import Recommender
 from cofire.methods import EDKM
 
@@ -21,7 +22,7 @@ def trained(plan: Recommender, *, epochs: int = 5, throughput: int = 64) -> Netw
     def build(seed: int, share: float) -> Mapping[str, Variant]:
         dense = plan.network(seed, share)
         rounds = max(1, round(share * epochs))
-        found = {DENSE: Variant(dense)}
+        found = dense_forms(dense)
         for bits in BITS:
             method = EDKM(bits=bits, total_steps=plan.steps(rounds))
             model = plan.fit(method.prepare(dense), rounds, plan.lr / 4, seed + 1, method)
@@ -48,7 +49,7 @@ def random(items: int = 4096, width: int = 4096, *, throughput: int = 64) -> Net
     def build(seed: int, share: float) -> Mapping[str, Variant]:
         torch.manual_seed(seed)
         dense = recommender.perceptron(items, width).eval().requires_grad_(False)
-        found = {DENSE: Variant(dense)}
+        found = dense_forms(dense)
         for bits in BITS:
             method = EDKM(bits=bits)
             found[f"k-means, {bits} bits"] = compressed(method.finalize(method.prepare(dense).eval()))

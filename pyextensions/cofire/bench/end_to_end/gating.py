@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from cofire import models
 from cofire.bench.cases import Random
 from cofire.bench.end_to_end import digits
+from cofire.bench.end_to_end.dense import BFLOAT16, half, half_variant
 from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, in_double, weight_bytes
 from cofire.experiments import training
 from cofire.experiments.latency import _channels_last, _prepacked
@@ -49,6 +50,7 @@ def forms(dense: nn.Module, gated: nn.Module, method: FTWT, example: Tensor, kep
         found["dense, packed by oneDNN"] = Variant(
             ChannelsLast(packed), folded, 1e-3, weight_bytes=weight_bytes(folded), devices=("cpu",)
         )
+    found[f"{BFLOAT16}, channels_last"] = half_variant(ChannelsLast(_channels_last(half(folded))), folded)
     deployed = method.finalize(gated)
     found[f"gated, {kept}"] = Variant(deployed, in_double(gated), 1e-3, SHARE)
     found[f"gated, {kept}, channels_last"] = Variant(

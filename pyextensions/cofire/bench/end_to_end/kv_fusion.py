@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from cofire import models
 from cofire.bench.end_to_end import text
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Call, Network, Variant, in_double
+from cofire.bench.end_to_end.dense import dense_forms
+from cofire.bench.end_to_end.network import RANDOM_WEIGHTS, Call, Network, Variant, in_double
 from cofire.bench.end_to_end.text import Trained
 from cofire.experiments.training import adamw
 from cofire.methods import LoCoCo
@@ -29,7 +30,7 @@ TOLERANCE, SHARE = 1e-2, 0.95
 class Reader(nn.Module):
     """A decoder that reads in chunks with a cache of some policy."""
 
-    def __init__(self, model: Decoder, make: Callable[[], KVCache], chunk: int) -> None:
+    def __init__(self, model: nn.Module, make: Callable[[], KVCache], chunk: int) -> None:
         super().__init__()
         self.model, self.new_cache, self.chunk = model, make, chunk
 
@@ -86,7 +87,7 @@ def forms(model: Decoder, lococo: CompressingDecoder, sizes: Sizes) -> dict[str,
     held = f"{sizes.capacity} of {sizes.prompt} tokens"
     windowed = Reader(model, window, sizes.chunk)
     return {
-        DENSE: Variant(Reader(model, full, sizes.chunk), model, note="a cache of all keys and values"),
+        **dense_forms(model, lambda m: Reader(m, full, sizes.chunk), model, "a cache of all keys and values"),
         f"window, {held}": Variant(windowed, in_double(windowed), TOLERANCE),
         f"LoCoCo, {held}": Variant(lococo, in_double(lococo), TOLERANCE, SHARE),
     }

@@ -7,11 +7,11 @@ import copy
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
 
 from cofire import models
 from cofire.bench.end_to_end import text
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, decoded
+from cofire.bench.end_to_end.dense import dense_forms
+from cofire.bench.end_to_end.network import RANDOM_WEIGHTS, Network, Variant, decoded
 from cofire.bench.end_to_end.text import Trained
 from cofire.models.decoder import Decoder
 from cofire.nn import quantize_
@@ -25,24 +25,9 @@ FORMS = {
 }
 
 
-class Half(nn.Module):
-    """A network in bfloat16 whose output is fp32."""
-
-    def __init__(self, model: Decoder) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).bfloat16()
-
-    def forward(self, tokens: Tensor, *args: object) -> Tensor:
-        output: Tensor = self.model(tokens, *args)
-        return output.float()
-
-
 def forms(model: Decoder, method: str, group_size: int) -> dict[str, Variant]:
-    """The dense network, the same in bfloat16, and with quantised weights."""
-    found = {
-        DENSE: Variant(model),
-        "dense, bfloat16": Variant(Half(model), model, tolerance=0.1),
-    }
+    """The dense network in its forms, and with quantised weights."""
+    found = dense_forms(model)
     for name, (bits, activations, tolerance) in FORMS.items():
         quantised = quantize_(copy.deepcopy(model), method, bits=bits, group_size=group_size, activations=activations)
         found[name] = Variant(quantised, decoded(quantised), tolerance)

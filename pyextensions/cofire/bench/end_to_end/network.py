@@ -31,6 +31,7 @@ __all__ = [
 
 DENSE = "dense"  #: the variant that the others are compared with
 RANDOM_WEIGHTS = "random weights: speed only"
+MOST = 0.5  #: how far an output may be off that another decision led to, in units of the largest output
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Variant:
     #: What must come out, by a network that computes it in another way; None: nobody knows better.
     reference: nn.Module | None = None
     tolerance: float = 1e-4  #: the largest difference, in units of the largest output
-    #: The share of samples that must keep to it. Less than all where a rounding may turn a decision: a gate, a code.
+    #: The share of samples that must keep to it. Less than all where a rounding may turn a decision: a gate, a code. The others
+    #: may be off by :data:`MOST`.
     share: float = 1.0
     note: str = ""
     weight_bytes: int | None = None  #: where they do not lie in parameters and buffers
@@ -142,24 +144,32 @@ def in_double(model: nn.Module) -> nn.Module:
     return InDouble(model)
 
 
-def disagreement(got: Tensor, expected: Tensor, tolerance: float, share: float = 1.0) -> tuple[str | None, float]:
-    """Why an output is wrong, or None; and its largest difference, in units of the largest expected value.
+def disagreement(
+    got: Tensor, expected: Tensor, tolerance: float, share: float = 1.0, most: float = MOST
+) -> tuple[str | None, float | None]:
+    """Why an output is wrong, or None; and its largest difference, in units of the largest expected value, if it has one.
 
     Args:
         got, expected: ``[..., features]``; what comes before the features are samples.
         tolerance: of the difference, in the same units.
         share: of the samples that must keep to it.
+        most: the largest difference of the others: a decision that a rounding turns leads to another output, not to any.
     """
     if got.shape != expected.shape:
-        return f"the output has shape {list(got.shape)}, expected {list(expected.shape)}", float("inf")
+        return f"the output has shape {list(got.shape)}, expected {list(expected.shape)}", None
+    for what, output in (("output", got), ("expected output", expected)):
+        if not bool(output.isfinite().all()):
+            return f"the {what} is not finite", None
     wanted = expected.double()
     apart = (got.double() - wanted).abs().flatten(0, -2).amax(1) / wanted.abs().max().clamp(min=1e-30)
     error = float(apart.max())
-    within = float((apart <= tolerance).double().mean())  # a NaN is not
-    if within >= share:
-        return None, error
-    wrong = f"{1 - within:.1%} of the outputs are off by more than {tolerance:g} of the largest"
-    return f"{wrong}, by up to {error:.3g}; allowed are {1 - share:.0%}", error
+    within = float((apart <= tolerance).double().mean())
+    if within < share:
+        wrong = f"{1 - within:.1%} of the outputs are off by more than {tolerance:g} of the largest"
+        return f"{wrong}, by up to {error:.3g}; allowed are {1 - share:.0%}", error
+    if error > max(most, tolerance):
+        return f"an output is off by {error:.3g} of the largest; where a decision may turn, allowed is {most:g}", error
+    return None, error
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -180,7 +180,7 @@ def _latency(row: Row, readings: list[float]) -> None:
 
 
 def _ratios(rows: Mapping[str, Row], what: str, readings: Mapping[str, list[float]], steps: Mapping[str, int]) -> None:
-    """How many times as fast as the fastest dense form, with an interval, from the rounds' pairs."""
+    """How many times as fast as the fastest dense form, from the rounds' pairs; with an interval, where there are enough."""
     forms = {name: statistics.median(readings[name]) / steps[name] for name in readings if is_dense(name)}
     if not forms:
         return

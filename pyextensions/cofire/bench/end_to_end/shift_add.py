@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cofire import models
 from cofire.bench.cases import Random
 from cofire.bench.end_to_end import digits
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, in_double
+from cofire.bench.end_to_end.dense import dense_forms
+from cofire.bench.end_to_end.network import RANDOM_WEIGHTS, Network, Variant, in_double
 from cofire.experiments import training
 from cofire.methods import ShiftAddViT
 
@@ -40,8 +41,8 @@ class Plan:
 
 
 def forms(dense: nn.Module, prepared: Mapping[str, nn.Module]) -> dict[str, Variant]:
-    """The dense network, and what is deployed of each stage: it must compute what the trained one does."""
-    found = {DENSE: Variant(dense)}
+    """The dense network in its forms, and what is deployed of each stage: it must compute what the trained one does."""
+    found = dense_forms(dense)
     for name, model in prepared.items():
         found[name] = Variant(STAGES[name].finalize(model), in_double(model), TOLERANCE, SHARE)
     return found

@@ -47,7 +47,9 @@ def _mebibytes(value: int | None) -> str:
 def _ratio(row: Row, what: str) -> str:
     if row.get(what) is None:
         return "-"
-    text = f"{row[what]:.2f}x [{row[f'{what}_low']:.2f}, {row[f'{what}_high']:.2f}]"
+    ends = [row[f"{what}_{end}"] for end in ("low", "high")]
+    interval = "-" if None in ends else f"{ends[0]:.2f}, {ends[1]:.2f}"  # of too few pairs there is none
+    text = f"{row[what]:.2f}x [{interval}]"
     return f"**{text}**" if row[what] < 1 else text
 
 
@@ -138,8 +140,9 @@ def plot(data: Data) -> str:
             ratio = row[what]
             color, alpha = LOSS if ratio < 1 else WIN, 0.45 if row["noisy"] else 1
             panel.barh(y, ratio - 1, left=1, height=0.7, color=color, alpha=alpha)
-            error = [[ratio - row[f"{what}_low"]], [row[f"{what}_high"] - ratio]]
-            panel.errorbar(ratio, y, xerr=error, color=INK, linewidth=0.6, capsize=1.5)
+            low, high = row[f"{what}_low"], row[f"{what}_high"]
+            if low is not None and high is not None:
+                panel.errorbar(ratio, y, xerr=[[ratio - low], [high - ratio]], color=INK, linewidth=0.6, capsize=1.5)
         panel.set_xscale("log", base=2)
         values = [r[what] for r in shown]
         ticks = [t for t in TICKS if min(*values, 1) / 2 <= t <= 2 * max(*values, 1)]

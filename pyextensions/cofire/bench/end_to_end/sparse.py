@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from cofire.bench.end_to_end import recommender
-from cofire.bench.end_to_end.network import DENSE, RANDOM_WEIGHTS, Network, Variant, compressed
+from cofire.bench.end_to_end.dense import dense_forms
+from cofire.bench.end_to_end.network import RANDOM_WEIGHTS, Network, Variant, compressed
 from cofire.bench.end_to_end.recommender import Recommender
 from cofire.methods import DSnoT, GradualPruning
 
@@ -21,7 +22,7 @@ def trained(plan: Recommender, *, epochs: int = 8, throughput: int = 64) -> Netw
 
     def build(seed: int, share: float) -> Mapping[str, Variant]:
         dense = plan.network(seed, share)
-        found = {DENSE: Variant(dense)}
+        found = dense_forms(dense)
         wanda = DSnoT(DENSITIES[0], layers=["*"])
         calibration = plan.uses.train[:512].split(128)
         found[f"DSnoT, {DENSITIES[0]:.0%} kept"] = compressed(wanda.finalize(wanda.prepare(dense, calibration)).eval())
@@ -60,7 +61,7 @@ def random(items: int = 4096, width: int = 4096, *, throughput: int = 64) -> Net
     def build(seed: int, share: float) -> Mapping[str, Variant]:
         torch.manual_seed(seed)
         dense = recommender.perceptron(items, width).eval().requires_grad_(False)
-        return {DENSE: Variant(dense)} | {f"{d:.0%} kept": compressed(_compressed(dense, d)) for d in DENSITIES}
+        return dense_forms(dense) | {f"{d:.0%} kept": compressed(_compressed(dense, d)) for d in DENSITIES}
 
     return Network(
         family="sparse",
