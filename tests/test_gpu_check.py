@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from typer.testing import CliRunner
 
 from cofire import gpu_check
 from cofire.bench import ceilings, cuda_timing, harness
+from cofire.bench.cases import Case, Provider, of_family, plain
+from cofire.bench.results import Results
 from cofire.cli import app
 from cofire.gpu_check import command, plan, recorder, runner, steps, summary
 from cofire.gpu_check.journal import Journal
@@ -334,6 +337,122 @@ def test_a_build_that_cannot_be_says_why(
         steps.build(context)
 
 
+@pytest.mark.parametrize("fault", ["none", "setup", "compiler"])
+def test_a_dry_build_asks_setup_and_the_compiler(
+    context: steps.Context, fault: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[list[str]] = []
+
+    def answer(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        calls.append(call)
+        code = int({"setup": "setup.py", "compiler": "-fsyntax-only", "none": "?"}[fault] in call)
+        return subprocess.CompletedProcess(call, code, stdout="cofire\n", stderr="it broke\n")
+
+    monkeypatch.setattr(steps.subprocess, "run", answer)
+    monkeypatch.setattr(steps.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(steps.shutil, "which", lambda name: name)
+    if fault == "none":
+        steps.build(context)
+        assert "the compiler takes csrc/host.cpp" in capfd.readouterr().out
+    else:
+        with pytest.raises(
+            SystemExit, match={"setup": "setup.py does not run", "compiler": "refuses csrc/host"}[fault]
+        ):
+            steps.build(context)
+    assert not any("build_ext" in call for call in calls)
+    assert len(calls) == (1 if fault == "setup" else 2)
+
+
+@pytest.mark.full
+def test_a_dry_build(context: steps.Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = steps.checkout()
+    assert root is not None
+    steps.build(context)
+    monkeypatch.setenv("CXX", f"{steps.compiler()} -include no-such-header.h")
+    with pytest.raises(SystemExit, match="the compiler refuses csrc/host.cpp"):
+        steps.dry_build(root)
+
+
+def test_a_dry_run_compiles_a_kernel_of_each_family() -> None:
+    families = {o.family for o in plan.OPERATORS.values()}
+    assert {plan.OPERATORS[name].family for name in steps.FEW} == families and len(steps.FEW) == len(families)
+
+
+# --------------------------------------------------------------------------------------------- a dry run of a case
+
+
+def pooled(x: torch.Tensor, mode: str) -> tuple[torch.Tensor]:
+    return (x.mean((2, 3)),)
+
+
+def raising(words: str) -> Any:
+    def setup(*args: Any) -> Any:
+        raise RuntimeError(words)
+
+    return Provider(setup, outputs=1)
+
+
+def pool_case(**providers: Any) -> Case:
+    def args(rand: Any, n: int) -> tuple[torch.Tensor, str]:
+        return rand.normal(n, 3, 4, 4), "avg"
+
+    every = {"dense": plain(pooled, outputs=1), **providers}
+    large = lambda rand: pytest.fail("a dry run has small inputs alone")  # noqa: E731
+    return Case(
+        "channel_pool", "made up", torch.float32, large, every, lambda rand: args(rand, 2), family="gating", cold=(0,)
+    )
+
+
+@pytest.fixture
+def rehearsal(out: Path, monkeypatch: pytest.MonkeyPatch) -> steps.Rehearsal:
+    rates = {"float32": 1.0, "bfloat16": 1.0}
+    table = {"copy_gbs": {"1": 1.0}, "read_gbs": {"1": 1.0}, "gemm_gflops": rates, "conv_gflops": rates}
+    monkeypatch.setattr(ceilings, "measure", lambda *_: table)
+    return steps.Rehearsal(out / "dry")
+
+
+def test_a_dry_run_goes_through_the_harness_into_a_file(rehearsal: steps.Rehearsal) -> None:
+    before = harness.cold_bytes
+    assert rehearsal.case(pool_case()) is None
+    assert harness.cold_bytes is before
+    rows = Results.load(rehearsal.path).rows
+    assert {(r["provider"], r["mode"]) for r in rows} == {
+        (name, mode) for name in ("cofire", "dense") for mode in ("forward", "forward, cold")
+    }
+    assert all(r["correct"] and r["median_ms"] > 0 and r["percent_of_ceiling"] > 0 for r in rows)
+    assert steps.Rehearsal(rehearsal.folder).results.rows == rows, "a second call goes on"
+
+
+def test_a_dry_run_draws_a_report(rehearsal: steps.Rehearsal) -> None:
+    case = next(c for c in of_family("gating") if c.op == "channel_pool" and c.overhead)
+    assert rehearsal.case(replace(case, make_args=lambda rand: pytest.fail("small inputs alone"))) is None
+    rows = Results.load(rehearsal.path).rows
+    assert {r["mode"] for r in rows} == set(case.modes) and "compile" not in {r["provider"] for r in rows}
+    assert rehearsal.report() is None
+    assert "channel_pool" in (rehearsal.folder / "report" / "benchmarks-gating.md").read_text()
+    rehearsal.results.rows.append({**rows[0], "op": "no_such_operator"})
+    assert rehearsal.report() == "the report lacks no_such_operator"
+
+
+@pytest.mark.parametrize("name", ["dense", "eager", "peer:made-up"])
+def test_a_fault_of_any_provider_is_one_of_the_dry_run(name: str, rehearsal: steps.Rehearsal) -> None:
+    def zero(x: torch.Tensor, mode: str) -> tuple[torch.Tensor]:
+        return (x.new_zeros(x.shape[:2]),)
+
+    fault = rehearsal.case(pool_case(**{name: raising("no such thing\nin line two")}))
+    assert f"forward, {name}: RuntimeError: no such thing" in str(fault)
+    fault = rehearsal.case(pool_case(**{name: {"good": plain(pooled, outputs=1), "zero": plain(zero, outputs=1)}}))
+    assert f"forward, {name}: zero: output 0 is off by" in str(fault)
+    assert rehearsal.case(pool_case(**{name: raising("bfloat16 needs the cpu support of avx512")})) is None
+
+
+def test_providers_of_a_gpu_alone_are_made_too(rehearsal: steps.Rehearsal) -> None:
+    for words, found in (("of a typing error", True), ("Torch not compiled with CUDA enabled", False)):
+        of_gpu = replace(raising(words), devices=("cuda",))
+        fault = rehearsal.case(pool_case(**{"peer:of a GPU": of_gpu}))
+        assert (f"forward, peer:of a GPU : RuntimeError: {words}" in str(fault)) == found
+
+
 def test_commands_of_other_parts_are_called_by_name(context: steps.Context, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(steps.NotHereError, match="this cofire has no command bench-nothing"):
         steps.command(context, "bench-nothing")
@@ -523,6 +642,9 @@ def test_dry_run(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert rows["benchmarks/dry"]["measured"] == "not measured"
     assert rows["compile"]["passed"] == len(steps.FEW) and rows["tests/collect"]["items"] > 100
     assert rows["benchmarks/dry"]["passed"] == rows["benchmarks/dry"]["items"] > 3
+    measured = json.loads((out / "dry" / "cpu.json").read_text())["rows"]
+    assert {r["family"] for r in measured} == {"selection"} and all(r["correct"] for r in measured)
+    assert (out / "dry" / "report" / "benchmarks-selection.md").exists()
     with tarfile.open(archive) as tar:
         assert {"gpu/summary.json", "gpu/journal.jsonl"} <= set(tar.getnames())
     said = CliRunner().invoke(app, ["gpu-check", *options])

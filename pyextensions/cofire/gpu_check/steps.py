@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,8 +62,10 @@ QUERIES = (
     "temperature.gpu",
     "clocks_throttle_reasons.active",
 )
-#: Kernels that a dry run compiles: one that streams, one that selects, one that routes. (A product takes ten seconds.)
-FEW = ("histogram16", "compact", "moe_route")
+#: Kernels that a dry run compiles: of each family one that is compiled at once. (A product takes ten seconds.)
+FEW = ("histogram16", "channel_pool", "kv_append_", "dequantize", "compact", "moe_route", "apply_mask")
+#: What the host module is told when it is built.
+FACTS = ("COFIRE_TORCH_VERSION", "COFIRE_COMPILER", "COFIRE_VARIANTS")
 
 
 class NotHereError(Exception):
@@ -206,10 +211,32 @@ def build(context: Context) -> None:
             "ninja is not installed, and without it the build would take too long: on the CPU the reference serves"
         )
     if context.dry:
-        raise NotHereError("a dry run builds nothing")
+        dry_build(root)
+        return
     done = subprocess.run([sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=root, check=False)
     if done.returncode:
         raise SystemExit(f"the build failed with exit code {done.returncode}: on the CPU the reference serves")
+
+
+def dry_build(root: Path) -> None:
+    """Whether setup.py runs here, and the compiler takes what is built, with the headers of this torch; nothing is written."""
+    said = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "--name"], cwd=root, capture_output=True, text=True, check=False
+    )
+    if said.returncode or said.stdout.split()[-1:] != ["cofire"]:
+        print(said.stdout + said.stderr)
+        raise SystemExit(f"setup.py does not run here (exit code {said.returncode})")
+    headers = [Path(torch.__file__).parent / "include", root / "csrc", Path(sysconfig.get_path("include"))]
+    call = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        "-std=c++20",
+        "-fsyntax-only",
+        *(f"-I{path}" for path in headers),
+    ]
+    done = subprocess.run([*call, *(f'-D{name}=""' for name in FACTS), str(root / "csrc" / "host.cpp")], check=False)
+    if done.returncode:
+        raise SystemExit(f"the compiler refuses csrc/host.cpp (exit code {done.returncode})")
+    print("a dry run builds nothing: setup.py runs, and the compiler takes csrc/host.cpp")
 
 
 def ceilings(context: Context) -> None:
@@ -319,7 +346,10 @@ def benchmarks(context: Context, families: Sequence[str], which: str) -> None:
         if which != "quick" or case.quick:
             cases[f"{case}, torch.compile" if which == "compile" else str(case)] = case
     if context.dry:
-        context.each(list(cases), lambda item: dry_case(cases[item]))
+        rehearsal = Rehearsal(context.out / "dry")
+        context.each(
+            [*cases, REPORT], lambda item: rehearsal.case(cases[item]) if item in cases else rehearsal.report()
+        )
         return
     _need_gpu()
     path = results_file(context.out)
@@ -327,22 +357,98 @@ def benchmarks(context: Context, families: Sequence[str], which: str) -> None:
     context.each(list(cases), lambda item: _measure(cases[item], which == "compile", path))
 
 
-def dry_case(case: Any) -> str | None:
-    """All providers that a GPU would time, made on the CPU on a small input where they can be; a fault, or None."""
+REPORT = "the report of all cases"  #: the last item of a dry run
+#: What libraries say where a CPU lacks an instruction: they give no number, and that is no fault.
+LACKING = ("needs the cpu support",)
+#: What they say where there is no GPU.
+NO_GPU = ("cuda", "gpu", "device")
+
+
+class Rehearsal:
+    """The suite on small inputs and on the CPU: every provider that can run there is made, checked and timed by the harness,
+    the rows lie in a results file, and a report is drawn of it. The times say nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        from cofire.bench.harness import Effort
+        from cofire.bench.results import Results
+        from cofire.bench.results import environment as of_results
+
+        self.folder, self.path = folder, folder / "cpu.json"
+        self.effort = Effort(True)
+        self.effort.case_seconds = self.effort.variant_seconds = self.effort.copying_seconds = 0.0
+        self.effort.least_rounds = self.effort.most_rounds = self.effort.slow_rounds = 2
+        earlier = self.path.exists()
+        self.results = Results.load(self.path) if earlier else Results(of_results("cpu", True), {})
+
+    def case(self, case: Any) -> str | None:
+        """A fault, or None."""
+        from cofire.bench import ceilings as roofs
+        from cofire.bench import harness
+
+        if not self.results.ceilings:
+            self.results.ceilings = roofs.measure("cpu", 0.0)
+        faults = [
+            fault for mode in case.modes for fault in (*self._measured(case, mode), *_unprepared(case, mode)) if fault
+        ]
+        harness.grade(self.results)
+        self.results.save(self.path)
+        return "; ".join(faults) or None
+
+    def _measured(self, case: Any, mode: str) -> list[str]:
+        from cofire.bench import harness
+
+        names = [name for name in harness._provider_names([case], "cpu") if name != "compile"]
+        with few_copies():
+            rows = harness.measure(
+                case, mode, "cpu", self.effort, names, given=harness.Input(case, "cpu", tiny=True, every_mode=True)
+            )
+        self.results.keep(rows)
+        notes = {row["provider"]: row["note"] for row in rows if row.get("note") and not row.get("absent")}
+        return [
+            f"{mode}, {name}: {note}" for name, note in notes.items() if not any(words in note for words in LACKING)
+        ]
+
+    def report(self) -> str | None:
+        """Draw what was measured: each operator must be on the pages."""
+        from cofire.bench.report import report
+
+        written = report([self.path], self.folder / "report")
+        text = "".join(path.read_text(encoding="utf-8") for path in written if path.suffix == ".md")
+        lacking = sorted({row["op"] for row in self.results.rows} - {*re.findall(r"\w+", text)})
+        return f"the report lacks {', '.join(lacking)}" if lacking else None
+
+
+@contextlib.contextmanager
+def few_copies() -> Iterator[None]:
+    """Of cold weights two copies are made, whatever the caches: of small ones it would take thousands to fill them."""
+    from cofire.bench import harness
+
+    suite: Any = harness
+    before = suite.cold_bytes
+    suite.cold_bytes = lambda device: 0
+    try:
+        yield
+    finally:
+        suite.cold_bytes = before
+
+
+def _unprepared(case: Any, mode: str) -> Iterator[str]:
+    """Faults of the providers that a GPU alone gets, when they are made on the CPU; but for the fault that there is no GPU."""
     from cofire.bench.harness import Input, candidates, prepare
 
-    input = Input(case, "cpu", tiny=True)
-    for mode in case.modes:
-        for name, variants in candidates(case, "cuda", mode, None).items():
-            for variant, provider in variants.items():
-                if "cpu" not in provider.devices or name == "compile":
-                    continue
-                try:
-                    prepare(provider, case, input.args, mode)
-                except Exception as error:
-                    if name in ("cofire", "dense"):
-                        return f"{mode}, {name} {variant}: {type(error).__name__}: {error}"
-    return None
+    here = candidates(case, "cpu", mode, None)
+    args: Any = None
+    for name, variants in candidates(case, "cuda", mode, None).items():
+        for variant, provider in variants.items():
+            if name == "compile" or variant in here.get(name, {}):
+                continue
+            args = Input(case, "cpu", tiny=True).args if args is None else args
+            try:
+                prepare(provider, case, args, mode)
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"
+                if not any(word in words.lower() for word in NO_GPU):
+                    yield f"{mode}, {name} {variant}: {words}"
 
 
 def _measure(case: Any, compiled: bool, path: Path) -> str | None:
