@@ -168,7 +168,10 @@ REFUSALS = [
             f"device_{name}", on_meta(name), ValueError,
             f"QTensor: {name} must be on the device of codes (cpu), got meta",
         )
-        for name in ("zero", "lut", "perm", "scale.codes", "scale.table", "scale.absmax", "scale.mean", "offset.table", "offset.absmax")
+        for name in (
+            "zero", "lut", "perm", "scale.codes", "scale.table", "scale.absmax", "scale.mean", "offset.table",
+            "offset.absmax",
+        )
     ),
     Refusal(
         "device_scale", lambda: unseen(scale=torch.ones(4, 2, device="meta")), ValueError,
