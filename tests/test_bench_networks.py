@@ -494,21 +494,37 @@ def test_a_row_that_is_none_is_neither_written_nor_read(row: Any, sentence: str,
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"environment": {}, "rows": [', "got no JSON: Expecting value"),
-        (b"\xff\xfe", "got no JSON: .*utf-8"),
-        ("[]", "got list"),
-        ('{"environment": {}}', r"got the keys \['environment'\]"),
-        ('{"environment": {}, "ceilings": {}, "rows": {}}', "rows in .* must be a list, got dict"),
+        ('{"environment": {}, "rows": [', "is cut off in line 1; measure again with cofire bench-networks, or fetch"),
+        ("", "is empty; measure again with cofire bench-networks, or fetch the file again"),
+        (b"\xff\xfe", "is not a results file: it is not text; name a file of cofire bench-networks"),
+        ("[]", "is not a results file (environment, ceilings, rows); name a file of cofire bench-networks"),
+        ('{"environment": {}}', "it lacks ceilings, rows of environment, ceilings, rows; name a file of"),
+        ('{"environment": {}, "ceilings": {}, "rows": {}}', "rows is dict, expected list"),
+        (
+            '{"environment": {}, "ceilings": {}, "rows": []}',
+            "its environment lacks device, kind, threads, torch, instr",
+        ),
+        (
+            '{"environment": {"format": 99}, "ceilings": {}, "rows": []}',
+            "was written by a newer cofire (it is of format 99)",
+        ),
+        ('{"environment": {}, "ceilings": {}, "rows": [], "run": {}}', "it has run, which other files of cofire have"),
     ],
 )
-def test_a_file_that_is_none_gets_a_sentence(content: str | bytes, sentence: str, tmp_path: Path, declare: Any) -> None:
+def test_a_file_that_is_none_gets_a_sentence_and_is_moved_aside(
+    content: str | bytes, sentence: str, tmp_path: Path, declare: Any
+) -> None:
     path = tmp_path / "networks.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     declare(perceptron())
-    for call in (lambda: Networks.load(path), lambda: measured(tmp_path)):
-        with pytest.raises(ValueError, match=sentence):
-            call()
-    assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode()), "it is not written over"
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        Networks.load(path)
+    assert str(error.value).startswith(f"bench-networks: {path} ") and sentence in str(error.value)
+    said: list[str] = []
+    assert len(measured(tmp_path, announce=said.append).rows) == 5
+    assert said == [f"{error.value}. It is now {path}.broken, and {path} is begun anew"]
+    aside = (tmp_path / "networks.json.broken").read_bytes()
+    assert aside == (content if isinstance(content, bytes) else content.encode()), "nothing is lost"
 
 
 def test_names_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -551,7 +567,8 @@ def test_command(declare: Any, tmp_path: Path) -> None:
     assert len(built) == 2
     (tmp_path / "r.json").write_text("{")
     done = CliRunner().invoke(app, words)
-    assert done.exit_code == 2 and "got no JSON" in done.stderr
+    assert done.exit_code == 0 and "is cut off in line 1" in done.stderr
+    assert (tmp_path / "r.json.broken").read_text() == "{" and len(built) == 3
 
 
 def lost() -> dict[str, Any]:

@@ -10,18 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cofire.bench.results import FOLDER, Results, results_path
+from cofire.bench.results import FOLDER, Results, parts_of, read_json, results_path
 from cofire.files import write_atomically
 
 __all__ = ["COLUMNS", "NUMBERS", "Networks", "networks_files", "networks_path"]
 
+COMMAND = "cofire bench-networks"
 Row = dict[str, Any]
 KEY = ("family", "network", "variant")  #: what makes a row that row
 NUMBERS = ("latency_ms", "latency_p20_ms", "latency_p80_ms", "throughput", "peak_bytes", "accuracy")
 COLUMNS = (*KEY, *NUMBERS, "unit", "weight_bytes", "accuracy_kind", "noisy", "seconds", "correct")
 #: What every reader of a file looks up in its environment.
 ENVIRONMENT = ("device", "kind", "threads", "torch", "instruction_set", "commit", "quick", "date")
-PARTS = {"environment": dict, "ceilings": dict, "rows": list}
+PARTS: dict[str, type] = {"environment": dict, "ceilings": dict, "rows": list}
 
 
 @dataclass
@@ -66,20 +67,9 @@ class Networks:
         """Read a file of measured networks.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: it is not one, or not a whole one.
+            FileNotFoundError: there is none. ValueError: it is cut off, another kind of file, or of another cofire.
         """
-        expected = "a file of `cofire bench-networks` (environment, ceilings, rows)"
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:  # of JSON, or of the encoding
-            raise ValueError(f"bench-networks: {path} must be {expected}, got no JSON: {error}") from None
-        if not isinstance(data, dict) or set(data) != set(PARTS):
-            got = f"the keys {sorted(data)}" if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"bench-networks: {path} must be {expected}, got {got}")
-        for name, kind in PARTS.items():
-            if not isinstance(data[name], kind):
-                got = type(data[name]).__name__
-                raise ValueError(f"bench-networks: {name} in {path} must be a {kind.__name__}, got {got}")
+        data = parts_of(read_json(path, COMMAND), PARTS, path, COMMAND)
         for row in data["rows"]:
             try:
                 _check_row(row)
@@ -87,7 +77,10 @@ class Networks:
                 raise ValueError(f"{error} (in {path})") from None
         lacking = [name for name in ENVIRONMENT if name not in data["environment"]]
         if lacking:
-            raise ValueError(f"bench-networks: {path} must be {expected}, its environment lacks {', '.join(lacking)}")
+            raise ValueError(
+                f"bench-networks: {path} was written by an older cofire or by another program: its environment lacks "
+                f"{', '.join(lacking)}; measure again with {COMMAND}"
+            )
         return cls(**data)
 
 

@@ -255,9 +255,8 @@ def run(
 
 
 def _begin(path: Path, here: dict[str, Any], announce: Callable[[str], Any]) -> Networks:
-    """What the file holds already, if it was measured in this environment; else it is moved aside."""
-    if path.exists():
-        earlier = Networks.load(path)
-        if resume.may_stay(path, earlier, here, announce):
-            return Networks(here, {}, earlier.rows)
+    """What the file holds already, if it was measured in this environment; else, or if it is broken, it is moved aside."""
+    earlier = resume.whole(path, lambda: Networks.load(path), announce)
+    if earlier is not None and resume.may_stay(path, earlier, here, announce):
+        return Networks(here, {}, earlier.rows)
     return Networks(here)
