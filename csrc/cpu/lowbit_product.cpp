@@ -8,6 +8,7 @@
 // the weight, and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <bit>
 #include <cmath>
+#include <limits>
 
 #include "amx.h"
 #include "instructions.h"
@@ -1415,13 +1416,15 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
 
 }  // namespace
 
-// Up to how many rows codes are decoded in registers: bytes and pairs, where an instruction takes a
-// word of each row, as long as that is faster than a tile, which is decoded but once; of AMX a tile
-// is so from a few rows on.
+// Up to how many rows codes are decoded in registers: of bytes and pairs, where an instruction
+// takes a word of each row, any number; but a tile of AMX, which is decoded once, is faster from a
+// few rows on.
 static int64_t most_few(bool bytes, bool pairs) {
-  constexpr int64_t kManyRows = 512, kRowsBesideAmx = 8;
+  constexpr int64_t kRowsBesideAmx = 8;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  if (pairs || (bytes && has_vnni())) return amx::found() ? kRowsBesideAmx : kManyRows;
+  if (pairs || (bytes && has_vnni())) {
+    return amx::found() ? kRowsBesideAmx : std::numeric_limits<int64_t>::max();
+  }
 #endif
   return bytes ? kFewBytes : kFewFloats;
 }
@@ -1455,24 +1458,28 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
   const Way way = way_of(w, count, dtype, int8);
   const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
-  const std::string limit = std::to_string(most_few(int8, pairs && w.bits <= kPairBits));
+  const int64_t most = most_few(int8, pairs && w.bits <= kPairBits);
+  const bool any = most == std::numeric_limits<int64_t>::max();
+  const std::string up_to = any ? "" : ", up to " + std::to_string(most);
+  std::string above = any ? "" : ", more than " + std::to_string(most);
   const std::string on_amx = amx::found() ? ", multiplied on AMX" : "";
   switch (way) {
     case Way::kFew:
-      return "codes decoded in registers: " + rows + ", up to " + limit;
+      return "codes decoded in registers: " + rows + up_to;
     case Way::kFewPairs:
-      return "codes decoded to pairs of bf16 in registers: " + rows + ", up to " + limit;
+      return "codes decoded to pairs of bf16 in registers: " + rows + up_to;
     case Way::kBytes:
-      return "tiles of the weight decoded to bytes: " + rows + ", more than " + limit +
-             (w.int8_lut && w.bits > 4 ? " or a table of more than 16 entries" : "") + on_amx;
+      if (w.int8_lut && w.bits > 4) {
+        above += std::string(any ? "," : " or") + " a table of more than 16 entries";
+      }
+      return "tiles of the weight decoded to bytes: " + rows + above + on_amx;
     case Way::kPairs:
-      return "tiles of the weight decoded to pairs of bf16: " + rows + ", more than " + limit +
-             on_amx;
+      return "tiles of the weight decoded to pairs of bf16: " + rows + above + on_amx;
     case Way::kHalves:
       return "tiles of the weight decoded to bf16, scales included: " + rows + ", " +
              std::to_string(kHalvesRows) + " or more" + on_amx;
     case Way::kFloats:
-      return "tiles of the weight decoded to floats: " + rows + ", more than " + limit;
+      return "tiles of the weight decoded to floats: " + rows + above;
     case Way::kLibrary:
       return "slabs of the weight decoded to floats, and the library's product: " + rows + ", " +
              std::to_string(kLibraryRows) + " or more";
