@@ -83,7 +83,7 @@ class Effort:
         self.most_rounds = 30 if short else 100
         self.case_seconds = 0.2 if short else 1.0
         self.variant_seconds = 0.03 if short else 0.1  #: to find the fastest of a provider's variants
-        self.copying_seconds = 1.0 if short else 5.0  #: after which no other variant gets copies of cold weights
+        self.copying_seconds = 0.3 if short else 5.0  #: after which no other variant gets copies of cold weights
         self.longest_seconds = 2.0 if short else LONGEST_SECONDS
         self.slow_rounds = 3 if quick else LEAST_ROUNDS
         self.ceiling_seconds = 0.02 if quick else 0.2
