@@ -1416,14 +1416,19 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
 
 }  // namespace
 
-// Up to how many rows codes are decoded in registers: of bytes and pairs, where an instruction
-// takes a word of each row, any number; but a tile of AMX, which is decoded once, is faster from a
-// few rows on.
-static int64_t most_few(bool bytes, bool pairs) {
-  constexpr int64_t kRowsBesideAmx = 8;
+// Up to how many rows codes are decoded in registers. Of bytes and pairs an instruction takes a
+// word of each row: those that are taken together; where rows are long, so that little of the time
+// goes to results, of pairs any number, and of bytes, which are multiplied faster than they come
+// from far, as many as the caches hold. A tile of AMX, which is decoded once, is faster from a few
+// on.
+static int64_t most_few(bool bytes, bool pairs, int64_t columns) {
+  constexpr int64_t kRowsBesideAmx = 8, kLong = 512, kHeldBytes = 1 << 21;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
   if (pairs || (bytes && has_vnni())) {
-    return amx::found() ? kRowsBesideAmx : std::numeric_limits<int64_t>::max();
+    if (amx::found()) return kRowsBesideAmx;
+    if (columns < kLong) return kFewWordRows;
+    return pairs ? std::numeric_limits<int64_t>::max()
+                 : std::max<int64_t>(kHeldBytes / columns, kFewWordRows);
   }
 #endif
   return bytes ? kFewBytes : kFewFloats;
@@ -1441,8 +1446,9 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const bool looked_up = int8 && w.int8_lut && w.bits > 4;
   const bool exact = !w.lut.defined() || w.int8_lut;
   const bool pairs = !int8 && dtype == at::kBFloat16 && exact && has_bf16();
-  if (pairs && w.bits <= kPairBits && count <= most_few(false, true)) return Way::kFewPairs;
-  if (count <= most_few(int8, false) && !looked_up) return Way::kFew;
+  if (pairs && w.bits <= kPairBits && count <= most_few(false, true, w.columns))
+    return Way::kFewPairs;
+  if (count <= most_few(int8, false, w.columns) && !looked_up) return Way::kFew;
   if (int8) return Way::kBytes;
   return pairs ? Way::kPairs : Way::kFloats;
 }
@@ -1458,7 +1464,7 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
   const Way way = way_of(w, count, dtype, int8);
   const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
-  const int64_t most = most_few(int8, pairs && w.bits <= kPairBits);
+  const int64_t most = most_few(int8, pairs && w.bits <= kPairBits, w.columns);
   const bool any = most == std::numeric_limits<int64_t>::max();
   const std::string up_to = any ? "" : ", up to " + std::to_string(most);
   std::string above = any ? "" : ", more than " + std::to_string(most);
