@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 from pathlib import Path
 
@@ -13,7 +12,9 @@ from safetensors.torch import load_file
 
 from cofire.formats import from_coreml, from_palette, to_coreml, to_palette
 from cofire.nn import PalettizedConv2d, PalettizedLinear, QuantLinear
+from cofire.nn.coreml import export_coreml, import_coreml
 from cofire.ops import NF4, QTensor, quantize_weight
+from helpers import check_examples
 
 GOLDEN = load_file(Path(__file__).with_name("golden") / "coremltools.safetensors")
 NAMES = sorted({key.split("/")[0] for key in GOLDEN})
@@ -71,7 +72,8 @@ def test_packed_layers(dtype, options):
     torch.testing.assert_close(QuantLinear.from_qtensor(q, packed.bias)(x), packed(x), rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize(("bits", "group_rows"), [(1, None), (3, 4), (8, 6)])
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("group_rows", [None, 4, 6])
 def test_what_our_quantiser_makes_goes_out(bits, group_rows):
     q = quantize_weight(torch.randn(12, 33), "palette", bits=bits, group_size=None, group_rows=group_rows)
     assert torch.equal(to_palette(q).weight, q.dequantize())
@@ -89,10 +91,71 @@ def test_a_last_group_of_fewer_rows():
         to_coreml(q)
 
 
-def test_tables_of_integers_become_floats():
+def test_tables_of_bytes():
     codes, lut = torch.randint(4, (4, 8)), torch.tensor([[-127, -3, 5, 99]], dtype=torch.int8)
-    q = QTensor.from_codes(codes, torch.rand(4, 1), bits=2, lut=lut)
-    assert torch.equal(to_palette(q).weight, q.dequantize())
+    for scale in (torch.rand(4, 1), None):
+        q = QTensor.from_codes(codes, scale, bits=2, lut=lut)
+        palette = to_palette(q)
+        assert palette.lut.dtype == torch.int8 and torch.equal(palette.weight, q.dequantize())
+        again = from_palette(palette)
+        assert torch.equal(again.lut, lut) and torch.equal(again.codes, q.codes)
+        assert torch.equal(again.dequantize(), q.dequantize())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"bits": 8}, {"bits": 2, "group_rows": 4}, {"bits": 4, "per_channel_scale": True}]
+)
+def test_tables_are_rounded_to_bytes(dtype, options):
+    """Labels stay, the largest magnitude of each table becomes 127, and no weight moves by more than half a step."""
+    packed = PalettizedLinear(40, 12, dtype=dtype, **options).pack()
+    floats, q = from_palette(packed.palette), from_palette(packed.palette, lut_dtype=torch.int8)
+    assert torch.equal(q.codes, floats.codes) and q.dtype == dtype and q.scale.dtype == torch.float32
+    assert q.lut.dtype == torch.int8 and (q.lut.int().abs().amax(1) == 127).all()
+    scale = torch.ones(12, 1) if floats.scale is None else floats.scale
+    size = packed.palette.group_rows
+    entry = floats.lut.float().abs().amax(1).repeat_interleave(size)[:12, None] / 127
+    torch.testing.assert_close(q.scale, entry * scale.float())
+    exact, rounded = (x.replace(dtype=torch.float32).dequantize() for x in (floats, q))
+    assert ((exact - rounded).abs() <= 0.5001 * q.scale.abs()).all()
+    # What is of bytes already stays as it is.
+    layer = PalettizedLinear(40, 12, dtype=dtype, **options).pack(lut_dtype=torch.int8)
+    one, two = from_palette(layer.palette), from_palette(layer.palette, lut_dtype=torch.int8)
+    assert torch.equal(one.lut, two.lut) and torch.equal(one.scale, two.scale)
+    assert torch.equal(one.dequantize(), layer.weight)
+    x = torch.randn(3, 40, dtype=dtype)
+    y = QuantLinear.from_qtensor(two, layer.bias, activations="int8")(x)
+    torch.testing.assert_close(y, layer(x), rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("bits", "group_rows"), [(2, None), (8, 6), (6, 4)])
+def test_tables_of_bytes_go_out_as_floats(dtype, bits, group_rows):
+    """And come back label for label, also where neighbouring bytes are as near as 16 bits can tell."""
+    weight = torch.randn(12, 64).to(dtype)
+    q = quantize_weight(weight, "palette", bits=bits, group_size=None, group_rows=group_rows, lut_dtype=torch.int8)
+    state = to_coreml(q)
+    assert all(t.dtype == dtype for name, t in state.items() if not name.endswith("type"))
+    again = from_coreml(state)
+    assert torch.equal(again.dequantize(), state["weight"])
+    assert torch.equal(again.lut, q.lut.to(dtype))
+    entries = q.lut.int()[(torch.arange(12) // (group_rows or 12))[:, None], q.unpack().int()]
+    found = again.lut.int()[(torch.arange(12) // (group_rows or 12))[:, None], again.unpack().int()]
+    assert torch.equal(entries, found)
+    tolerance = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(again.dequantize(), q.dequantize(), rtol=tolerance, atol=0)
+    bytes_again = from_coreml(state, lut_dtype=torch.int8)
+    assert bytes_again.lut.dtype == torch.int8
+    torch.testing.assert_close(bytes_again.dequantize(), q.dequantize(), rtol=max(tolerance, 1e-6), atol=0)
+
+
+def test_layers_of_bytes_go_out_as_floats():
+    packed = PalettizedLinear(20, 12, bits=3, group_rows=4, dtype=torch.bfloat16).pack(lut_dtype=torch.int8)
+    plain = export_coreml(torch.nn.Sequential(packed))
+    assert plain[0].get_buffer("_COREML_/weight/lut").dtype == torch.bfloat16
+    torch.testing.assert_close(plain[0].weight, packed.weight, rtol=2e-2, atol=0)
+    again = import_coreml(plain)
+    assert torch.equal(again[0].weight, plain[0].weight)
 
 
 def test_live():
@@ -114,6 +177,11 @@ def own(bits=2, rows=4, columns=8, **parts):
     ("call", "error", "sentence"),
     [
         (lambda: from_palette(torch.zeros(2)), TypeError, "palette must be a PackedPalette, got Tensor"),
+        (
+            lambda: from_palette(PalettizedLinear(8, 8, bits=2).pack().palette, lut_dtype=torch.float16),
+            TypeError,
+            "^from_palette: lut_dtype must be torch.int8, or None, got torch.float16$",
+        ),
         (
             lambda: from_palette(PalettizedLinear(8, 8, bits=2, cluster_dim=2).pack().palette),
             ValueError,
@@ -151,5 +219,4 @@ def test_refusals(call, error, sentence):
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.formats.coreml"))
-    assert results.attempted > 0 and results.failed == 0
+    check_examples(importlib.import_module("cofire.formats.coreml"))

@@ -691,9 +691,9 @@ def test_an_embedding_decodes_only_what_is_asked_for(monkeypatch):
         (lambda: kmeans(torch.full((3, 2), torch.nan), 2), ValueError, "must be finite, got 6 NaN and 0 infinite"),
         (lambda: kmeans(torch.ones(3, 2), 0), ValueError, "kmeans: clusters must be at least 1, got 0"),
         (
-            lambda: PalettizedLinear(8, 8, bits=2).pack(lut_dtype=torch.int8),
+            lambda: PalettizedLinear(8, 8, bits=2).pack(lut_dtype=torch.uint8),
             TypeError,
-            "PackedPalette: lut_dtype must be a float of 16 to 64 bits, got torch.int8",
+            "PackedPalette: lut_dtype must be int8 or a float of 16 to 64 bits, got torch.uint8",
         ),
         (
             lambda: PackedPalette.from_labels(torch.full((2, 2), 3), torch.ones(1, 3, 1), (2, 2)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import doctest
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,78 @@ def test_a_palette_of_many_entries(bits: int) -> None:
     centroids, inertia = ops.kmeans1d(weight, 2**bits)
     assert torch.equal(q.lut, centroids[:, :, 0])
     assert error(weight, q) == pytest.approx(float(inertia), rel=1e-4)
+
+
+def as_bytes(entries: list[float]) -> tuple[list[int], float]:
+    """A palette as signed bytes and their factor, number by number."""
+    factor = max(map(abs, entries)) / 127
+    return [rounded(e / factor) for e in entries], factor
+
+
+@pytest.mark.parametrize("bits", EVERY)
+@pytest.mark.parametrize("group_rows", [None, 2])
+def test_a_palette_of_bytes(bits: int, group_rows: int | None) -> None:
+    """The optimal palette, rounded; each weight takes the nearest of the rounded entries, and loses at most half a step."""
+    weight = dense(rows=5, columns=60)
+    options: dict[str, Any] = {"bits": bits, "group_size": None, "group_rows": group_rows}
+    floats = quantize_weight(weight, "palette", **options)
+    q = quantize_weight(weight, "palette", lut_dtype=torch.int8, **options)
+    size = group_rows or 5
+    assert q.lut is not None and q.lut.dtype == torch.int8 and q.lut.abs().max() == 127 and q.scale.shape == (5, 1)
+    found = q.dequantize()
+    for n in range(5):
+        entries, factor = as_bytes(floats.lut[n // size].double().tolist())
+        # (a quotient in fp32 may round the other way)
+        assert all(abs(a - b) <= 1 for a, b in zip(q.lut[n // size].tolist(), entries))
+        assert float(q.scale[n]) == pytest.approx(factor, rel=1e-6)
+        levels = [e * float(q.scale[n]) for e in q.lut[n // size].tolist()]
+        before = (floats.dequantize()[n] - weight[n]).abs().tolist()
+        for x, got, was in zip(weight[n].tolist(), found[n].tolist(), before):
+            assert abs(got - x) == pytest.approx(min(abs(v - x) for v in levels), abs=1e-6)
+            assert abs(got - x) <= was + factor / 2 + 1e-6
+
+
+def test_a_palette_of_bytes_is_multiplied_as_integers() -> None:
+    """Of weights that are integers times a power of two: then nothing is rounded, and the product is that of int64."""
+    rand = Random("integers")
+    entries = torch.tensor([-127, -90, -64, -20, -3, 0, 1, 7, 12, 31, 50, 77, 90, 101, 119, 127])
+    whole = entries[(rand.uniform(40, 96) * 16).long()]
+    whole[:, :16] = entries
+    q = quantize_weight(whole / 64, "palette", bits=4, group_size=None, group_rows=10, lut_dtype=torch.int8)
+    assert torch.equal(q.dequantize() * 64, whole.float())
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (1, 5, 40):
+            x = (rand.uniform(rows, 96) * 255).floor() - 127
+            x[:, 0] = 127
+            expected = x.long() @ whole.t()
+            y = ops.qlinear(x.to(dtype), q, activations="int8")
+            assert torch.equal(y, (expected.double() / 64).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_palette_in_another_float(dtype: torch.dtype) -> None:
+    weight = dense(rows=6, columns=50)
+    plain = quantize_weight(weight, "palette", bits=3, group_size=None)
+    q = quantize_weight(weight, "palette", bits=3, group_size=None, lut_dtype=dtype)
+    assert q.scale is None and q.lut.dtype == dtype and torch.equal(q.lut, plain.lut.to(dtype))
+    levels = q.lut[0].float()
+    nearest = (weight[..., None] - levels).abs().min(-1).values
+    assert torch.allclose((q.dequantize() - weight).abs(), nearest, atol=1e-6)
+
+
+def test_palettes_of_bytes_of_zeros_large_and_small_weights_and_no_rows() -> None:
+    options: dict[str, Any] = {"bits": 2, "group_size": None, "lut_dtype": torch.int8}
+    assert (quantize_weight(torch.zeros(3, 8), "palette", **options).dequantize() == 0).all()
+    for factor in (1e-30, 1.0, 1e30):
+        weight = dense(rows=4, columns=12) * factor
+        plain = quantize_weight(weight, "palette", bits=2, group_size=None).dequantize()
+        got = quantize_weight(weight, "palette", **options).dequantize()
+        assert ((got - weight).abs() <= (plain - weight).abs() + 0.005 * weight.abs().max()).all()
+    none = quantize_weight(torch.zeros(0, 8), "palette", **options)
+    assert none.dequantize().shape == (0, 8)
+    assert ops.qlinear(torch.ones(3, 8), none, activations="int8").shape == (3, 0)
+    wide = quantize_weight(dense(rows=4, columns=12).bfloat16(), "palette", **options)
+    assert wide.dtype == torch.bfloat16 and wide.scale.dtype == torch.float32
 
 
 # --------------------------------------------------------------------------------------------------------- gptq
@@ -568,6 +641,20 @@ REFUSALS = [
         NAME + "group_rows must be an integer, got 1.5", data=True,
     ),
     Refusal(
+        "palette_dtype", quantized(None, "palette", group_size=None, lut_dtype=torch.uint8), TypeError,
+        NAME + "lut_dtype must be one of torch.int8, torch.float16, torch.bfloat16, torch.float32, or None, got torch.uint8",
+        data=True,
+    ),
+    Refusal(
+        "palette_dtype_name", quantized(None, "palette", group_size=None, lut_dtype="int8"), TypeError,
+        NAME + "lut_dtype must be one of torch.int8, torch.float16, torch.bfloat16, torch.float32, or None, got 'int8'",
+        data=True,
+    ),
+    Refusal(
+        "table_dtype", quantized(None, "nf4", lut_dtype=torch.int8), TypeError,
+        NAME + "method nf4 has no option 'lut_dtype'; there are none", data=True,
+    ),
+    Refusal(
         "codes", lambda: QTensor.from_codes(torch.tensor([[-1, 3]]), None, bits=2), ValueError,
         "QTensor.from_codes: codes must be in 0 to 3, got -1 to 3", data=True,
     ),
@@ -586,6 +673,18 @@ REFUSALS = [
 @pytest.mark.parametrize("check", refusals(REFUSALS))
 def test_refusal(check: Callable[[], None]) -> None:
     check()
+
+
+def test_every_option_of_every_method_is_described() -> None:
+    """And by its default."""
+    described = quantize_weight.__doc__
+    assert described is not None
+    for method, function in QUANTIZERS.items():
+        assert f'"{method}"' in described
+        for option, default in (function.__kwdefaults__ or {}).items():
+            assert f"``{option}``" in described, f"{method}: {option}"
+            if default is not None:
+                assert re.search(rf"``{option}``\s+\({re.escape(str(default))}\)", described), f"{method}: {option}"
 
 
 def test_examples() -> None:

@@ -622,7 +622,10 @@ class Palettized(nn.Module):
         self.palette.initialize(self.weight)
 
     def pack(self, lut_dtype: torch.dtype | None = None) -> nn.Module:
-        """The packed form, with copies: labels of the nearest centroids, and the palette."""
+        """The packed form, with copies: labels of the nearest centroids, and the palette.
+
+        ``lut_dtype``: of the palette, as in :meth:`PackedPalette.from_labels`; int8 rounds it to bytes.
+        """
         raise NotImplementedError  # each kind of layer has its own
 
     def packed_palette(self, lut_dtype: torch.dtype | None = None) -> PackedPalette:
@@ -687,8 +690,9 @@ class PalettizedLinear(Palettized, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.palette(self.weight), self.bias)
 
-    def pack(self, lut_dtype: torch.dtype | None = None) -> PackedPalettizedLinear:
-        return PackedPalettizedLinear._around(self.packed_palette(lut_dtype), self._packed_bias())
+    def pack(self, lut_dtype: torch.dtype | None = None, activations: str = "exact") -> PackedPalettizedLinear:
+        """As :meth:`Palettized.pack`; ``activations``: of :class:`PackedPalettizedLinear`, "int8" with an int8 palette."""
+        return PackedPalettizedLinear._around(self.packed_palette(lut_dtype), self._packed_bias(), activations)
 
 
 class PalettizedConv2d(Palettized, nn.Conv2d):

@@ -85,14 +85,15 @@ def export_coreml(model: nn.Module) -> nn.Module:
 
 def _plain(name: str, layer: PackedPalettized, weights: dict[int, nn.Parameter]) -> nn.Module:
     palette = layer.palette
+    floats = palette.as_floats()  # what the form holds
     if id(palette) not in weights:
-        weights[id(palette)] = nn.Parameter(palette.weight, requires_grad=False)
+        weights[id(palette)] = nn.Parameter(floats.weight, requires_grad=False)
     weight = weights[id(palette)]
     plain = _empty(name, layer, weight)
     plain.weight = weight
     if getattr(layer, "bias", None) is not None:
         plain.bias = copy.deepcopy(layer.bias)
-    buffers = palette_buffers("export_coreml", f"layer {name!r}", palette, weight.dtype)
+    buffers = palette_buffers("export_coreml", f"layer {name!r}", floats, weight.dtype)
     for key, value in buffers.items():
         plain.register_buffer(f"{PREFIX}/weight/{key}", value.clone())
     return plain
@@ -199,7 +200,7 @@ def _read(name: str, weight: Tensor, lut: Tensor, scale: Tensor | None, axis: Te
     plain = weight.detach()
     if scale is not None:
         scale = scale.detach().reshape(weight.shape[0])
-        plain = plain / scale.to(plain.dtype).view(-1, *[1] * (weight.dim() - 1))
+        plain = plain.to(wide) / scale.to(wide).view(-1, *[1] * (weight.dim() - 1))
     rows, columns = weight.shape[0] // palettes, weight[0].numel()
     labels = []
     for part, entries in zip(plain.reshape(palettes, -1), lut.detach().reshape(palettes, -1, d).to(wide), strict=True):

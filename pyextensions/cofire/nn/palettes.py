@@ -4,6 +4,9 @@
 Nothing decoded is kept. A linear layer multiplies by the labels and the palette themselves
 (:func:`cofire.ops.qlinear`), a convolution decodes the weight with each forward, an embedding the rows asked for.
 
+A palette may be of signed bytes: then the factor that makes them weights is a part of the factor of each row, and a linear
+layer can round its input to bytes as well, for products of integers.
+
 Source: Cho, Alizadeh-Vahid, Adya, Rastegari, "DKM: Differentiable K-Means Clustering Layer for Neural Network Compression",
 ICLR 2022, section 3.3.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire.names import near_matches
-from cofire.ops.checks import check_integer, refuse, shape_of
-from cofire.ops.lowbit import QTensor, qlinear
+from cofire.ops.checks import check_choice, check_integer, refuse, shape_of
+from cofire.ops.lowbit import ACTIVATIONS, QTensor, compute_dtype, qlinear
 from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
+from cofire.ops.quantizers import byte_tables
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SINGLE = "int8 activations need palettes of single weights, which share out the rows as evenly as possible"
 
 
 def check_palette(where: str, bits: int, group_rows: int | None, cluster_dim: int) -> None:
@@ -95,6 +100,26 @@ class Shaped(nn.Module):
 # ------------------------------------------------------------------------------------------------ labels to weights
 
 
+def shares_evenly(rows: int, palettes: int, group_rows: int) -> bool:
+    """Whether the palettes share out the rows as the products find them: by the row's share of all rows."""
+    return palettes <= 1 or -(-rows // palettes) == group_rows
+
+
+def factor_of_rows(factor: Tensor, scale: Tensor | None, rows: int, group_rows: int) -> Tensor:
+    """``[R]``: the factor ``[P]`` of each row's palette, times its own where it has one."""
+    each = factor.repeat_interleave(group_rows)[:rows]
+    return each if scale is None else each * scale.detach().reshape(rows)
+
+
+def weight_dtype(lut: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> torch.dtype:
+    """``dtype``, unless it is None: that of the palette, or of the factors where the palette is of bytes."""
+    if dtype is not None:
+        return dtype
+    if lut.is_floating_point():
+        return lut.dtype
+    return torch.float32 if scale is None else scale.dtype
+
+
 def look_up(labels: Tensor, lut: Tensor, palette: Tensor | None) -> Tensor:
     """Weights ``[R, n * d]`` of labels ``[R, n]``; ``palette [R]`` says which one each row uses (None: the first)."""
     index = labels.int()
@@ -119,12 +144,12 @@ def decode(
 
     Args:
         labels: uint8 ``[R, ceil(columns / d * bits / 8)]``, rows of :func:`cofire.ops.packing.pack_bits`.
-        lut: ``[P, 2^bits, d]``.
+        lut: float or int8 ``[P, 2^bits, d]``.
         scale: optional, ``[R]``: multiplies each row.
         columns: weights per row.
         group_rows: rows that share a palette.
         rows: optional, int64: which rows to decode; all without.
-        dtype: of the weights; that of ``lut`` without.
+        dtype: of the weights; that of ``lut`` without, or of ``scale`` where ``lut`` is int8.
 
     Returns:
         ``[R or len(rows), columns]``.
@@ -138,8 +163,10 @@ def decode(
     bits = (lut.shape[1] - 1).bit_length()
     palette = rows // group_rows if rows is not None and lut.shape[0] > 1 else None
     weight = look_up(unpack_bits(labels, bits, columns // lut.shape[2]), lut, palette)
-    weight = weight if dtype is None else weight.to(dtype)
-    return weight if scale is None else weight * scale.to(weight.dtype)[:, None]
+    dtype = weight_dtype(lut, scale, dtype)
+    # A byte times its factor is rounded once to 16 bits, as the products round it, not the factor before.
+    weight = weight.to(dtype if lut.is_floating_point() else compute_dtype(scale))
+    return (weight if scale is None else weight * scale.to(weight.dtype)[:, None]).to(dtype)
 
 
 def as_qtensor(
@@ -152,12 +179,13 @@ def as_qtensor(
     """
     palettes, entries, d = lut.shape
     rows = labels.shape[0]
-    if d > 1 or not rows or not columns or (palettes > 1 and -(-rows // palettes) != group_rows):
+    if d > 1 or not rows or not columns or not shares_evenly(rows, palettes, group_rows):
         return None
-    dtype = lut.dtype if dtype is None else dtype
+    dtype = weight_dtype(lut, scale, dtype)
     factors = None if scale is None else scale[:, None]
     bits = (entries - 1).bit_length()
-    return QTensor(labels, factors, (rows, columns), bits, columns, lut=lut[:, :, 0].to(dtype), dtype=dtype)
+    table = lut[:, :, 0].to(dtype) if lut.is_floating_point() else lut[:, :, 0]
+    return QTensor(labels, factors, (rows, columns), bits, columns, lut=table, dtype=dtype)
 
 
 def palettized_linear(
@@ -169,6 +197,7 @@ def palettized_linear(
     *,
     group_rows: int,
     dtype: torch.dtype | None = None,
+    activations: str = "exact",
 ) -> Tensor:
     """``input @ weight.T + bias`` for a packed weight: by :func:`cofire.ops.qlinear`, which decodes inside the product.
 
@@ -178,19 +207,26 @@ def palettized_linear(
         input: ``[..., in_features]``.
         labels, lut, scale, group_rows, dtype: as in :func:`decode`.
         bias: optional, ``[R]``.
+        activations: "exact", or, with an int8 ``lut``, "int8".
 
     Returns:
         ``[..., R]`` in the dtype of ``input``, under autocast in autocast's.
+
+    Raises:
+        ValueError: int8 activations with a palette of floats, or a weight that would have to be decoded.
     """
+    check_choice("palettized_linear", "activations", activations, ACTIVATIONS)
     columns = input.shape[-1]
     weight = as_qtensor(labels, lut, scale, columns=columns, group_rows=group_rows, dtype=dtype)
     if weight is None:
+        if activations == "int8" and labels.numel():
+            refuse("palettized_linear", SINGLE)
         dense = decode(labels, lut, scale, columns=columns, group_rows=group_rows, dtype=dtype)
         return F.linear(input, dense, bias)
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         input = input.to(torch.get_autocast_dtype(device))
-    return qlinear(input, weight, bias)
+    return qlinear(input, weight, bias, activations=activations)
 
 
 # ------------------------------------------------------------------------------------------------ packed layers
@@ -202,15 +238,16 @@ class PackedPalette(Shaped):
     Args:
         shape: of the weight; dimension 0 counts rows.
         bits, group_rows, cluster_dim: as in :class:`Palette`.
-        scale: whether there is a factor per row.
+        scale: whether there is a factor per row; with int8 palettes there always is.
         dtype: of the weight that it stands for.
-        lut_dtype: of palettes and factors; None: ``dtype``.
+        lut_dtype: of palettes and factors; None: ``dtype``. int8 palettes have factors in fp32 (fp64 for an fp64 weight), and
+            keep both dtypes when the layer is cast.
         device: of the buffers.
 
     Attributes:
         labels: uint8 buffer ``[rows, ceil(columns / cluster_dim * bits / 8)]``: :func:`cofire.ops.packing.pack_bits`.
-        lut: buffer ``[P, 2^bits, cluster_dim]``.
-        scale: buffer ``[rows]``, or None.
+        lut: buffer ``[P, 2^bits, cluster_dim]``, float or int8.
+        scale: float buffer ``[rows]``, or None.
 
     Example:
         >>> labels = torch.tensor([[0, 1, 1], [2, 3, 0]])
@@ -218,7 +255,7 @@ class PackedPalette(Shaped):
         >>> packed.weight.tolist(), packed.nbytes
         ([[0.0, 0.5, 0.5], [1.0, 2.0, 0.0]], 18)
 
-    Source: DKM, section 3.3 (inference).
+    Source: DKM, section 3.3 (inference); palettes of bytes as ``lut_dtype`` of coremltools.
     """
 
     labels: Tensor
@@ -242,8 +279,8 @@ class PackedPalette(Shaped):
         check_palette("PackedPalette", bits, group_rows, cluster_dim)
         dtype = torch.get_default_dtype() if dtype is None else dtype
         lut_dtype = dtype if lut_dtype is None else lut_dtype
-        if lut_dtype not in FLOATS:
-            raise TypeError(f"PackedPalette: lut_dtype must be a float of 16 to 64 bits, got {lut_dtype}")
+        if lut_dtype not in (torch.int8, *FLOATS):
+            raise TypeError(f"PackedPalette: lut_dtype must be int8 or a float of 16 to 64 bits, got {lut_dtype}")
         rows, columns = shape[0], math.prod(shape[1:])
         if columns % cluster_dim:
             refuse("PackedPalette", f"rows of {columns} weights do not divide into vectors of {cluster_dim}")
@@ -251,18 +288,48 @@ class PackedPalette(Shaped):
         self.columns, self.bits, self.cluster_dim = columns, bits, cluster_dim
         palettes = -(-rows // self.group_rows)
         width = packed_bytes(columns // cluster_dim, bits)
-        where: dict[str, Any] = {"device": device, "dtype": lut_dtype}
         self.register_buffer("labels", torch.zeros(rows, width, dtype=torch.uint8, device=device))
-        self.register_buffer("lut", torch.zeros(palettes, 1 << bits, cluster_dim, **where))
-        self.register_buffer("scale", torch.ones(rows, **where) if scale else None)
+        self.register_buffer("lut", torch.zeros(palettes, 1 << bits, cluster_dim, dtype=lut_dtype, device=device))
+        factors: Tensor | None = None
+        if scale or lut_dtype == torch.int8:
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            factors = torch.ones(rows, dtype=wide if lut_dtype == torch.int8 else lut_dtype, device=device)
+        self.register_buffer("scale", factors)
         # The dtype of the weight, which follows the layer wherever it is cast to.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedPalette:
+        before = self.scale
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self.scale
+        if self.lut.dtype == torch.int8 and before is not None and after is not None and after.dtype != before.dtype:
+            self.scale = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = state_dict.get(f"{prefix}lut")
+        if isinstance(stored, Tensor) and stored.is_floating_point() != self.lut.is_floating_point():
+            error_msgs.append(
+                f"{prefix.removesuffix('.') or 'PackedPalette'}: the palette of the state must be of "
+                f"{'floats' if self.lut.is_floating_point() else self.lut.dtype} (lut_dtype), got {stored.dtype}"
+            )
+            return
         one = self.like.dtype == self.lut.dtype
-        super()._load_from_state_dict(*args, **kwargs)
-        if one and self.like.dtype != self.lut.dtype:  # the palette was assigned, not copied
-            self.like = torch.empty(0, dtype=self.lut.dtype, device=self.lut.device)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        dtype = self.lut.dtype if one else self.like.dtype  # the palette may have been assigned, not copied
+        if (dtype, self.lut.device) != (self.like.dtype, self.like.device):
+            self.like = torch.empty(0, dtype=dtype, device=self.lut.device)
 
     @classmethod
     def from_labels(
@@ -280,20 +347,25 @@ class PackedPalette(Shaped):
 
         Args:
             labels: integers of ``shape``, or ``[rows, columns / d]``.
-            lut: ``[P, K, d]``. K is filled up to a power of two with copies of the last entry.
+            lut: float or int8 ``[P, K, d]``. K is filled up to a power of two with copies of the last entry.
             shape: of the weight.
             group_rows: rows that share a palette; None: all.
             scale: optional ``[rows]``.
-            dtype: of the weight; None: that of ``lut``.
-            lut_dtype: None: ``dtype``.
+            dtype: of the weight; None: that of ``lut``, or the default where it is int8.
+            lut_dtype: None: int8 for an int8 ``lut``, otherwise ``dtype``. To int8 each palette of floats is rounded by itself,
+                the largest magnitude to 127, and its factor becomes part of ``scale``.
 
         Raises:
-            ValueError: a shape that does not fit, or a label without an entry.
+            TypeError: ``lut_dtype`` is neither a float nor int8.
+            ValueError: a shape that does not fit, a label without an entry, or a palette that is not finite to be rounded.
         """
         if lut.dim() != 3 or not 1 <= lut.shape[1] <= 256:
             refuse("PackedPalette", f"lut must have shape [palettes, 1 to 256, d], got {shape_of(lut)}")
         clusters, d = lut.shape[1:]
         bits = max(1, (clusters - 1).bit_length())
+        if lut.dtype == torch.int8:
+            dtype = torch.get_default_dtype() if dtype is None else dtype
+            lut_dtype = torch.int8 if lut_dtype is None else lut_dtype
         packed = cls(
             shape,
             bits=bits,
@@ -311,12 +383,25 @@ class PackedPalette(Shaped):
             refuse("PackedPalette", f"lut must hold {packed.lut.shape[0]} palettes, got {shape_of(lut)}")
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < clusters:
             refuse("PackedPalette", f"labels must be between 0 and {clusters - 1}, got {int(labels.max())}")
-        filled = torch.cat((lut, lut[:, -1:].expand(-1, (1 << bits) - clusters, -1)), 1)
-        packed.lut.copy_(filled.detach())
+        filled = torch.cat((lut, lut[:, -1:].expand(-1, (1 << bits) - clusters, -1)), 1).detach()
+        if packed.lut.dtype == torch.int8 and lut.is_floating_point():
+            filled, factor = byte_tables("PackedPalette", filled)
+            scale = factor_of_rows(factor, scale, rows, packed.group_rows)
+        packed.lut.copy_(filled)
         packed.labels.copy_(pack_bits(labels.reshape(rows, count).to(torch.uint8), bits))
         if packed.scale is not None and scale is not None:
             packed.scale.copy_(scale.detach().reshape(rows))
         return packed
+
+    def as_floats(self) -> PackedPalette:
+        """The same, for what takes no palette of bytes: its entries as floats, in the dtype of the weight as the factors."""
+        if self.lut.is_floating_point():
+            return self
+        dtype = self.like.dtype
+        labels = unpack_bits(self.labels, self.bits, self.columns // self.cluster_dim)
+        return self.from_labels(
+            labels, self.lut, self.shape, group_rows=self.group_rows, scale=self.scale, dtype=dtype, lut_dtype=dtype
+        )
 
     @property
     def weight(self) -> Tensor:
@@ -343,7 +428,8 @@ class PackedPalette(Shaped):
     def extra_repr(self) -> str:
         groups = "" if self.lut.shape[0] == 1 else f", group_rows={self.group_rows}"
         vectors = "" if self.cluster_dim == 1 else f", cluster_dim={self.cluster_dim}"
-        return f"{list(self.shape)}, bits={self.bits}{groups}{vectors}, {self.nbytes} bytes"
+        entries = "" if self.lut.is_floating_point() else f", lut_dtype={self.lut.dtype}"
+        return f"{list(self.shape)}, bits={self.bits}{groups}{vectors}{entries}, {self.nbytes} bytes"
 
 
 class PackedPalettized(nn.Module):
@@ -382,10 +468,15 @@ class PackedPalettizedLinear(PackedPalettized):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        activations: "exact", or, with an int8 palette, "int8": the input is rounded to bytes too, as in
+            :func:`cofire.ops.qlinear`.
         palette: options of :class:`PackedPalette`: ``bits``, ``group_rows``, ``cluster_dim``, ``scale``, ``lut_dtype``. An
             empty layer made with them loads the state of a packed one.
 
     Shape: as ``nn.Linear``.
+
+    Raises:
+        ValueError: int8 activations with a palette of floats, of vectors, or of rows that are not shared out evenly.
 
     Example:
         >>> from cofire.nn import PalettizedLinear
@@ -396,11 +487,14 @@ class PackedPalettizedLinear(PackedPalettized):
         >>> x = torch.rand(3, 16)
         >>> torch.equal(empty(x), packed(x))
         True
+        >>> PalettizedLinear(16, 8, bits=2).pack(lut_dtype=torch.int8, activations="int8")(x).shape
+        torch.Size([3, 8])
 
-    Source: DKM, section 3.3 (inference).
+    Source: DKM, section 3.3 (inference); int8 activations: Dettmers et al. 2022 (LLM.int8(), 2208.07339), section 2.
     """
 
     bias: nn.Parameter | None
+    activations: str = "exact"
 
     def __init__(
         self,
@@ -409,20 +503,39 @@ class PackedPalettizedLinear(PackedPalettized):
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activations: str = "exact",
         **palette: Any,
     ) -> None:
         super().__init__()
         check_options("PackedPalettizedLinear", PackedPalette, palette)
         self.palette = PackedPalette((out_features, in_features), device=device, dtype=dtype, **palette)
         self.bias = _empty_bias(out_features, device, dtype) if bias else None
+        self._take(activations)
         self.eval()
 
     @classmethod
-    def _around(cls, palette: PackedPalette, bias: nn.Parameter | None) -> PackedPalettizedLinear:
+    def _around(
+        cls, palette: PackedPalette, bias: nn.Parameter | None, activations: str = "exact"
+    ) -> PackedPalettizedLinear:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.palette, layer.bias = palette, bias
+        layer._take(activations)
         return layer.eval()
+
+    def _take(self, activations: str) -> None:
+        check_choice("PackedPalettizedLinear", "activations", activations, ACTIVATIONS)
+        p = self.palette
+        if activations == "int8":
+            if p.lut.dtype != torch.int8:
+                refuse(
+                    "PackedPalettizedLinear",
+                    f"int8 activations need a palette of bytes (lut_dtype=torch.int8), got one of {p.lut.dtype}",
+                )
+            if p.cluster_dim > 1 or not shares_evenly(p.shape[0], p.lut.shape[0], p.group_rows):
+                refuse("PackedPalettizedLinear", f"{SINGLE}, got {p.extra_repr()}")
+        self.activations = activations
 
     @property
     def in_features(self) -> int:
@@ -437,11 +550,15 @@ class PackedPalettizedLinear(PackedPalettized):
             refuse("PackedPalettizedLinear", f"input must have {self.in_features} features, got {shape_of(input)}")
         p = self.palette
         return palettized_linear(
-            input, p.labels, p.lut, p.scale, self.bias, group_rows=p.group_rows, dtype=p.like.dtype
-        )
+            input, p.labels, p.lut, p.scale, self.bias, group_rows=p.group_rows, dtype=p.like.dtype,
+            activations=self.activations,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        rounded = "" if self.activations == "exact" else f", activations={self.activations}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{rounded}"
+        )
 
 
 class PackedPalettizedConv2d(PackedPalettized):

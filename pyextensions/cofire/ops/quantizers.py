@@ -17,7 +17,7 @@ from cofire.names import near_matches
 from cofire.ops.checks import check_integer, check_number, refuse, shape_of
 from cofire.ops.clustering import kmeans1d
 from cofire.ops.fake_quantize import statsq_levels
-from cofire.ops.lowbit import check_bits
+from cofire.ops.lowbit import check_bits, compute_dtype
 from cofire.ops.qtensor import QTensor
 
 __all__ = ["FP4", "NF4", "QUANTIZERS", "quantize_weight"]
@@ -30,6 +30,8 @@ NF4 = (
 )  # fmt: skip
 #: The 4-bit float E2M1 with one sign bit, divided by its largest value, 6; in the order of its codes.
 FP4 = tuple(s * v / 6 for s in (1, -1) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))
+#: What palettes may be stored in.
+LUT_DTYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32)
 
 
 def _groups(weight: Tensor, group_size: int) -> Tensor:
@@ -122,7 +124,10 @@ def hqq(
     growth: float = 1.01,
     steps: int = 20,
 ) -> QTensor:
-    """Half-quadratic quantisation: a zero point that is robust to outliers, by alternating a shrinkage and a mean."""
+    """Half-quadratic quantisation: a zero point that is robust to outliers, by alternating a shrinkage and a mean.
+
+    ``p`` is the norm of the errors that are made small, ``beta`` the weight of the splitting, which grows by ``growth``.
+    """
     w = _groups(weight, group_size)
     low, high = w.amin(2, keepdim=True), w.amax(2, keepdim=True)
     scale = _positive((high - low) / ((1 << bits) - 1))
@@ -191,7 +196,8 @@ def gptq(
     """GPTQ: column by column, each column's rounding error is made up for by the columns that follow.
 
     ``hessian`` is ``[K, K]``, the sum of ``x x^T`` over the layer's inputs. ``act_order`` takes the columns with the largest
-    inputs first; groups are then formed in that order, and the result carries it as ``perm``.
+    inputs first; groups are then formed in that order, and the result carries it as ``perm``. ``block`` columns pass their
+    errors on together.
     """
     rows, columns = weight.shape
     if hessian is None:
@@ -261,14 +267,38 @@ def fp4(weight: Tensor, bits: int, group_size: int) -> QTensor:
     return _table(weight, bits, group_size, FP4, "fp4")
 
 
-def palette(weight: Tensor, bits: int, group_size: int, *, group_rows: int | None = None) -> QTensor:
-    """Optimal k-means: the ``2^bits`` values of least squared error, of all rows or of every ``group_rows`` rows."""
+def byte_tables(operator: str, lut: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables of floats ``[P, K]`` or ``[P, K, d]`` as signed bytes, and the factor of each table, ``[P]``.
+
+    The largest magnitude of a table becomes 127, and no entry moves by more than half a factor. Equal entries stay equal,
+    and sorted ones sorted; a table of zeros has the factor 1.
+    """
+    wrong = int((~lut.isfinite()).sum())
+    if wrong:
+        refuse(operator, f"lut must be finite to be rounded to int8, got {wrong} values that are not, of {lut.numel()}")
+    table = lut.detach().to(compute_dtype(lut))
+    factor = _positive(table.flatten(1).abs().amax(1) / 127)
+    each = factor.view(-1, *[1] * (table.dim() - 1))
+    return (table / each).round().clamp(-127, 127).to(torch.int8), factor
+
+
+def palette(
+    weight: Tensor, bits: int, group_size: int, *, group_rows: int | None = None, lut_dtype: torch.dtype | None = None
+) -> QTensor:
+    """Optimal k-means: the ``2^bits`` values of least squared error, of all rows or of every ``group_rows`` rows.
+
+    The palettes are then rounded to ``lut_dtype``, int8 with a factor that is the scale of the rows, and each weight takes
+    the nearest of the rounded values.
+    """
     rows, columns = weight.shape
     if group_size != columns:
         refuse(
             "quantize_weight",
             f"method palette has no groups of columns: group_size must be {columns}, got {group_size}",
         )
+    if lut_dtype is not None and lut_dtype not in LUT_DTYPES:
+        known = ", ".join(map(str, LUT_DTYPES))
+        raise TypeError(f"quantize_weight: lut_dtype must be one of {known}, or None, got {lut_dtype!r}")
     group_rows = max(rows, 1) if group_rows is None else group_rows
     check_integer("quantize_weight", group_rows=group_rows)
     if group_rows < 1:
@@ -281,15 +311,23 @@ def palette(weight: Tensor, bits: int, group_size: int, *, group_rows: int | Non
             f"{-(-rows // count)} rows each, got {group_rows}",
         )
     w = weight.detach().float().contiguous()
-    tables, codes = [], []
-    for part in w.split(group_rows) if rows else []:
+    parts = w.split(group_rows) if rows else ()
+    tables = []
+    for part in parts:
         centroids = kmeans1d(part.flatten(), 1 << bits)[0].flatten().float().sort().values
-        centroids = torch.cat((centroids, centroids[-1:].expand((1 << bits) - centroids.numel())))
-        tables.append(centroids)
-        codes.append(torch.bucketize(part, (centroids[1:] + centroids[:-1]) / 2))
-    table = torch.stack(tables) if tables else w.new_zeros(1, 1 << bits)
+        tables.append(torch.cat((centroids, centroids[-1:].expand((1 << bits) - centroids.numel()))))
+    lut = values = torch.stack(tables) if tables else w.new_zeros(1, 1 << bits)
+    scale: Tensor | None = None
+    if lut_dtype == torch.int8:
+        lut, factor = byte_tables("quantize_weight", lut)
+        values = lut.float() * factor[:, None]
+        scale = factor.repeat_interleave(group_rows)[:rows, None].contiguous()
+    elif lut_dtype is not None:
+        lut = lut.to(lut_dtype)
+        values = lut.float()
+    codes = [torch.bucketize(part, (v[1:] + v[:-1]) / 2) for part, v in zip(parts, values)]
     found = torch.cat(codes) if codes else w.long()
-    return QTensor.from_codes(found, None, bits=bits, group_size=columns, lut=table, dtype=weight.dtype)
+    return QTensor.from_codes(found, scale, bits=bits, group_size=columns, lut=lut, dtype=weight.dtype)
 
 
 QUANTIZERS: dict[str, Callable[..., QTensor]] = {
@@ -324,10 +362,24 @@ def quantize_weight(
 
     Args:
         weight: any float ``[N, K]``, finite.
-        method: "absmax" (symmetric), "minmax" (asymmetric), "mse" (a range searched for the least squared error; options
-            ``symmetric``, ``steps``), "hqq" (a zero point robust to outliers), "statsq" (mid-rise levels on twice the mean
-            magnitude), "gptq" (options ``hessian``, ``damping``, ``act_order``, ``symmetric``), "nf4", "fp4", or "palette"
-            (optimal 1-D k-means; option ``group_rows``).
+        method: its name, and what ``options`` it has:
+
+            - "absmax": symmetric, up to the largest magnitude of a group.
+            - "minmax": asymmetric, with an integer zero point.
+            - "mse": the range of each group is cut to where the squared error is smallest. ``symmetric`` (False); ``steps``
+              (80): how many hundredths of the range are tried.
+            - "hqq": a float zero point robust to outliers, found by shrinking errors and taking means in turn. ``p`` (0.7):
+              the norm of the errors; ``beta`` (10.0): weight of the splitting, times ``growth`` (1.01) after each of
+              ``steps`` (20).
+            - "statsq": mid-rise levels on twice the mean magnitude.
+            - "gptq": column by column, later columns make up for the error of earlier ones. ``hessian``: ``[K, K]``, the
+              sum of ``x x^T`` over the layer's inputs, which it needs; ``damping`` (0.01): how much of its mean diagonal
+              is added to it; ``act_order`` (False): columns of the largest inputs first; ``symmetric`` (False); ``block``
+              (128): columns whose errors are passed on together, a matter of speed.
+            - "nf4", "fp4": the nearest of the 4-bit NormalFloats, or of the floats E2M1.
+            - "palette": optimal 1-D k-means. ``group_rows`` (None: all): rows that share a palette; ``lut_dtype`` (None:
+              fp32): of the palettes. ``torch.int8`` is what int8 activations of :func:`cofire.ops.qlinear` need; its
+              factors become the scales, and weights take the nearest of the rounded values.
         bits: per weight, 1 to 8; 4 for "nf4" and "fp4".
         group_size: columns that share a scale; divides K. None, or -1: whole rows (what "palette" needs).
         options: of the method.
@@ -336,18 +388,23 @@ def quantize_weight(
         A :class:`~cofire.ops.QTensor` that stands for a weight of the same shape and dtype.
 
     Raises:
-        TypeError: ``weight`` is no float tensor, or an option that the method does not have.
+        TypeError: ``weight`` is no float tensor, or an option that the method does not have, or of another type.
         ValueError: another shape, a weight that is not finite, bits or a group size that do not fit, an unknown method.
 
     Example:
         >>> q = quantize_weight(torch.tensor([[-1.0, 0.5, 0.1, 1.0]]), "minmax", bits=2, group_size=None)
         >>> [round(v, 3) for v in q.dequantize().flatten().tolist()]
         [-1.333, 0.667, 0.0, 0.667]
+        >>> q = quantize_weight(torch.tensor([[-0.5, 0.0, 0.0, 2.0]]), "palette", group_size=None, bits=2, lut_dtype=torch.int8)
+        >>> q.lut.tolist(), round(float(q.scale) * 127, 3)
+        ([[-32, 0, 127, 127]], 2.0)
 
     Source:
-        absmax, minmax: Jacob et al. 2018 (1712.05877); HQQ: Badri and Shaji 2023; StatsQ: Liu et al. 2023 (OFQ,
+        absmax, minmax: Jacob et al. 2018 (1712.05877); mse: Nagel et al. 2021 (2106.08295), section 3.1, with the 80
+        hundredths of Hu et al. 2025 (OSTQuant, 2501.13987); HQQ: Badri and Shaji 2023; StatsQ: Liu et al. 2023 (OFQ,
         2302.02210), section 4.1; GPTQ: Frantar et al. 2023 (2210.17323), algorithm 1; NF4: Dettmers et al. 2023 (QLoRA,
-        2305.14314), section 3; palettes: Cho et al. 2022 (DKM, 2108.12659).
+        2305.14314), section 3; FP4: Rouhani et al. 2023 (2310.10537), the element E2M1 of the OCP Microscaling Formats
+        1.0; palettes: Cho et al. 2022 (DKM, 2108.12659), in int8 as ``lut_dtype`` of coremltools.
     """
     name = "quantize_weight"
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
