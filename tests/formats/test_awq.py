@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from cofire.formats import from_awq, to_awq
 from cofire.formats.awq import padded_groups
 from cofire.ops import QTensor, quantize_weight
+from helpers import check_examples
 
 GOLDEN = load_file(Path(__file__).with_name("golden") / "awq.safetensors")
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -217,5 +217,4 @@ def weight(rows=8, columns=32, bits=4, **parts):
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.formats.awq"))
-    assert results.attempted > 0 and results.failed == 0
+    check_examples(importlib.import_module("cofire.formats.awq"))

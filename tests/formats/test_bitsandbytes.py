@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import json
 import math
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from cofire.formats import from_bitsandbytes, to_bitsandbytes
 from cofire.formats.bitsandbytes import FP4, STATE
 from cofire.ops import NF4, NestedScale, QTensor, qlinear, quantize_weight
+from helpers import check_examples
 
 GOLDEN = load_file(Path(__file__).with_name("golden") / "bitsandbytes.safetensors")
 NAMES = sorted({key.split("/")[0] for key in GOLDEN})
@@ -94,7 +94,7 @@ def random_state(rows, columns, blocksize, nested, kind="nf4", dtype="float16", 
 @given(
     rows=st.integers(1, 6),
     half=st.integers(1, 80),
-    blocksize=st.sampled_from([32, 64, 128]),
+    blocksize=st.sampled_from([32, 64, 128, 256, 4096]),
     nested=st.booleans(),
     kind=st.sampled_from(["nf4", "fp4"]),
     seed=st.integers(0, 2**31),
@@ -202,5 +202,4 @@ def test_refusals(call, error, sentence):
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.formats.bitsandbytes"))
-    assert results.attempted > 0 and results.failed == 0
+    check_examples(importlib.import_module("cofire.formats.bitsandbytes"))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 import cofire.formats
 from cofire.formats import from_checkpoint, to_awq, to_bitsandbytes, to_coreml, to_gptq
 from cofire.ops import quantize_weight
+from helpers import check_examples
 
 WEIGHT = torch.randn(32, 128).half()
 
@@ -84,5 +84,4 @@ def test_none_of_the_libraries_is_imported():
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.formats.checkpoint"))
-    assert results.attempted > 0 and results.failed == 0
+    check_examples(importlib.import_module("cofire.formats.checkpoint"))

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import doctest
 import importlib
 import struct
 
@@ -16,6 +15,7 @@ from cofire.formats import from_ggml, to_ggml
 from cofire.formats.ggml import TYPES
 from cofire.nn import QuantLinear
 from cofire.ops import QTensor, qlinear, quantize_weight
+from helpers import check_examples
 
 NESTED = [kind for kind, t in TYPES.items() if t.nested]
 PLAIN = [kind for kind, t in TYPES.items() if not t.nested]
@@ -263,5 +263,4 @@ def test_scales_out_of_range_do_not_go_back():
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.formats.ggml"))
-    assert results.attempted > 0 and results.failed == 0
+    check_examples(importlib.import_module("cofire.formats.ggml"))

@@ -130,6 +130,12 @@ def to_bitsandbytes(q: QTensor) -> tuple[Tensor, dict[str, Tensor]]:
 
     Raises:
         ValueError: the format cannot hold it: the sentence says why.
+
+    Example:
+        >>> from cofire.ops import quantize_weight
+        >>> data, state = to_bitsandbytes(quantize_weight(torch.randn(8, 128), "nf4", group_size=64))
+        >>> data.shape, state["absmax"].shape
+        (torch.Size([512, 1]), torch.Size([16]))
     """
     name = "to_bitsandbytes"
     check_weight(name, q, "zero", "offset", "perm")

@@ -267,6 +267,11 @@ def to_ggml(q: QTensor, type: Any = None) -> Tensor:
 
     Raises:
         ValueError: the type cannot hold it: the sentence says why.
+
+    Example:
+        >>> from cofire.ops import quantize_weight
+        >>> to_ggml(quantize_weight(torch.randn(2, 64), "absmax", bits=8, group_size=32), "Q8_0").shape
+        torch.Size([2, 68])
     """
     name = "to_ggml"
     check_weight(name, q, "perm")

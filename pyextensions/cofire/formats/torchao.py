@@ -136,6 +136,12 @@ def to_torchao(
 
     Raises:
         ValueError: the format cannot hold it: the sentence says why.
+
+    Example:
+        >>> from cofire.ops import quantize_weight
+        >>> tensors = to_torchao(quantize_weight(torch.randn(16, 256), "minmax", bits=4, group_size=128), "plain")
+        >>> {name: list(t.shape) for name, t in tensors.items()}
+        {'qdata': [16, 128], 'scale': [2, 16], 'zero_point': [2, 16]}
     """
     name = "to_torchao"
     check_weight(name, q, "lut", "perm")
