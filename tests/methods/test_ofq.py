@@ -17,7 +17,16 @@ from cofire import models
 from cofire.methods import METHODS, OFQ
 from cofire.methods.ofq import Distilled
 from cofire.models.vit import Attention
-from cofire.nn import LSQActivation, QuantLinear, QueryKey, ReparameterizedAttention, StatsQLinear
+from cofire.nn import (
+    IntegerLinear,
+    LSQActivation,
+    QuantConv2d,
+    QuantLinear,
+    QueryKey,
+    ReparameterizedAttention,
+    StatsQConv2d,
+    StatsQLinear,
+)
 from cofire.nn.statsq import Quantized
 from helpers import stored_bytes
 from methods.protocol import check_protocol
@@ -31,6 +40,20 @@ def network(**options):
     """One block of two heads on four patches."""
     sizes = {"image": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "in_channels": 1, "num_classes": 4}
     return models.vit(**sizes | options)
+
+
+class Patches(nn.Module):
+    """Patches by a convolution, as timm's vision transformers have them, behind another one where ``stem`` says so."""
+
+    def __init__(self, stem=False):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1) if stem else nn.Identity()
+        self.patch_embed = nn.Conv2d(2 if stem else 1, 16, 4, stride=4)
+        self.blocks = network().blocks
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.patch_embed(self.stem(x)).flatten(2).transpose(1, 2)).mean(1))
 
 
 def method():
@@ -49,8 +72,8 @@ def quantized(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, Quantized)}
 
 
-def trained(method, steps=2, **options):
-    model = method.prepare(network(), X, **options).train()
+def trained(method, steps=2, model=None, **options):
+    model = method.prepare(network() if model is None else model, X, **options).train()
     return train(method, model, steps)
 
 
@@ -81,6 +104,12 @@ def test_protocol_in_annealing(check):
 @pytest.mark.full
 @pytest.mark.parametrize("check", check_protocol(learned, network, BATCH, example_input=X))
 def test_protocol_with_learned_scales(check):
+    check()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", check_protocol(method, Patches, BATCH, example_input=X))
+def test_protocol_with_a_convolution(check):
     check()
 
 
@@ -135,6 +164,48 @@ def test_only_the_first_and_the_last_layer_are_edges():
         assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["3"]
     prepared = OFQ(distill=0).prepare(convolved[1:2], torch.randn(2, 4, 16))
     assert [n for n, m in quantized(prepared).items() if m.quantizer.bits == 8] == ["1.0.down"]
+
+
+def test_the_first_convolution_is_quantised_in_8_bits_and_deployed():
+    method = OFQ()
+    model = trained(method, 2, model=Patches())
+    embed = model.student.patch_embed
+    assert type(embed) is StatsQConv2d and (embed.quantizer.bits, embed.quantizer.kind) == (8, "lsq")
+    assert (embed.input.bits, embed.input.unsigned, len(embed.input.scale), embed.input.before) == (8, False, 1, None)
+    assert embed.quantizer.count == 2 and embed.weight.grad is not None
+    final = method.finalize(model)
+    assert type(final.patch_embed[1]) is QuantConv2d and final.patch_embed[1].linear.bits == 8
+    assert torch.equal(final.patch_embed[1].weight.flatten(1), embed.quantizer(embed.matrix()))
+    torch.testing.assert_close(final(X), model.eval()(X), rtol=1e-4, atol=1e-5)
+
+    resumed = method.prepare(Patches(), X)
+    resumed.load_state_dict(model.state_dict())
+    assert torch.equal(resumed.eval()(X), model(X))
+    other = method.finalize(trained(method, 1, model=Patches()))
+    other.load_state_dict(final.state_dict())
+    assert torch.equal(other(X), final(X))
+
+    report = method.report(model)
+    row = {row.name: row for row in report.layers}["patch_embed"]
+    assert (row.shape, row.bits, row.dense_bytes, row.packed_bytes) == ((16, 16), 8, 16 * 16 * 4, 16 * 16 + 16 * 4 + 4)
+    assert report.unquantized == []
+
+
+def test_other_convolutions_stay_and_are_named():
+    method = OFQ()
+    model = method.prepare(Patches(stem=True), X)
+    assert type(model.student.stem) is StatsQConv2d and type(model.student.patch_embed) is nn.Conv2d
+    assert method.report(model).unquantized == ["patch_embed"]
+    assert type(method.finalize(model).patch_embed) is nn.Conv2d
+    for options in ({"edge_bits": None}, {"skip": ["stem", "head"]}):
+        model = OFQ(**options).prepare(Patches(stem=True), X)
+        assert type(model.student.stem) is type(model.student.patch_embed) is nn.Conv2d
+    plain = OFQ(activation_bits=None).prepare(Patches(), X).student
+    assert plain.patch_embed.input is None and type(plain.patch_embed) is StatsQConv2d
+    last = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Unflatten(1, (8, 1, 1)), nn.Conv2d(8, 4, 1))
+    last = OFQ(qkr=False, distill=0).prepare(last, torch.randn(2, 8))
+    assert [m.quantizer.bits for m in quantized(last).values()] == [8, 2, 8]
+    assert last(torch.randn(3, 8)).shape == (3, 4, 1, 1)
 
 
 def test_the_forward_of_a_prepared_block_step_by_step():
@@ -360,6 +431,63 @@ def test_annealing_begins_by_itself():
     assert method.report(resumed).annealing and method.report(resumed).steps == 2
 
 
+def test_moments_of_frozen_weights_are_kept():
+    """AdamW by hand, with and without: exp_avg is kept where a weight is frozen, and moves on elsewhere."""
+
+    def moments(keep):
+        torch.manual_seed(1)
+        method = OFQ(boundary_range=0.05)
+        model = trained(method, 1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1)
+        kept = method.keep_moments(model, optimizer) if keep else None
+        layers = {n: m for n, m in quantized(model).items() if m.quantizer.kind == "statsq"}
+        for step in range(4):
+            if step == 2:
+                method.anneal(model)
+            state = {n: [optimizer.state.get(getattr(m, f), {}) for f in m.factors] for n, m in layers.items()}
+            before = copy.deepcopy(state)
+            free = {n: m.movable(*(getattr(m, f).detach() for f in m.factors)) for n, m in layers.items()}
+            optimizer.zero_grad()
+            output = model(X)
+            (F.cross_entropy(output, BATCH[1]) + method.loss(model, output)).backward()
+            optimizer.step()
+            method.step(model)
+            if step < 2:
+                continue
+            for name, layer in layers.items():
+                for i, factor in enumerate(layer.factors):
+                    p, may, old = getattr(layer, factor), free[name][i], before[name][i]
+                    now = optimizer.state[p]
+                    assert torch.all(p.grad[~may] == 0) and 0 < may.sum() < may.numel()
+                    for key, beta, term in (("exp_avg", 0.9, p.grad), ("exp_avg_sq", 0.99, p.grad**2)):
+                        expected = beta * old[key] + (1 - beta) * term
+                        torch.testing.assert_close(now[key][may], expected[may])
+                        if keep:
+                            assert torch.equal(now[key][~may], old[key][~may]), name
+                        else:
+                            torch.testing.assert_close(now[key][~may], beta * old[key][~may])
+        return method, model, optimizer, kept
+
+    moments(False)
+    _, model, optimizer, kept = moments(True)
+    kept.remove()
+    weight = model.student.blocks[0].up.weight
+    before = optimizer.state[weight]["exp_avg"].clone()
+    free = model.student.blocks[0].up.quantizer.movable(weight.detach())
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[weight]["exp_avg"][~free], 0.9 * before[~free])
+    assert before[~free].count_nonzero() > 0
+
+
+def test_moments_that_cannot_be_kept_are_refused():
+    with pytest.raises(TypeError, match="OFQ.keep_moments: optimizer must be a torch optimizer, got str"):
+        OFQ().keep_moments(OFQ().prepare(network(), X), "adamw")
+    plain = network()
+    with pytest.raises(ValueError, match="OFQ.keep_moments: the model has no quantised layer"):
+        OFQ().keep_moments(plain, torch.optim.SGD(plain.parameters(), lr=1.0))
+
+
 def test_annealing_without_a_trained_statsq_network_is_refused():
     method = OFQ()
     with pytest.raises(
@@ -397,6 +525,45 @@ def test_the_deployed_network_equals_the_trained_one(options):
     assert torch.equal(other(X), final(X))
 
 
+@pytest.mark.parametrize("options", [{}, {"weights": "lsq", "weight_bits": 3}, {"qkr": False}, {"edge_bits": 7}])
+def test_integers_are_multiplied_where_asked(options):
+    method = OFQ(**options)
+    model = trained(method, 3).eval()
+    floats, final = method.finalize(model), method.finalize(model, integer=True)
+    integers = [n for n, m in final.named_modules() if isinstance(m, IntegerLinear)]
+    attention = ["qk", "v", "proj"] if method.qkr else ["q", "k", "v", "proj"]
+    edges = (["embed"], ["head"]) if method.edge_bits == 7 else ([], [])
+    assert integers == [
+        *edges[0],
+        *(f"blocks.0.attn.{n}" for n in attention),
+        "blocks.0.up",
+        "blocks.0.down",
+        *edges[1],
+    ]
+    assert not any(isinstance(m, IntegerLinear) for m in floats.modules())
+    torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+    report = method.report(model, [X], integer=True)
+    assert report.deployed_error < 1e-5 and report.model_packed_bytes > method.report(model).model_packed_bytes
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(final, fullgraph=True, backend="eager")(X), final(X))
+    other = method.finalize(trained(method, 1), integer=True)
+    other.load_state_dict(final.state_dict())
+    assert torch.equal(other(X), final(X))
+
+
+def test_the_shifts_of_deployed_layers_are_in_the_biases():
+    method = OFQ()
+    model = trained(method, 2).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LSQActivation) and module.after is not None:
+                module.after.normal_(std=0.1)
+    final = method.finalize(model)
+    left = {n for n, m in final.named_modules() if isinstance(m, LSQActivation) and m.after is not None}
+    assert left == {"blocks.0.attn.input", "blocks.0.attn.v_output"}  # others than a product see these
+    torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+
+
 def test_a_row_of_zeros_is_deployed_as_zeros():
     plain = network()
     with torch.no_grad():
@@ -425,7 +592,7 @@ def test_the_report_counts_bytes_and_oscillation():
     assert report.dense_bytes == sum(row.dense_bytes for row in report.layers)
     plain = stored_bytes(network())
     assert report.model_dense_bytes == plain - 2 * 16 * 4  # without the biases of query and key
-    assert report.model_packed_bytes < report.model_dense_bytes
+    assert report.model_packed_bytes == stored_bytes(final) < report.model_dense_bytes
     assert report.steps == 2 and not report.annealing and report.latency is None
     assert 0 <= report.near_boundary < 0.1
     assert report.deployed_error < 1e-5 and report.deployed_equal == 1
@@ -483,7 +650,8 @@ def test_prepare_refuses():
     with pytest.raises(ValueError, match="there is no layer to quantise"):
         OFQ(qkr=False, activation_scale="tensor").prepare(nn.Sequential(nn.Conv2d(1, 2, 3)))
     with pytest.raises(
-        ValueError, match="skip names 'haed', which fits no linear layer or attention; did you mean 'head'"
+        ValueError,
+        match="skip names 'haed', which fits no layer or attention that can be quantised; did you mean 'head'",
     ):
         OFQ(skip=["haed"]).prepare(network(), X)
     with pytest.raises(ValueError, match="teacher is of no use with distill=0"):

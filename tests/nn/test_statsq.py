@@ -14,13 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from cofire.nn import (
+    IntegerLinear,
     LSQActivation,
+    QuantConv2d,
     QuantLinear,
     QueryKey,
     ReparameterizedAttention,
+    StatsQConv2d,
     StatsQLinear,
     WeightQuantizer,
 )
+from cofire.ops import quantize_weight
 
 # ------------------------------------------------------------------------------------------------------ activations
 
@@ -102,6 +106,25 @@ def test_another_length_of_the_sequence_is_refused():
     parts = LSQActivation(4, scales=6, axis=-2, parts=2)
     with pytest.raises(ValueError, match=r"\(3 positions of 2 parts\)"):
         parts(torch.randn(2, 4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"scales": 3, "axis": -2}, {"scales": 8, "axis": -1, "unsigned": True}])
+def test_the_integers_are_those_that_the_forward_multiplies(options, dtype):
+    layer, x = LSQActivation(4, features=8, dtype=dtype, **options), torch.randn(5, 3, 8, dtype=dtype)
+    with torch.no_grad():
+        layer.before.normal_(std=0.1)
+        layer.after.normal_(std=0.1)
+        y = layer(x)
+        q, scale = layer.integers(x)
+    assert torch.equal(q, q.round()) and q.min() >= layer.low and q.max() <= layer.high and q.unique().numel() > 2
+    assert q.dtype == scale.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.equal((q * scale).to(dtype) + layer.after, y)
+
+
+def test_integers_of_parts_are_refused():
+    with pytest.raises(ValueError, match="LSQActivation: the integers are of one part, got 2 parts"):
+        LSQActivation(4, scales=6, axis=-2, parts=2).integers(torch.randn(2, 3, 8))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +278,235 @@ def test_16_bit_layers_keep_their_averages_in_fp32(dtype):
     assert layer.quantizer.oscillation.dtype == torch.float32 and layer.quantizer.integers.dtype == torch.int8
     assert torch.equal(layer.deploy()[1].weight, layer.quantizer(layer.weight))
     assert layer.double().quantizer.oscillation.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------ convolutions
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "options"),
+    [
+        ("lsq", 8, {"kernel_size": 4, "stride": 4}),  # patches
+        ("statsq", 2, {"kernel_size": (2, 3), "stride": (2, 3), "bias": False}),  # with pixels left over
+        ("lsq", 3, {"kernel_size": 3, "padding": 1}),
+        ("statsq", 4, {"kernel_size": 3, "stride": 3, "groups": 3}),
+        ("lsq", 4, {"kernel_size": 2, "stride": 2, "padding": 1, "padding_mode": "reflect"}),
+        ("lsq", 4, {"kernel_size": 2, "stride": 2, "dilation": 2}),
+        ("lsq", 4, {"kernel_size": 1}),
+    ],
+)
+def test_a_convolution_step_by_step(kind, bits, options):
+    conv = nn.Conv2d(3, 6, **options)
+    layer, x = StatsQConv2d(conv, bits, kind, input=LSQActivation(8)), torch.randn(2, 3, 9, 11)
+    y = layer(x)
+    s, half = layer.input.scale.detach(), 2 ** (bits - 1)
+    rounded = (x / s).clamp(-128, 127).round() * s
+    if kind == "lsq":
+        scale = layer.quantizer.scale.detach()[:, None, None, None]
+        weight = (conv.weight / scale).clamp(-half, half - 1).round() * scale
+    else:
+        scale = 2 * conv.weight.abs().mean((1, 2, 3), keepdim=True)
+        weight = scale * (((conv.weight / scale).clamp(-1, 1 - 1e-6) * half - 0.5).round() + 0.5) / half
+    dense = nn.Conv2d(3, 6, **options)
+    with torch.no_grad():
+        dense.weight.copy_(weight)
+        if conv.bias is not None:
+            dense.bias.copy_(conv.bias)
+    torch.testing.assert_close(y, dense(rounded))
+    cotangent = torch.randn_like(y)
+    y.backward(cotangent)
+    dense(rounded).backward(cotangent)
+    inside = (
+        (conv.weight / scale).abs() <= half - 1 if kind == "lsq" else torch.ones_like(conv.weight, dtype=torch.bool)
+    )
+    torch.testing.assert_close(layer.weight.grad[inside], dense.weight.grad[inside])
+    layer.step()
+    final = layer.deploy()
+    assert type(final[1]) is QuantConv2d and final[1].linear.bits == bits
+    assert final[1].side_by_side == (
+        options in ({"kernel_size": 4, "stride": 4}, {"kernel_size": 1}) or (kind == "statsq" and bits == 2)
+    )
+    torch.testing.assert_close(final[1].weight, weight.detach())
+    torch.testing.assert_close(final(x), y)
+    torch.testing.assert_close(final(x[0]), y[0])  # one image
+    torch.testing.assert_close(final(x.contiguous(memory_format=torch.channels_last)), y)
+
+
+def test_patches_are_multiplied_without_decoding(monkeypatch):
+    layer = StatsQConv2d(nn.Conv2d(3, 6, 4, stride=4), 8, "lsq")
+    final, x = layer.deploy(), torch.randn(2, 3, 10, 8)
+    expected = layer(x)
+    monkeypatch.setattr(QuantConv2d, "weight", property(lambda self: pytest.fail("decoded")))
+    torch.testing.assert_close(final(x), expected)
+    with pytest.raises(pytest.fail.Exception, match="decoded"):
+        final(x[0])
+
+
+def test_the_states_of_convolutions_load_into_others():
+    layer, x = StatsQConv2d(nn.Conv2d(3, 6, 4, stride=4), 8, "lsq", input=LSQActivation(8)), torch.randn(2, 3, 8, 8)
+    layer(x)
+    layer.step()
+    other = StatsQConv2d(nn.Conv2d(3, 6, 4, stride=4), 8, "lsq", input=LSQActivation(8))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), layer(x)) and other.quantizer.count == 1
+    final, empty = layer.deploy(), other.deploy()
+    with torch.no_grad():
+        empty[1].linear.codes.zero_()
+    empty.load_state_dict(final.state_dict())
+    assert torch.equal(empty(x), final(x))
+
+
+def test_frozen_weights_of_a_convolution_stay():
+    layer = StatsQConv2d(nn.Conv2d(8, 16, 3), 2, boundary_range=0.05)
+    layer.anneal()
+    before = layer.weight.detach().clone()
+    free = layer.quantizer.movable(before.flatten(1)).view_as(before)
+    layer(torch.randn(2, 8, 5, 5)).square().sum().backward()
+    assert layer.weight.grad[~free].count_nonzero() == 0 and 0 < free.sum() < free.numel() / 2
+    with torch.no_grad():
+        layer.weight += 1
+    layer.step()
+    assert torch.equal(layer.weight, torch.where(free, before + 1, before))
+
+
+def test_convolutions_refuse():
+    conv = nn.Conv2d(3, 6, 4)
+    with pytest.raises(ValueError, match="StatsQConv2d: input must have one scale and no shifts, got LSQActivation"):
+        StatsQConv2d(conv, 8, "lsq", input=LSQActivation(8, features=9))
+    with pytest.raises(ValueError, match="StatsQConv2d: input must have one scale"):
+        StatsQConv2d(conv, 8, "lsq", input=LSQActivation(8, scales=3, axis=-2))
+    weight = quantize_weight(torch.randn(6, 12), bits=8, group_size=None)
+    with pytest.raises(ValueError, match=r"QuantConv2d: weight must have shape \[6, 48\], got \[6, 12\]"):
+        QuantConv2d(conv, weight, None)
+
+
+# ---------------------------------------------------------------------------------------------------- what is deployed
+
+
+def shifted(activation):
+    """With shifts that count."""
+    with torch.no_grad():
+        for shift in (activation.before, activation.after):
+            if shift is not None:
+                shift.normal_(std=0.3)
+    return activation
+
+
+def test_the_shift_after_becomes_part_of_the_bias():
+    for bias in (True, False):
+        layer = StatsQLinear(nn.Linear(6, 4, bias), 2, input=shifted(LSQActivation(4, features=6)))
+        x = torch.randn(5, 6)
+        y, weight = layer(x), layer.quantizer(layer.weight).detach()
+        rounding, linear = layer.deploy()
+        assert rounding.after is None and layer.input.after is not None
+        torch.testing.assert_close(linear.bias, weight @ layer.input.after + (layer.bias if bias else 0))
+        torch.testing.assert_close(linear(rounding(x)), y)
+        linear.codes.zero_()  # memory of its own
+        rounding.scale.data.zero_()
+        assert torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 30, 31, 62, 64, 65])
+@pytest.mark.parametrize(
+    ("bits", "kind", "options"),
+    [
+        (2, "statsq", {"bits": 4}),
+        (1, "statsq", {"bits": 2, "scales": 3, "axis": -2}),
+        (8, "lsq", {"bits": 7, "unsigned": True}),
+        (3, "lsq", {"bits": 7, "scales": 3, "axis": -2}),
+    ],
+)
+def test_integers_are_multiplied_exactly(columns, bits, kind, options):
+    """The sums of integers are those in 64 bits, and only the scales are rounded."""
+    torch.manual_seed(columns)
+    activation = shifted(LSQActivation(features=columns, **options))
+    layer = StatsQLinear(nn.Linear(columns, 5), bits, kind, input=activation)
+    x = torch.randn(4, 3, columns)
+    y = layer(x)
+    final = layer.deploy(integer=True)
+    assert type(final) is IntegerLinear and final.linear.activations == "int8"
+    q, scale = activation.integers(x)
+    codes = layer.quantizer.codes(layer.weight)
+    doubled = 2 * codes.long() + (kind == "statsq")  # twice the level, which may be a half
+    sums = (q.long()[..., None, :] * doubled).sum(-1)
+    factor = layer.quantizer.row_scale(layer.weight).double() / (2**bits if kind == "statsq" else 2)
+    exact = sums * factor
+    found = final.linear(final.extended(q)).double()
+    reach = (q.abs() @ (codes.abs().float() + 1).t()).double() * factor  # of the sum's terms
+    assert ((found - exact).abs() <= 4e-6 * (reach + 127 * factor * 2**bits)).all()
+    shift = layer.quantizer(layer.weight).detach().double() @ activation.after.detach().double()
+    expected = exact * scale.double() + shift + layer.bias.detach().double()
+    torch.testing.assert_close(final(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(final(x), y, rtol=1e-4, atol=1e-4)
+    assert final(x).dtype == x.dtype
+
+
+def test_without_its_ends_a_row_would_be_rounded():
+    """So that the test above can fail."""
+    layer = StatsQLinear(nn.Linear(64, 5), 2, input=LSQActivation(4, features=64))
+    x = torch.randn(3, 64)
+    y = layer(x)
+    final = layer.deploy(integer=True)
+    final.ends.zero_()
+    assert (final(x) - y).abs().max() > 1e-3
+
+
+def test_integers_of_16_bit_layers_and_of_states():
+    layer = StatsQLinear(nn.Linear(32, 8), 2, input=shifted(LSQActivation(4, features=32, scales=3, axis=-2)))
+    layer = layer.bfloat16()
+    x = torch.randn(2, 3, 32, dtype=torch.bfloat16)
+    y, final = layer(x), layer.deploy(integer=True)
+    assert final(x).dtype == torch.bfloat16
+    torch.testing.assert_close(final(x), y, rtol=2e-2, atol=2e-2)
+    layer = layer.float()
+    x = x.float()
+    final, other = layer.deploy(integer=True), StatsQLinear(nn.Linear(32, 8), 2, input=copy.deepcopy(layer.input))
+    other = other.deploy(integer=True)
+    other.load_state_dict(final.state_dict())
+    assert torch.equal(other(x), final(x)) and not any("ends" in name for name in final.state_dict())
+    torch.testing.assert_close(final(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [
+        LSQActivation(8),
+        LSQActivation(8, unsigned=True),
+        LSQActivation(4, scales=4, axis=-1),
+        LSQActivation(4, scales=4, axis=-2, parts=2),
+    ],
+)
+def test_activations_of_other_integers_are_multiplied_as_floats(activation):
+    assert not IntegerLinear.takes(activation)
+    layer = StatsQLinear(nn.Linear(4, 3), 2, input=activation)
+    assert type(layer.deploy(integer=True)) is nn.Sequential
+    with pytest.raises(ValueError, match="IntegerLinear: activation must have integers of at most 127"):
+        IntegerLinear(layer.quantizer.pack(layer.weight), None, activation)
+    grouped = quantize_weight(torch.randn(3, 64), bits=4, group_size=32)
+    with pytest.raises(ValueError, match="IntegerLinear: weight must have one scale per row"):
+        IntegerLinear(grouped, None, LSQActivation(4))
+
+
+@pytest.mark.parametrize("integer", [False, True])
+def test_a_deployed_attention_is_the_attention(integer):
+    torch.manual_seed(0)
+    rounding = {"input": LSQActivation(4, features=12, scales=5, axis=-2), "softmax": LSQActivation(4, unsigned=True)}
+    rounding |= {"qk_output": LSQActivation(4, features=24, scales=10, axis=-2, parts=2)}
+    rounding |= {"v_output": LSQActivation(4, features=8, scales=8, axis=-1)}
+    qk = QueryKey(torch.randn(6, 12), torch.randn(6, 12), 2, 2)
+    v, proj = StatsQLinear(nn.Linear(12, 8), 2), StatsQLinear(nn.Linear(8, 12), 2, input=LSQActivation(4, features=8))
+    layer = ReparameterizedAttention(qk, v, proj, 2, 0.5, **{n: shifted(a) for n, a in rounding.items()})
+    shifted(proj.input)
+    x = torch.randn(2, 5, 12)
+    y = layer(x)
+    final = layer.deploy(integer)
+    kinds = (IntegerLinear,) * 3 if integer else (QuantLinear, QuantLinear, nn.Sequential)
+    assert tuple(type(m) for m in (final.qk, final.v, final.proj)) == kinds
+    assert final.qk_output.after is None and layer.qk_output.after is not None
+    torch.testing.assert_close(final(x), y, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        layer.qk_output.after.add_(3)  # the same for all logits of a query
+    torch.testing.assert_close(layer(x), y, rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- annealing
@@ -445,5 +697,6 @@ def test_attention_without_quantisation_is_attention():
 
 
 def test_the_examples_of_the_docstrings():
-    results = doctest.testmod(importlib.import_module("cofire.nn.statsq"))
-    assert results.attempted > 0 and results.failed == 0
+    for name in ("cofire.nn.statsq", "cofire.nn.statsq_deployed"):
+        results = doctest.testmod(importlib.import_module(name))
+        assert results.attempted > 0 and results.failed == 0

@@ -23,13 +23,14 @@ from cofire.methods.attention import KEY_HEADS, OBSTACLES, edges_of
 from cofire.methods.base import Method, Report, bare, evaluation, first_input, matches, replace_modules
 from cofire.methods.deployed import Timing, deployed_error, latency_of
 from cofire.names import near_matches
-from cofire.nn.lowbit import linear_layers
+from cofire.nn.lowbit import QuantLinear, linear_layers
 from cofire.nn.statsq import (
     WEIGHTS,
     LSQActivation,
     Quantized,
     QueryKey,
     ReparameterizedAttention,
+    StatsQConv2d,
     StatsQLinear,
     check_boundary_range,
 )
@@ -44,7 +45,7 @@ NEGATIVE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class OFQLayer(Report):
-    """One quantised matrix: a linear layer's weight, or the product of query and key."""
+    """One quantised matrix: a linear layer's or a convolution's weight, or the product of query and key."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,7 +65,7 @@ class OFQReport(Report):
     dense_bytes: int  #: of the weights that the quantised matrices stand for
     packed_bytes: int
     model_dense_bytes: int  #: with everything else in the model
-    model_packed_bytes: int
+    model_packed_bytes: int  #: of the finalized network
     bits_per_weight: float  #: packed, per weight of the dense layers
     oscillating: float  #: share of all quantised weights
     near_boundary: float
@@ -76,6 +77,7 @@ class OFQReport(Report):
     deployed_equal: float | None
     latency: Timing | None
     layers: list[OFQLayer]
+    unquantized: list[str]  #: convolutions that stay as they are: all but a first and a last one
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,9 @@ class OFQ(Method, name="ofq"):
         activation_scale: "token": each position has a scale (each position and head, in attention; each channel for the
             values). "tensor": one scale per layer.
         edge_bits: bits of weights and activations of the first and the last layer (in the order of the modules, attention and
-            convolutions among them) where they are linear, both by learned step sizes; None: like the others.
-        skip: names or patterns of linear layers and attentions that are left alone.
+            convolutions among them) where they are linear or an ``nn.Conv2d``, as the embedding of patches often is, both by
+            learned step sizes; None: linear ones like the others, convolutions as they are.
+        skip: names or patterns of layers and attentions that are left alone.
         distill: weight of the cross entropy with the teacher's probabilities; 0: no teacher. The paper's loss is this and
             the cross entropy with the labels, which is the task's.
         boundary_range: in annealing a weight moves if it is within so many quantisation steps of a boundary between two
@@ -114,7 +117,8 @@ class OFQ(Method, name="ofq"):
 
     Source: Liu et al. 2023, sections 4.1 (StatsQ), 4.2 (confidence-guided annealing) and 4.3 (query-key
     reparameterisation). In the authors' code annealing leaves query and key out; here it acts on their product: see
-    :class:`cofire.nn.QueryKey`. Frozen weights get a gradient of zero, so that AdamW's moments of them decay, as there.
+    :class:`cofire.nn.QueryKey`. Frozen weights get a gradient of zero, so that AdamW's moments of them decay, as there;
+    :meth:`keep_moments` keeps them.
     """
 
     weight_bits: int = 2
@@ -172,7 +176,8 @@ class OFQ(Method, name="ofq"):
         ``proj``, takes one argument and computes ``proj(softmax(q k^T factor) v)``, as those of
         :mod:`cofire.models` and of timm's plain vision transformers do; ``factor`` is its ``scale``, or one over the root of
         a head's width. The biases of query and key are dropped. The other linear layers (exactly ``nn.Linear``, with a
-        weight of their own) are quantised one by one; convolutions stay as they are.
+        weight of their own) are quantised one by one. Of the convolutions those at the edges are (exactly ``nn.Conv2d``,
+        with one scale for the whole input): the method has no others, and they stay as they are.
 
         Args:
             model: a trained network.
@@ -267,10 +272,47 @@ class OFQ(Method, name="ofq"):
         for layer in chosen:
             layer.anneal(on)
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def keep_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> KeptMoments:
+        """From now on the optimiser's moments of weights that annealing freezes stay what they are.
+
+        Otherwise a frozen weight's gradient is zero, so that its moments decay, and one that becomes free begins with what is
+        left of them. It acts by hooks on ``optimizer.step()``, which are no part of the state: call it again after
+        resuming.
+
+        Args:
+            model: a prepared model.
+            optimizer: of its parameters; anything of their shapes in its state counts as a moment.
+
+        Returns:
+            What :meth:`~KeptMoments.remove` ends it by.
+
+        Raises:
+            TypeError: ``optimizer`` is none.
+            ValueError: not prepared.
+
+        Example:
+            >>> method = OFQ(qkr=False, activation_scale="tensor", edge_bits=None, distill=0)
+            >>> model = method.prepare(nn.Linear(8, 4))
+            >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            >>> kept = method.keep_moments(model, optimizer)  # before the last epochs
+            >>> kept.remove()  # after them
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"OFQ.keep_moments: optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        return KeptMoments(self._require(model, "keep_moments").values(), optimizer)
+
+    def finalize(self, model: nn.Module, integer: bool = False) -> nn.Module:
         """A copy of the quantised network in evaluation mode with packed integer weights, without the teacher.
 
-        Activations are still rounded by their learned scales; the products take them as they then are, exactly.
+        Activations are still rounded by their learned scales. Shifts after the rounding become part of the biases, where a
+        product alone sees them.
+
+        Args:
+            model: a prepared model.
+            integer: multiply rounded activations and weights as integers, where activations have integers of at most 127
+                (7 bits, at the edges not the usual 8). Otherwise the products take the rounded activations as floats. The
+                values are the same but for rounding errors; the products of two activations, in attention, are of floats
+                either way.
 
         Raises:
             ValueError: not prepared, finalized already, or activation scales that no batch has set yet.
@@ -279,19 +321,20 @@ class OFQ(Method, name="ofq"):
         for name, activation in _activations(_student(model)).items():
             if not activation.initialized:
                 raise ValueError(f"OFQ.finalize: the scales of {name!r} have no values yet; run a batch first")
-        result = copy.deepcopy(_student(model)).eval()
-        new = {id(layer): layer.deploy() for layer in _layers(result).values()}
-        return replace_modules(result, new).eval().requires_grad_(False)
+        return _deployed(model, integer)
 
     # ------------------------------------------------------------------------------------------------ report
 
-    def report(self, model: nn.Module, batches: Iterable[Any] = (), latency: bool = False) -> OFQReport:
+    def report(
+        self, model: nn.Module, batches: Iterable[Any] = (), latency: bool = False, integer: bool = False
+    ) -> OFQReport:
         """Bytes, oscillation, and whether the deployed network equals the trained one.
 
         Args:
             model: a prepared model.
             batches: batches of inputs, or of tuples that begin with them: to compare the outputs.
             latency: also time the finalized network against the teacher, on the first batch.
+            integer: of the finalized network, as in :meth:`finalize`.
 
         Raises:
             ValueError: not prepared; ``latency`` without a batch or without a teacher.
@@ -299,7 +342,8 @@ class OFQ(Method, name="ofq"):
         layers = [_examine(name, layer) for name, layer in self._require(model, "report").items()]
         student, root = _student(model), bare(model)
         inputs = [first_input(batch) for batch in batches]
-        final = self.finalize(model) if all(a.initialized for a in _activations(student).values()) else None
+        deployed = _deployed(model, integer)
+        final = deployed if all(a.initialized for a in _activations(student).values()) else None
         error, equal, timing = None, None, None
         if inputs and final is not None:
             error, equal = deployed_error(student, final, inputs)
@@ -311,16 +355,14 @@ class OFQ(Method, name="ofq"):
         everything = _layers(student).values()
         count = sum(layer.weights for layer in everything)
         others = _bytes(student, (LSQActivation, Quantized))
-        biases = sum(
-            layer.bias.nbytes for layer in everything if isinstance(layer, StatsQLinear) and layer.bias is not None
-        )
-        scales = sum(_bytes(a, ()) for a in _activations(student).values())
+        biases = sum(p.nbytes for layer in everything for n, p in layer.named_parameters(recurse=False) if n == "bias")
         first = next(iter(everything)).quantizer
         return OFQReport(
             dense_bytes=dense,
             packed_bytes=packed,
             model_dense_bytes=others + biases + dense,
-            model_packed_bytes=others + biases + scales + packed,
+            model_packed_bytes=_bytes(deployed, (QuantLinear,))
+            + sum(m.nbytes for m in deployed.modules() if isinstance(m, QuantLinear)),
             bits_per_weight=8 * packed / sum(sum(getattr(x, n).numel() for n in x.factors) for x in everything),
             oscillating=sum(x.oscillating * y.weights for x, y in zip(layers, everything, strict=True)) / count,
             near_boundary=sum(x.near_boundary * y.weights for x, y in zip(layers, everything, strict=True)) / count,
@@ -330,6 +372,7 @@ class OFQ(Method, name="ofq"):
             deployed_equal=equal,
             latency=timing,
             layers=layers,
+            unquantized=[n for n, m in student.named_modules() if isinstance(m, nn.modules.conv._ConvNd)],
         )
 
     # ----------------------------------------------------------------------------------------------- surgery
@@ -345,7 +388,9 @@ class OFQ(Method, name="ofq"):
 
     def _replace(self, model: nn.Module, seen: _Seen) -> nn.Module:
         found = {name: _attention(name, m) for name, m in model.named_modules() if self.qkr and _is_attention(m)}
-        plain = dict(linear_layers(model))
+        kinds = (nn.Linear, nn.Conv2d)
+        plain = {n: m for n, m in linear_layers(model, also=kinds) if isinstance(m, kinds)}
+        convolutions = {n for n, m in plain.items() if isinstance(m, nn.Conv2d)}
         self._check_skip([*found, *plain])
         attentions = {name: parts for name, parts in found.items() if not self._skipped(name)}
         if self.qkr and not attentions:
@@ -354,24 +399,26 @@ class OFQ(Method, name="ofq"):
                 "proj); qkr=False quantises the linear layers alone"
             )
         inside = {id(m) for name in attentions for m in model.get_submodule(name).modules()}
-        linear = {n: m for n, m in plain.items() if id(m) not in inside and not self._skipped(n)}
-        if not linear and not attentions:
+        layers = {n: m for n, m in plain.items() if id(m) not in inside and not self._skipped(n)}
+        if not layers.keys() - convolutions and not attentions:
             raise ValueError("OFQ.prepare: there is no layer to quantise: no nn.Linear that skip leaves")
         new: dict[int, nn.Module] = {}
         for name, parts in attentions.items():
             seen.check(name, model.get_submodule(name), parts)
             new[id(model.get_submodule(name))] = self._reparameterized(name, parts, seen)
         edges = edges_of(model, attentions) if self.edge_bits is not None else set()
-        for name, module in linear.items():
-            assert isinstance(module, nn.Linear)
-            new[id(module)] = self._linear(module, name, seen, edge=name in edges).train(module.training)
+        for name, module in layers.items():
+            if isinstance(module, nn.Linear):
+                new[id(module)] = self._linear(module, name, seen, edge=name in edges).train(module.training)
+            elif isinstance(module, nn.Conv2d) and name in edges:
+                new[id(module)] = self._convolution(module, name, seen).train(module.training)
         return replace_modules(model, new)
 
     def _check_skip(self, known: Sequence[str]) -> None:
         for pattern in self.skip:
             if not matches(known, pattern):
                 raise ValueError(
-                    f"OFQ.prepare: skip names {pattern!r}, which fits no linear layer or attention"
+                    f"OFQ.prepare: skip names {pattern!r}, which fits no layer or attention that can be quantised"
                     f"{near_matches(pattern, known)}"
                 )
 
@@ -387,10 +434,18 @@ class OFQ(Method, name="ofq"):
         input = self._activation(activation_bits, linear, features=linear.in_features, **seen.of(name))
         return StatsQLinear(linear, bits, kind, input=input, boundary_range=self.boundary_range)
 
+    def _convolution(self, conv: nn.Conv2d, name: str, seen: _Seen) -> StatsQConv2d:
+        """One at the edge."""
+        assert self.edge_bits is not None
+        bits = None if self.activation_bits is None else self.edge_bits
+        # (a scale per channel or place, and shifts, would need more than a tensor's last dimensions)
+        input = self._activation(bits, conv, **seen.of(name) | {"positions": None})
+        return StatsQConv2d(conv, self.edge_bits, "lsq", input=input, boundary_range=self.boundary_range)
+
     def _activation(
         self,
         bits: int | None,
-        like: nn.Linear,
+        like: nn.Linear | nn.Conv2d,
         *,
         positions: int | None,
         parts: int = 1,
@@ -428,6 +483,43 @@ class OFQ(Method, name="ofq"):
             attn_drop=parts.attn_drop,
             proj_drop=parts.proj_drop,
         ).train(parts.proj.training)
+
+
+class KeptMoments:
+    """Hooks on an optimiser that keep what it remembers of frozen weights; :meth:`OFQ.keep_moments` makes them."""
+
+    def __init__(self, layers: Iterable[Quantized], optimizer: torch.optim.Optimizer) -> None:
+        self.layers = list(layers)
+        self.kept: list[
+            tuple[Tensor, str, Tensor, Tensor]
+        ] = []  # parameter, name, what may move, moment before the step
+        self.hooks = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
+
+    def remove(self) -> None:
+        """From now on moments decay."""
+        for hook in self.hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.kept = []
+        for layer in self.layers:
+            if not layer.quantizer.annealing:
+                continue
+            factors = [getattr(layer, name) for name in layer.factors]
+            for p, free in zip(factors, layer.movable(*(p.detach() for p in factors)), strict=True):
+                moments = {n: m for n, m in optimizer.state.get(p, {}).items() if isinstance(m, Tensor)}
+                self.kept += [(p, n, free, m.clone()) for n, m in moments.items() if m.shape == p.shape]
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for p, name, free, before in self.kept:
+            moment = optimizer.state[p][name]
+            moment.copy_(torch.where(free, moment, before))
+        self.kept = []
 
 
 # ------------------------------------------------------------------------------------------------------ distillation
@@ -546,7 +638,7 @@ def _attention(name: str, module: nn.Module) -> _Attention:
 
 
 class _Seen:
-    """What each linear layer and attention gets when the network runs on an example: shape, range, positions."""
+    """What each layer and attention gets when the network runs on an example: shape, range, positions."""
 
     def __init__(self, model: nn.Module, example: Tensor | None) -> None:
         self.shapes: dict[str, set[tuple[int, ...]]] = {}
@@ -554,7 +646,8 @@ class _Seen:
         self.inputs: dict[str, tuple[Any, ...]] = {}  # of attentions
         if example is None:
             return
-        watched = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or _is_attention(m)}
+        kinds = (nn.Linear, nn.Conv2d)
+        watched = {n: m for n, m in model.named_modules() if isinstance(m, kinds) or _is_attention(m)}
         hooks = [m.register_forward_pre_hook(self._hook(n), with_kwargs=True) for n, m in watched.items()]
         try:
             with evaluation(model), torch.no_grad():
@@ -572,7 +665,7 @@ class _Seen:
             low, high = (float(v) for v in x.aminmax())
             before = self.ranges.get(name, (low, high))
             self.ranges[name] = (min(low, before[0]), max(high, before[1]))
-            if not isinstance(module, nn.Linear):
+            if _is_attention(module):
                 self.inputs.setdefault(name, (x, args[1:], kwargs))
 
         return look
@@ -626,6 +719,15 @@ def _layers(model: nn.Module) -> dict[str, Quantized]:
 
 def _activations(model: nn.Module) -> dict[str, LSQActivation]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LSQActivation)}
+
+
+def _deployed(model: nn.Module, integer: bool) -> nn.Module:
+    """The network for inference, with memory of its own."""
+    result = copy.deepcopy(_student(model)).eval()
+    new: dict[int, nn.Module] = {id(layer): layer.deploy(integer) for layer in _layers(result).values()}
+    attentions = [m for m in result.modules() if isinstance(m, ReparameterizedAttention)]
+    new |= {id(attention): attention.deploy(integer) for attention in attentions}
+    return replace_modules(result, new).eval().requires_grad_(False)
 
 
 @torch.no_grad()

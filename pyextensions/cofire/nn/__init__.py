@@ -42,9 +42,11 @@ from cofire.nn.statsq import (
     LSQActivation,
     QueryKey,
     ReparameterizedAttention,
+    StatsQConv2d,
     StatsQLinear,
     WeightQuantizer,
 )
+from cofire.nn.statsq_deployed import IntegerLinear, QuantConv2d
 
 __all__ = [
     "BinaryLinearAttention",
@@ -61,6 +63,7 @@ __all__ = [
     "GatedConv2d",
     "GatedLinear",
     "HeavyHitterCache",
+    "IntegerLinear",
     "KVCache",
     "KVFusion",
     "LSQActivation",
@@ -81,6 +84,7 @@ __all__ = [
     "PalettizedEmbedding",
     "PalettizedLinear",
     "QLoRALinear",
+    "QuantConv2d",
     "QuantLinear",
     "QueryKey",
     "ReparameterizedAttention",
@@ -90,6 +94,7 @@ __all__ = [
     "Sparse",
     "SparseConv2d",
     "SparseLinear",
+    "StatsQConv2d",
     "StatsQLinear",
     "WeightQuantizer",
     "check_masks_agree",

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layers of few-bit weights and activations, trained without weights that oscillate between two levels.
 
-The *trainable* form (:class:`StatsQLinear`, :class:`QueryKey` inside :class:`ReparameterizedAttention`) owns the weights
-and computes with what quantisation makes of them; ``deploy()`` gives the form that owns packed integers.
+The *trainable* form (:class:`StatsQLinear`, :class:`StatsQConv2d`, :class:`QueryKey` inside
+:class:`ReparameterizedAttention`) owns the weights and computes with what quantisation makes of them; ``deploy()`` gives the
+form that owns packed integers (:mod:`cofire.nn.statsq_deployed`).
 
 Sources: Liu, Liu, Cheng, "Oscillation-free Quantization for Low-bit Vision Transformers", ICML 2023; Esser et al., "Learned
 Step Size Quantization", ICLR 2020; the measure of oscillation: Nagel et al., "Overcoming Oscillations in
@@ -12,6 +13,7 @@ Quantization-Aware Training", ICML 2022.
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 from cofire import ops
 from cofire.nn.fake_quantize import lsq_range, lsq_scale
 from cofire.nn.lowbit import QuantLinear
+from cofire.nn.statsq_deployed import IntegerLinear, QuantConv2d, convolve, folded_bias, follow, geometry_repr
 from cofire.ops import QTensor
 from cofire.ops.checks import check_choice, check_integer, check_number, refuse, shape_of
 from cofire.ops.fake_quantize import SCALE_FLOOR, statsq_levels
+from cofire.ops.lowbit import compute_dtype
 
 #: Ways to quantise a weight.
 WEIGHTS = ("statsq", "lsq")
@@ -131,6 +135,30 @@ class LSQActivation(nn.Module):
         self.initialized = True
 
     def forward(self, input: Tensor) -> Tensor:
+        y = self._quantize(self._rows(input)).view(input.shape)
+        return y if self.after is None else y + self.after
+
+    def integers(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """What the input is rounded to, and the scales that it is multiplied by: before the shift after, of one part.
+
+        Returns:
+            Integers as floats, in the shape of the input, and scales that fit them: in fp32, or fp64 where an argument is.
+            The gradient of the integers is that of no rounding.
+
+        Raises:
+            ValueError: several parts; an input that has not as many positions as there are scales.
+        """
+        if self.parts > 1:
+            refuse("LSQActivation", f"the integers are of one part, got {self.parts} parts")
+        x = self._rows(input)
+        scale = self.scale.to(compute_dtype(x, self.scale)).clamp(min=SCALE_FLOOR)
+        scale = scale[0] if self.axis is None else scale[:, None] if self.axis == -2 else scale
+        # (in the wide type, in which a rounded input is divided as well)
+        places = x.to(scale.dtype) / scale
+        return ops.fake_quantize_lsq(places, places.new_ones(()), self.low, self.high), scale
+
+    def _rows(self, input: Tensor) -> Tensor:
+        """The shifted input, its parts as rows; the first one gives the scales."""
         x = input if self.before is None else input + self.before
         shape = x.shape
         if self.parts > 1 and self.axis is not None:
@@ -149,8 +177,7 @@ class LSQActivation(nn.Module):
                     "give prepare an example_input"
                 )
             self.initialize(x)
-        y = self._quantize(x).view(shape)
-        return y if self.after is None else y + self.after
+        return x
 
     def _quantize(self, x: Tensor) -> Tensor:
         # Elements per scale in one sample: the gradient's factor must not depend on how a batch is split.
@@ -188,6 +215,9 @@ class WeightQuantizer(nn.Module):
         annealing: whether only entries near a boundary move; kept in the buffer ``flag``.
 
     Shape: as ``matrix``.
+
+    Raises:
+        TypeError, ValueError: bits, a kind or a range that there is not.
 
     Example:
         >>> quantizer = WeightQuantizer(torch.tensor([[1.0, -1.0, 0.25, 0.25]]), bits=2)
@@ -370,8 +400,8 @@ class Quantized(nn.Module, abc.ABC):
         self.quantizer.track(self.matrix())
 
     @abc.abstractmethod
-    def deploy(self) -> nn.Module:
-        """The form for inference, with memory of its own."""
+    def deploy(self, integer: bool = False) -> nn.Module:
+        """The form for inference, with memory of its own; ``integer``: multiply integers where the input has some."""
 
 
 def _remember_loaded(module: nn.Module, incompatible: Any) -> None:
@@ -391,6 +421,9 @@ class StatsQLinear(Quantized):
         weight, bias: parameters.
 
     Shape: as ``nn.Linear``.
+
+    Raises:
+        TypeError, ValueError: bits, a kind or a range that there is not; an input of another length than was seen first.
 
     Example:
         >>> layer = StatsQLinear(nn.Linear(8, 3), bits=2, input=LSQActivation(4, features=8))
@@ -429,13 +462,86 @@ class StatsQLinear(Quantized):
         x = input if self.input is None else self.input(input)
         return F.linear(x, self.quantizer(self.weight), self.bias)
 
-    def deploy(self) -> nn.Module:
-        bias = None if self.bias is None else self.bias.detach().clone()
-        linear = QuantLinear.from_qtensor(self.quantizer.pack(self.weight), bias)
-        return linear if self.input is None else nn.Sequential(self.input, linear)
+    def deploy(self, integer: bool = False) -> nn.Module:
+        """The shift after the rounding of the input becomes part of the bias."""
+        weight = self.quantizer.pack(self.weight)
+        if self.input is None:
+            return QuantLinear.from_qtensor(weight, folded_bias(weight, self.bias, None))
+        rounding = copy.deepcopy(self.input)
+        if integer and IntegerLinear.takes(rounding):
+            return IntegerLinear(weight, self.bias, rounding)
+        linear = QuantLinear.from_qtensor(weight, folded_bias(weight, self.bias, rounding.after))
+        rounding.after = None
+        return nn.Sequential(rounding, linear)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class StatsQConv2d(Quantized):
+    """A convolution with a quantised weight, and a quantised input where ``input`` says how.
+
+    Args:
+        conv: the convolution that it is made from; its parameters are copied.
+        bits, kind, boundary_range: as in :class:`WeightQuantizer`; a row is an output channel.
+        input: quantises the input, by one scale and without shifts, so that what is padded with zeros stays zero; None: the
+            input stays as it is.
+
+    Attributes:
+        weight, bias: parameters, as in ``nn.Conv2d``.
+
+    Shape: as ``nn.Conv2d``.
+
+    Raises:
+        TypeError, ValueError: bits, a kind or a range that there is not; an ``input`` with shifts or several scales.
+
+    Example:
+        >>> layer = StatsQConv2d(nn.Conv2d(3, 8, 4, stride=4), bits=8, kind="lsq", input=LSQActivation(8))
+        >>> layer(torch.rand(2, 3, 16, 16)).shape, layer.quantizer.scale.shape
+        (torch.Size([2, 8, 4, 4]), torch.Size([8]))
+
+    Source: Esser et al. 2020 for "lsq", which Liu et al. 2023 (OFQ) have in the embedding of patches; their StatsQ is of
+    linear layers.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        bits: int,
+        kind: str = "statsq",
+        *,
+        input: LSQActivation | None = None,
+        boundary_range: float = 0.005,
+    ) -> None:
+        super().__init__()
+        if input is not None and (input.axis is not None or input.before is not None):
+            refuse("StatsQConv2d", f"input must have one scale and no shifts, got {input}")
+        follow(self, conv)
+        self.weight = _copied(conv.weight)
+        self.bias = None if conv.bias is None else _copied(conv.bias)
+        self.input = input
+        self.quantizer = WeightQuantizer(self.matrix(), bits, kind, boundary_range=boundary_range)
+        self._watch()
+
+    def matrix(self, *factors: Tensor) -> Tensor:
+        return (factors[0] if factors else self.weight).flatten(1)
+
+    def movable(self, *factors: Tensor) -> list[Tensor]:
+        return [self.quantizer.movable(self.matrix(*factors)).view_as(self.weight)]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = input if self.input is None else self.input(input)
+        return convolve(self, x, self.quantizer(self.matrix()).view_as(self.weight), self.bias)
+
+    def deploy(self, integer: bool = False) -> nn.Module:
+        """Of no integers: the input has 8 bits where the method puts this layer, and those of the kernels end at 127."""
+        conv = QuantConv2d(self, self.quantizer.pack(self.matrix()), self.bias)
+        return conv if self.input is None else nn.Sequential(copy.deepcopy(self.input), conv)
+
+    def extra_repr(self) -> str:
+        return geometry_repr(self)
 
 
 class QueryKey(Quantized):
@@ -454,6 +560,10 @@ class QueryKey(Quantized):
         bits, kind, boundary_range: as in :class:`WeightQuantizer`, for the rows of A: ``[heads * C, C]``.
 
     Shape: ``[B, N, C]`` to ``[B, N, heads * C]``: of each position and head ``A_h x``.
+
+    Raises:
+        TypeError, ValueError: query and key of other shapes than one ``[heads * d, C]``; bits, a kind or a range that there is
+            not.
 
     Example:
         >>> layer = QueryKey(torch.randn(6, 4), torch.randn(6, 4), heads=2, bits=2)
@@ -502,7 +612,8 @@ class QueryKey(Quantized):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.quantizer(self.matrix()))
 
-    def deploy(self) -> nn.Module:
+    def deploy(self, integer: bool = False) -> nn.Module:
+        """Of no integers by itself: its input is rounded by the attention around it."""
         return QuantLinear.from_qtensor(self.quantizer.pack(self.matrix()))
 
     def extra_repr(self) -> str:
@@ -522,7 +633,8 @@ class ReparameterizedAttention(nn.Module):
     """Self-attention whose logits are ``x A_h x^T * factor``, with quantised activations in between.
 
     Args:
-        qk: :class:`QueryKey`; in the deployed form a :class:`~cofire.nn.QuantLinear` of the same shape.
+        qk: :class:`QueryKey`; in the deployed form a :class:`~cofire.nn.QuantLinear` of the same shape, or one of integers,
+            for which then ``input`` is an :class:`LSQActivation` and ``v`` of integers too.
         v: the values' layer, ``[B, N, C]`` to ``[B, N, heads * d]``.
         proj: the last layer; quantises its own input.
         heads: number of heads.
@@ -531,6 +643,18 @@ class ReparameterizedAttention(nn.Module):
         attn_drop, proj_drop: dropout of the weights and of the output.
 
     Shape: ``[B, N, C]``, unchanged.
+
+    Raises:
+        ValueError: an input that has not as many positions as the activations have scales.
+
+    Example:
+        >>> qk = QueryKey(torch.randn(6, 4), torch.randn(6, 4), heads=2, bits=2)
+        >>> v, proj = (StatsQLinear(nn.Linear(a, b), bits=2) for a, b in ((4, 6), (6, 4)))
+        >>> rounding = {"input": LSQActivation(4, features=4), "qk_output": LSQActivation(4, features=8)}
+        >>> rounding |= {"v_output": nn.Identity(), "softmax": LSQActivation(4, unsigned=True)}
+        >>> layer = ReparameterizedAttention(qk, v, proj, 2, 3**-0.5, **rounding)
+        >>> layer(torch.rand(1, 5, 4)).shape
+        torch.Size([1, 5, 4])
 
     Source: Liu et al. 2023 (OFQ), section 4.3.
     """
@@ -558,13 +682,46 @@ class ReparameterizedAttention(nn.Module):
         self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.input(x)
-        keys = self.qk_output(self.qk(x)).unflatten(2, (self.num_heads, -1))  # [B, N, heads, C]
-        values = self.v_output(self.v(x)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        x, keys, values = self._products(x)
+        keys = self.qk_output(keys).unflatten(2, (self.num_heads, -1))  # [B, N, heads, C]
+        values = self.v_output(values).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         logits = x.unsqueeze(1) @ keys.permute(0, 2, 3, 1) * self.factor
         weights = self.attn_drop(self.softmax(logits.softmax(-1)))
         y: Tensor = self.proj_drop(self.proj((weights @ values).transpose(1, 2).flatten(2)))
         return y
+
+    def _products(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The rounded input, and its products with both weights."""
+        if not isinstance(self.qk, IntegerLinear):
+            rounded = self.input(x)
+            return rounded, self.qk(rounded), self.v(rounded)
+        assert isinstance(self.input, LSQActivation) and isinstance(self.v, IntegerLinear)
+        integers, scale = self.input.integers(x)
+        extended = self.qk.extended(integers)
+        keys, values = (layer.multiply(extended, scale).to(x.dtype) for layer in (self.qk, self.v))
+        rounded = (integers * scale).to(x.dtype)
+        return rounded if self.input.after is None else rounded + self.input.after, keys, values
+
+    def deploy(self, integer: bool = False) -> ReparameterizedAttention:
+        """The form for inference, with memory of its own; ``integer``: multiply integers by the weights.
+
+        The shift after ``qk_output`` adds the same to all logits of a query, which the softmax takes away: it is left out.
+        """
+
+        def deployed(layer: nn.Module, integer: bool = False) -> nn.Module:
+            return layer.deploy(integer) if isinstance(layer, Quantized) else copy.deepcopy(layer)
+
+        qk, v = deployed(self.qk), deployed(self.v)
+        rounding, keys = copy.deepcopy(self.input), copy.deepcopy(self.qk_output)
+        if integer and isinstance(rounding, LSQActivation) and IntegerLinear.takes(rounding):
+            if isinstance(qk, QuantLinear) and isinstance(v, QuantLinear):
+                qk, v = (IntegerLinear(layer.qweight, layer.bias, rounding, inside=False) for layer in (qk, v))
+        if isinstance(keys, LSQActivation):
+            keys.after = None
+        rest = {name: copy.deepcopy(getattr(self, name)) for name in ("v_output", "softmax", "attn_drop", "proj_drop")}
+        return ReparameterizedAttention(
+            qk, v, deployed(self.proj, integer), self.num_heads, self.factor, input=rounding, qk_output=keys, **rest
+        ).train(self.training)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, factor={self.factor:.4g}"
