@@ -58,8 +58,14 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
         assert cell["packed"] == cell["accuracy"]
         assert cell["deployed_equal"] > 0.9
         assert cell["course"][-1] == (3, cell["oscillating"])
+        # four blocks of a 64x64 matrix for each of four heads, of v and proj, and of two of twice the width
+        assert cell["quantized"] == 4 * 64 * 64 * (4 + 2 + 4)
+        assert cell["oscillating"] * cell["quantized"] == pytest.approx(ofq_report.count(cell))
         assert cell["scale_variance"] >= 0
     assert [row["shape"][0] for row in results["latency"]] == [1, 16]
+    assert all(
+        row["integer"]["packed_ms"] > 0 and row["integer"]["shape"] == row["shape"] for row in results["latency"]
+    )
     written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
     assert not list(tmp_path.rglob("*.tmp"))
@@ -154,13 +160,18 @@ def test_the_watch_measures_the_variance_of_row_scales() -> None:
 
 def _cell(setting: str, seed: int, **changes: object) -> dict[str, object]:
     measured = {
-        ofq_report.STATSQ: {"accuracy": 97.0, "oscillating": 0.006, "scale_variance": 1e-6},
+        ofq_report.STATSQ: {
+            "accuracy": 97.0,
+            "oscillating": 0.006,
+            "scale_variance": 1e-6,
+            "course": [(1, 0), (2, 0.01)],
+        },
         ofq_report.LSQ: {"accuracy": 96.4, "oscillating": 0.01, "scale_variance": 1e-5},
         ofq_report.ANNEALED: {"accuracy": 97.0, "oscillating": 0.001, "scale_variance": 1e-9},
     }[setting]
     cell = {"setting": setting, "seed": seed, "packed": 97.0, "near_boundary": 0.01, "bits_per_weight": 2.1}
     cell |= {"seconds": 1.0, "model_dense_bytes": 4096, "model_packed_bytes": 512, "deployed_error": 1e-3}
-    cell |= {"deployed_equal": 0.995, "course": [(1, 0.0), (2, 0.01)]}
+    cell |= {"deployed_equal": 0.995, "course": [(1, 0.0), (2, 0.02)], "quantized": 10_000}
     return cell | measured | changes
 
 
@@ -174,6 +185,7 @@ def _results(**changes: dict[str, object]) -> dict[str, object]:
     settings = {"condition": "Stripes.", "weights": None, "plan": json.loads(json.dumps(vars(PLAN), default=vars))}
     dense = [{"seed": 0, "accuracy": 98.0}, {"seed": 1, "accuracy": 97.0}]
     latency = [{"shape": [1, 1, 8, 8], "dense_ms": 2.0, "packed_ms": 1.0, "threads": 1}]
+    latency += [{**latency[0], "shape": [8, 1, 8, 8], "integer": {"dense_ms": 3.0, "packed_ms": 2.0}}]
     return {"dense": dense, "cells": cells, "settings": settings, "environment": where, "latency": latency}
 
 
@@ -182,6 +194,7 @@ def _results(**changes: dict[str, object]) -> dict[str, object]:
     [
         ({}, None),
         ({"LSQ": {"oscillating": 0.008}}, "StatsQ at most 0.7"),
+        ({"LSQ": {"course": [(1, 0.005), (2, 0.008)]}}, "over the course"),
         ({"LSQ": {"accuracy": 96.6}}, "at least 0.5 points"),
         ({"annealed": {"oscillating": 0.0013}}, "after annealing at most 0.2"),
         ({"annealed": {"accuracy": 96.9}}, "annealing loses nothing"),
@@ -199,8 +212,8 @@ def test_what_was_not_run_is_not_judged() -> None:
     results = _results()
     results["cells"] = [c for c in results["cells"] if c["setting"] == ofq_report.STATSQ]
     found = ofq_report.criteria(results)
-    assert [c.passed for c in found] == [None] * 5 + [True]
-    assert {c.found for c in found[:5]} == {"not run"}
+    assert [c.passed for c in found] == [None] * 6 + [True]
+    assert {c.found for c in found[:6]} == {"not run"}
 
 
 def test_tables_show_losses_and_intervals() -> None:
@@ -209,10 +222,28 @@ def test_tables_show_losses_and_intervals() -> None:
     results = _results()
     results["cells"][0]["accuracy"] = 96.0
     text = ofq_report.markdown(results)
-    assert "| StatsQ | 2 | 96.50 | 6.35 | 97.00 | 0.600% | 1.0e-06 | 1.00% |" in text
+    assert "| StatsQ | 2 | 96.50 | 6.35 | 97.00 | 0.600% | 60, 60 | 0.50% | 1.0e-06 | 1.00% |" in text
     assert "| full precision | 2 | 97.50 |" in text
     assert "| accuracy: StatsQ at least 0.5 points above LSQ | +0.10 points (95 % interval +-6.35) | no |" in text
-    assert "| 1 | 2.00 | 1.00 | 2.00x |" in text
+    assert "| 1 | 2.00 | 1.00 | 2.00x |  |  |" in text and "| 8 | 2.00 | 1.00 | 2.00x | 2.00 | 1.50x |" in text
+
+
+def test_ratios_have_an_interval_over_the_seeds() -> None:
+    results = _results()
+    shares = {ofq_report.STATSQ: [0.0040, 0.0090], ofq_report.LSQ: [0.0100, 0.0100]}
+    for cell in results["cells"]:
+        if cell["setting"] in shares:
+            cell["oscillating"] = shares[cell["setting"]][cell["seed"]]
+    found = ofq_report.criteria(results)[0]
+    # ratios 0.4 and 0.9: their logarithms' mean is log(0.6), their half interval 12.706 * log(1.5)
+    low, high = 0.6 * 1.5**-12.706, 0.6 * 1.5**12.706
+    assert found.found == (
+        f"0.65 (95 % interval {low:.2g} to {high:.2g}; 0.650% against 1.000%, 40, 90 weights against 100, 100)"
+    )
+    assert found.passed
+    results["cells"][0]["oscillating"] = 0.0  # no logarithm
+    assert ofq_report.criteria(results)[0].found == "0.45 (0.450% against 1.000%, 0, 90 weights against 100, 100)"
+    assert "as a share of 10,000 weights" in ofq_report.conditions(results)
 
 
 # -------------------------------------------------------------------------------------------- validation, command

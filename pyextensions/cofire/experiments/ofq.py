@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,7 @@ class Run:
         found = method.report(model, [self.images.normalize(self.images.test[:256])])
         names = ("bits_per_weight", "dense_bytes", "packed_bytes", "model_dense_bytes", "model_packed_bytes")
         row |= {n: getattr(found, n) for n in (*names, "near_boundary", "deployed_error", "deployed_equal")}
+        row["quantized"] = sum(layer.weights for layer in _layers(model, plan.weight_bits))
         row |= {"oscillating": oscillating(model, plan.weight_bits), **watch.found()}
         row["oscillating_qk"] = oscillating(model, plan.weight_bits, QueryKey)
         if not phase:
@@ -262,13 +264,13 @@ class Run:
         return model
 
     def latency(self) -> None:
-        """The deployed network of the first seed against the one in full precision, at batch 1 and at the training's."""
+        """The deployed network of the first seed, and that of integers, against the one in full precision, at batch 1 and at
+        the training's."""
         if "latency" in self.results:
             return
         setting = self.plan.settings[0]
         method, model = self.method(setting), self.prepared(setting, 0, trained=True).eval()
-        rows = [method.report(model, [self.example[:n]], latency=True).latency for n in (1, self.plan.batch)]
-        self.results["latency"] = [row.as_dict() for row in rows if row is not None]
+        self.results["latency"] = latencies(method, model, self.example, (1, self.plan.batch))
         self.save()
 
     def _fit(
@@ -296,6 +298,18 @@ class Run:
 
 
 # ------------------------------------------------------------------------------------------------------- measures
+
+
+def latencies(method: OFQ, model: nn.Module, example: Tensor, batches: Iterable[int]) -> list[Results]:
+    """The deployed network against its teacher, for the first inputs of ``example``; ``integer``: the one of integers."""
+    rows = []
+    for n in batches:
+        floats, integers = (
+            method.report(model, [example[:n]], latency=True, integer=integer).latency for integer in (False, True)
+        )
+        assert floats is not None and integers is not None
+        rows.append({**floats.as_dict(), "integer": integers.as_dict()})
+    return rows
 
 
 def _layers(model: nn.Module, bits: int, kind: type[Quantized] = Quantized) -> list[Quantized]:

@@ -16,8 +16,9 @@ STATSQ, LSQ, ANNEALED, CONTINUED = "StatsQ", "LSQ", "StatsQ, annealed", "StatsQ,
 #: Student's t, two-sided 95 %, by degrees of freedom.
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 AVERAGED = (
-    "accuracy", "packed", "oscillating", "scale_variance", "near_boundary", "bits_per_weight", "seconds",
+    "accuracy", "packed", "oscillating", "in_course", "scale_variance", "near_boundary", "bits_per_weight", "seconds",
 )  # fmt: skip
+SHARES = ("oscillating", "in_course")
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -34,13 +35,21 @@ def summary(results: Results) -> list[Results]:
         cells = _cells(results, name)
         row: Results = {key: mean(cell[key] for cell in cells) for key in AVERAGED}
         row |= {"setting": name, "seeds": len(cells), "interval": interval([c["accuracy"] for c in cells])}
+        row["counts"] = [count(cell) for cell in cells]
         row["bytes"] = (cells[0]["model_dense_bytes"], cells[0]["model_packed_bytes"])
         rows.append(row)
     return rows
 
 
+def count(cell: Results) -> int:
+    """The weights that oscillate at the end."""
+    return round(float(cell["oscillating"]) * int(cell["quantized"]))
+
+
 def _cells(results: Results, name: str) -> list[Results]:
-    return [cell for cell in results["cells"] if cell["setting"] == name]
+    """The cells of a setting; ``in_course``: the share of oscillating weights, mean over what was recorded while it trained."""
+    found = [cell for cell in results["cells"] if cell["setting"] == name]
+    return [{**cell, "in_course": mean(share for _, share in cell["course"])} for cell in found]
 
 
 def _pairs(results: Results, first: str, second: str, key: str) -> list[tuple[float, float]]:
@@ -56,6 +65,7 @@ def criteria(results: Results) -> list[Criterion]:
     """What the experiment has to show, judged on the means over the seeds."""
     found = [
         _ratio("oscillating weights: StatsQ at most 0.7 of LSQ", results, STATSQ, LSQ, "oscillating", most=0.7),
+        _ratio("the same, mean over the course of training", results, STATSQ, LSQ, "in_course", most=0.7),
         _ahead("accuracy: StatsQ at least 0.5 points above LSQ", results, STATSQ, LSQ, 0.5),
         _ratio(
             "oscillating weights: after annealing at most 0.2 of before", results, ANNEALED, STATSQ, "oscillating", 0.2
@@ -79,13 +89,30 @@ def _ratio(name: str, results: Results, first: str, second: str, key: str, most:
         return Criterion(name, "not run", None)
     a, b = mean(x for x, _ in pairs), mean(y for _, y in pairs)
     text = f"{_number(a, key)} against {_number(b, key)}"
+    if key == "oscillating":
+        text += f", {_counted(results, first)} weights against {_counted(results, second)}"
     if b == 0:
         return Criterion(name, text, None)
-    return Criterion(name, f"{a / b:.2g} ({text})", a / b <= most)
+    return Criterion(name, f"{a / b:.2g} ({_between(pairs)}{text})", a / b <= most)
 
 
 def _number(value: float, key: str) -> str:
-    return f"{value:.3%}" if key == "oscillating" else f"{value:.1e}"
+    return f"{value:.3%}" if key in SHARES else f"{value:.1e}"
+
+
+def _counted(results: Results, name: str) -> str:
+    """How many weights oscillate, seed by seed."""
+    return ", ".join(str(count(cell)) for cell in _cells(results, name))
+
+
+def _between(pairs: Sequence[tuple[float, float]]) -> str:
+    """The 95 % interval of the ratio, by the logarithms of the seeds' ratios; nothing where one is 0."""
+    if len(pairs) < 2 or any(x <= 0 or y <= 0 for x, y in pairs):
+        return ""
+    logs = [math.log(x / y) for x, y in pairs]
+    middle, half = mean(logs), interval(logs)
+    assert half is not None
+    return f"95 % interval {math.exp(middle - half):.2g} to {math.exp(middle + half):.2g}; "
 
 
 def _ahead(name: str, results: Results, first: str, second: str, least: float) -> Criterion:
@@ -112,11 +139,13 @@ def tables(results: Results) -> list[Table]:
         "95 % +-",
         "packed %",
         "oscillating",
+        "weights",
+        "in the course",
         "row scale variance",
         "near boundary",
     )
     outcome: list[Sequence[str]] = [
-        ["full precision", str(len(dense)), f"{mean(dense):.2f}", _half(interval(dense)), *[""] * 4]
+        ["full precision", str(len(dense)), f"{mean(dense):.2f}", _half(interval(dense)), *[""] * 6]
     ]
     outcome += [
         [
@@ -126,6 +155,8 @@ def tables(results: Results) -> list[Table]:
             _half(row["interval"]),
             f"{row['packed']:.2f}",
             f"{row['oscillating']:.3%}",
+            ", ".join(map(str, row["counts"])),
+            f"{row['in_course']:.2%}",
             f"{row['scale_variance']:.1e}",
             f"{row['near_boundary']:.2%}",
         ]
@@ -139,16 +170,16 @@ def tables(results: Results) -> list[Table]:
     found: list[Table] = [(header, outcome), (("weights", "bits/weight", "model KiB", "packed KiB"), sizes)]
     if results.get("latency"):
         body = [
-            [
-                str(row["shape"][0]),
-                f"{row['dense_ms']:.2f}",
-                f"{row['packed_ms']:.2f}",
-                f"{row['dense_ms'] / row['packed_ms']:.2f}x",
-            ]
+            [str(row["shape"][0]), f"{row['dense_ms']:.2f}", *_timed(row), *_timed(row.get("integer"))]
             for row in results["latency"]
         ]
-        found.append((("batch", "full precision ms", "packed ms", "speed-up"), body))
+        found.append((("batch", "full precision ms", "packed ms", "speed-up", "integers ms", "speed-up"), body))
     return [*found, report.criteria_table(criteria(results))]
+
+
+def _timed(row: Results | None) -> list[str]:
+    """Milliseconds, and how much faster than the network in full precision, which was timed beside."""
+    return ["", ""] if row is None else [f"{row['packed_ms']:.2f}", f"{row['dense_ms'] / row['packed_ms']:.2f}x"]
 
 
 def _half(value: float | None) -> str:
@@ -172,10 +203,17 @@ def conditions(results: Results) -> str:
         f"last layer 8 bits), the former network as teacher, in batches of {plan['batch']}, at rates from {rates},",
         f"falling to {plan['floor']:g} of that; then {plan['anneal_epochs']} at that rate with annealing (boundary range",
         f"{plan['boundary_range']:g}), and as a control without. A weight oscillates if the moving average (momentum 0.01) of",
-        f"its integer's reversals is above 0.02; the row scales' variance is over the last {plan['watched']:.0%} of the steps,",
-        f"relative to the squared mean. {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
+        f"its integer's reversals is above 0.02: at the end of a training, as a share of {_quantized(results)} weights and",
+        "counted seed by seed, and mean over its course. The row scales' variance is over the last",
+        f"{plan['watched']:.0%} of the steps, relative to the squared mean. Intervals are over the seeds, by Student's t,",
+        f"of ratios by their logarithms. {where['cpu']}, {where['threads']} threads, torch {where['torch']}.",
     )
     return " ".join(sentences)
+
+
+def _quantized(results: Results) -> str:
+    """How many weights have few bits."""
+    return f"{results['cells'][0]['quantized']:,}" if results["cells"] else "no"
 
 
 # ----------------------------------------------------------------------------------------------------------- plots
