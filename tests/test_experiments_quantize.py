@@ -12,18 +12,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from typer.testing import CliRunner
 
 from cofire import cli, models
 from cofire.data import VOCABULARY, Images, Text, load_manual
 from cofire.experiments import qlora, quantize, quantize_report, report
-from cofire.experiments.quantize import Decoded, Plan, Setting
+from cofire.experiments.quantize import Decoded, InBfloat16, Plan, Setting
+from cofire.experiments.quantize_formats import FLOAT_TABLES, FORMAT_BITS, FORMATS, dynamic_map, nested
 from cofire.nn import QuantLinear, quantize_
+from cofire.ops import NestedScale, quantize_weight
 
 PLAN = Plan(
     model="digits_mlp",
-    settings=(Setting(4, "minmax"), Setting(2, "gptq"), Setting(3, "palette"), Setting(8, "absmax", "int8")),
+    settings=(
+        Setting(4, "minmax"),
+        Setting(2, "gptq"),
+        Setting(3, "palette"),
+        Setting(8, "absmax", "int8"),
+        Setting(4, "minmax", "bf16"),
+        Setting(4, "AWQ"),
+        Setting(4, "ggml Q4_K", "int8"),
+    ),
     epochs=1,
     batch=16,
     lr=0.05,
@@ -59,13 +70,17 @@ def _tiny_data(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_tiny_data")
 def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = quantize.experiment("stripes", 2, out=tmp_path, plan=PLAN)
-    names = ["W4A16, minmax", "W2A16, gptq", "W3A16, palette", "W8A8, absmax"]
+    names = ["W4A32, minmax", "W2A32, gptq", "W3A32, palette", "W8A8, absmax", "W4A16, minmax"]
+    names += ["W4A32, AWQ", "W4A8, ggml Q4_K"]
     assert [(c["setting"], c["seed"]) for c in results["cells"]] == [(n, s) for s in (0, 1) for n in names]
     weights = 64 * 256 + 256 * 256 + 2 * 256
     for cell in results["cells"]:
         assert (cell["agreeing"], cell["answers"]) == (64, 64)
         assert cell["dense_bytes"] == 4 * weights
-        assert cell["packed_bytes"] == cell["bits_per_weight"] * weights / 8
+        # AWQ holds multiples of 8 rows, of which the last layer has 2; Q4_K blocks of 256 columns, of which the first has 64
+        held = {"AWQ": weights - 2 * 256, "ggml Q4_K": weights - 64 * 256}.get(cell["method"], weights)
+        assert cell["share"] == held / weights and cell["format"] == (held < weights)
+        assert cell["packed_bytes"] == pytest.approx(cell["bits_per_weight"] * held / 8)
     assert results["cells"][0]["bits_per_weight"] == 4 + (32 + 8) / 64
     written = json.loads((tmp_path / "results.json").read_text())
     assert written == json.loads(json.dumps(results))
@@ -74,8 +89,8 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
     lost = written["cells"].pop()
     (tmp_path / "results.json").write_text(json.dumps(written))
     made = []
-    call = quantize.quantize_
-    monkeypatch.setattr(quantize, "quantize_", lambda *args, **kwargs: made.append(1) or call(*args, **kwargs))
+    call = quantize._Run.quantized
+    monkeypatch.setattr(quantize._Run, "quantized", lambda *args: made.append(1) or call(*args))
     again = quantize.experiment("stripes", 2, out=tmp_path, plan=PLAN)
     assert made == [1]
     assert again["cells"][-1] | {"seconds": 0} == lost | {"seconds": 0}
@@ -83,13 +98,26 @@ def test_experiment_writes_every_cell_and_resumes(tmp_path: Path, monkeypatch: p
         quantize.experiment("stripes", 2, out=tmp_path, plan=replace(PLAN, lr=0.02))
 
 
-@pytest.mark.parametrize("activations", ["exact", "int8"])
+@pytest.mark.parametrize("activations", ["exact", "int8", "bf16"])
 def test_agreement_is_with_plain_torch(activations: str) -> None:
     """A layer whose kernel computed something else would be found out."""
     model = models.digits_mlp((64,)).eval()
-    quantize_(model, bits=4, group_size=64, activations=activations)
+    quantize_(model, bits=4, group_size=64, activations="int8" if activations == "int8" else "exact")
     images = _images()
     batches = [images.normalize(images.train)]
+    if activations == "bf16":
+        wide = copy.deepcopy(model)
+        narrow = InBfloat16(copy.deepcopy(model))
+        seen: list[torch.dtype] = []
+        narrow.model.features[0].register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+        same, count = quantize.agreement(narrow, iter(batches))
+        assert same >= 47 and count == 48 and set(seen) == {torch.bfloat16}
+        out = narrow(batches[0])
+        assert out.dtype == torch.float32 and torch.equal(out, out.bfloat16().float())
+        torch.testing.assert_close(out, wide(batches[0]), rtol=5e-2, atol=5e-2)
+        layer, x = narrow.model.features[0], torch.randn(3, 64, dtype=torch.bfloat16)
+        torch.testing.assert_close(Decoded(layer)(x), layer(x), rtol=1e-2, atol=1e-2)
+        return
     assert quantize.agreement(model, iter(batches)) == (48, 48)
     x = torch.randn(3, 64)
     torch.testing.assert_close(Decoded(model.features[0])(x), model.features[0](x), rtol=1e-4, atol=1e-4)
@@ -102,6 +130,50 @@ def test_agreement_is_with_plain_torch(activations: str) -> None:
     wrong.classifier.__class__ = Wrong
     same, count = quantize.agreement(wrong, iter(batches))
     assert count == 48 and same < 24
+
+
+#: Of normal weights, the error that each format's levels may leave, in standard deviations: measured once, and rounded up.
+ERRORS = {"ggml Q8_0": 0.01, "ggml Q6_K": 0.03, "ggml Q5_K": 0.06, "ggml Q3_K": 0.25, "ggml Q2_K": 0.4}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_weights_come_back_from_every_format(name: str) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 256), torch.randn(512, 256)
+    q = FORMATS[name](weight, x.t() @ x)
+    assert q.shape == (32, 256) and q.bits == FORMAT_BITS[name]
+    error = (q.replace(dtype=torch.float32).dequantize() - weight).square().mean().sqrt()
+    assert 0 < error < ERRORS.get(name, 0.14)
+    zeros = torch.zeros(32, 256)
+    if not name.startswith("GPTQ"):
+        assert FORMATS[name](zeros, None).dequantize().count_nonzero() == 0
+    if "K" in name.partition("_")[2] or name.endswith("nested"):
+        assert isinstance(q.scale, NestedScale)
+    if name not in FLOAT_TABLES:
+        QuantLinear.from_qtensor(q, activations="int8")(x[:2])
+
+
+def test_formats_refuse_what_they_do_not_hold() -> None:
+    refused = {
+        "GPTQ, activation order": "must fill words",
+        "AWQ": "multiple of 8 rows",
+        "llm-awq": "multiple of 4 rows",
+    }
+    for name, sentence in refused.items():
+        with pytest.raises(ValueError, match=sentence):
+            FORMATS[name](torch.randn(10, 256), torch.eye(256))
+    with pytest.raises(ValueError, match="Q4_K has blocks of 256 columns, got 64 columns"):
+        FORMATS["ggml Q4_K"](torch.randn(8, 64), None)
+
+
+def test_nested_scales_are_those_of_bitsandbytes() -> None:
+    golden = load_file(Path(__file__).parent / "formats" / "golden" / "bitsandbytes.safetensors")
+    maps = [t for name, t in golden.items() if name.endswith("nested_quant_map")]
+    assert maps and all(torch.equal(dynamic_map(), t) for t in maps)
+    scale = quantize_weight(torch.randn(48, 512), "nf4", group_size=64).scales()
+    found = nested(scale)
+    assert found.absmax.shape == (2,) and found.codes.shape == (48, 8)
+    torch.testing.assert_close(found.dequantize(), scale, rtol=0.02, atol=0.0)
 
 
 @pytest.mark.usefixtures("_tiny_data")
@@ -170,8 +242,12 @@ def _results(unit: str, *cells: dict[str, Any], method: str = "quantize") -> dic
 def test_criteria_of_four_bits(lost: float, passed: bool) -> None:
     results = _results(quantize_report.BITS, _cell(4, "gptq", score=3.0 + lost))
     found = {c.name: c.passed for c in quantize_report.criteria(results)}
-    assert found["W4A16, GPTQ: at most 0.010 bits per character above dense"] is passed
+    assert found["W4A32, GPTQ: at most 0.010 bits per character above dense"] is passed
     assert found["W4A8, GPTQ: at most 0.015 bits per character above dense"] is None
+    assert not any(name.startswith("W4A16") for name in found)
+    half = _results(quantize_report.BITS, _cell(4, "gptq", "bf16", score=3.0 + lost))
+    found = {c.name: c.passed for c in quantize_report.criteria(half)}
+    assert found["W4A16, GPTQ: at most 0.010 bits per character above dense"] is passed
     eight = _results(quantize_report.BITS, _cell(4, "minmax", "int8", score=3.0 + lost + 0.005))
     found = {c.name: c.passed for c in quantize_report.criteria(eight)}
     assert found["W4A8, rounded to the nearest: at most 0.015 bits per character above dense"] is passed
@@ -199,6 +275,17 @@ def test_criteria_of_low_rank_terms(score: float, size: int, passed: list[bool])
 def test_lost_counts_downwards_for_accuracy() -> None:
     results = _results(quantize_report.ACCURACY, _cell(4, "nf4", score=2.0))
     assert quantize_report.summary(results)[0]["lost"] == 1.0
+
+
+def test_formats_have_a_table_of_their_own() -> None:
+    other = {"format": True, "share": 0.97, "score": 2.5}
+    cells = [_cell(4, "nf4"), _cell(4, "nf4", "bf16", score=2.0), _cell(4, "AWQ", **other)]
+    cells += [_cell(4, "AWQ", "int8", **other | {"score": 2.0, "agreeing": 999})]
+    text = quantize_report.markdown(_results(quantize_report.ACCURACY, *cells))
+    assert "| points lost | nf4 |" in text and "| W4A32 | +0.00 |" in text and "| W4A16 | +1.00 |" in text
+    assert "| format | weights in it | bits/weight | lost, A32 | lost, A16 | lost, A8 | same answers |" in text
+    assert "| AWQ | 97% | 4.60 | +0.50 |  | +1.00 | 999 of 1,000 |" in text
+    assert "A16: the network in bfloat16" in text
 
 
 # --------------------------------------------------------------------------------------------------------- command

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantisation after training: what ``cofire train quantize`` runs.
 
-A dense network is trained. Each *cell* (setting, seed) quantises its linear layers in one call of
-:func:`cofire.nn.quantize_` and is compared with it, and with itself computed by plain torch on the decoded weights. Each
-finished cell is in the results file, so an interrupted experiment goes on where it stopped.
+A dense network is trained. Each *cell* (setting, seed) quantises its linear layers, in one call of
+:func:`cofire.nn.quantize_` or by way of another library's format, and is compared with it, and with itself computed by plain
+torch on the decoded weights. Each finished cell is in the results file, so an interrupted experiment goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ from cofire.data import Images, Text
 from cofire.experiments import language, quantize_report, report, training
 from cofire.experiments.environment import environment
 from cofire.experiments.files import Results, load_results, load_weights, read_weights, results_file, save_weights
+from cofire.experiments.quantize_formats import FLOAT_TABLES, FORMAT_BITS, FORMATS
 from cofire.experiments.training import Advance, refuse_heads
 from cofire.files import write_atomically
 from cofire.methods.base import replace_modules
 from cofire.nn import QuantLinear, hessians, quantize_
+from cofire.nn.lowbit import dense_weight, linear_layers
 from cofire.ops.lowbit import int8_activations
 
 TEXT = "text"
@@ -40,15 +42,16 @@ TEXT = "text"
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to quantise."""
+    """One way to quantise: by a method, or by a format of another library, which has bits of its own."""
 
     bits: int
     method: str
+    #: "exact": as they are, in fp32. "bf16": the network is in bfloat16, but for the packed weights. "int8": rounded row by row.
     activations: str = "exact"
 
     @property
     def name(self) -> str:
-        return f"W{self.bits}A{16 if self.activations == 'exact' else 8}, {self.method}"
+        return quantize_report.label(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,25 @@ CHARACTERS = Plan(
     lr=3e-3,
     weight_decay=0.01,
 )
-#: On digits every method meets every width: what is asked there is that kernels compute what the weights say.
+
+
+def _everything() -> Iterator[Setting]:
+    """Every method at every width, and every format, with all activations; int8 ones take no tables of floats."""
+    for activations in quantize_report.ACTIVATIONS:
+        floats = activations != "int8"
+        for bits in range(8, 0, -1):
+            methods = [*METHODS, "statsq", *(["palette"] * floats), *(["nf4", "fp4"] * (floats and bits == 4))]
+            yield from (Setting(bits, method, activations) for method in methods)
+    for name, bits in FORMAT_BITS.items():
+        for activations in quantize_report.ACTIVATIONS:
+            if activations != "int8" or name not in FLOAT_TABLES:
+                yield Setting(bits, name, activations)
+
+
+#: What is asked on digits is that kernels compute what the weights say.
 MLP = Plan(
     model="digits_mlp",
-    settings=(
-        *(Setting(bits, method) for bits in range(8, 0, -1) for method in (*METHODS, "statsq", "palette")),
-        Setting(4, "nf4"),
-        Setting(4, "fp4"),
-        *(Setting(bits, method, "int8") for bits in range(8, 0, -1) for method in ("absmax", "minmax")),
-    ),
+    settings=tuple(_everything()),
     epochs=30,
     batch=64,
     lr=0.05,
@@ -231,17 +244,32 @@ class Predict(Calibrated):
 
 
 class Decoded(nn.Module):
-    """The same layer in plain torch: the decoded weight, and activations rounded as the kernel rounds them."""
+    """The same layer in plain torch: the decoded weight in fp32, and activations rounded as the kernel rounds them."""
 
     def __init__(self, layer: QuantLinear) -> None:
         super().__init__()
-        self.weight, self.bias, self.activations = layer.weight, layer.bias, layer.activations
+        self.weight = layer.qweight.replace(dtype=torch.float32).dequantize()
+        self.bias = None if layer.bias is None else layer.bias.float()
+        self.activations = layer.activations
 
     def forward(self, x: Tensor) -> Tensor:
+        seen = x.float()
         if self.activations == "int8":
-            codes, scale = int8_activations(x)
-            x = codes * scale
-        return F.linear(x, self.weight, self.bias)
+            codes, scale = int8_activations(seen)
+            seen = codes * scale
+        return F.linear(seen, self.weight, self.bias).to(x.dtype)
+
+
+class InBfloat16(nn.Module):
+    """A network in bfloat16, but for its packed weights, with inputs as they come and outputs in fp32."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.model(x.bfloat16() if x.is_floating_point() else x)
+        return output.float()
 
 
 @torch.no_grad()
@@ -332,21 +360,43 @@ class _Run(Run):
             model = self.network(seed)
             linears = sum(m.weight.nbytes for m in model.modules() if isinstance(m, nn.Linear) and _own(m, model))
             start = time.perf_counter()
-            quantize_(
-                model, setting.method, bits=setting.bits, activations=setting.activations,
-                group_size=None if setting.method == "palette" else self.plan.group_size,
-                hessians=self.hessians(seed) if setting.method == "gptq" else None,
-            )  # fmt: skip
-            row: Results = {"setting": setting.name, **asdict(setting), "seed": seed}
+            model = self.quantized(model, setting, seed)
+            row: Results = {
+                "setting": setting.name,
+                **asdict(setting),
+                "format": setting.method in FORMATS,
+                "seed": seed,
+            }
             row["seconds"] = time.perf_counter() - start
             layers = [m for m in model.modules() if isinstance(m, QuantLinear)]
+            packed = sum(m.in_features * m.out_features for m in layers)
             row["dense_bytes"], row["packed_bytes"] = linears, sum(m.qweight.nbytes for m in layers)
-            row["bits_per_weight"] = 8 * row["packed_bytes"] / sum(m.in_features * m.out_features for m in layers)
+            row["bits_per_weight"], row["share"] = 8 * row["packed_bytes"] / packed, 4 * packed / linears
+            model = InBfloat16(model) if setting.activations == "bf16" else model
             row["score"] = self.task.score(model)
             row["agreeing"], row["answers"] = agreement(model, self.task.inputs())
             self.results["cells"].append(row)
             self.save()
         self.advance(1, f"{setting.name}, seed {seed}")
+
+    def quantized(self, model: nn.Module, setting: Setting, seed: int) -> nn.Module:
+        """The network with packed weights; those that a format cannot hold stay dense."""
+        activations = "int8" if setting.activations == "int8" else "exact"
+        if setting.method not in FORMATS:
+            return quantize_(
+                model, setting.method, bits=setting.bits, activations=activations,
+                group_size=None if setting.method == "palette" else self.plan.group_size,
+                hessians=self.hessians(seed) if setting.method == "gptq" else None,
+            )  # fmt: skip
+        new: dict[int, nn.Module] = {}
+        for name, layer in linear_layers(model):
+            weight, bias = dense_weight(layer)
+            try:
+                packed = FORMATS[setting.method](weight, self.hessians(seed)[name])
+            except ValueError:
+                continue
+            new[id(layer)] = QuantLinear.from_qtensor(packed, bias, activations=activations)
+        return replace_modules(model, new)
 
     @functools.lru_cache(maxsize=1)  # noqa: B019 (a run is as long as its process)
     def hessians(self, seed: int) -> dict[str, Tensor]:

@@ -14,6 +14,20 @@ from cofire.experiments.report import Criterion, Table
 ACCURACY, BITS = "accuracy %", "bits/char"
 
 
+#: Bits of the activations: as they are, which is in fp32; those of a network in bfloat16; rounded row by row.
+ACTIVATIONS = {"exact": 32, "bf16": 16, "int8": 8}
+
+
+def width(cell: Results) -> str:
+    """Bits of weights and activations."""
+    return f"W{cell['bits']}A{ACTIVATIONS[cell['activations']]}"
+
+
+def label(cell: Results) -> str:
+    """What a setting is called."""
+    return f"{width(cell)}, {cell['method']}"
+
+
 def summary(results: Results) -> list[Results]:
     """One row per setting: means over its seeds, each ``lost`` against the dense network of the same seed."""
     dense = {row["seed"]: row["score"] for row in results["dense"]}
@@ -26,6 +40,8 @@ def summary(results: Results) -> list[Results]:
         row |= {"lost": mean(lost), "least": min(lost), "most": max(lost)}
         if "answers" in cells[0]:
             row |= {"bits": cells[0]["bits"], "method": cells[0]["method"], "activations": cells[0]["activations"]}
+            row |= {"setting": label(row), "width": width(row)}
+            row |= {"format": cells[0].get("format", False), "share": cells[0].get("share", 1.0)}
             row |= {"agreeing": sum(c["agreeing"] for c in cells), "answers": sum(c["answers"] for c in cells)}
             row |= {"bits_per_weight": cells[0]["bits_per_weight"], "seconds": mean(c["seconds"] for c in cells)}
         else:
@@ -51,12 +67,15 @@ def criteria(results: Results) -> list[Criterion]:
 
 
 #: Above dense, in bits per character: what four bits may lose, by the activations.
-BOUNDS = {"exact": ("W4A16", 0.010), "int8": ("W4A8", 0.015)}
+BOUNDS = {"exact": ("W4A32", 0.010), "bf16": ("W4A16", 0.010), "int8": ("W4A8", 0.015)}
 
 
 def _text(rows: list[Results]) -> Iterator[Criterion]:
     """Both of rounding to the nearest, which needs no data, and of GPTQ, which looks at some."""
+    there = {row["activations"] for row in rows}
     for activations, (name, bound) in BOUNDS.items():
+        if activations == "bf16" and activations not in there:
+            continue
         for method, words in (("minmax", "rounded to the nearest"), ("mse", "range searched"), ("gptq", "GPTQ")):
             found = [
                 r for r in rows if (r["bits"], r["method"], r["activations"]) == (4, method, activations)
@@ -99,9 +118,13 @@ def _low_rank(rows: list[Results]) -> Iterator[Criterion]:
 
 def tables(results: Results) -> list[Table]:
     """Scores, sizes, and the criteria."""
-    rows = summary(results)
-    draw = _adapted if _qlora(results) else _scores if results["settings"]["unit"] == BITS else _grid
-    return [draw(rows), report.criteria_table(criteria(results))]
+    rows, judged = summary(results), report.criteria_table(criteria(results))
+    if _qlora(results):
+        return [_adapted(rows), judged]
+    if results["settings"]["unit"] == BITS:
+        return [_scores(rows), judged]
+    others = [row for row in rows if row["format"]]
+    return [_grid([row for row in rows if not row["format"]]), *([_others(others)] if others else []), judged]
 
 
 def _scores(rows: list[Results]) -> Table:
@@ -121,9 +144,28 @@ def _scores(rows: list[Results]) -> Table:
 def _grid(rows: list[Results]) -> Table:
     """Points of accuracy lost, a row for each width and a column for each method."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    widths = list(dict.fromkeys(row["setting"].partition(",")[0] for row in rows))
-    lost = {(row["setting"].partition(",")[0], row["method"]): f"{row['lost']:+.2f}" for row in rows}
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    lost = {(row["width"], row["method"]): f"{row['lost']:+.2f}" for row in rows}
     return ("points lost", *methods), [[width, *(lost.get((width, m), "") for m in methods)] for width in widths]
+
+
+def _others(rows: list[Results]) -> Table:
+    """A row for each format of another library: how much of the network it holds, and points of accuracy lost."""
+    header = (
+        "format",
+        "weights in it",
+        "bits/weight",
+        *(f"lost, A{bits}" for bits in ACTIVATIONS.values()),
+        "same answers",
+    )
+    body = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        found = {row["activations"]: row for row in rows if row["method"] == name}
+        first = next(iter(found.values()))
+        lost = [f"{found[a]['lost']:+.2f}" if a in found else "" for a in ACTIVATIONS]
+        worst = min(found.values(), key=lambda row: row["agreeing"] / row["answers"])
+        body.append([name, f"{first['share']:.0%}", f"{first['bits_per_weight']:.2f}", *lost, _share(worst)])
+    return header, body
 
 
 def _adapted(rows: list[Results]) -> Table:
@@ -144,6 +186,10 @@ def _adapted(rows: list[Results]) -> Table:
 def markdown(results: Results) -> str:
     """Conditions and tables as markdown."""
     return report.markdown(conditions(results), tables(results))
+
+
+def _activations(results: Results) -> set[str]:
+    return {cell["activations"] for cell in results["cells"]}
 
 
 def conditions(results: Results) -> str:
@@ -167,8 +213,11 @@ def conditions(results: Results) -> str:
     else:
         sentences.append(
             f"Linear layers in groups of {plan['group_size']} columns (palettes: one of the whole weight), scales in fp32; "
-            f"GPTQ's Hessians are of {plan['calibration']} batches of the training data. Lost: mean, least and most over the "
-            "seeds, each against its dense network."
+            f"GPTQ's Hessians are of {plan['calibration']} batches of the training data. A32: activations as they are; "
+            + ("A16: the network in bfloat16, but for the packed weights; " if "bf16" in _activations(results) else "")
+            + "A8: activations rounded to 8 bits row by row. Lost: "
+            + ("mean, least and most" if text else "mean")
+            + " over the seeds, each against its dense network."
         )
     sentences.append(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}.")
     return " ".join(sentences)
