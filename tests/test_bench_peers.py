@@ -15,15 +15,33 @@ from typer.testing import CliRunner
 
 from cofire import bench
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, harness, lowbit, peers, results
+from cofire.bench import ceilings, clustering, harness, lowbit, peers, results
 from cofire.bench.cases import Case, Provider, Random, plain
-from cofire.bench.peers import Peer, _ggml, _products, _zentorch, torch_fp8
+from cofire.bench.dense_products import SAME_DTYPE
+from cofire.bench.peers import (
+    Peer,
+    _ggml,
+    _onnx,
+    _products,
+    _zentorch,
+    bitsandbytes,
+    coremltools,
+    ik_llama,
+    onnxruntime,
+    quanto,
+    torch_fp8,
+    torchao,
+    zentorch,
+    zentorch_dense,
+)
 from cofire.bench.peers._ggml import by_blocks
+from cofire.bench.peers.ik_llama import by_blocks_of_half
 from cofire.bench.peers.torch_fp8 import by_fp8
 from cofire.cli import app
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(peers.__file__).parent
+HALF = torch.bfloat16
 HEAD = """
 from cofire.bench.cases import plain
 from cofire.bench.peers import Peer
@@ -212,6 +230,28 @@ def test_without_packages_peers_are_absent(monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
+def test_a_case_that_a_peer_is_not_timed_on_has_a_row_that_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "installed", lambda package: True)
+    large, small = clustering._dkm((4096, 4096), 16), clustering._dkm((512, 512), 16)
+    for mode in large.modes:
+        assert "peer:coremltools" not in harness.candidates(large, "cpu", mode, None)
+        assert "peer:coremltools" in harness.candidates(small, "cpu", mode, None)
+        absent = harness.absentees(large, "cpu", mode, None)["peer:coremltools"]
+        assert absent.startswith("left out: its maps would have 805,306,368 entries; timed with at most 67,108,864")
+        assert "peer:coremltools" not in harness.absentees(small, "cpu", mode, None)
+    palettes = [c for c in every_case() if c.op == "kmeans1d" and c.facts["palette_rows"] is None]
+    assert {c.facts["clusters"] > coremltools.CLUSTERS for c in palettes} == {True, False}
+    for case in palettes:
+        absent = harness.absentees(case, "cpu", "forward", None).get("peer:coremltools", "")
+        assert (f"{case.facts['clusters']} clusters" in absent) == (case.facts["clusters"] > coremltools.CLUSTERS)
+
+
+def test_a_peer_that_is_not_here_says_so_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = clustering._dkm((4096, 4096), 16)
+    monkeypatch.setattr(peers, "installed", lambda package: False)
+    assert coremltools.PEER.absence(case) == coremltools.PEER.absence() == "not installed: coremltools"
+
+
 def test_peers_are_known_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no provider is called 'peer:fais'; did you mean 'peer:faiss'"):
         bench.run(["clustering"], providers=["peer:fais"], out=tmp_path / "r.json")
@@ -220,7 +260,7 @@ def test_peers_are_known_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 # ------------------------------------------------------------------------------------------------ their own maths
 
 
-@pytest.mark.parametrize(("reference", "error"), [(by_blocks, 2e-2), (by_fp8, 6e-2)])
+@pytest.mark.parametrize(("reference", "error"), [(by_blocks, 2e-2), (by_blocks_of_half, 2e-2), (by_fp8, 6e-2)])
 def test_roundings_are_roundings(reference: Callable[..., Tensor], error: float) -> None:
     """Near the exact product, but not it: the check would otherwise pass a peer that rounds nothing, or in another way."""
     args = lowbit.qlinear_case(5, 8, None, activations="int8").tiny(Random("roundings"))
@@ -236,6 +276,103 @@ def test_fp8_of_torch_is_its_reference() -> None:
     given = harness.Input(case, "cpu", tiny=True)
     assert given.check(provider, "forward", harness.slack("peer:x")) is None
     assert given.check(Provider(provider.setup), "forward", harness.slack("peer:x")) is not None, "it does round"
+
+
+def test_the_input_in_half_is_rounded_by_rows() -> None:
+    """The operator's own product of the rounded input, in bfloat16."""
+    args = lowbit.qlinear_case(5, dtype=HALF, activations="int8").tiny(Random("rows of half"))
+    assert torch.equal(_products.rows_of_half(*args), _products.reference(*args)), "which is in bfloat16"
+    wide = (args[0].float() + 1e-3, *args[1:])
+    got = _products.rows_of_half(*wide)
+    assert got.dtype == HALF and torch.equal(got, _products.reference(wide[0].to(HALF), *args[1:]))
+    assert not torch.equal(got.float(), _products.reference(*wide))
+    exact = _products.rows_of_half(*harness._in_fp64(wide))
+    assert exact.dtype == torch.float64 and torch.allclose(exact, got.double(), rtol=1e-2, atol=1e-2)
+
+
+def test_what_each_library_is_called_for() -> None:
+    """And in which of its ways: the fastest is the row."""
+
+    def ways(peer: Callable[[Case], peers.Found], *args: object, **options: object) -> set[str] | None:
+        found = peer(lowbit.qlinear_case(*args, **options))  # type: ignore[arg-type]
+        return None if found is None else set() if isinstance(found, Provider) else set(found)
+
+    int8, half = {"activations": "int8"}, {"dtype": HALF}
+    assert ways(zentorch.find, 8, 8, None, **int8) == {"8 bits"}
+    assert ways(zentorch.find, 8, **int8) == ways(zentorch.find, 8, **half) == {"4 bits"}
+    assert ways(zentorch.find, 8, 2, **int8) is ways(zentorch.find, 8) is ways(zentorch.find, 8, 2, **half) is None
+    assert ways(zentorch.find, 8, 4, 64, format="nf4", **half) is None
+    assert ways(zentorch_dense.find, 8, 4, 64, format="nf4", **half) == ways(zentorch_dense.find, 8, **half) == set()
+    assert ways(zentorch_dense.find, 8) is ways(zentorch_dense.find, 8, **int8, **half) is None
+    assert ways(bitsandbytes.find, 8, 4, 64, format="nf4") == {"matmul_4bit", "Linear4bit"}
+    assert ways(torchao.find, 8, 8, None, **int8) == ways(torchao.find, 8, 8, None, **half) == {"eager", "compiled"}
+    assert ways(quanto.find, 8, 8, None, **half) == ways(quanto.find, 8, 2, **half) == set()
+    assert ways(quanto.find, 8, 8, **half) is ways(quanto.find, 8, 8, None, **int8) is None
+    for bits, both in ((2, None), (4, {"as stored", "repacked"}), (8, {"as stored", "repacked"})):
+        assert ways(ik_llama.find, 8, bits, **int8) == both and ways(ik_llama.find, 8, bits) is None
+        assert ways(onnxruntime.find, 8, bits, **int8) == set()
+        assert ways(onnxruntime.find, 8, bits) == (set() if bits == 4 else None), "a plain loop"
+    assert ways(onnxruntime.find, 8, dtype=torch.float16) == set() and ways(onnxruntime.find, 8, **half) is None
+
+
+def test_what_rounds_in_its_own_way_is_checked_against_that() -> None:
+    found = bitsandbytes.find(lowbit.qlinear_case(8, 4, 64, format="nf4"))
+    assert found is not None and found["Linear4bit"].reference is _products.half
+    assert found["matmul_4bit"].reference is None
+    four = zentorch.find(lowbit.qlinear_case(8, activations="int8"))
+    assert four is not None and four["4 bits"].reference is _products.rows_of_half
+    assert not four["4 bits"].first, "what it made of a weight once cannot be unmade"
+
+
+def test_models_for_onnxruntime_are_in_the_dtype_of_the_input() -> None:
+    onnx = pytest.importorskip("onnx")
+    for dtype, kind in ((torch.float32, "FLOAT"), (torch.float16, "FLOAT16")):
+        p = _products.Product(*lowbit.qlinear_case(5, dtype=dtype).tiny(Random("models")))
+        graph = onnx.load_from_string(_onnx.model(p, 0)).graph
+        number = getattr(onnx.TensorProto, kind)
+        assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {number}
+        scales = torch.from_numpy(onnx.numpy_helper.to_array(graph.initializer[1]).copy())
+        assert torch.equal(scales, p.scale.to(dtype).flatten())
+
+
+def variants(case: Case, provider: str) -> dict[str, Provider]:
+    found = case.providers[provider]
+    return {"": found} if isinstance(found, Provider) else dict(found)
+
+
+def test_decoding_is_followed_by_the_product_of_the_gradient_s_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowbit, "has_half", lambda rows: True)
+    for dtype, expected in ((torch.float32, {"fp32"}), (HALF, {"fp32", "bf16"})):
+        case = lowbit._backward(16, dtype)
+        given = harness.Input(case, "cpu", tiny=True)
+        found = variants(case, "peer:dequantize-then-dense")
+        assert set(found) == expected
+        for provider in found.values():
+            assert given.check(provider, "forward", harness.slack("peer:x")) is None
+            args = given.args
+            assert provider.setup(*args)().dtype == dtype
+    other = lowbit._backward(16)
+    wrong = plain(lambda *args: 1.1 * lowbit._decode_and_multiply(torch.float32)(*args), outputs=1)
+    assert "off by" in str(harness.Input(other, "cpu", tiny=True).check(wrong, "forward", harness.slack("peer:x")))
+
+
+def test_exact_activations_are_compared_with_dense_products_of_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cofire.bench.dense_products.has_half", lambda rows: True)
+    case = lowbit._exact(16)
+    assert "bf16" in variants(case, "dense") and set(variants(case, SAME_DTYPE)) == {"fp32", "fp32 packed"}
+    case = lowbit._exact(1, dtype=torch.float16)
+    assert {"fp32", "bf16", "fp16"} <= set(variants(case, "dense")) and SAME_DTYPE not in case.providers
+    given = harness.Input(case, "cpu", tiny=True)
+    for name, provider in variants(case, "dense").items():
+        if "packed" not in name:
+            assert given.check(provider, "forward", harness.slack("dense")) is None, name
+    assert "off by" in str(
+        given.check(
+            Provider(lambda *args: lambda: 1.1 * args[0] @ lowbit._decoded_weight(*args).t().half()),
+            "forward",
+            harness.slack("dense"),
+        )
+    )
 
 
 def test_blocks_of_ggml_hold_the_codes() -> None:

@@ -544,7 +544,7 @@ def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None)
     every = {"cofire": case.ours or plain(OPERATORS[case.op]), **case.providers}
     if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
         every[ONE_THREAD] = one_thread(OPERATORS[case.op])
-    every |= {name: entry for name, (peer, entry) in of_case(case, device).items() if peer.absence() is None}
+    every |= {name: entry for name, (peer, entry) in of_case(case, device).items() if peer.absence(case) is None}
     found = {name: _variants(name, entry, device, mode) for name, entry in every.items() if _is_wanted(name, wanted)}
     return {name: variants for name, variants in found.items() if variants}
 
@@ -554,7 +554,7 @@ def absentees(case: Case, device: str, mode: str, wanted: Sequence[str] | None) 
     return {
         name: why
         for name, (peer, entry) in of_case(case, device).items()
-        if _is_wanted(name, wanted) and _variants(name, entry, device, mode) and (why := peer.absence()) is not None
+        if _is_wanted(name, wanted) and _variants(name, entry, device, mode) and (why := peer.absence(case)) is not None
     }
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cofire.bench.cases import Args, Case, Provider, Random, Run, compiled, plain
-from cofire.bench.dense_products import dense_products, has_half
+from cofire.bench.dense_products import SAME_DTYPE, dense_products, has_half, plainly
 from cofire.bench.fake_quantize import CASES as FAKE
 from cofire.bench.lowbit_torch import int_mm, of_torch
 from cofire.bench.peers._products import Product, clear_of_halves, exact, half, reference
@@ -27,7 +27,7 @@ from cofire.ops.quantizers import NF4, quantize_weight
 from cofire.ops.shift_add import pack_shift, shift_from_weight, shift_quantize
 from cofire.registry import OPERATORS, Kernel
 
-FLOAT, HALF = torch.float32, torch.bfloat16
+FLOAT, HALF, FP16 = torch.float32, torch.bfloat16, torch.float16
 SQUARE, TALL, TINY = (4096, 4096), (11008, 4096), (96, 256)
 #: An 8-bit palette like those that clustering finds: denser in the middle.
 PALETTE = tuple(round(127 * (abs(i) / 8) ** 1.3 * (1 if i > 0 else -1)) for i in range(-8, 9) if i)
@@ -92,12 +92,22 @@ def _cuda(*args: Any) -> Tensor:
     return found
 
 
+def _has_fp16(rows: int) -> bool:
+    """Whether products in float16 are worth trying, as :func:`has_half` says of bfloat16."""
+    return rows <= 4 or torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _is_fast(dtype: torch.dtype, rows: int) -> bool:
+    """Whether torch multiplies in this dtype in a reasonable time."""
+    return dtype == FLOAT or (has_half(rows) if dtype == HALF else _has_fp16(rows))
+
+
 def _dense_providers(
     dtype: torch.dtype, bits: int, activations: str, rows: int, half_too: bool = False
 ) -> dict[str, Provider]:
-    """fp32 for both inputs; bfloat16 where the input is, or is rounded anyway, or where it is asked for."""
+    """fp32 for all inputs, float16 for its own; bfloat16 where the input is, or is rounded anyway, or where it is asked for."""
     rounds = activations != "exact"
-    return dense_products(
+    found = dense_products(
         _decoded_weight,
         rows,
         bits / 8,
@@ -105,6 +115,9 @@ def _dense_providers(
         exact=exact if rounds else None,
         rounded=half if rounds or dtype != HALF else None,
     )
+    if dtype == FP16 and _has_fp16(rows):
+        found["fp16"] = Provider(plainly(_decoded_weight, FP16), expansion=16 / bits)
+    return found
 
 
 def _args(
@@ -132,12 +145,16 @@ def qlinear_case(
     dense_half: bool = False,
     **options: Any,
 ) -> Case:
-    """``dense_half``: a product in bfloat16 is among the dense ones though the input is exact, and in fp32."""
+    """``dense_half``: a product in bfloat16 is among the dense ones though the input is exact and of another dtype; those of
+    fp32 then have a row of their own."""
     dense = _dense_providers(dtype, bits, activations, rows, dense_half)
     if activations == "int8" and bits == 8 and group_size is None:
         dense["int_mm"] = Provider(int_mm, differentiable=False)
     providers: Providers = {"dense": dense}
-    if dtype != HALF or has_half(rows):
+    same = {name: provider for name, provider in dense.items() if name.startswith("fp32")}
+    if activations == "exact" and dtype == FLOAT and len(same) < len(dense):
+        providers[SAME_DTYPE] = same
+    if _is_fast(dtype, rows):
         providers["eager"] = plain(_eager, hot=True)
     if compile:
         providers["compile"] = compiled(_eager)
@@ -175,30 +192,35 @@ def _int8(rows: int, *args: Any, **options: Any) -> Case:
     return qlinear_case(rows, *args, activations="int8", **options)
 
 
+def _exact(rows: int, *args: Any, **options: Any) -> Case:
+    return qlinear_case(rows, *args, dense_half=True, **options)
+
+
 # Ordered by weight, which is made once for its neighbours.
 INTEGERS = [
     *(_int8(m, quick=m == 1, first=m == 1, overhead=m == 1, compile=m == 32) for m in (1, 4, 8, 16, 32, 64, 256)),
     *(_int8(m, dtype=HALF) for m in (1, 64)),
-    *(_int8(m, group_size=32) for m in (1, 64)),
+    *(_int8(m, group_size=32, first=m == 1) for m in (1, 4, 8, 16, 32, 64, 256)),
     _int8(64, format="minmax"),
-    *(_int8(m, 2) for m in (1, 64)),
-    *(_int8(m, 3) for m in (1, 64)),
-    *(_int8(m, 8) for m in (1, 64)),
+    *(_int8(m, 2, first=m == 1) for m in (1, 64)),
+    *(_int8(m, 3, first=m == 1) for m in (1, 64)),
+    *(_int8(m, 8, first=m == 1) for m in (1, 64)),
     *(_int8(m, 8, None) for m in (1, 32)),
-    *(_int8(m, format="palette") for m in (1, 16, 64, 256)),
-    *(_int8(m, shape=TALL) for m in (1, 16, 256)),
+    *(_int8(m, format="palette", first=m == 1) for m in (1, 16, 64, 256)),
+    *(_int8(m, shape=TALL, first=m == 1) for m in (1, 16, 256)),
 ]
 EXACT = [
-    *(qlinear_case(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
-    *(qlinear_case(m, dtype=HALF, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
-    *(qlinear_case(m, group_size=32, dtype=HALF) for m in (4, 64)),
-    qlinear_case(1, 2),
-    qlinear_case(64, 3),
-    qlinear_case(1, 8),
-    *(qlinear_case(m, 8, None, dtype=HALF) for m in (1, 32)),
-    *(qlinear_case(m, 4, 64, format="nf4") for m in (1, 16, 256)),
-    qlinear_case(1, 4, 64, format="nf4", dtype=HALF),
-    *(qlinear_case(m, dtype=HALF, shape=TALL) for m in (4, 16, 64, 256)),
+    *(_exact(m, quick=m == 1, first=m == 1, compile=m == 16) for m in (1, 4, 16, 32, 64, 256)),
+    *(_exact(m, dtype=HALF, first=m == 1) for m in (1, 4, 16, 32, 64, 256)),
+    *(_exact(m, dtype=FP16) for m in (1, 16, 64)),
+    *(_exact(m, group_size=32, dtype=HALF) for m in (4, 16, 32, 64, 256)),
+    _exact(1, 2),
+    _exact(64, 3),
+    _exact(1, 8),
+    *(_exact(m, 8, None, dtype=HALF) for m in (1, 32)),
+    *(_exact(m, 4, 64, format="nf4", first=m == 1) for m in (1, 16, 256)),
+    _exact(1, 4, 64, format="nf4", dtype=HALF),
+    *(_exact(m, dtype=HALF, shape=TALL) for m in (4, 16, 64, 256)),
 ]
 
 # -------------------------------------------------------------------------------------------------- training
@@ -251,10 +273,14 @@ def _dense_backward(dtype: torch.dtype) -> Callable[..., Run]:
     return setup
 
 
-def _decode_and_multiply(*args: Any) -> Tensor:
+def _decode_and_multiply(dtype: torch.dtype) -> Callable[..., Tensor]:
     """The weight decoded by our fast operator at each call, then a library's product: what backward must not lose to."""
-    grad: Tensor = args[0]
-    return (grad.float() @ _backward_weight(args)).to(grad.dtype)
+
+    def call(*args: Any) -> Tensor:
+        grad: Tensor = args[0]
+        return (grad.to(dtype) @ _backward_weight(args).to(dtype)).to(grad.dtype)
+
+    return call
 
 
 def _eager_backward(*args: Any) -> Tensor:
@@ -272,9 +298,11 @@ def _backward(rows: int, dtype: torch.dtype = FLOAT, shape: tuple[int, int] = SQ
         return (grad, None, *_parts(q), q.bits, q.group_size, shape[1], "exact", True)
 
     dense = {"fp32": Provider(_dense_backward(FLOAT), outputs=1, expansion=8)}
-    providers: Providers = {"dense": dense, "peer:dequantize-then-dense": plain(_decode_and_multiply, outputs=1)}
+    decoding = {"fp32": plain(_decode_and_multiply(FLOAT), outputs=1)}
+    providers: Providers = {"dense": dense, "peer:dequantize-then-dense": decoding}
     if dtype == HALF and has_half(rows):
         dense["bf16"] = Provider(_dense_backward(HALF), outputs=1, expansion=4)
+        decoding["bf16"] = plain(_decode_and_multiply(HALF), outputs=1)
     if dtype != HALF or has_half(rows):
         providers["eager"] = plain(_eager_backward, outputs=1, hot=True)
     return Case(
@@ -345,6 +373,7 @@ def _lora(
 TRAINING = [
     *(_backward(m, quick=m == 16, overhead=m == 16) for m in (16, 256)),
     *(_backward(m, HALF) for m in (16, 256)),
+    _backward(256, HALF, TALL),
     _gradients_of_scales(256, FLOAT),
     _lora(16, quick=True),
     _lora(256, overhead=True),

@@ -29,6 +29,10 @@ def _anywhere() -> str | None:
     return None
 
 
+def _every(case: Case) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Peer:
     """A library, and how its documentation says to call it."""
@@ -40,14 +44,18 @@ class Peer:
     packages: Mapping[str, str] = field(default_factory=dict)  #: what it imports, and what pip calls that
     devices: tuple[str, ...] = ("cpu",)
     reason: Callable[[], str | None] = _anywhere  #: why it cannot run on this machine, or None
+    left_out: Callable[[Case], str | None] = _every  #: why a case that it computes is not timed, or None
 
-    def absence(self) -> str | None:
-        """Why the library gives no number here, or None; nothing is imported."""
+    def absence(self, case: Case | None = None) -> str | None:
+        """Why the library gives no number here, or none of this case, or None; nothing is imported."""
         missing = [pip for package, pip in self.packages.items() if not installed(package)]
         if missing:
             return f"not installed: {', '.join(missing)}"
         reason = self.reason()
-        return None if reason is None else f"cannot run here: {reason}"
+        if reason is not None:
+            return f"cannot run here: {reason}"
+        reason = None if case is None else self.left_out(case)
+        return None if reason is None else f"left out: {reason}"
 
     def answer(self, case: Case) -> Found:
         """:attr:`find`, whose mistakes become a sentence.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""coremltools' layer of differentiable k-means."""
+"""coremltools' layer of differentiable k-means, and its k-means."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cofire.bench.cases import Run
-from cofire.bench.peers._kmeans import EPS
+from cofire.bench.peers._kmeans import EPS, LLOYD, quantiles
 
 
 def palettizer(weight: Tensor, centroids: Tensor, tau: float, rows: int | None, iterations: int) -> Any:
@@ -57,3 +57,18 @@ def dkm(dtype: torch.dtype) -> Callable[..., Run]:
         return run
 
     return setup
+
+
+def kmeans(weight: Tensor, clusters: int, size: int) -> Run:
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    module = importlib.import_module("coremltools.optimize.torch.palettization._efficient_kmeans")
+    x = weight.float().view(-1, 1)
+    start = quantiles(weight, clusters)[0]
+    labels = torch.bucketize(x[:, 0], (start[1:, 0] + start[:-1, 0]) / 2)
+
+    def run() -> tuple[Tensor]:
+        kmeans = module._EfficientKMeans(clusters, start, labels=labels, max_iter=LLOYD, tol=-1.0)
+        found: Tensor = kmeans.fit(x).cluster_centers_
+        return (found[None],)
+
+    return run

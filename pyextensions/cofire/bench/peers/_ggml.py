@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib.util
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ class Library:
     def __init__(self, path: Path) -> None:
         self.found = ctypes.CDLL(str(path))
         self.silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, POINTER)(lambda *_: None)
-        self("log_set", self.silence, None, returns=None)  # it announces each weight
+        if hasattr(self.found, "ggml_log_set"):
+            self("log_set", self.silence, None, returns=None)  # it announces each weight
 
     def __call__(self, name: str, *args: Any, returns: Any = POINTER) -> Any:
         function = getattr(self.found, f"ggml_{name}")
@@ -50,6 +52,8 @@ class Library:
 
     def repacking(self) -> Any:
         """The kind of memory in which weights are stored in the order that the products of this CPU want, or None."""
+        if not hasattr(self.found, "ggml_backend_cpu_reg"):
+            return None
         registry = POINTER(self("backend_cpu_reg"))
         address = self("backend_reg_get_proc_address", registry, b"ggml_backend_dev_get_extra_bufts")
         device = POINTER(self("backend_reg_dev_get", registry, ctypes.c_size_t(0)))
@@ -94,8 +98,11 @@ def by_blocks(*args: Any) -> Tensor:
     return _times_weight(p, (codes.double() * (top / 127).half().double()).flatten(-2))
 
 
-def product(repacked: bool, *args: Any) -> Run:
-    """The product as a graph of one operator; input and output lie where ggml has them, and are not copied."""
+def product(library: Callable[[], Library], repacked: bool, *args: Any) -> Run:
+    """The product as a graph of one operator; input and output lie where ggml has them, and are not copied.
+
+    ``repacked``: the weight is in the order that the library's products want, by its place or by a function of its own.
+    """
     p, ggml = Product(*args), library()
     (rows, columns), count, data = p.shape, p.input.shape[0], blocks(p)
     backend = POINTER(ggml("backend_cpu_init"))
@@ -112,6 +119,8 @@ def product(repacked: bool, *args: Any) -> Run:
     for tensor, values in ((weight, data), (x, p.input.contiguous())):
         sizes = ctypes.c_size_t(0), ctypes.c_size_t(values.nbytes)
         ggml("backend_tensor_set", tensor, POINTER(values.data_ptr()), *sizes, returns=None)
+    if repacked and hasattr(ggml.found, "iqk_repack_tensor"):
+        ggml.found.iqk_repack_tensor(weight)
     answer = (ctypes.c_float * (count * rows)).from_address(ggml("get_data", y))
     weakref.finalize(answer, ggml.free, backend, buffers, contexts).atexit = False  # as long as anybody reads it
     output = torch.frombuffer(answer, dtype=torch.float32).view(count, rows)

@@ -95,6 +95,13 @@ def half(*args: Any) -> Tensor:
     return in_half(p.input, decoded(p))
 
 
+def rows_of_half(*args: Any) -> Tensor:
+    """With the input rounded to bfloat16, then each row to 8 bits as the operator does; the result is in bfloat16."""
+    p = Product(*args)
+    y = _times_weight(p, *int8_activations(p.input.to(HALF).to(p.input.dtype)))
+    return y if p.input.dtype == WIDE else y.to(HALF)
+
+
 def by_group(*args: Any) -> Tensor:
     """With activations rounded to 8 bits by groups as long as the weight's."""
     p = Product(*args)
@@ -121,6 +128,8 @@ def clear_of_halves(x: Tensor, group_sizes: tuple[int, ...]) -> Tensor:
     """Moves values that some rounding to 8 bits would find halfway: to which side is nobody's mistake."""
     for _ in range(100):
         grids = [x.unflatten(-1, (-1, size)).abs().amax(-1, keepdim=True) / 127 for size in group_sizes]
+        # (those of 32 with a scale in bfloat16 too)
+        grids += [grid.to(HALF).to(grid.dtype) for grid, size in zip(grids, group_sizes) if size == 32]
         grids += [x.abs().amax(-1, keepdim=True) / n for n in (127, 127.5)]
         ratios = [(x.unflatten(-1, (s.shape[-2], -1)) / s).flatten(-2) if s.dim() > x.dim() else x / s for s in grids]
         ratios.append(x / torch._choose_qparams_per_tensor(x, True)[0])

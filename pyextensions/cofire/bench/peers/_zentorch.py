@@ -18,23 +18,29 @@ def operators() -> Any:
     return torch.ops.zentorch
 
 
-#: Packed weights that nobody uses, by what they were made of.
+#: Weights that nobody uses, by what they were made of.
 _UNUSED: dict[Any, list[Tensor]] = {}
 
 
-def packed(p: Product) -> Tensor:
-    """The codes as zentorch's product with 4-bit weights wants them, in memory that is never given back.
+def lent(p: Product, fresh: Tensor) -> Tensor:
+    """The same weight in memory that is never given back.
 
-    The product keeps what it makes of a weight by the weight's address, for good, and takes it for the next weight that
-    lies there: the answer is then that of another product. A weight that is no longer used is used for its equals.
+    Products whose weight was not packed beforehand keep what they make of it by its address, for good, and take it for the
+    next weight that lies there: the answer is then that of another product. A weight that is no longer used is used for its
+    equals, in a product of the same kind.
     """
-    key = (p.shape, p.group_size, int(p.codes.long().mul(p.codes.long()).sum()), float(p.scale.double().sum()))
-    fresh = operators().zentorch_woq_repack_weight(p.signed())
+    kind = (fresh.dtype, fresh.shape, p.group_size, p.activations)
+    key = (*kind, int(p.codes.long().mul(p.codes.long()).sum()), float(p.scale.double().sum()))
     unused = _UNUSED.setdefault(key, [])
     kept: Tensor = unused.pop() if unused and torch.equal(unused[-1], fresh) else fresh
-    lent = kept.t()
-    weakref.finalize(lent, unused.append, kept).atexit = False
-    return lent
+    loan = kept.view_as(kept)
+    weakref.finalize(loan, unused.append, kept).atexit = False
+    return loan
+
+
+def packed(p: Product) -> Tensor:
+    """The codes as zentorch's product of bfloat16 with 4-bit weights wants them."""
+    return lent(p, operators().zentorch_woq_repack_weight(p.signed()).t())
 
 
 def needs_avx512() -> str | None:

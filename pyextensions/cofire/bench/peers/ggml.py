@@ -14,7 +14,7 @@ import torch
 
 from cofire.bench.cases import Case, Provider
 from cofire.bench.peers import Peer
-from cofire.bench.peers._ggml import BLOCK, by_blocks, product
+from cofire.bench.peers._ggml import BLOCK, by_blocks, library, product
 
 
 def find(case: Case) -> Mapping[str, Provider] | None:
@@ -25,7 +25,7 @@ def find(case: Case) -> Mapping[str, Provider] | None:
         return None
     own = functools.partial(Provider, reference=by_blocks, differentiable=False, own_threads=True)
     orders = {"as stored": False} | ({"repacked": True} if f["bits"] == 4 else {})
-    return {name: own(functools.partial(product, repacked)) for name, repacked in orders.items()}
+    return {name: own(functools.partial(product, library, repacked)) for name, repacked in orders.items()}
 
 
 PEER = Peer("ggml", find, {"pywhispercpp": "pywhispercpp"})

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime: MatMulNBits, a model of one node whose blob is rows of bits like ours.
 
-Accuracy level 0 takes activations as they are, 4 rounds them to 8 bits by groups. Input and output are bound, so that
-nothing is copied, and all sessions share one set of threads: each session's own would spin against those of the next.
+Accuracy level 0 takes activations as they are, and has a kernel for 4 bits alone: others take a plain loop, at one GFLOP/s.
+Level 4 rounds them to 8 bits by groups. Input and output are bound, so that nothing is copied, and all sessions share one
+set of threads: each session's own would spin against those of the next.
 """
 
 from __future__ import annotations
@@ -30,12 +31,11 @@ def _runtime() -> Any:
 def _product(accuracy_level: int, *args: Any) -> Run:
     p, module = Product(*args), _runtime()
     options = module.SessionOptions()
-    options.log_severity_level = 3
-    options.use_per_session_threads = False
+    options.log_severity_level, options.use_per_session_threads = 3, False
     session = module.InferenceSession(model(p, accuracy_level), options, providers=["CPUExecutionProvider"])
     binding, x = session.io_binding(), p.input.contiguous()
-    y = torch.empty(x.shape[0], p.shape[0])
-    kind = importlib.import_module("numpy").float32
+    y = x.new_empty(x.shape[0], p.shape[0])
+    kind = getattr(importlib.import_module("numpy"), str(x.dtype).removeprefix("torch."))
     binding.bind_input("A", "cpu", 0, kind, list(x.shape), x.data_ptr())
     binding.bind_output("Y", "cpu", 0, kind, list(y.shape), y.data_ptr())
 
@@ -48,9 +48,9 @@ def _product(accuracy_level: int, *args: Any) -> Run:
 
 def find(case: Case) -> Provider | None:
     f, rounded = case.facts, case.facts.get("activations") == "int8"
-    if case.op != "qlinear" or f["format"] != "uniform" or case.dtype != torch.float32:
+    if case.op != "qlinear" or f["format"] != "uniform" or case.dtype not in (torch.float32, torch.float16):
         return None
-    if f["bits"] not in (2, 4, 8) or f["group_size"] is None:
+    if f["bits"] not in ((2, 4, 8) if rounded else (4,)) or f["group_size"] is None:
         return None
     setup = functools.partial(_product, 4 if rounded else 0)
     return Provider(setup, reference=by_group if rounded else None, differentiable=False, own_threads=True)

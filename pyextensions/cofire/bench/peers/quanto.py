@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""optimum-quanto: qint2 and qint4; the latter is torch's own product where groups are of 128 and the input bfloat16."""
+"""optimum-quanto: qint2, qint4 and, one scale for each row, qint8.
+
+Of an input in bfloat16 the last is torch's own product, and so is qint4 where groups are of 128.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,20 @@ def _linear(*args: Any) -> Run:
     return functools.partial(torch.nn.functional.linear, p.input, weight)
 
 
+def _bytes(*args: Any) -> Run:
+    p, module = Product(*args), importlib.import_module("optimum.quanto")
+    kind = importlib.import_module("optimum.quanto.tensor.weights.qbytes").WeightQBytesTensor
+    scale = p.scale.to(p.input.dtype)
+    weight = kind.create(module.qint8, 0, torch.Size(p.shape), (p.shape[1], 1), p.signed(), scale)
+    return functools.partial(torch.nn.functional.linear, p.input, weight)
+
+
 def find(case: Case) -> Provider | None:
     f = case.facts
     if case.op != "qlinear" or f["format"] != "uniform" or f["activations"] != "exact":
         return None
+    if f["bits"] == 8 and f["group_size"] is None:
+        return Provider(_bytes, differentiable=False)
     if f["bits"] not in (2, 4) or f["group_size"] is None:
         return None
     return Provider(_linear, differentiable=False)
