@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cofire import bench
 from cofire.bench import cases as suite
-from cofire.bench import ceilings, clustering, harness, lowbit, peers, results
+from cofire.bench import ceilings, clustering, fake_quantize, harness, lowbit, peers, results
 from cofire.bench.cases import Case, Provider, Random, plain
 from cofire.bench.dense_products import SAME_DTYPE
 from cofire.bench.peers import (
@@ -354,6 +354,17 @@ def test_decoding_is_followed_by_the_product_of_the_gradient_s_own_dtype(monkeyp
     other = lowbit._backward(16)
     wrong = plain(lambda *args: 1.1 * lowbit._decode_and_multiply(torch.float32)(*args), outputs=1)
     assert "off by" in str(harness.Input(other, "cpu", tiny=True).check(wrong, "forward", harness.slack("peer:x")))
+
+
+def test_levels_of_plain_torch_are_those_of_the_operator() -> None:
+    """Of a mean in fp64: one that is off by a bit may put a value between two levels on the other one."""
+    for case in fake_quantize.STATSQ:
+        if case.name.startswith("256x"):
+            given = harness.Input(case, "cpu")
+            found = variants(case, "dense")
+            assert given.check(found["in fp64"], "forward", harness.slack("dense")) is None
+            off = plain(lambda x, bits: fake_quantize.dense_statsq(x * 1.001, bits, norm=False))
+            assert "off by" in str(given.check(off, "forward", harness.slack("dense")))
 
 
 def test_exact_activations_are_compared_with_dense_products_of_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ operators multiply by the reciprocal of the step, and are checked against that.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -271,12 +272,19 @@ def eager_statsq(input: Tensor, bits: int) -> Tensor:
     return value.detach() - input.detach() + input
 
 
-def dense_statsq(input: Tensor, bits: int) -> Tensor:
-    """Nothing that autograd need not see, in place."""
+def dense_statsq(input: Tensor, bits: int, norm: bool = True) -> Tensor:
+    """Nothing that autograd need not see, in place.
+
+    ``norm``: the mean as a norm, in one pass, in fp32. It may be off by a bit, and a value between two levels then lands on
+    the other one; without it the mean is taken in fp64, as the operator does.
+    """
     half = 1 << (bits - 1)
     with torch.no_grad():
         x = input.float()
-        scale = 2 * torch.linalg.vector_norm(x, 1, dim=-1, keepdim=True) / x.shape[-1]
+        if norm:
+            scale = 2 * torch.linalg.vector_norm(x, 1, dim=-1, keepdim=True) / x.shape[-1]
+        else:
+            scale = 2 * x.abs().mean(-1, keepdim=True, dtype=torch.float64).float()
         u = (x / scale).clamp_(-1, STATSQ_CEILING)
         value = u.mul_(half).sub_(0.5).round_().add_(0.5).mul_(scale / half).to(input.dtype)
     return _Identity.apply(input, value) if input.requires_grad else value  # type: ignore[no-untyped-call, no-any-return]
@@ -308,7 +316,7 @@ def _statsq(shape: tuple[int, int], bits: int, dtype: torch.dtype, **options: An
         lambda rand: args(rand, shape),
         {
             "eager": eager_providers(eager_statsq, dtype),
-            "dense": plain(dense_statsq),
+            "dense": {"in fp32": plain(dense_statsq), "in fp64": plain(functools.partial(dense_statsq, norm=False))},
             "compile": compiled(OPERATORS["fake_quantize_statsq"].reference),
         },
         lambda rand: args(rand, TINY),

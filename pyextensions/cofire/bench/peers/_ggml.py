@@ -40,11 +40,11 @@ class Library:
         function.restype = returns
         return function(*(POINTER(a) if isinstance(a, int) and a >= 1 << 31 else a for a in args))
 
-    def context(self) -> Any:
-        """Room for descriptions of tensors; their data lie elsewhere."""
+    def context(self, room: Any) -> Any:
+        """Descriptions of tensors are written into ``room``, and outlast the context; their data lie elsewhere."""
         init = self.found.ggml_init
         init.restype, init.argtypes = POINTER, (Parameters,)
-        return POINTER(init(Parameters(1 << 20, None, True)))
+        return POINTER(init(Parameters(len(room), ctypes.addressof(room), True)))
 
     def matrix(self, context: Any, kind: int, rows: int, columns: int) -> Any:
         sizes = ctypes.c_int64(columns), ctypes.c_int64(rows)
@@ -62,11 +62,9 @@ class Library:
                 return None if kind is None else POINTER(kind)
         return None
 
-    def free(self, backend: Any, buffers: list[Any], contexts: list[Any]) -> None:
+    def free(self, backend: Any, buffers: list[Any], room: Any) -> None:
         for buffer in buffers:
             self("backend_buffer_free", buffer, returns=None)
-        for context in contexts:
-            self("free", context, returns=None)
         self("backend_free", backend, returns=None)
 
 
@@ -107,22 +105,24 @@ def product(library: Callable[[], Library], repacked: bool, *args: Any) -> Run:
     (rows, columns), count, data = p.shape, p.input.shape[0], blocks(p)
     backend = POINTER(ggml("backend_cpu_init"))
     ggml("backend_cpu_set_n_threads", backend, torch.get_num_threads(), returns=None)
-    contexts = [ggml.context(), ggml.context()]
-    weight = ggml.matrix(contexts[0], KINDS[p.bits], rows, columns)
+    room = ctypes.create_string_buffer(1 << 20)
+    context = ggml.context(room)
+    weight = ggml.matrix(context, KINDS[p.bits], rows, columns)
     kinds = [ggml.repacking() if repacked else None, POINTER(ggml("backend_cpu_buffer_type"))]
-    buffers = [POINTER(ggml("backend_alloc_ctx_tensors_from_buft", contexts[0], kinds[0] or kinds[1]))]
-    x = ggml.matrix(contexts[1], 0, count, columns)
-    y = POINTER(ggml("mul_mat", contexts[1], weight, x))
-    graph = POINTER(ggml("new_graph", contexts[1]))
+    buffers = [POINTER(ggml("backend_alloc_ctx_tensors_from_buft", context, kinds[0] or kinds[1]))]
+    x = ggml.matrix(context, 0, count, columns)
+    y = POINTER(ggml("mul_mat", context, weight, x))
+    graph = POINTER(ggml("new_graph", context))
     ggml("build_forward_expand", graph, y, returns=None)
-    buffers.append(POINTER(ggml("backend_alloc_ctx_tensors_from_buft", contexts[1], kinds[1])))
+    buffers.append(POINTER(ggml("backend_alloc_ctx_tensors_from_buft", context, kinds[1])))
+    ggml("free", context, returns=None)  # some versions have 64 of them for all
     for tensor, values in ((weight, data), (x, p.input.contiguous())):
         sizes = ctypes.c_size_t(0), ctypes.c_size_t(values.nbytes)
         ggml("backend_tensor_set", tensor, POINTER(values.data_ptr()), *sizes, returns=None)
     if repacked and hasattr(ggml.found, "iqk_repack_tensor"):
         ggml.found.iqk_repack_tensor(weight)
     answer = (ctypes.c_float * (count * rows)).from_address(ggml("get_data", y))
-    weakref.finalize(answer, ggml.free, backend, buffers, contexts).atexit = False  # as long as anybody reads it
+    weakref.finalize(answer, ggml.free, backend, buffers, room).atexit = False  # as long as anybody reads it
     output = torch.frombuffer(answer, dtype=torch.float32).view(count, rows)
 
     def run() -> Tensor:
