@@ -335,6 +335,15 @@ def test_skip_and_single_layers():
     assert twice[0] is twice[1]
 
 
+def test_only_convolutions_that_would_be_quantised_are_skipped():
+    assert type(OFQ(skip=["stem"]).prepare(Patches(stem=True), X).student.stem) is nn.Conv2d
+    for options, name in (({}, "patch_embed"), ({"edge_bits": None}, "stem")):
+        with pytest.raises(ValueError, match=f"skip names '{name}', which fits no layer or attention that can be quan"):
+            OFQ(skip=[name], **options).prepare(Patches(stem=True), X)
+    both = OFQ(skip=["*em*"]).prepare(Patches(stem=True), X).student  # the pattern fits the first one too
+    assert type(both.stem) is type(both.patch_embed) is nn.Conv2d
+
+
 def test_without_reparameterisation_the_linear_layers_are_quantised():
     model = OFQ(qkr=False, distill=0).prepare(network(), X)
     assert not any(isinstance(m, QueryKey) for m in model.modules())
@@ -562,6 +571,43 @@ def test_the_shifts_of_deployed_layers_are_in_the_biases():
     left = {n for n, m in final.named_modules() if isinstance(m, LSQActivation) and m.after is not None}
     assert left == {"blocks.0.attn.input", "blocks.0.attn.v_output"}  # others than a product see these
     torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_states_of_when_shifts_were_no_part_of_the_biases_load():
+    """Rebuilt as they were: each shift after in its rounding, and the bias without it."""
+    method = OFQ()
+    model, other = (trained(method, steps).eval() for steps in (2, 1))
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LSQActivation) and module.after is not None:
+                module.after.normal_(std=0.1)
+    state = method.finalize(model).state_dict()
+    for name, layer in model.student.named_modules():
+        if isinstance(layer, StatsQLinear) and layer.input is not None:
+            state[f"{name}.0.after"], state[f"{name}.1.bias"] = layer.input.after, layer.bias
+        elif isinstance(layer, ReparameterizedAttention):
+            state[f"{name}.qk_output.after"] = layer.qk_output.after
+    final = copy.deepcopy(method.finalize(other))
+    assert len(state.keys() - final.state_dict().keys()) > 3
+    assert not torch.allclose(final(X), model(X), atol=1e-3)
+    final.load_state_dict(state)
+    torch.testing.assert_close(final(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation_bits", [4, None])
+def test_states_of_when_convolutions_stayed_are_refused_with_a_sentence(activation_bits):
+    method, older = (OFQ(activation_bits=activation_bits, skip=skip) for skip in ([], ["patch_embed"]))
+    model, before = (m.prepare(Patches(), X).eval() for m in (method, older))
+    sentence = (
+        r"the state has a dense weight and no scales for the convolution 'patch_embed', .* with skip=\['patch_embed'\]"
+    )
+    with pytest.warns(UserWarning, match=f"StatsQConv2d: {sentence}"), pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(before.state_dict())
+    with pytest.raises(RuntimeError, match=f"QuantConv2d: {sentence}"):
+        method.finalize(model).load_state_dict(older.finalize(before).state_dict())
+    again = older.prepare(Patches(), X).eval()  # what the sentence says works
+    again.load_state_dict(before.state_dict())
+    assert torch.equal(again(X), before(X))
 
 
 def test_a_row_of_zeros_is_deployed_as_zeros():

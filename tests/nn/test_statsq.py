@@ -24,7 +24,7 @@ from cofire.nn import (
     StatsQLinear,
     WeightQuantizer,
 )
-from cofire.ops import quantize_weight
+from cofire.ops import QTensor, quantize_weight
 
 # ------------------------------------------------------------------------------------------------------ activations
 
@@ -406,6 +406,29 @@ def test_the_shift_after_becomes_part_of_the_bias():
         assert torch.equal(layer(x), y)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_states_with_a_shift_after_load_into_the_bias(bias, assign):
+    """As the states of deployed layers were before shifts were part of the biases."""
+    torch.manual_seed(0)
+    layers = [StatsQLinear(nn.Linear(6, 4, bias), 2, input=shifted(LSQActivation(4, features=6))) for _ in range(2)]
+    x = torch.randn(5, 6)
+    y, _ = (layer(x) for layer in layers)
+    state = layers[0].deploy().state_dict() | {"0.after": layers[0].input.after.detach().clone()}
+    del state["1.bias"]
+    if bias:
+        state["1.bias"] = layers[0].bias.detach().clone()
+    before = {name: value.clone() for name, value in state.items()}
+    final = copy.deepcopy(layers[1].deploy())
+    final.load_state_dict(state, assign=assign)
+    torch.testing.assert_close(final(x), y)
+    assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "0.after"'):
+        final.load_state_dict({name: x for name, x in state.items() if name != "1.codes"})
+    final.load_state_dict(layers[1].deploy().state_dict())  # one of now
+    torch.testing.assert_close(final(x), layers[1](x))
+
+
 @pytest.mark.parametrize("columns", [1, 7, 30, 31, 62, 64, 65])
 @pytest.mark.parametrize(
     ("bits", "kind", "options"),
@@ -485,6 +508,24 @@ def test_activations_of_other_integers_are_multiplied_as_floats(activation):
     grouped = quantize_weight(torch.randn(3, 64), bits=4, group_size=32)
     with pytest.raises(ValueError, match="IntegerLinear: weight must have one scale per row"):
         IntegerLinear(grouped, None, LSQActivation(4))
+    for dtype in (torch.float32, torch.int8):
+        lut = torch.arange(16).to(dtype)[None]
+        table = QTensor.from_codes(torch.randint(16, (3, 64)), torch.rand(3, 1), bits=4, lut=lut)
+        with pytest.raises(
+            ValueError, match="IntegerLinear: weight must have levels that are evenly spaced, without a lut"
+        ):
+            IntegerLinear(table, None, LSQActivation(4))
+
+
+@pytest.mark.parametrize("parts", [("scale", "zero", "offset"), ("scale", "offset"), ("offset",), ("zero",), ()])
+def test_integers_are_multiplied_by_every_part_of_a_weight(parts):
+    torch.manual_seed(len(parts))
+    found = {"scale": torch.rand(5, 1) + 0.5, "zero": torch.rand(5, 1), "offset": 3 * torch.randn(5, 1)}
+    found = {"scale": None} | {name: found[name] for name in parts}
+    weight = QTensor.from_codes(torch.randint(16, (5, 40)), bits=4, group_size=40, **found)
+    bias, activation, x = torch.randn(5), shifted(LSQActivation(4, features=40)), torch.randn(3, 40)
+    expected = F.linear(activation(x), weight.dequantize(), bias)
+    torch.testing.assert_close(IntegerLinear(weight, bias, activation)(x), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("integer", [False, True])

@@ -94,7 +94,7 @@ class OFQ(Method, name="ofq"):
         edge_bits: bits of weights and activations of the first and the last layer (in the order of the modules, attention and
             convolutions among them) where they are linear or an ``nn.Conv2d``, as the embedding of patches often is, both by
             learned step sizes; None: linear ones like the others, convolutions as they are.
-        skip: names or patterns of layers and attentions that are left alone.
+        skip: names or patterns of layers and attentions that are left alone; of convolutions those at the edges.
         distill: weight of the cross entropy with the teacher's probabilities; 0: no teacher. The paper's loss is this and
             the cross entropy with the labels, which is the task's.
         boundary_range: in annealing a weight moves if it is within so many quantisation steps of a boundary between two
@@ -391,8 +391,9 @@ class OFQ(Method, name="ofq"):
         kinds = (nn.Linear, nn.Conv2d)
         plain = {n: m for n, m in linear_layers(model, also=kinds) if isinstance(m, kinds)}
         convolutions = {n for n, m in plain.items() if isinstance(m, nn.Conv2d)}
-        self._check_skip([*found, *plain])
         attentions = {name: parts for name, parts in found.items() if not self._skipped(name)}
+        edges = edges_of(model, attentions) if self.edge_bits is not None and (plain or attentions) else set()
+        self._check_skip([*found, *(n for n in plain if n not in convolutions - edges)])
         if self.qkr and not attentions:
             raise ValueError(
                 "OFQ.prepare: there is no attention to reparameterise (one has num_heads, linear layers q, k, v or qkv, and "
@@ -406,7 +407,6 @@ class OFQ(Method, name="ofq"):
         for name, parts in attentions.items():
             seen.check(name, model.get_submodule(name), parts)
             new[id(model.get_submodule(name))] = self._reparameterized(name, parts, seen)
-        edges = edges_of(model, attentions) if self.edge_bits is not None else set()
         for name, module in layers.items():
             if isinstance(module, nn.Linear):
                 new[id(module)] = self._linear(module, name, seen, edge=name in edges).train(module.training)

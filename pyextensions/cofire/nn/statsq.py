@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,16 @@ from torch import Tensor, nn
 from cofire import ops
 from cofire.nn.fake_quantize import lsq_range, lsq_scale
 from cofire.nn.lowbit import QuantLinear
-from cofire.nn.statsq_deployed import IntegerLinear, QuantConv2d, convolve, folded_bias, follow, geometry_repr
+from cofire.nn.statsq_deployed import (
+    IntegerLinear,
+    QuantConv2d,
+    convolve,
+    folded_bias,
+    follow,
+    geometry_repr,
+    of_before_convolutions,
+    rounded,
+)
 from cofire.ops import QTensor
 from cofire.ops.checks import check_choice, check_integer, check_number, refuse, shape_of
 from cofire.ops.fake_quantize import SCALE_FLOOR, statsq_levels
@@ -472,7 +482,7 @@ class StatsQLinear(Quantized):
             return IntegerLinear(weight, self.bias, rounding)
         linear = QuantLinear.from_qtensor(weight, folded_bias(weight, self.bias, rounding.after))
         rounding.after = None
-        return nn.Sequential(rounding, linear)
+        return rounded(rounding, linear)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -538,7 +548,14 @@ class StatsQConv2d(Quantized):
     def deploy(self, integer: bool = False) -> nn.Module:
         """Of no integers: the input has 8 bits where the method puts this layer, and those of the kernels end at 127."""
         conv = QuantConv2d(self, self.quantizer.pack(self.matrix()), self.bias)
-        return conv if self.input is None else nn.Sequential(copy.deepcopy(self.input), conv)
+        return conv if self.input is None else rounded(copy.deepcopy(self.input), conv)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        inner = (f"{prefix}quantizer.", f"{prefix}input.")
+        if f"{prefix}weight" in state_dict and not any(name.startswith(inner) for name in state_dict):
+            # (no error: without strict a dense weight may be loaded)
+            warnings.warn(f"StatsQConv2d: {of_before_convolutions(prefix)}", stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return geometry_repr(self)
@@ -719,9 +736,16 @@ class ReparameterizedAttention(nn.Module):
         if isinstance(keys, LSQActivation):
             keys.after = None
         rest = {name: copy.deepcopy(getattr(self, name)) for name in ("v_output", "softmax", "attn_drop", "proj_drop")}
-        return ReparameterizedAttention(
+        result = ReparameterizedAttention(
             qk, v, deployed(self.proj, integer), self.num_heads, self.factor, input=rounding, qk_output=keys, **rest
-        ).train(self.training)
+        )
+        result.register_load_state_dict_pre_hook(_without_keys_shift)
+        return result.train(self.training)
 
     def extra_repr(self) -> str:
         return f"heads={self.num_heads}, factor={self.factor:.4g}"
+
+
+def _without_keys_shift(attention: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Of a deployed attention: states of when it was not left out."""
+    state_dict.pop(f"{prefix}qk_output.after", None)

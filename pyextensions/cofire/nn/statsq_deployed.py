@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,6 +41,47 @@ def folded_bias(weight: QTensor, bias: Tensor | None, shift: Tensor | None) -> T
     return (more if bias is None else bias.detach().double() + more).to(weight.dtype)
 
 
+def rounded(rounding: LSQActivation, layer: QuantLinear | QuantConv2d) -> nn.Sequential:
+    """The layer behind the rounding of its input. It takes states of when the shift after was no part of the bias."""
+    both = nn.Sequential(rounding, layer)
+    both.register_load_state_dict_pre_hook(_load_older)
+    return both
+
+
+def _load_older(
+    both: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+    missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+) -> None:  # fmt: skip
+    layer = cast(nn.Sequential, both)[1]
+    if not isinstance(layer, QuantLinear):
+        if f"{prefix}weight" in state_dict:
+            error_msgs.append(f"QuantConv2d: {of_before_convolutions(prefix)}")
+        return
+    after, inner = state_dict.get(f"{prefix}0.after"), f"{prefix}1."
+    if not isinstance(after, Tensor):
+        return
+    own = copy.deepcopy(layer)  # with the weight of the state
+    bias = state_dict.get(f"{inner}bias")
+    if bias is None:
+        own.bias = None
+    of_layer = {name.removeprefix(inner): x for name, x in state_dict.items() if name.startswith(inner)}
+    try:
+        own.load_state_dict(of_layer, assign=bool(local_metadata.get("assign_to_params_buffers")))
+    except RuntimeError:  # the layer will say so itself
+        return
+    del state_dict[f"{prefix}0.after"]
+    state_dict[f"{inner}bias"] = folded_bias(own.qweight, own.bias, after.to(own.codes.device))
+
+
+def of_before_convolutions(prefix: str) -> str:
+    """What to do with a state in which a convolution has its dense weight alone."""
+    name = prefix.removesuffix(".").removeprefix("student.")
+    return (
+        f"the state has a dense weight and no scales for the convolution {name!r}, as states of OFQ had that left convolutions as "
+        f"they are; load it into a network that was prepared with skip=[{name!r}]"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------- integers
 
 
@@ -52,7 +94,7 @@ class IntegerLinear(nn.Module):
     product as they are, and it is exact but for the scales.
 
     Args:
-        weight: of one scale per row, ``[N, K]``.
+        weight: of one scale per row, ``[N, K]``, with zero points and offsets where it has them.
         bias: ``[N]``, of the layer that rounds its input with the shift after; or None.
         activation: rounds the input. It must satisfy :meth:`takes`; its shift after becomes part of the bias.
         inside: whether the layer rounds its own input. Otherwise it has :meth:`multiply` alone, for integers that several
@@ -61,7 +103,7 @@ class IntegerLinear(nn.Module):
     Shape: as ``nn.Linear``; the result has the dtype of the input.
 
     Raises:
-        ValueError: an activation that cannot be taken, or a weight in groups or with an order of columns.
+        ValueError: an activation that cannot be taken, or a weight in groups, with an order of columns or with a table.
 
     Example:
         >>> from cofire.nn import LSQActivation, StatsQLinear
@@ -88,6 +130,8 @@ class IntegerLinear(nn.Module):
         rows, columns = weight.shape
         if weight.group_size != columns or weight.perm is not None:
             refuse("IntegerLinear", f"weight must have one scale per row and its columns in order, got {weight!r}")
+        if weight.lut is not None:
+            refuse("IntegerLinear", f"weight must have levels that are evenly spaced, without a lut, got {weight!r}")
         bias = folded_bias(weight, bias, activation.after)
         self.bias = None if bias is None else nn.Parameter(bias, False)
         self.input: LSQActivation | None = None
@@ -97,7 +141,13 @@ class IntegerLinear(nn.Module):
         more = 2 + -(columns + 2) % COLUMNS
         codes = F.pad(weight.unpack(), (0, more))
         padded = QTensor.from_codes(
-            codes, weight.scales(), bits=weight.bits, group_size=columns + more, zero=weight.zero, dtype=weight.dtype
+            codes,
+            weight.scales(),
+            bits=weight.bits,
+            group_size=columns + more,
+            zero=weight.zero,
+            offset=weight.offsets(),  # (the ends have equal ones, as all that makes their weights equal)
+            dtype=weight.dtype,
         )
         self.linear = QuantLinear.from_qtensor(padded, activations="int8")
         ends = torch.zeros(more, device=weight.device)
@@ -222,6 +272,16 @@ class QuantConv2d(nn.Module):
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [batch, rows, columns, channels * height * width]
         output: Tensor = self.linear(patches)
         return output.permute(0, 3, 1, 2)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if f"{prefix}weight" in state_dict:
+            error_msgs.append(f"QuantConv2d: {of_before_convolutions(prefix)}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         return geometry_repr(self)
