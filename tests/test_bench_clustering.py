@@ -259,7 +259,7 @@ def test_a_failed_measurement_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A file is written after each measurement, and one that is none is moved aside."""
+    """A file is written after each measurement. One that is cut off is moved aside, one of another kind is not replaced."""
     path, real = tmp_path / "m.json", subprocess.run
 
     def measured(call: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -284,10 +284,6 @@ def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
         (
             (path.read_text()[:-40], "is cut off in line"),
             ("", "is empty; measure again with cofire bench-memory, or fetch the file again"),
-            ("[]", "is not a results file (environment, rows); name a file of cofire bench-memory"),
-            (json.dumps({**whole, "ceilings": {}}), "it has ceilings, which other files of cofire have"),
-            (json.dumps(newer), "was written by a newer cofire (it is of format 99); install that one to read it"),
-            ('{"environment": {}, "rows": [3]}', "it lacks device, threads, torch, date, method, shape, clusters"),
         ),
         start=1,
     ):
@@ -300,6 +296,19 @@ def test_memory_of_other_methods_stays(monkeypatch: pytest.MonkeyPatch, tmp_path
         aside = tmp_path / f"m.json.broken{'' if i == 1 else f'-{i}'}"
         assert said[0] == f"{error.value}. It is now {aside}, and {path} is begun anew"
         assert aside.read_text() == text, "nothing is lost"
+    there = sorted(tmp_path.iterdir())
+    for text, sentence in (
+        ("[]", "is not a results file (environment, rows); name a file of cofire bench-memory"),
+        (json.dumps({**whole, "ceilings": {}}), "it has ceilings, which other files of cofire have"),
+        (json.dumps(newer), "was written by a newer cofire (it is of format 99); install that one to read it"),
+        ('{"environment": {}, "rows": [3]}', "it lacks device, threads, torch, date, method, shape, clusters"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            memory.run(["cofire"], path, clusters=[4])
+        assert str(error.value).startswith(f"bench-memory: {path} ") and sentence in str(error.value)
+        assert str(error.value).endswith(". It stays as it is: move it away, or write to another file")
+        assert path.read_text() == text and sorted(tmp_path.iterdir()) == there
 
 
 # ------------------------------------------------------------------------------------------------- growth, report

@@ -492,39 +492,55 @@ def test_a_row_that_is_none_is_neither_written_nor_read(row: Any, sentence: str,
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"),
+    ("content", "sentence", "aside"),
     [
-        ('{"environment": {}, "rows": [', "is cut off in line 1; measure again with cofire bench-networks, or fetch"),
-        ("", "is empty; measure again with cofire bench-networks, or fetch the file again"),
-        (b"\xff\xfe", "is not a results file: it is not text; name a file of cofire bench-networks"),
-        ("[]", "is not a results file (environment, ceilings, rows); name a file of cofire bench-networks"),
-        ('{"environment": {}}', "it lacks ceilings, rows of environment, ceilings, rows; name a file of"),
-        ('{"environment": {}, "ceilings": {}, "rows": {}}', "rows is dict, expected list"),
+        (
+            '{"environment": {}, "rows": [',
+            "is cut off in line 1; measure again with cofire bench-networks, or fetch",
+            True,
+        ),
+        ("", "is empty; measure again with cofire bench-networks, or fetch the file again", True),
+        (b"\xff\xfe", "is not a results file: it is not text; name a file of cofire bench-networks", True),
+        ("[]", "is not a results file (environment, ceilings, rows); name a file of cofire bench-networks", False),
+        ('{"environment": {}}', "it lacks ceilings, rows of environment, ceilings, rows; name a file of", False),
+        ('{"environment": {}, "ceilings": {}, "rows": {}}', "rows is dict, expected list", False),
         (
             '{"environment": {}, "ceilings": {}, "rows": []}',
             "its environment lacks device, kind, threads, torch, instr",
+            False,
         ),
         (
             '{"environment": {"format": 99}, "ceilings": {}, "rows": []}',
             "was written by a newer cofire (it is of format 99)",
+            False,
         ),
-        ('{"environment": {}, "ceilings": {}, "rows": [], "run": {}}', "it has run, which other files of cofire have"),
+        (
+            '{"environment": {}, "ceilings": {}, "rows": [], "run": {}}',
+            "it has run, which other files of cofire have",
+            False,
+        ),
     ],
 )
-def test_a_file_that_is_none_gets_a_sentence_and_is_moved_aside(
-    content: str | bytes, sentence: str, tmp_path: Path, declare: Any
+def test_a_file_that_is_none_gets_a_sentence_and_is_moved_aside_if_broken(
+    content: str | bytes, sentence: str, aside: bool, tmp_path: Path, declare: Any
 ) -> None:
     path = tmp_path / "networks.json"
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    content = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(content)
     declare(perceptron())
     with pytest.raises(ValueError) as error:  # noqa: PT011
         Networks.load(path)
     assert str(error.value).startswith(f"bench-networks: {path} ") and sentence in str(error.value)
     said: list[str] = []
+    if not aside:
+        with pytest.raises(ValueError) as again:  # noqa: PT011
+            measured(tmp_path, announce=said.append)
+        assert str(again.value) == f"{error.value}. It stays as it is: move it away, or write to another file"
+        assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path] and not said
+        return
     assert len(measured(tmp_path, announce=said.append).rows) == 5
     assert said == [f"{error.value}. It is now {path}.broken, and {path} is begun anew"]
-    aside = (tmp_path / "networks.json.broken").read_bytes()
-    assert aside == (content if isinstance(content, bytes) else content.encode()), "nothing is lost"
+    assert (tmp_path / "networks.json.broken").read_bytes() == content, "nothing is lost"
 
 
 def test_names_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -708,6 +708,38 @@ def test_a_broken_file_is_moved_aside(three: list[Case], tmp_path: Path) -> None
     assert sorted(os.listdir(tmp_path)) == ["r.json", "r.json.broken", "r.json.broken-2"]
 
 
+@pytest.mark.parametrize("name", ["list", "half", "columns", "environment", "newer", "newer parts"])
+def test_a_file_of_another_kind_or_cofire_stays(name: str, three: list[Case], tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    text, sentence = BROKEN[name]
+    assert isinstance(text, str)
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        bench.run(out=path, progress=False)
+    assert sentence in str(error.value) and str(error.value).endswith(
+        ". It stays as it is: move it away, or write to another file"
+    )
+    assert path.read_text() == text and os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_file_that_cannot_be_read_stays(three: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real = tmp_path / "r.json", Path.read_text
+    path.write_text(json.dumps(good()))
+
+    def read_text(self: Path, *args: Any, **options: Any) -> str:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", read_text)
+        with pytest.raises(
+            ValueError, match=r"r\.json cannot be read \(Permission denied\).* It stays as it is: move it"
+        ):
+            bench.run(out=path, progress=False)
+    assert json.loads(path.read_text()) == good() and os.listdir(tmp_path) == ["r.json"]
+
+
 def test_a_folder_in_the_way_is_an_error(three: list[Case], tmp_path: Path) -> None:
     (tmp_path / "r.json").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):

@@ -211,7 +211,7 @@ def run(
         lines.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or a file of another kind or of another cofire, which stays as it is.
 
     Example:
         >>> run(["cofire"], out="/tmp/memory.json")["rows"][0]["saved_bytes"]  # doctest: +SKIP

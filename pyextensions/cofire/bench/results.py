@@ -165,11 +165,15 @@ def flagged(row: Row) -> bool:
     return bool(row.get("flagged", row["noisy"]))
 
 
+class BrokenFileError(ValueError):
+    """A file is empty, cut off, or no JSON: nothing can read it, not even another cofire."""
+
+
 def read_json(path: str | Path, command: str = BENCH) -> Any:
     """The JSON in a file that a command of cofire writes; what is wrong with it as a sentence.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: it cannot be read, is empty, cut off, or no JSON.
+        FileNotFoundError: there is none. BrokenFileError: it is empty, cut off, or no JSON. ValueError: it cannot be read.
     """
     path, who = Path(path), _who(command)
     again, name = f"measure again with {command}, or fetch the file again", f"name a file of {command}"
@@ -178,18 +182,18 @@ def read_json(path: str | Path, command: str = BENCH) -> Any:
     except FileNotFoundError:
         raise FileNotFoundError(f"{who}: there is no results file {path}; {command} writes one") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{who}: {path} is not a results file: it is not text; {name}") from None
+        raise BrokenFileError(f"{who}: {path} is not a results file: it is not text; {name}") from None
     except OSError as error:
         raise ValueError(f"{who}: {path} cannot be read ({error.strerror}); {name}") from None
     if not text.strip():
-        raise ValueError(f"{who}: {path} is empty; {again}")
+        raise BrokenFileError(f"{who}: {path} is empty; {again}")
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         if error.pos >= len(text.rstrip()) - 1 or "Unterminated" in error.msg:
-            raise ValueError(f"{who}: {path} is cut off in line {error.lineno}; {again}") from None
+            raise BrokenFileError(f"{who}: {path} is cut off in line {error.lineno}; {again}") from None
         where = f"line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{who}: {path} is not a results file: no JSON at {where}; {name}") from None
+        raise BrokenFileError(f"{who}: {path} is not a results file: no JSON at {where}; {name}") from None
 
 
 def _who(command: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from cofire.bench import machine
-from cofire.bench.results import CODE, Results, Row
+from cofire.bench.results import CODE, BrokenFileError, Results, Row
 from cofire.files import move_aside
 
 #: The environment may differ in these between the parts of one run.
@@ -141,21 +141,23 @@ Loaded = TypeVar("Loaded")
 
 
 def whole(path: Path, load: Callable[[], Loaded], announce: Callable[[str], Any]) -> Loaded | None:
-    """What a file holds, or None where there is none; one that is broken is moved aside.
+    """What a file holds, or None where there is none; one that is empty, cut off or no JSON is moved aside.
 
     Raises:
-        ValueError: what is there is no file.
+        ValueError: it cannot be read, or is of another kind or of another cofire: it may be of use to somebody, and stays.
     """
     try:
         return load()
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except BrokenFileError as error:
         if not path.is_file():
             raise
         aside = move_aside(path, "broken")
         announce(f"{error}. It is now {aside}, and {path} is begun anew")
         return None
+    except ValueError as error:
+        raise ValueError(f"{error}. It stays as it is: move it away, or write to another file") from None
 
 
 class Measured(Protocol):

@@ -221,7 +221,7 @@ def run(
         What the file holds. ``refused`` says which networks raised an error, and which; the others go on.
 
     Raises:
-        ValueError: an unknown family or device, or a file that is none of this kind.
+        ValueError: an unknown family or device, or a file of another kind or of another cofire, which stays as it is.
 
     Example:
         >>> found = run(["lowbit"], quick=True, out="/tmp/networks.json")  # doctest: +SKIP

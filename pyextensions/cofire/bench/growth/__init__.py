@@ -93,7 +93,8 @@ def run(
         ``method:<Name>``; their ``dense`` is a step of the same network without the method.
 
     Raises:
-        ValueError: an unknown family, operator, method or device; near matches are listed.
+        ValueError: an unknown family, operator, method or device; near matches are listed. A file of another kind or of
+            another cofire, which stays as it is.
 
     Example:
         >>> run("/tmp/growth.json", ops=["dkm"], quick=True, progress=False).rows[0]["size"]  # doctest: +SKIP
