@@ -237,3 +237,27 @@ def test_a_file_that_keeps_nothing_gets_a_sentence(change: Any, line: str, tmp_p
     with pytest.raises(ValueError) as error:  # noqa: PT011
         load(path)
     assert str(error.value).startswith(f"bench-agree: {path} ") and line in str(error.value)
+
+
+def test_only_a_file_that_keeps_an_agreement_is_replaced(tmp_path: Path) -> None:
+    out = agreed(tmp_path)
+    before = load(out)
+    assert load(agreed(tmp_path, commit="new"))["runs"][0]["commit"] == "new" != before["runs"][0]["commit"]
+    inputs = [tmp_path / "x", tmp_path / "y"]
+    other = times(1.0).save(tmp_path / "other.json")
+    words = tmp_path / "words.md"
+    words.write_text("# A page")
+    for path, line in (
+        (inputs[0], "--out must be another file than the two that are compared, got"),
+        (tmp_path / "agreement" / ".." / "y", "--out must be another file than the two that are compared, got"),
+        (
+            other,
+            f"out must be a new file, or one of {COMMAND} to replace; {other} is not a results file: it has ceilings",
+        ),
+        (words, "no JSON at line 1, column 1"),
+        (tmp_path, "cannot be read (Is a directory)"),
+    ):
+        kept = {p: p.read_bytes() for p in (*inputs, other, words)}
+        said = CliRunner().invoke(app, ["bench-agree", *map(str, inputs), "--out", str(path)])
+        assert said.exit_code == 2 and line in said.output.replace("\n", ""), path
+        assert {p: p.read_bytes() for p in kept} == kept, path

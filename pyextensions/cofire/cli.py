@@ -114,11 +114,13 @@ def bench_agree(
     """Say how many rows of two runs agree; exit code 1 where it is fewer than nine in ten, or too few were undisturbed."""
     from cofire import bench as suite
 
+    if out is not None and out.resolve() in (first.resolve(), second.resolve()):
+        raise _fail(f"cofire: --out must be another file than the two that are compared, got {str(out)!r}")
     both = [_sentences(suite.Results.load, path) for path in (first, second)]
     found = _sentences(suite.agreement, *both, within=within / 100)
     typer.echo(found.text(worst))
     if out is not None:
-        typer.echo(f"{found.save(out)}: written")
+        typer.echo(f"{_sentences(found.save, out)}: written")
     if not found.enough:
         raise typer.Exit(1)
 

@@ -86,7 +86,20 @@ class Agreement:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Keep it for ``cofire report``, which reads ``agreement/*.json`` beside the results."""
+        """Keep it for ``cofire report``, which reads ``agreement/*.json`` beside the results.
+
+        Raises:
+            ValueError: something else lies there already, such as a results file.
+        """
+        try:
+            load(path)
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            why = str(error).removeprefix("bench-agree: ")
+            raise ValueError(
+                f"bench-agree: out must be a new file, or one of {COMMAND} to replace; {why}. It stays as it is"
+            ) from None
         return write_atomically(Path(path), json.dumps(self.to_json(), indent=1) + "\n")
 
 
