@@ -117,12 +117,12 @@ def _times(index: Index) -> list[list[str]]:
                 if ours is not None:
                     words = f"{'~' if ours['noisy'] else ''}{ours['median_ms']:.3g} ms"
                     share = memory_share(ours, eager)
-                    cells = [_faster(ratio(eager, ours)), _faster(ratio(dense, ours))]
+                    cells = [_cell(ratio(eager, ours)), _cell(ratio(dense, ours))]
                     found.append([what, name, mode, words, *cells, "-" if share is None else f"{share:.2g}"])
     return found
 
 
-def _faster(times: float | None) -> str:
+def _cell(times: float | None) -> str:
     text = "-" if times is None else f"{times:.3g}x"
     return f"**{text}**" if times is not None and times < 1 else text
 

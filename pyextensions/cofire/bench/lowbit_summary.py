@@ -20,6 +20,7 @@ from cofire.bench.targets import (
     Target,
     against,
     best_other,
+    faster,
     index_of,
     lines,
     named,
@@ -50,11 +51,6 @@ def _of_half(square: Sequence[int], tall: Sequence[int]) -> dict[str, Key]:
     """Exact activations in bf16, both shapes."""
     rows = {SQUARE: square, TALL: tall}
     return {f"{shape} M = {m}": _key(m, INT4, False, HALF, shape) for shape in rows for m in rows[shape]}
-
-
-def _faster(provider: str, cases: Mapping[str, Key]) -> Find:
-    """How many times as fast as a provider, with cold weights."""
-    return lambda index, _: against(index, provider, cases.items())
 
 
 def _than_ours(pairs: Mapping[str, tuple[Key, Key]]) -> Find:
@@ -193,9 +189,9 @@ def _traffic(_: Index, results: Results) -> Found:
 HALF_ROWS = _of_half((4, 16, 32, 64, 256), (4, 16, 64, 256))
 TARGETS = (
     Target("int8 activations, 4 bits, against ONNX Runtime", 1.3, "x",
-           _faster("peer:onnxruntime", _many((8, 16, 32, 64, 256), INT4, True))),
+           faster("peer:onnxruntime", _many((8, 16, 32, 64, 256), INT4, True))),
     Target("the same, groups of 32", None, "x",
-           _faster("peer:onnxruntime", _many((8, 16, 32, 64, 256), INT4_32, True))),
+           faster("peer:onnxruntime", _many((8, 16, 32, 64, 256), INT4_32, True))),
     Target("int8 activations, 4 bits, many rows: the aim is 800 GFLOP/s", None, " GFLOP/s", _arithmetic),
     Target("int8 activations, 4 bits, one row: share of the memory's read bandwidth", 85, " %", _bandwidth),
     Target("the same, one row, against the best of the others", 0.95, "x", _against_best(ONE_ROW)),
@@ -206,19 +202,19 @@ TARGETS = (
            _than_ours({f"M = {m}": (_key(m, INT4, True), _key(m, "palette of 16 bytes g128", True))
                        for m in (1, 16, 64, 256)})),
     Target("fp32 activations, 4 bits, against torch's product", 20, "x",
-           _faster("peer:torch-int4pack", _many((1, 4, 16), INT4, False))),
-    Target("bf16 activations, 4 bits, against torch's product", 2, "x", _faster("peer:torch-int4pack", HALF_ROWS)),
+           faster("peer:torch-int4pack", _many((1, 4, 16), INT4, False))),
+    Target("bf16 activations, 4 bits, against torch's product", 2, "x", faster("peer:torch-int4pack", HALF_ROWS)),
     Target("the same, groups of 32", None, "x",
-           _faster("peer:torch-int4pack", _many((4, 16, 32, 64, 256), INT4_32, False, HALF))),
+           faster("peer:torch-int4pack", _many((4, 16, 32, 64, 256), INT4_32, False, HALF))),
     Target("bf16 activations, 4 bits, against zentorch's product with 4 bits", 2, "x",
-           _faster("peer:zentorch", _many((32,), INT4, False, HALF))),
+           faster("peer:zentorch", _many((32,), INT4, False, HALF))),
     Target("bf16 activations, 4 bits, against dense", 0.9, "x",
-           _faster("dense", _of_half((1, 4, 16, 32, 64, 256), (4, 16, 64, 256)))),
+           faster("dense", _of_half((1, 4, 16, 32, 64, 256), (4, 16, 64, 256)))),
     Target("the same, against the best of all others", None, "x", _against_best(HALF_ROWS)),
     Target("the worst of all products against the best dense one, bf16 included", 0.9, "x", _worst(exact_fp32=False)),
     Target("the same, of exact activations in fp32, where bf16 is less exact", None, "x", _worst(exact_fp32=True)),
     Target("gradient of the input, 256 rows, against decoding and a dense product", 1, "x",
-           _faster(DECODING, _gradients())),
+           faster(DECODING, _gradients())),
     Target("a new weight, one row: packed and answered", 50, " ms", _first_call(SQUARE), most=True),
     Target("the same, 11008x4096", None, " ms", _first_call(TALL)),
     Target("LSQ, forward and backward, against eager", 2.5, "x",
@@ -257,9 +253,9 @@ def _cell(index: Index, case: str, dtype: str) -> str:
     text = f"{'~' if ours['noisy'] else ''}{ours['median_ms']:.3g} ms"
     if best is None:
         return text
-    faster = best["median_ms"] / ours["median_ms"]
-    words = f"{faster:.2f}x {best['provider'].removeprefix('peer:')}"
-    return f"{text}, {words if faster >= 1 else f'**{words}**'}"
+    times = best["median_ms"] / ours["median_ms"]
+    words = f"{times:.2f}x {best['provider'].removeprefix('peer:')}"
+    return f"{text}, {words if times >= 1 else f'**{words}**'}"
 
 
 def summary(results: Results, table: Draw) -> str:
