@@ -692,7 +692,7 @@ def test_no_ceiling_is_too_low() -> None:
 
 @checkout
 def test_nothing_is_shown_that_the_suite_does_not_have() -> None:
-    """Rows of cases and providers that are gone are left out; those of providers that nobody here knows are not committed."""
+    """Rows of what is gone are left out; those of providers that nobody here knows are not committed."""
     for path in committed():
         found = results.Results.load(path)
         strange = {r["provider"] for r in found.rows} - roster.known(found.environment["kind"]) - roster.BY_MACHINE
@@ -720,12 +720,16 @@ def test_every_operator_was_measured() -> None:
 
 # ----------------------------------------------------------------------------------------------- what the suite has
 
-#: The measurements of a small suite, and their providers.
+ALONE = frozenset({""})  #: of a provider without variants
+#: The measurements of a small suite, and their providers with variants.
 SMALL = {
-    ("lowbit", "qlinear", "M8", "float32", "forward"): frozenset(
-        {"cofire", "dense", "peer:onnxruntime", roster.ONE_THREAD}
-    ),
-    ("lowbit", "qlinear", "M8", "float32", "overhead"): frozenset({"cofire", "dense"}),
+    ("lowbit", "qlinear", "M8", "float32", "forward"): {
+        "cofire": ALONE,
+        "dense": frozenset({"packed", "plain"}),
+        "peer:onnxruntime": ALONE,
+        roster.ONE_THREAD: ALONE,
+    },
+    ("lowbit", "qlinear", "M8", "float32", "overhead"): {"cofire": ALONE, "dense": ALONE},
 }
 
 
@@ -751,7 +755,7 @@ def test_rows_that_the_suite_no_longer_has_are_left_out(tmp_path: Path) -> None:
     stay = [*full(), row("peer:mine", 1.0), row("eager", 1.0)]
     left = roster.current(made_up([*gone, *stay]))
     assert left.rows == stay and left.left_out == gone, "somebody's own peer stays, and what the machine decides"
-    line = "Left out: 3 rows of cases or providers that the suite no longer has"
+    line = "Left out: 3 rows of cases, providers or variants that the suite no longer has"
     assert tables.caveats(left) == [f"{line}."]
     (found,) = tables.caveats(left, "lowbit")
     assert found.startswith(f"{line} (qlinear, M9, float32, forward; qlinear, M8, float32, forward, cold; qlinear, M8")
@@ -762,6 +766,25 @@ def test_rows_that_the_suite_no_longer_has_are_left_out(tmp_path: Path) -> None:
     text = written["benchmarks-lowbit.md"].read_text()
     assert line in text and "| M9 |" not in text and "| M8 |" in text
     assert line in written["benchmarks.html"].read_text() and line in written["benchmarks.md"].read_text()
+
+
+@pytest.mark.usefixtures("small_suite")
+def test_rows_of_a_variant_that_the_provider_lost_are_left_out() -> None:
+    gone = [
+        row("dense", 1.0, variant="4 bits"),
+        row("peer:onnxruntime", 1.0, variant="bfloat16"),
+        row("dense", 1.0, variant="packed", mode="overhead"),
+    ]
+    stay = [
+        row("dense", 1.0, variant="packed"),
+        row("dense", 1.0),  # from when it had no variants
+        row("dense", 1.0, mode="overhead"),
+        row("eager", 1.0, variant="bfloat16"),
+        row("peer:mine", 1.0, variant="4 bits"),
+        row("peer:onnxruntime", None, absent=True, note="not installed: onnx"),
+    ]
+    left = roster.current(made_up([*gone, *stay]))
+    assert left.rows == stay and left.left_out == gone
 
 
 @pytest.mark.usefixtures("small_suite")
@@ -780,6 +803,7 @@ def test_what_a_file_lacks_is_named() -> None:
         assert lacking(ms=None, absent=True, note=excuse) == []
     assert lacking(ms=None, absent=True, note="not installed: onnx") == ["peer:onnxruntime"]
     assert lacking(ms=None) == ["peer:onnxruntime"], "neither a time nor a reason"
+    assert lacking(ms=2.0, variant="gone") == ["peer:onnxruntime"], "it was something else"
     wrong = [
         row("cofire", None, note="wrong") if r["provider"] == "cofire" and r["mode"] == "forward" else r for r in full()
     ]
@@ -800,4 +824,15 @@ def test_the_roster_has_every_case_and_every_peer() -> None:
     peers = {f"peer:{p.name}" for p in built_in() if "cpu" in p.devices}
     assert peers <= roster.known("cpu"), "whether they are installed or not"
     (place,) = [p for p in there if p[1:3] == ("mass_mask", "128x512 mass 0.95") and p[4] == "forward"]
-    assert there[place] == {"cofire", "dense", "eager", "compile", roster.ONE_THREAD}
+    assert set(there[place]) == {"cofire", "dense", "eager", "compile", roster.ONE_THREAD}
+
+
+def test_the_roster_has_the_variants_of_peers_that_are_not_here() -> None:
+    (case,) = [
+        c for c in cases_of()["qlinear"] if c.name == "M32 4096x4096 4 bits g128" and str(c.dtype) == "torch.bfloat16"
+    ]
+    place = "lowbit", case.op, case.name, "bfloat16", "forward, cold"
+    assert roster.roster("cpu")[place]["peer:zentorch"] == {"4 bits"}
+    old = row("peer:zentorch", 1.0, case.name, dtype="bfloat16", mode="forward, cold", variant="bfloat16")
+    assert roster.gone(made_up([old])) == [old], "a dense product, which another peer has now"
+    assert roster.gone(made_up([{**old, "variant": "4 bits"}])) == []

@@ -539,12 +539,19 @@ def _copy(weight: Tensor) -> Tensor:
     return weight.clone() if copy is weight else copy
 
 
-def candidates(case: Case, device: str, mode: str, wanted: Sequence[str] | None) -> dict[str, dict[str, Provider]]:
-    """The providers of a case that can run here, each as ``{variant: provider}``; always with ``cofire``."""
+def candidates(
+    case: Case, device: str, mode: str, wanted: Sequence[str] | None, absent: bool = False
+) -> dict[str, dict[str, Provider]]:
+    """The providers of a case that can run here, each as ``{variant: provider}``; always with ``cofire``.
+
+    ``absent``: those too that cannot (:func:`absentees`).
+    """
     every = {"cofire": case.ours or plain(OPERATORS[case.op]), **case.providers}
     if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
         every[ONE_THREAD] = one_thread(OPERATORS[case.op])
-    every |= {name: entry for name, (peer, entry) in of_case(case, device).items() if peer.absence(case) is None}
+    every |= {
+        name: entry for name, (peer, entry) in of_case(case, device).items() if absent or peer.absence(case) is None
+    }
     found = {name: _variants(name, entry, device, mode) for name, entry in every.items() if _is_wanted(name, wanted)}
     return {name: variants for name, variants in found.items() if variants}
 

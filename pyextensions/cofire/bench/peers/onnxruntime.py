@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime: MatMulNBits, a model of one node whose blob is rows of bits like ours.
 
-Accuracy level 0 takes activations as they are, and has a kernel for 4 bits alone: others take a plain loop, at one GFLOP/s.
+Accuracy level 0 takes activations as they are, and has a kernel for 4 bits alone: others take a plain loop.
 Level 4 rounds them to 8 bits by groups. Input and output are bound, so that nothing is copied, and all sessions share one
 set of threads: each session's own would spin against those of the next.
 """

@@ -112,8 +112,8 @@ def report(
 
     Args:
         results_files: what :func:`cofire.bench.run` wrote, one file per device. What lies in ``growth``, ``end_to_end``,
-            ``memory`` and ``agreement`` beside them is drawn too. Rows of cases and providers that the suite no longer has
-            are left out, and the pages say so.
+            ``memory`` and ``agreement`` beside them is drawn too. Rows of cases, providers and variants that the suite no
+            longer has are left out, and the pages say so.
         out_dir: gets ``benchmarks.md`` (the part between its markers is replaced), ``benchmarks-<family>.md``, the pictures
             as SVG files in ``benchmarks``, and ``benchmarks.html`` (self-contained). A ``clustering.md`` in it gets the
             table of memory, a ``networks.md`` that of whole networks, and a family's own page (``sparse.md``) what was aimed at

@@ -260,7 +260,7 @@ def caveats(results: Results, family: str | None = None) -> list[str]:
     if old:
         cases = list(dict.fromkeys(f"{r['op']}, {r['case']}, {r['dtype']}, {r['mode']}" for r in old))
         some = "; ".join(cases[:MOST_NAMED]) + ("; ..." if len(cases) > MOST_NAMED else "")
-        words = f"{plural(len(old), 'row')} of cases or providers that the suite no longer has"
+        words = f"{plural(len(old), 'row')} of cases, providers or variants that the suite no longer has"
         found.append(f"Left out: {words}{'' if family is None else f' ({some})'}.")
     return found
 
