@@ -28,7 +28,7 @@ from cofire import native
 from cofire.nn import LoRALinear, QLoRALinear, QuantLinear, SparseLinear, hessians, quantize_
 from cofire.nn.lowbit import is_transposed
 from cofire.ops import NestedScale, QTensor, quantize_weight
-from cofire.ops.lowbit import ACTIVATIONS
+from cofire.ops.lowbit import ACTIVATIONS, int8_columns
 from helpers import stored_bytes
 
 IN, OUT = 48, 20
@@ -368,6 +368,8 @@ def with_numbers(state: dict[str, Any], *numbers: int) -> dict[str, Any]:
             lambda s: with_numbers({**s, **nested_state()}, 20, 48, 4, 16, 0),
             "NestedScale: block must be at least 1, got 0",
         ),
+        (lambda s: {**s, "bias": torch.ones(19)}, r"bias must have shape \[20\], got \[19\]"),
+        (lambda s: {**s, "bias": torch.ones(20, 1)}, r"bias must have shape \[20\], got \[20, 1\]"),
         (lambda s: {"weight": torch.ones(OUT, IN), "bias": s["bias"]}, "Missing key"),
     ],
 )
@@ -376,7 +378,9 @@ def test_another_state_is_refused_and_changes_nothing(change: Callable[[Any], An
     before = copy.deepcopy(layer)
     with pytest.raises(RuntimeError, match=sentence):
         layer.load_state_dict(change(make("4 bits", bias=True).state_dict()))
-    layer.bias = before.bias  # (torch loads what it can where a key is missed)
+    if sentence == "Missing key":
+        assert not torch.equal(layer.bias, before.bias)  # torch loads what it can
+        layer.bias = before.bias
     same_state(before, layer)
     assert torch.equal(before.weight, layer.weight) and repr(before) == repr(layer)
 
@@ -395,6 +399,26 @@ def test_a_table_of_floats_and_int8_activations_do_not_meet(state: Callable[[], 
         assert layer.activations == "exact"
         with pytest.raises(RuntimeError, match=sentence):
             layer.load_state_dict(with_numbers(found, OUT, IN, 4, 16, 0, 2, 1))
+
+
+def test_groups_too_wide_for_int8_activations_are_refused_before_the_first_product() -> None:
+    most = int8_columns(8, None)
+    sizes = {"bits": 8, "group_size": None}
+    assert QuantLinear(most, 1, **sizes, activations="int8")(torch.ones(1, most)).tolist() == [[0.0]]
+    wide = QuantLinear(most + 1, 1, **sizes)
+    sentence = f"QuantLinear: int8 activations take groups of at most {most} columns with bits=8"
+    with pytest.raises(ValueError, match=sentence):
+        QuantLinear(most + 1, 1, **sizes, activations="int8")
+    with pytest.raises(ValueError, match=sentence):
+        QuantLinear.from_qtensor(wide.qweight, activations="int8")
+    with pytest.raises(ValueError, match=sentence):
+        wide.activations = "int8"
+    assert wide.activations == "exact"
+    narrow = QuantLinear(most + 1, 1, bits=4, group_size=None, activations="int8")
+    for state in (with_numbers(wide.state_dict(), 1, most + 1, 8, most + 1, 0, 2, 1), version_1(wide)):
+        with pytest.raises(RuntimeError, match=sentence):
+            narrow.load_state_dict(state)
+    assert narrow.bits == 4 and narrow.activations == "int8"
 
 
 def test_a_state_without_codes_is_missed() -> None:
@@ -577,11 +601,28 @@ def test_a_base_stays_exact() -> None:
     int8.base.activations = "int8"
     with pytest.raises(ValueError, match="QLoRALinear: base must have exact activations, got 'int8'"):
         int8(torch.randn(3, IN))
-    with pytest.raises(RuntimeError, match="base: the state must have exact activations, got 'int8'"):
-        nn.Sequential(layer).load_state_dict(nn.Sequential(int8).state_dict())
     layer = QLoRALinear(make("4 bits"), rank=2)
     layer.load_state_dict({**layer.state_dict(), "base.geometry": version_1(make("4 bits"))["geometry"]})
     assert layer.base.activations == "exact"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("inside", [lambda layer: layer, nn.Sequential], ids=["alone", "in a model"])
+def test_the_state_of_a_base_that_is_not_exact_changes_nothing(
+    inside: Callable[[nn.Module], nn.Module], assign: bool
+) -> None:
+    layer, int8 = QLoRALinear(make("4 bits"), rank=2), QLoRALinear(make("8 bits"), rank=2)
+    int8.base.activations = "int8"
+    before, x, stored = copy.deepcopy(layer), torch.randn(3, IN), inside(int8).state_dict()
+    names = list(stored)
+    for strict in (True, False):
+        with pytest.raises(RuntimeError) as caught:
+            inside(layer).load_state_dict(stored, strict=strict, assign=assign)
+        assert str(caught.value).endswith("base: the state must have exact activations, got 'int8'")
+        assert "key" not in str(caught.value).replace("state_dict", "")
+        same_state(before, layer)
+        assert torch.equal(layer(x), before(x)) and repr(before) == repr(layer)
+    assert list(stored) == names
 
 
 def test_trained_state_survives() -> None:

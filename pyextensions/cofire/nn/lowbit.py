@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cofire.nn.calibration import input_statistics
 from cofire.ops import QTensor, dequantize, packed_bytes, qlinear, qlora_linear, quantize_weight
 from cofire.ops.checks import check_choice, check_integer, check_module, check_number, refuse, shape_of
-from cofire.ops.lowbit import ACTIVATIONS, check_bits, drop_layouts
+from cofire.ops.lowbit import ACTIVATIONS, check_bits, check_int8, drop_layouts
 from cofire.ops.qtensor import NESTED, TENSORS
 from cofire.ops.quantizers import check_method
 
@@ -35,8 +35,9 @@ class QuantLinear(nn.Module):
 
     A new layer is all zeros: :meth:`from_linear` makes one from a dense layer, and ``load_state_dict`` accepts the state of
     any other of the same size, whatever its bits, groups, tables, order of columns, format or activations; the state says
-    them itself. It is looked at before anything is changed: shapes that do not fit together, numbers that are not finite and
-    a ``perm`` that is no permutation are refused.
+    them itself. It is looked at before this layer is changed: shapes that do not fit together, numbers that are not finite, a
+    ``perm`` that is no permutation and activations that the weight does not take are refused. Keys that are missing are not:
+    what there is of the others may be loaded before torch reports them.
 
     Attributes:
         codes, scale, zero, offset, lut, perm: the tensors of the :class:`~cofire.ops.QTensor`, as buffers; those that the
@@ -53,7 +54,7 @@ class QuantLinear(nn.Module):
     Raises:
         TypeError: sizes that are no integers.
         ValueError: bits out of range, a group size that does not divide ``in_features``, unknown activations, or int8
-            activations of a weight with a table of floats.
+            activations of a weight with a table of floats or with groups too wide for sums in 32 bits.
         RuntimeError: from ``load_state_dict``, for a state that does not fit; from the forward as :func:`cofire.ops.qlinear`.
 
     Example:
@@ -114,7 +115,7 @@ class QuantLinear(nn.Module):
     # ---------------------------------------------------------------------------------------------- its weight
 
     def _take(self, weight: QTensor, activations: str) -> None:
-        _check_activations(activations, weight.lut)
+        _check_activations(activations, weight.bits, weight.group_size, weight.lut)
         tensors = {name.replace(".", "_"): t.detach() for name, t in weight.tensors().items()}
         for name in BUFFERS:
             self.register_buffer(name, tensors.get(name))
@@ -140,7 +141,7 @@ class QuantLinear(nn.Module):
 
     @activations.setter
     def activations(self, value: str) -> None:
-        _check_activations(value, self._buffers["lut"])
+        _check_activations(value, self.bits, self.group_size, self._buffers["lut"])
         self._activations = value
         self.geometry = torch.tensor(self._numbers(), device=self.geometry.device)
 
@@ -232,7 +233,8 @@ class QuantLinear(nn.Module):
         if isinstance(stored, Tensor) and isinstance(codes, Tensor) and not stored.is_meta:
             parts = {n: t for n in BUFFERS if isinstance(t := state_dict.get(prefix + n), Tensor)}
             try:
-                weight, activations = self._read(stored.tolist() if stored.dim() == 1 else [], parts)
+                bias = state_dict.get(f"{prefix}bias")
+                weight, activations = self._read(stored.tolist() if stored.dim() == 1 else [], parts, bias)
             except (TypeError, ValueError) as error:
                 error_msgs.append(f"{prefix.removesuffix('.') or 'QuantLinear'}: {error}")
                 return
@@ -248,11 +250,13 @@ class QuantLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _read(self, numbers: list[int], parts: dict[str, Tensor]) -> tuple[QTensor, str]:
+    def _read(self, numbers: list[int], parts: dict[str, Tensor], bias: Any) -> tuple[QTensor, str]:
         """The weight of a state, and its activations; refused where the layer cannot be one of it."""
         trouble = _trouble(numbers, [self.out_features, self.in_features])
         if trouble:
             raise ValueError(trouble)
+        if self.bias is not None and isinstance(bias, Tensor) and bias.shape != self.bias.shape:
+            raise ValueError(f"bias must have shape {shape_of(self.bias)}, got {shape_of(bias)}")
         bits, group_size, block = numbers[2:5]
         same = [bits, group_size, block] == [self.bits, self.group_size, self._block]
         if len(numbers) == 5:  # of before there was a version
@@ -272,14 +276,14 @@ class QuantLinear(nn.Module):
         )  # fmt: skip
         if not any(t.is_meta for t in parts.values()):
             weight.check_values()
-        _check_activations(activations, weight.lut)
+        _check_activations(activations, bits, group_size, weight.lut)
         return weight, activations
 
 
-def _check_activations(activations: str, lut: Tensor | None) -> None:
+def _check_activations(activations: str, bits: int, group_size: int, lut: Tensor | None) -> None:
     check_choice("QuantLinear", "activations", activations, ACTIVATIONS)
-    if activations == "int8" and lut is not None and lut.is_floating_point():
-        refuse("QuantLinear", f"int8 activations need uniform codes or an int8 lut, got a lut of {lut.dtype}")
+    if activations == "int8":
+        check_int8("QuantLinear", bits, group_size, lut)
 
 
 def _trouble(numbers: list[int], shape: list[int]) -> str | None:
@@ -388,7 +392,7 @@ class QLoRALinear(LoRALinear):
     Raises:
         TypeError: ``base`` is no :class:`QuantLinear`, or a number has another type.
         ValueError: ``rank`` below 1, or a base with int8 activations, in the forward as well.
-        RuntimeError: from ``load_state_dict``, for the state of such a base.
+        RuntimeError: from ``load_state_dict``, for the state of such a base, which leaves the layer as it is.
 
     Example:
         >>> base = QuantLinear.from_linear(nn.Linear(64, 8), "nf4", group_size=64)
@@ -407,13 +411,18 @@ class QLoRALinear(LoRALinear):
         return base.dtype, base.geometry.device
 
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         stored = state_dict.get(f"{prefix}base.geometry")
         numbers = stored.tolist() if isinstance(stored, Tensor) and stored.dim() == 1 and not stored.is_meta else []
         if len(numbers) > 6 and numbers[5] == VERSION and numbers[6] == ACTIVATIONS.index("int8"):
             error_msgs.append(f"{prefix}base: the state must have exact activations, got 'int8'")
+            # torch hands this dict on to the base, which would take the state: it finds its own instead.
+            for name in [n for n in state_dict if n.startswith(prefix)]:
+                del state_dict[name]
+            state_dict.update(self.state_dict(prefix=prefix))
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -350,9 +350,15 @@ def _check_product(
     check_device(operator, "input", input, codes=codes, bias=bias)
     if bias is not None and list(bias.shape) != [codes.shape[0]]:
         refuse(operator, f"bias must have shape [{codes.shape[0]}], got {shape_of(bias)}")
-    if activations == "int8" and lut is not None and lut.is_floating_point():
+    if activations == "int8":
+        check_int8(operator, bits, group_size, lut)
+
+
+def check_int8(operator: str, bits: int, group_size: int, lut: Tensor | None) -> None:
+    """The sentences of what int8 activations do not take."""
+    if lut is not None and lut.is_floating_point():
         refuse(operator, f"int8 activations need uniform codes or an int8 lut, got a lut of {lut.dtype}")
-    if activations == "int8" and group_size > (most := int8_columns(bits, lut)):
+    if group_size > (most := int8_columns(bits, lut)):
         codes_of = f"bits={bits}" if lut is None else "an int8 lut"
         refuse(
             operator,
