@@ -138,9 +138,9 @@ def test_tables_of_bytes_go_out_as_floats(dtype, bits, group_rows):
     assert all(t.dtype == dtype for name, t in state.items() if not name.endswith("type"))
     again = from_coreml(state)
     assert torch.equal(again.dequantize(), state["weight"])
-    assert torch.equal(again.lut, q.lut.to(dtype))
+    assert torch.equal(again.lut, q.lut.to(dtype) / 128)
     entries = q.lut.int()[(torch.arange(12) // (group_rows or 12))[:, None], q.unpack().int()]
-    found = again.lut.int()[(torch.arange(12) // (group_rows or 12))[:, None], again.unpack().int()]
+    found = (again.lut * 128).int()[(torch.arange(12) // (group_rows or 12))[:, None], again.unpack().int()]
     assert torch.equal(entries, found)
     tolerance = 0 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(again.dequantize(), q.dequantize(), rtol=tolerance, atol=0)

@@ -24,6 +24,8 @@ from cofire.nn import (
     quantize_,
 )
 from cofire.nn.palettes import as_qtensor, palettized_linear
+from cofire.ops.lowbit import ACTIVATIONS, int8_columns
+from helpers import stored_bytes
 
 OPTIONS = {
     "one palette": {"bits": 4},
@@ -171,15 +173,81 @@ def test_the_state_survives(options, how):
     assert "lut_dtype=torch.int8" in repr(packed)
 
 
-def test_int8_activations_are_an_option_of_the_layer_not_of_its_state():
-    packed = linear("groups").pack(lut_dtype=torch.int8, activations="int8")
-    empty = PackedPalettizedLinear(20, 14, bits=3, group_rows=7, lut_dtype=torch.int8, activations="int8")
+def empty_groups(activations, device=None):
+    return PackedPalettizedLinear(
+        20, 14, bits=3, group_rows=7, lut_dtype=torch.int8, activations=activations, device=device
+    )
+
+
+def other(activations):
+    return "exact" if activations == "int8" else "int8"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_activations_are_a_part_of_the_state(activations, assign):
+    packed, x = linear("groups").pack(torch.int8, activations), torch.randn(3, 20)
+    assert packed.nbytes == stored_bytes(packed) and packed.geometry.tolist() == [ACTIVATIONS.index(activations)]
+    state = safetensors.torch.load(safetensors.torch.save(packed.state_dict()))
+    empty = empty_groups(other(activations), "meta" if assign else None)
+    assert str(empty.load_state_dict(state, assign=assign)) == "<All keys matched successfully>"
+    for twin in (empty, copy.deepcopy(packed), pickle.loads(pickle.dumps(packed)), copy.deepcopy(empty).to("cpu")):
+        assert twin.activations == activations and repr(twin) == repr(packed)
+        assert torch.equal(twin(x), packed(x)) and torch.equal(twin.geometry, packed.geometry)
+    packed.activations = other(activations)
+    assert not torch.equal(packed(x), empty(x))
     empty.load_state_dict(packed.state_dict())
-    x = torch.randn(3, 20)
-    assert torch.equal(empty(x), packed(x)) and "activations=int8" in repr(packed)
-    exact = PackedPalettizedLinear(20, 14, bits=3, group_rows=7, lut_dtype=torch.int8)
-    exact.load_state_dict(packed.state_dict())
-    assert not torch.equal(exact(x), packed(x)) and "activations" not in repr(exact)
+    assert torch.equal(packed(x), empty(x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("own", ACTIVATIONS)
+def test_states_and_pickles_of_before_activations_were_written_load(own, assign):
+    """The layer keeps its own."""
+    packed, x = linear("groups").pack(torch.int8, own), torch.randn(3, 20)
+    old = {name: value for name, value in packed.state_dict().items() if name != "geometry"}
+    empty = empty_groups(own, "meta" if assign else None)
+    assert str(empty.load_state_dict(old, assign=assign)) == "<All keys matched successfully>"
+    assert "geometry" not in old and empty.activations == own and torch.equal(empty.to("cpu")(x), packed(x))
+    inside = {name: value for name, value in packed.__dict__.items() if name != "_activations"}
+    inside["_buffers"] = {}
+    loaded = PackedPalettizedLinear.__new__(PackedPalettizedLinear)
+    loaded.__setstate__({**inside, "activations": own})
+    assert loaded.activations == own and torch.equal(loaded(x), packed(x))
+    assert torch.equal(loaded.geometry, packed.geometry)
+
+
+def test_activations_that_do_not_fit_are_refused():
+    rounded = linear("groups").pack(torch.int8, "int8").state_dict()
+    layer = empty_groups("exact")
+    with pytest.raises(RuntimeError, match=r"the geometry of the state must hold 0 .* or 1 .int8., got \[2\]"):
+        layer.load_state_dict({**rounded, "geometry": torch.tensor([2])})
+    assert layer.activations == "exact" and layer.geometry.tolist() == [0]
+    vectors = linear("vectors").pack(torch.int8)
+    with pytest.raises(RuntimeError, match="PackedPalettizedLinear: int8 activations need palettes of single weights"):
+        vectors.load_state_dict({**vectors.state_dict(), "geometry": torch.tensor([1])})
+    with pytest.raises(ValueError, match="PackedPalettizedLinear: int8 activations need palettes of single weights"):
+        vectors.activations = "int8"
+    assert vectors.activations == "exact" and vectors.geometry.tolist() == [0]
+    layer.activations = "int8"
+    with pytest.raises(RuntimeError, match="the palette of the state must be of torch.int8"):
+        layer.load_state_dict(linear("groups").pack().state_dict())
+    assert layer.activations == "int8" and layer.geometry.tolist() == [1]
+
+
+def test_rows_too_wide_for_int8_activations_are_refused_before_the_first_product():
+    most = int8_columns(1, torch.zeros(1, 2, dtype=torch.int8))
+    options = {"bits": 1, "lut_dtype": torch.int8}
+    assert PackedPalettizedLinear(most, 1, **options, activations="int8")(torch.ones(1, most)).tolist() == [[0.0]]
+    layer = PackedPalettizedLinear(most + 1, 1, **options)
+    sentence = f"PackedPalettizedLinear: int8 activations take groups of at most {most} columns with an int8 lut"
+    with pytest.raises(ValueError, match=sentence):
+        PackedPalettizedLinear(most + 1, 1, **options, activations="int8")
+    with pytest.raises(ValueError, match=sentence):
+        layer.activations = "int8"
+    with pytest.raises(RuntimeError, match=sentence):
+        layer.load_state_dict({**layer.state_dict(), "geometry": torch.tensor([1])})
+    assert layer.activations == "exact"
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -210,9 +278,31 @@ def test_labels_with_a_palette_of_bytes():
     assert half.weight.dtype == torch.float16 and half.scale.dtype == torch.float32
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0, 1e4])
+def test_small_weights_of_bytes_as_floats_of_16_bits(size):
+    """The factor of a byte, size / 127, is a subnormal of fp16 where the weights are none."""
+    labels, lut = torch.randint(8, (6, 20)), torch.randn(2, 8, 1) * size
+    packed = PackedPalette.from_labels(labels, lut, (6, 20), group_rows=3, dtype=torch.float16, lut_dtype=torch.int8)
+    exact = packed.lut.flatten(1)[torch.arange(6)[:, None] // 3, labels] * packed.scale[:, None]
+    floats = packed.as_floats()
+    assert floats.lut.dtype == floats.scale.dtype == torch.float16
+    assert torch.equal(floats.lut.float() * 128, packed.lut.float())
+    # Two roundings, of the factor and of the product; each of half a unit, of subnormals 2^-24.
+    torch.testing.assert_close(floats.weight.float(), exact, rtol=torch.finfo(torch.float16).eps, atol=2**-24)
+
+
+def test_large_factors_of_small_integers_as_floats_of_16_bits():
+    """Only as much is moved into the factors as the entries need: these would overflow."""
+    lut = torch.tensor([[[-1], [1]]], dtype=torch.int8)
+    packed = PackedPalette.from_labels(
+        torch.tensor([[0, 1]]), lut, (1, 2), scale=torch.tensor([10000.0]), dtype=torch.float16
+    )
+    assert packed.as_floats().weight.tolist() == packed.weight.tolist() == [[-10000.0, 10000.0]]
+
+
 def test_a_palette_of_zeros():
     packed = PackedPalette.from_labels(torch.zeros(2, 2).int(), torch.zeros(1, 2, 1), (2, 2), lut_dtype=torch.int8)
-    assert packed.weight.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+    assert packed.weight.tolist() == packed.as_floats().weight.tolist() == [[0.0, 0.0], [0.0, 0.0]]
 
 
 def test_nothing_to_multiply():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cofire.names import near_matches
 from cofire.ops.checks import check_choice, check_integer, refuse, shape_of
-from cofire.ops.lowbit import ACTIVATIONS, QTensor, compute_dtype, qlinear
+from cofire.ops.lowbit import ACTIVATIONS, QTensor, check_int8, compute_dtype, qlinear
 from cofire.ops.packing import pack_bits, packed_bytes, unpack_bits
 from cofire.ops.quantizers import byte_tables
 
@@ -83,18 +83,25 @@ class Shaped(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        trouble = self._trouble(state_dict, prefix)
+        if trouble:
+            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {trouble}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _trouble(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        """Why a state is not of such a weight, or None."""
         stored = state_dict.get(f"{prefix}geometry")
         if isinstance(stored, Tensor) and not stored.is_meta:
             *shape, group_rows = stored.tolist() if stored.dim() == 1 and len(stored) else [0]
             if (tuple(shape), group_rows) != (self.shape, self.group_rows):
-                error_msgs.append(
-                    f"{prefix.removesuffix('.') or type(self).__name__}: the state must be of a weight {list(self.shape)} with "
-                    f"palettes of {self.group_rows} rows, got one of {shape} with palettes of {group_rows}"
+                return (
+                    f"the state must be of a weight {list(self.shape)} with palettes of {self.group_rows} rows, got one of "
+                    f"{shape} with palettes of {group_rows}"
                 )
-                return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        return None
 
 
 # ------------------------------------------------------------------------------------------------ labels to weights
@@ -316,13 +323,6 @@ class PackedPalette(Shaped):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        stored = state_dict.get(f"{prefix}lut")
-        if isinstance(stored, Tensor) and stored.is_floating_point() != self.lut.is_floating_point():
-            error_msgs.append(
-                f"{prefix.removesuffix('.') or 'PackedPalette'}: the palette of the state must be of "
-                f"{'floats' if self.lut.is_floating_point() else self.lut.dtype} (lut_dtype), got {stored.dtype}"
-            )
-            return
         one = self.like.dtype == self.lut.dtype
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -330,6 +330,13 @@ class PackedPalette(Shaped):
         dtype = self.lut.dtype if one else self.like.dtype  # the palette may have been assigned, not copied
         if (dtype, self.lut.device) != (self.like.dtype, self.like.device):
             self.like = torch.empty(0, dtype=dtype, device=self.lut.device)
+
+    def _trouble(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
+        stored = state_dict.get(f"{prefix}lut")
+        if isinstance(stored, Tensor) and stored.is_floating_point() != self.lut.is_floating_point():
+            expected = "floats" if self.lut.is_floating_point() else self.lut.dtype
+            return f"the palette of the state must be of {expected} (lut_dtype), got {stored.dtype}"
+        return super()._trouble(state_dict, prefix)
 
     @classmethod
     def from_labels(
@@ -394,13 +401,20 @@ class PackedPalette(Shaped):
         return packed
 
     def as_floats(self) -> PackedPalette:
-        """The same, for what takes no palette of bytes: its entries as floats, in the dtype of the weight as the factors."""
+        """The same, for what takes no palette of bytes: its entries as floats, in the dtype of the weight as the factors.
+
+        Entries are divided by a power of two, which is exact, and the factors multiplied by it: a factor of bytes is near
+        the largest weight / 127, which fp16 would round as a subnormal where the weight itself is none.
+        """
         if self.lut.is_floating_point():
             return self
+        assert self.scale is not None
         dtype = self.like.dtype
         labels = unpack_bits(self.labels, self.bits, self.columns // self.cluster_dim)
+        exponent = int(self.lut.short().abs().max()).bit_length()  # 7, but for palettes of small integers
+        lut, scale = self.lut.to(dtype) / 2**exponent, self.scale * 2**exponent
         return self.from_labels(
-            labels, self.lut, self.shape, group_rows=self.group_rows, scale=self.scale, dtype=dtype, lut_dtype=dtype
+            labels, lut, self.shape, group_rows=self.group_rows, scale=scale, dtype=dtype, lut_dtype=dtype
         )
 
     @property
@@ -457,10 +471,8 @@ class PackedPalettized(nn.Module):
     @property
     def nbytes(self) -> int:
         """Of labels, palettes, factors and whatever is not packed, as the bias."""
-        own = sum(
-            x.numel() * x.element_size() for x in (*self._parameters.values(), *self._buffers.values()) if x is not None
-        )
-        return own + self.palette.nbytes
+        own = {**self._parameters, **self._buffers, "geometry": None}
+        return sum(x.numel() * x.element_size() for x in own.values() if x is not None) + self.palette.nbytes
 
 
 class PackedPalettizedLinear(PackedPalettized):
@@ -471,12 +483,19 @@ class PackedPalettizedLinear(PackedPalettized):
         activations: "exact", or, with an int8 palette, "int8": the input is rounded to bytes too, as in
             :func:`cofire.ops.qlinear`.
         palette: options of :class:`PackedPalette`: ``bits``, ``group_rows``, ``cluster_dim``, ``scale``, ``lut_dtype``. An
-            empty layer made with them loads the state of a packed one.
+            empty layer made with them loads the state of a packed one, and its activations with it.
+
+    Attributes:
+        activations: "exact" or "int8"; may be set.
+        geometry: int64 buffer ``[1]``: 0 for exact activations, 1 for int8. With older states, which have none, the layer
+            keeps its own.
 
     Shape: as ``nn.Linear``.
 
     Raises:
-        ValueError: int8 activations with a palette of floats, of vectors, or of rows that are not shared out evenly.
+        ValueError: int8 activations with a palette of floats, of vectors, or of rows that are not shared out evenly, or with
+            rows too wide for sums in 32 bits.
+        RuntimeError: from ``load_state_dict``, for a state that does not fit.
 
     Example:
         >>> from cofire.nn import PalettizedLinear
@@ -494,7 +513,7 @@ class PackedPalettizedLinear(PackedPalettized):
     """
 
     bias: nn.Parameter | None
-    activations: str = "exact"
+    geometry: Tensor
 
     def __init__(
         self,
@@ -525,6 +544,15 @@ class PackedPalettizedLinear(PackedPalettized):
         return layer.eval()
 
     def _take(self, activations: str) -> None:
+        self._check_activations(activations)
+        self._activations = activations
+        self.register_buffer("geometry", self._numbers(self.labels.device))
+
+    def _numbers(self, device: torch.device) -> Tensor:
+        """What ``geometry`` holds."""
+        return torch.tensor([ACTIVATIONS.index(self._activations)], device=device)
+
+    def _check_activations(self, activations: str) -> None:
         check_choice("PackedPalettizedLinear", "activations", activations, ACTIVATIONS)
         p = self.palette
         if activations == "int8":
@@ -535,7 +563,54 @@ class PackedPalettizedLinear(PackedPalettized):
                 )
             if p.cluster_dim > 1 or not shares_evenly(p.shape[0], p.lut.shape[0], p.group_rows):
                 refuse("PackedPalettizedLinear", f"{SINGLE}, got {p.extra_repr()}")
-        self.activations = activations
+            check_int8("PackedPalettizedLinear", p.bits, p.columns, p.lut)
+
+    @property
+    def activations(self) -> str:
+        return self._activations
+
+    @activations.setter
+    def activations(self, value: str) -> None:
+        self._take(value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "geometry" not in self._buffers:  # pickled before activations were a part of the state
+            self._take(self.__dict__.pop("activations", "exact"))
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name, device = f"{prefix}geometry", self.geometry.device
+        stored = state_dict.get(name)
+        refused = self.palette._trouble(state_dict, f"{prefix}palette.") is not None
+        if isinstance(stored, Tensor) and not stored.is_meta and not refused:
+            numbers = stored.tolist()
+            try:
+                if numbers not in ([0], [1]):
+                    refuse(
+                        "PackedPalettizedLinear",
+                        f"the geometry of the state must hold 0 (exact activations) or 1 (int8), got {numbers}",
+                    )
+                self._check_activations(ACTIVATIONS[numbers[0]])
+                self._activations = ACTIVATIONS[numbers[0]]
+            except ValueError as error:
+                error_msgs.append(f"{prefix.removesuffix('.') or 'PackedPalettizedLinear'}: {error}")
+                refused = True
+        if stored is None or refused:
+            like = state_dict.get(f"{prefix}palette.geometry")
+            own = self._numbers(like.device if isinstance(like, Tensor) else device)
+            state_dict = {**state_dict, name: own}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     @property
     def in_features(self) -> int:
