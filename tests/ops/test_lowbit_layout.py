@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,36 @@ def test_the_bytes_of_the_layout_are_those_that_are_kept(kind: str, bits: int) -
     first, second = (kept(lambda: ops.qlinear(x, q)) for _ in range(2))
     assert second == 4 * 3 * ROWS  # the result
     assert first - second == layout_nbytes(q) == q.resident_nbytes - q.nbytes
+
+
+@compiled
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_bytes_of_every_combination_are_those_that_are_kept(bits: int) -> None:
+    alive = [quantised(4, 32, 96)]  # a layout that goes while another is made would count as given back
+    ops.qlinear(torch.randn(3, 96), alive[0])
+    for group, columns in ((32, 96), (77, 77), (64, 128)):
+        zeros = {
+            "none": None,
+            "one": torch.full((1, 1), 1.0),
+            "one of nothing": torch.zeros(1, 1),
+            "bytes": integers(bits, ROWS, columns // group).to(torch.uint8),
+            "floats": integers(bits, ROWS, columns // group),
+        }
+        offsets = {"none": None, "offsets": integers(4, ROWS, columns // group)}
+        tables = {
+            "none": None,
+            "floats": Random("lut").normal(1, 1 << bits),
+            "bytes": (integers(8, 1, 1 << bits) - 128).to(torch.int8),
+            "floats of rows": Random("lut").normal(3, 1 << bits),
+            "bytes of rows": (integers(8, 3, 1 << bits) - 128).to(torch.int8),
+        }
+        x = torch.randn(3, columns)
+        for names in itertools.product(zeros, offsets, tables):
+            zero, offset, lut = zeros[names[0]], offsets[names[1]], tables[names[2]]
+            q = quantised(bits, group, columns, zero=zero, offset=offset, lut=lut)
+            alive.append(q)
+            result = 4 * 3 * ROWS
+            assert kept(lambda x=x, q=q: ops.qlinear(x, q)) - result == layout_nbytes(q) > 0, (group, *names)
 
 
 @compiled
