@@ -58,4 +58,10 @@ PYBIND11_MODULE(_host, m) {
         cofire::ask_for_large_pages(reinterpret_cast<void*>(data), bytes);
       },
       "For memory that nothing was written to yet: pages of 2 MB, if the system has some.");
+  m.def(
+      "gather_in_large_pages",
+      [](uintptr_t data, size_t bytes) {
+        cofire::gather_in_large_pages(reinterpret_cast<void*>(data), bytes);
+      },
+      "For memory that was written and will be read again and again: the same.");
 }

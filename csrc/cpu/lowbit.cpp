@@ -170,6 +170,7 @@ Packed::Packed(const Stored& w)
       }
     }
   });
+  gather_in_large_pages(to, codes.nbytes());
   set_scales(w);
 }
 

@@ -99,8 +99,11 @@ def in_large_pages(x: torch.Tensor) -> torch.Tensor:
     if STATUS.variant is None or x.device.type != "cpu" or x.numel() * x.element_size() < 1 << 22:
         return x
     copy = torch.empty_like(x, memory_format=torch.contiguous_format)
-    importlib.import_module("cofire._host").ask_for_large_pages(copy.data_ptr(), copy.numel() * copy.element_size())
-    return copy.copy_(x)
+    host, place = importlib.import_module("cofire._host"), (copy.data_ptr(), copy.numel() * copy.element_size())
+    host.ask_for_large_pages(*place)
+    copy.copy_(x)
+    host.gather_in_large_pages(*place)
+    return copy
 
 
 def _failed(reason: str, build: dict[str, Any], features: tuple[str, ...], advice: str = "") -> Status:
