@@ -4,8 +4,10 @@
 // word of 16 bits; of blocks it is stored as it is.
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <vector>
 
+#include "instructions.h"
 #include "sparse.h"
 
 namespace cofire {
@@ -32,7 +34,7 @@ constexpr int64_t kDepth = 256;   // columns of a panel that are expanded at onc
 // have as many sums.
 constexpr int kSideBySide = 4;
 // What an expansion may read of values that are not its own.
-constexpr int64_t kBefore = 4, kBehind = 16;
+constexpr int64_t kBefore = 4, kBehind = 32;
 
 // --------------------------------------------------------------------------- sixteen stored values
 
@@ -86,6 +88,23 @@ COFIRE_INLINE void keep_apart(F16 (&all)[N]) {
   }
 #endif
 }
+
+#ifndef _MSC_VER
+bool has_vbmi2() {
+  static const bool found = __builtin_cpu_supports("avx512vbmi2");
+  return found;
+}
+// The numbers of 16 bits of a where the mask's bits are, from the first on, zeros elsewhere; for
+// machines that have AVX512_VBMI2.
+COFIRE_INLINE W16 expanded_halves(uint32_t mask, W16 a) {
+  W16 found;
+  asm("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(found.v) : "v"(a.v), "Yk"(static_cast<__mmask32>(mask)));
+  return found;
+}
+COFIRE_INLINE W16 permuted_halves(W16 a, W16 places) {
+  return {_mm512_permutexvar_epi16(places.v, a.v)};
+}
+#endif
 
 #elif defined(CPU_CAPABILITY_AVX2)
 
@@ -367,6 +386,58 @@ void multiply_few(const uint16_t* words, const int64_t* starts, Values<T>* value
   for (int p = 0; p < P; ++p) store_columns(total[p], c + p * kPanel * R, R);
 }
 
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+// The same for values of bf16 and one token of bf16, where two columns are expanded at once and
+// multiplied as pairs. x: its pairs.
+template <int P>
+void multiply_pairs(const uint16_t* words, const int64_t* starts, Values<c10::BFloat16>* values,
+                    int64_t columns, const uint32_t* x, float* c) {
+  // Row r of the first column and of the second become its pair.
+  alignas(64) uint16_t places[32];
+  for (int r = 0; r < 16; ++r) {
+    places[2 * r] = static_cast<uint16_t>(r);
+    places[2 * r + 1] = static_cast<uint16_t>(16 + r);
+  }
+  const W16 order = W16::load(places);
+  F16 total[P][1];
+  int64_t place[P];
+  for (int p = 0; p < P; ++p) {
+    place[p] = starts[p];
+    total[p][0] = F16::zero();
+  }
+  for (int64_t k = 0; k < columns; k += kDepth) {
+    const int64_t depth = std::min(kDepth, columns - k);
+    const c10::BFloat16 *from[P], *to[P];
+    for (int p = 0; p < P; ++p) from[p] = to[p] = values[p].at(place[p], depth);
+    F16 sum[P];
+    unrolled<P>([&](auto p) { sum[p] = F16::zero(); });
+    const auto add = [&](int64_t i, bool both) __attribute__((always_inline)) {
+      const W16 token = W16::all(x[(k + i) / 2]);
+      F16 pair[P];
+      unrolled<P>([&](auto p) __attribute__((always_inline)) {
+        const uint16_t* word = words + p * columns + k + i;
+        uint32_t mask = word[0];
+        if (both) std::memcpy(&mask, word, sizeof(mask));
+        pair[p] = as_float(permuted_halves(expanded_halves(mask, W16::load(to[p])), order));
+        to[p] += count(mask);
+      });
+      keep_apart(pair);
+      unrolled<P>([&](auto p) __attribute__((always_inline)) {
+        sum[p] = dot_bf16(sum[p], bits_of(pair[p]), token);
+      });
+    };
+    int64_t i = 0;
+    for (; i + 2 <= depth; i += 2) add(i, true);
+    if (i < depth) add(i, false);
+    unrolled<P>([&](auto p) {
+      total[p][0] = total[p][0] + sum[p];
+      place[p] += to[p] - from[p];
+    });
+  }
+  for (int p = 0; p < P; ++p) store_columns(total[p], c + p * kPanel, 1);
+}
+#endif
+
 // Adds some expanded columns of a panel to the sums of a tile of tokens.
 template <int R>
 void add_expanded(const float* panel, int64_t depth, const float* x, float* c) {
@@ -390,6 +461,15 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
   const int64_t* starts = w.starts();
   const Tiles tiles = by_tiles(x, 1);
   const int64_t K = w.columns;
+  std::vector<uint32_t> pairs;  // of a token of bf16, where pairs are multiplied
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  if (std::is_same_v<T, c10::BFloat16> && x.scalar_type() == at::kBFloat16 && tiles.count == 1 &&
+      has_bf16() && has_vbmi2()) {
+    pairs.resize((K + 1) / 2);
+    const at::Tensor token = x.contiguous();
+    std::memcpy(pairs.data(), token.const_data_ptr(), K * 2);
+  }
+#endif
   // Panels that stay together where there are enough of them for all threads.
   const int64_t together =
       tiles.count <= kFew && panels >= kSideBySide * 4 * at::get_num_threads() ? kSideBySide : 1;
@@ -408,6 +488,15 @@ void multiply_bitmap(const at::Tensor& x, const Weight& w, const Sink& sink) {
             const auto take = [&](auto panels_at_once) {
               constexpr int P = decltype(panels_at_once)::value;
               for (; p + P <= end; p += P) {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+                if constexpr (R == 1 && std::is_same_v<T, c10::BFloat16>) {
+                  if (!pairs.empty()) {
+                    multiply_pairs<P>(words + p * K, starts + p, values.data(), K, pairs.data(), c);
+                    sink(c, R, p * kPanel, std::min(P * kPanel, w.rows - p * kPanel), 0, R);
+                    continue;
+                  }
+                }
+#endif
                 multiply_few<P, R>(words + p * K, starts + p, values.data(), K, tiles.of(0), c);
                 sink(c, R, p * kPanel, std::min(P * kPanel, w.rows - p * kPanel), 0, R);
               }

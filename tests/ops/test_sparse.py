@@ -791,3 +791,16 @@ def test_refusals_of_compressed_weights(call: Callable[[], Any], error: type[Exc
 
 def test_examples() -> None:
     check_examples(sparse)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 255, 256, 257, 333, 600])
+@pytest.mark.parametrize("rows", [5, 48, 544])
+def test_one_token_of_bf16_times_a_bitmap(rows: int, columns: int) -> None:
+    """Columns in pairs, odd ones too, over the limits of what is expanded at once, of some panels and of many."""
+    rand = torch.Generator().manual_seed(rows + columns)
+    w, x = (torch.randn(n, columns, generator=rand).bfloat16() for n in (rows, 1))
+    mask = torch.rand(rows, columns, generator=rand) < 0.4
+    y = ops.spmm(x, SparseWeight.from_dense(w, mask, "bitmap"))
+    kept = torch.where(mask, w, 0).double()
+    bound = 2**-8 * (x.double() @ kept.T).abs() + 1e-5 * (x.double().abs() @ kept.abs().T) + 1e-30
+    assert ((y.double() - x.double() @ kept.T).abs() <= bound).all()
