@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cofire.nn.lowbit import QuantLinear
+from cofire.nn.palettes import PackedPalettizedConv2d
 from cofire.ops import QTensor
 from cofire.ops.checks import refuse
 
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 
 #: Columns that the kernels take at a time; other numbers of them cost a copy of the input.
 COLUMNS = 32
-#: What makes a convolution beside its weight and bias.
-GEOMETRY = (
-    "in_channels",
-    "out_channels",
-    "kernel_size",
-    "stride",
-    "padding",
-    "dilation",
-    "groups",
-    "padding_mode",
-    "_reversed_padding_repeated_twice",
-)
 
 
 def folded_bias(weight: QTensor, bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
@@ -185,7 +174,7 @@ class IntegerLinear(nn.Module):
 
 def follow(layer: nn.Module, conv: nn.Module) -> None:
     """Take over the geometry of a convolution."""
-    for name in GEOMETRY:
+    for name in PackedPalettizedConv2d.GEOMETRY:
         setattr(layer, name, getattr(conv, name))
 
 
