@@ -269,6 +269,7 @@ COFIRE_INLINE W16 shift_right_signed(W16 x) {
   return {_mm256_srai_epi32(x.a, S), _mm256_srai_epi32(x.b, S)};
 }
 COFIRE_INLINE F16 as_float(W16 x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+COFIRE_INLINE W16 bits_of(F16 x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 COFIRE_INLINE float sum_of(F16 x) { return reduce_add(Vec(_mm256_add_ps(x.a, x.b))); }
 COFIRE_INLINE F16 to_float(W16 x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 COFIRE_INLINE F16 rounded(F16 x) {
@@ -466,6 +467,7 @@ COFIRE_INLINE W16 shift_right_signed(W16 a){
     as_float(W16 a) {
   return std::bit_cast<F16>(a);
 }
+COFIRE_INLINE W16 bits_of(F16 a) { return std::bit_cast<W16>(a); }
 COFIRE_INLINE F16 to_float(W16 a){
     COFIRE_LANES(F16, static_cast<float>(static_cast<int32_t>(a.v[i])))} COFIRE_INLINE F16
     rounded(F16 a) {

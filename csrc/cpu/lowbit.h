@@ -235,7 +235,17 @@ at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
 // bytes, to pairs of bf16 (where the machine multiplies those; with their scales, rounded as a
 // dense weight is, where AMX takes many rows) or to floats, by one decoded from the weight as it is
 // stored, or by slabs decoded to floats and the library.
-enum class Way { kFew, kFewPairs, kBytes, kPairs, kHalves, kFloats, kStored, kLibrary };
+enum class Way {
+  kFew,
+  kFewPairs,
+  kBytes,
+  kPairs,
+  kHalves,
+  kFloats,
+  kStored,
+  kLibrary,
+  kLibraryHalves
+};
 
 // The way for `count` rows of a dtype; `plan_of` says it in words.
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);

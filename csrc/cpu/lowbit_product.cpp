@@ -17,6 +17,7 @@
 #include "one_thread.h"
 #include "pages.h"
 #include "parts.h"
+#include "rounding.h"
 
 namespace cofire {
 inline namespace CPU_CAPABILITY {
@@ -29,6 +30,8 @@ namespace {
 constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
+// The same in bf16, on machines that have its products but no AMX.
+constexpr int64_t kLibraryHalvesRows = 192;
 constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
 constexpr int kPairBits = 5;         // of codes that one table makes pairs of bf16 of
 
@@ -40,16 +43,17 @@ struct Rows {
   // stand side by side, word by word or some words of each. Apart they would be on a page each, and
   // fetched one by one.
   at::Tensor words;
-  const uint32_t* first_word = nullptr;
-  int word_shift;   // a word has 1 << word_shift columns
-  int64_t run = 1;  // words of a row that stand side by side in its panel: more on AMX
+  uint32_t* first_word = nullptr;
+  int64_t origin = 0;      // the row whose words stand first
+  bool in_panels = false;  // whether there are words; else the values are read
+  int word_shift;          // a word has 1 << word_shift columns
+  int64_t run = 1;         // words of a row that stand side by side in its panel: more on AMX
   int64_t at_once = kRowsAtOnce;
   std::vector<int64_t> panels;  // the first row of each, and `count`
   at::Tensor sums;              // fp32 [count, groups or their parts]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
   int64_t group = 1, groups = 1, part = 1;  // columns of a group, and of the parts that are summed
   bool int8 = false, pairs = false, widened = false;  // what values become: bytes, as floats
-  bool fill_later = false;  // `by_tiles` does, all at once or each piece before it is multiplied
 
   // The panels that are multiplied by one tile each time, and the number of panels.
   std::vector<int64_t> pieces() const {
@@ -61,61 +65,32 @@ struct Rows {
     firsts.push_back(all);
     return firsts;
   }
-  // What becomes of the values of panels [begin, end): words, sums and scales.
+  int64_t number_of_panels() const { return static_cast<int64_t>(panels.size()) - 1; }
+  // Bytes of all words.
+  int64_t size_of_words() const { return in_panels ? 4 * count * (stride >> word_shift) : 0; }
+  // Makes room for the words of panels [begin, end), and no others.
+  void make_room(int64_t begin, int64_t end) {
+    if (!in_panels) return;
+    origin = panels[begin];
+    const int64_t size = (panels[end] - origin) * (stride >> word_shift);
+    if (!words.defined() || words.numel() < size) words = at::empty({size}, at::kInt);
+    first_word = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
+  }
+  // What becomes of the values of panels [begin, end): words, for which there is room, sums and
+  // scales.
   void fill(int64_t begin, int64_t end) const;
-  void fill() const {
-    at::parallel_for(0, static_cast<int64_t>(panels.size()) - 1, grain_of(8 * kTileRows * stride),
+  // Of all. Or each thread fills what it multiplies, in a copy that has no more room than that.
+  void fill() {
+    make_room(0, number_of_panels());
+    at::parallel_for(0, number_of_panels(), grain_of(8 * kTileRows * stride),
                      [&](int64_t begin, int64_t end) { fill(begin, end); });
   }
   const float* row(int64_t m) const { return values.const_data_ptr<float>() + m * stride; }
   // The panel whose first row is m, from a column on.
   const uint32_t* panel(int64_t m, int64_t rows, int64_t column) const {
-    return first_word + ((m * stride + column * rows) >> word_shift);
+    return first_word + (((m - origin) * stride + column * rows) >> word_shift);
   }
 };
-
-// The magnitude of a float as an integer, of which that of a NaN is the largest: compilers make
-// vectors of their maxima, as they do not of those of floats.
-int32_t magnitude(float x) { return std::bit_cast<int32_t>(x) & 0x7fffffff; }
-
-float largest(const float* x, int64_t n) {
-  int32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) most = std::max(most, magnitude(x[i]));
-  return std::bit_cast<float>(most);
-}
-
-// Rounds a row to symmetric bytes, halves to even, and returns the scale.
-float quantize_row(const float* x, int64_t n, int8_t* out) {
-  const float scale = largest(x, n) / 127;
-  if (!(scale > 0) || !std::isfinite(scale)) {
-    std::fill(out, out + n, 0);
-    return scale;
-  }
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  // A product with the inverse may be off by some units in the last place, which matters next to
-  // the middle between two integers alone: a piece with such a number is divided.
-  constexpr float kClear = 0.5f - 1e-4f;
-  // In loops over a piece, which compilers turn into vectors; of one they do not.
-  constexpr int64_t kPiece = 128;
-  const float inverse = 1 / scale;
-  float shifted[kPiece];
-  for (int64_t i = 0; i < n; i += kPiece) {
-    const int64_t now = std::min(kPiece, n - i);
-    int32_t farthest = 0;  // of the quotients, from the integers that they are rounded to
-    for (int64_t j = 0; j < now; ++j) {
-      const float quotient = x[i + j] * inverse;
-      shifted[j] = quotient + kMagic;
-      farthest = std::max(farthest, magnitude(quotient - (shifted[j] - kMagic)));
-    }
-    if (farthest >= magnitude(kClear)) {
-      for (int64_t j = 0; j < now; ++j) shifted[j] = x[i + j] / scale + kMagic;
-    }
-    for (int64_t j = 0; j < now; ++j) {
-      out[i + j] = static_cast<int8_t>(std::bit_cast<int32_t>(shifted[j]));
-    }
-  }
-  return scale;
-}
 
 // Rows that are taken together while codes are decoded: as many as there is a loop for, in parts of
 // about one size. Words of bytes or of pairs: more than floats.
@@ -136,9 +111,8 @@ void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t
     do {
       const int64_t end = std::min(k + part, (g + 1) * group);
       if (bytes != nullptr) {
-        int32_t whole = 0;
-        for (; k < end; ++k) whole += bytes[k];
-        *to++ = static_cast<float>(whole);
+        *to++ = static_cast<float>(sum_of_bytes(bytes + k, end - k));
+        k = end;
       } else {
         F16 sum = F16::zero();
         for (; k + 16 <= end; k += 16) sum = sum + F16::load(values + k);
@@ -155,53 +129,59 @@ void sum_groups(const float* values, const int8_t* bytes, int64_t group, int64_t
 void Rows::fill(int64_t begin, int64_t end) const {
   static_assert(kStep % kLanes == 0);
   const int64_t word_count = stride >> word_shift, parts = sums.defined() ? sums.size(1) : 0;
-  auto* all_words = words.defined() ? static_cast<uint32_t*>(words.mutable_data_ptr()) : nullptr;
-  // One row; what is beyond its columns stays zero.
-  std::vector<int8_t> bytes(int8 ? stride : 0);
-  std::vector<float> floats(widened ? stride : 0);
-  std::vector<c10::BFloat16> narrowed(pairs ? stride : 0);
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t first = panels[i], together = panels[i + 1] - first;
-    for (int64_t r = 0; r < together; ++r) {
-      const int64_t m = first + r;
-      const float* v = row(m);
-      const void* from = v;
-      if (int8) {
-        scales.mutable_data_ptr<float>()[m] = quantize_row(v, columns, bytes.data());
-        from = bytes.data();
+  // Of so many rows what they become; beyond their columns they are zero.
+  Lines<int8_t> bytes(int8 ? kWoven * stride : 0);
+  Lines<float> floats(widened ? kWoven * stride : 0);
+  Lines<c10::BFloat16> narrowed(pairs ? kWoven * stride : 0);
+  float* all_scales = int8 ? scales.mutable_data_ptr<float>() : nullptr;
+  float* all_sums = parts > 0 ? sums.mutable_data_ptr<float>() : nullptr;
+  const float* first_row = values.const_data_ptr<float>();
+  const uint32_t* made[kWoven] = {};
+  const auto make = [&](int64_t m, int i) {
+    const float* v = first_row + m * stride;
+    const void* from = v;
+    int8_t* rounded_to = int8 ? bytes.data() + i * stride : nullptr;
+    if (int8) {
+      all_scales[m] = round_to_bytes(v, stride, rounded_to);
+      from = rounded_to;
+    }
+    if (widened) {
+      std::copy(rounded_to, rounded_to + stride, floats.data() + i * stride);
+      from = floats.data() + i * stride;
+    } else if (pairs) {
+      c10::BFloat16* halves = narrowed.data() + i * stride;
+      for (int64_t k = 0; k < stride; k += kLanes) {
+        store_f32(halves + k, Vec::loadu(v + k));  // what they were
       }
-      if (widened) {
-        std::copy(bytes.begin(), bytes.end(), floats.begin());
-        from = floats.data();
-      } else if (pairs) {
-        for (int64_t k = 0; k < stride; k += kLanes) {
-          store_f32(narrowed.data() + k, Vec::loadu(v + k));  // what they were
+      // Columns 0 and 2 of four are a pair, and 1 and 3: so bytes are cut into numbers of 16 bits.
+      for (int64_t k = 0; k < stride; k += 4) std::swap(halves[k + 1], halves[k + 2]);
+      from = halves;
+    }
+    made[i] = static_cast<const uint32_t*>(from);
+    if (parts > 0) sum_groups(v, rounded_to, group, groups, part, all_sums + m * parts);
+  };
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const int64_t first = panels[panel], together = panels[panel + 1] - first;
+    for (int64_t r = 0; r < together; r += kWoven) {
+      const int now = static_cast<int>(std::min<int64_t>(together - r, kWoven));
+      for (int i = 0; i < now; ++i) make(first + r + i, i);
+      if (!in_panels) continue;
+      uint32_t* to = first_word + (first - origin) * word_count + r * run;
+      if (run == 1) {
+        side_by_side_words(made, now, word_count, to, together);
+        continue;
+      }
+      for (int i = 0; i < now; ++i) {
+        for (int64_t w = 0; w < word_count; w += run) {
+          std::memcpy(to + w * together + i * run, made[i] + w, 4 * run);
         }
-        // Columns 0 and 2 of four are a pair, and 1 and 3: so bytes are cut into numbers of 16
-        // bits.
-        for (int64_t k = 0; k < stride; k += 4) std::swap(narrowed[k + 1], narrowed[k + 2]);
-        from = narrowed.data();
-      }
-      if (all_words != nullptr) {
-        uint32_t* to = all_words + first * word_count + r * run;
-        const auto* word = static_cast<const char*>(from);
-        const char* last = word + 4 * word_count;
-        if (run > 1) {
-          for (; word < last; word += 4 * run, to += together * run) std::memcpy(to, word, 4 * run);
-        } else {
-          for (; word < last; word += 4, to += together) std::memcpy(to, word, 4);
-        }
-      }
-      if (parts > 0) {
-        sum_groups(v, int8 ? bytes.data() : nullptr, group, groups, part,
-                   sums.mutable_data_ptr<float>() + m * parts);
       }
     }
   }
 }
 
 // `run`: words of a row that AMX takes at a time; without it 1. Sums are those of parts of so many
-// columns of a group. What `fill` makes may still be missing: `fill_later`.
+// columns of a group. Where there are words, whoever multiplies has to fill them.
 Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, bool int8, bool sums,
              Way way, int64_t run) {
   Rows rows;
@@ -214,7 +194,7 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   rows.count = x.size(0);
   rows.columns = x.size(1);
   // A few rows of floats are read as they are.
-  const bool in_panels = int8 || way != Way::kFew;
+  rows.in_panels = int8 || way != Way::kFew;
   rows.int8 = int8;
   rows.pairs = way == Way::kPairs || way == Way::kFewPairs;
   rows.widened = int8 && way == Way::kStored;
@@ -225,11 +205,6 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   if (sums) rows.sums = at::empty({rows.count, parts}, x.options().dtype(at::kFloat));
   rows.word_shift = rows.pairs ? 1 : int8 && !rows.widened ? 2 : 0;
-  if (in_panels) {
-    const int64_t words = rows.stride >> rows.word_shift;
-    rows.words = at::empty({rows.count, words}, x.options().dtype(at::kInt));
-    rows.first_word = static_cast<uint32_t*>(rows.words.mutable_data_ptr());
-  }
   for (int64_t m = 0; m < rows.count;) {
     rows.panels.push_back(m);
     const int64_t left = rows.count - m;
@@ -241,26 +216,31 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
     }
   }
   rows.panels.push_back(rows.count);
-  if (!in_panels && !sums) return rows;
-  rows.fill_later = run > 1 && int8;
-  if (!rows.fill_later) rows.fill();
+  if (!rows.in_panels && sums) rows.fill();
   return rows;
 }
 
 // Where a block of results goes: the low-rank term, the scale of the row and the bias are added on
 // the way.
-struct Sink {
-  const Rows& rows;
-  const LowRank& low_rank;
-  bool scaled;
-  at::Tensor bias;  // fp32 [N], or undefined
-  const at::Tensor& y;
+class Sink {
+ public:
+  // `scaled`: by the scales of the rows.
+  Sink(const Rows& rows, const LowRank& low_rank, bool scaled, const MaybeTensor& bias,
+       const at::Tensor& y)
+      : low_rank_(low_rank),
+        scales_(scaled ? rows.scales.const_data_ptr<float>() : nullptr),
+        bias_(bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor()),
+        added_(bias_.defined() ? bias_.const_data_ptr<float>() : nullptr),
+        type_(y.scalar_type()),
+        size_(y.element_size()),
+        columns_(y.size(1)),
+        y_(static_cast<char*>(y.mutable_data_ptr())) {}
 
   // Asks for the lines that the results will go to: a column of them, which no machine foresees.
   void ask_for(int64_t m, int64_t count, int64_t n, int64_t width) const {
-    const int64_t size = y.element_size(), row = y.size(1) * size;
-    const int64_t lines = (std::min(width, y.size(1) - n) * size + 63) / 64;
-    auto* to = static_cast<char*>(y.mutable_data_ptr()) + m * row + n * size;
+    const int64_t row = columns_ * size_;
+    const int64_t lines = (std::min(width, columns_ - n) * size_ + 63) / 64;
+    const char* to = y_ + m * row + n * size_;
     for (int64_t r = 0; r < count; ++r, to += row) {
       for (int64_t i = 0; i < lines; ++i) __builtin_prefetch(to + 64 * i, 1);
     }
@@ -269,44 +249,57 @@ struct Sink {
   // c: [count][kWidth], rows `apart`, for the rows from m on and the columns from n on; changed.
   void operator()(float* c, int64_t m, int64_t count, int64_t n, int64_t width,
                   int64_t apart = kWidth) const {
-    if (low_rank.low.defined()) {
-      const int64_t rank = low_rank.low.size(1);
-      product(low_rank.low.const_data_ptr<float>() + m * rank, rank, 1,
-              low_rank.b.const_data_ptr<float>() + n, low_rank.b.size(1), c, apart, count, rank);
+    if (low_rank_.low.defined()) {
+      const int64_t rank = low_rank_.low.size(1);
+      product(low_rank_.low.const_data_ptr<float>() + m * rank, rank, 1,
+              low_rank_.b.const_data_ptr<float>() + n, low_rank_.b.size(1), c, apart, count, rank);
     }
-    dispatch(y.scalar_type(), [&](auto example) {
+    const int64_t used = std::min(width, columns_ - n);
+    const float* added = added_ != nullptr ? added_ + n : nullptr;
+    dispatch(type_, [&](auto example) {
       using T = decltype(example);
-      const int64_t all = y.size(1);
-      T* to = y.mutable_data_ptr<T>() + m * all + n;
-      const float* added = bias.defined() ? bias.const_data_ptr<float>() + n : nullptr;
-      const int64_t used = std::min(width, all - n);
-      const float* scales = scaled ? rows.scales.const_data_ptr<float>() + m : nullptr;
-      for (int64_t r = 0; r < count; ++r) {
-        const float a = scaled ? scales[r] : 1.0f;
+      constexpr int64_t kAheadRows = 4, kLine = 64 / sizeof(T);
+      T* to = reinterpret_cast<T*>(y_) + m * columns_ + n;
+      for (int64_t r = 0; r < count; ++r, to += columns_, c += apart) {
+        // Rows a power of two apart drive each other out of the first-level cache: what has been
+        // asked for is fetched anew from the second.
+        if (r + kAheadRows < count) {
+          for (int64_t j = 0; j < used; j += kLine) {
+            __builtin_prefetch(to + kAheadRows * columns_ + j, 1);
+          }
+        }
+        const float a = scales_ != nullptr ? scales_[m + r] : 1.0f;
         int64_t j = 0;
         for (; j + 16 <= used; j += 16) {
-          F16 value = F16::load(c + r * apart + j);
-          if (scaled) value = rounded(value * F16::all(a));
+          F16 value = F16::load(c + j);
+          if (scales_ != nullptr) value = rounded(value * F16::all(a));
           if (added != nullptr) value = value + F16::load(added + j);
           if constexpr (std::is_same_v<T, float>) {
-            value.store(to + r * all + j);
+            value.store(to + j);
           } else {
             alignas(64) float lanes[16];
             value.store(lanes);
-            for (int i = 0; i < 16; i += kLanes) {
-              store_f32(to + r * all + j + i, Vec::loadu(lanes + i));
-            }
+            for (int i = 0; i < 16; i += kLanes) store_f32(to + j + i, Vec::loadu(lanes + i));
           }
         }
         for (; j < used; ++j) {
-          float value = c[r * apart + j];
-          if (scaled) value = rounded(value * a);
+          float value = c[j];
+          if (scales_ != nullptr) value = rounded(value * a);
           if (added != nullptr) value += added[j];
-          to[r * all + j] = static_cast<T>(value);
+          to[j] = static_cast<T>(value);
         }
       }
     });
   }
+
+ private:
+  const LowRank& low_rank_;
+  const float* scales_;
+  at::Tensor bias_;
+  const float* added_;
+  at::ScalarType type_;
+  int64_t size_, columns_;
+  char* y_;
 };
 
 // Bytes of the weight that are asked for in advance: where a step takes some 25 cycles, memory
@@ -498,6 +491,22 @@ struct Decoder {
   }
 };
 
+// The end of group g: the sums of its products, in chains, times its scales, and its shifts, if
+// there are any, times the sums of the rows, are added to the results.
+template <int R, int Chains>
+COFIRE_INLINE void end_group(const F16 (&acc)[R][Chains], const float* scale, const float* shift,
+                             const float* sums, int64_t g, int64_t groups, F16 (&y)[R]) {
+  const F16 factor = F16::load(scale + g * kBlock);
+  unrolled<R>([&](auto r) __attribute__((always_inline)) {
+    F16 sum = acc[r][0];
+    unrolled<Chains - 1>([&](auto i) __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
+    y[r] = fma(factor, sum, y[r]);
+    if (shift != nullptr) {
+      y[r] = fma(F16::load(shift + g * kBlock), F16::all(sums[r * groups + g]), y[r]);
+    }
+  });
+}
+
 template <int Bits, int R, Value How>
 void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
   constexpr int kChains = std::clamp(kSums / R, 1, 4);
@@ -533,17 +542,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
         });
       });
     }
-    const F16 factor = F16::load(scale + g * kBlock);
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      F16 sum = acc[r][0];
-      unrolled<kChains - 1>([&](auto i)
-                                __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
-      y[r] = fma(factor, sum, y[r]);
-      if (shift != nullptr) {
-        const F16 total = F16::all(sums[r * w.groups + g]);
-        y[r] = fma(F16::load(shift + g * kBlock), total, y[r]);
-      }
-    });
+    end_group(acc, scale, shift, sums, g, w.groups, y);
   }
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
@@ -610,17 +609,7 @@ void few_pairs(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
         });
       });
     }
-    const F16 factor = F16::load(scale + g * kBlock);
-    unrolled<R>([&](auto r) __attribute__((always_inline)) {
-      F16 sum = acc[r][0];
-      unrolled<kChains - 1>([&](auto i)
-                                __attribute__((always_inline)) { sum = sum + acc[r][i + 1]; });
-      y[r] = fma(factor, sum, y[r]);
-      if (shift != nullptr) {
-        const F16 total = F16::all(sums[r * w.groups + g]);
-        y[r] = fma(F16::load(shift + g * kBlock), total, y[r]);
-      }
-    });
+    end_group(acc, scale, shift, sums, g, w.groups, y);
   }
   unrolled<R>([&](auto r) __attribute__((always_inline)) { y[r].store(c + r * kWidth); });
 }
@@ -686,16 +675,33 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool p
   return found;
 }
 
-void multiply_few(const Rows& x, const Packed& w, bool int8, const Sink& sink) {
-  const int64_t cost = w.steps * kStep * kBlock / 8 * x.count;
-  in_parts(w.blocks, grain_of(cost), [&](int64_t begin, int64_t end) {
+// Block by block of the weight. Where codes stay in the second-level cache and x does not, panel by
+// panel of x, each filled by the thread that multiplies it.
+void multiply_few(Rows& x, const Packed& w, bool int8, const Sink& sink) {
+  constexpr int64_t kHeldCodes = 1 << 18, kHeldWords = 1 << 19;  // bytes
+  const int64_t cost = w.steps * kStep * kBlock / 8, panels = x.number_of_panels();
+  const auto multiply = [&](const Rows& rows, int64_t block, int64_t panel, float* c) {
+    const int64_t m = rows.panels[panel], now = rows.panels[panel + 1] - m;
+    few_kernel(w, now, int8, rows.pairs)(rows, w, block, m, c);
+    sink(c, m, now, block * kBlock, kBlock);
+  };
+  if (panels >= 8 * at::get_num_threads() && w.codes.numel() <= kHeldCodes &&
+      x.size_of_words() > kHeldWords) {
+    return in_parts(panels, grain_of(cost * w.blocks), [&](int64_t begin, int64_t end) {
+      alignas(64) float c[kFewWordRows * kWidth];
+      Rows mine = x;
+      for (int64_t panel = begin; panel < end; ++panel) {
+        mine.make_room(panel, panel + 1);
+        mine.fill(panel, panel + 1);
+        for (int64_t block = 0; block < w.blocks; ++block) multiply(mine, block, panel, c);
+      }
+    });
+  }
+  if (x.in_panels) x.fill();
+  in_parts(w.blocks, grain_of(cost * x.count), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kFewWordRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
-      for (int64_t m = 0, now; m < x.count; m += now) {
-        now = part_of_few(x.count - m, int8 || x.pairs);
-        few_kernel(w, now, int8, x.pairs)(x, w, block, m, c);
-        sink(c, m, now, block * kBlock, kBlock);
-      }
+      for (int64_t panel = 0; panel < panels; ++panel) multiply(x, block, panel, c);
     }
   });
 }
@@ -967,33 +973,42 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
   });
 }
 
-// Calls f(first, used, from, to), in parts, for each tile of kTileBlocks blocks and each of x's
-// pieces of panels. An x that the second-level cache holds stays there while the weight goes by;
-// of a larger one a piece does, where the codes that then go by once for each are the lesser, and
-// of a large y, where all codes stay there beside it: its rows are written in one go.
+// Calls f(rows, first, used, from, to), in parts, for each tile of kTileBlocks blocks and each of
+// x's pieces of panels. An x that the second-level cache holds stays there while the weight goes
+// by; of a larger one a piece does, where the codes that then go by once for each are the lesser,
+// and of a large y, where all codes stay there beside it: its rows are written in one go.
 template <typename Start>
-void by_tiles(const Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Start& start) {
+void by_tiles(Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Start& start) {
   constexpr int64_t kHeld = 1 << 19;  // bytes
   const std::vector<int64_t> pieces = x.pieces();
   const int64_t tiles = (blocks + kTileBlocks - 1) / kTileBlocks;
   const int64_t all = static_cast<int64_t>(pieces.size()) - 1;
-  const int64_t of_x = static_cast<int64_t>(x.words.nbytes()), of_y = 4 * x.count * blocks * kBlock;
+  const int64_t of_x = x.size_of_words(), of_y = 4 * x.count * blocks * kBlock;
   const int64_t codes = w != nullptr ? w->codes.numel() : 0;
   const bool by_pieces = w != nullptr && ((of_x > kHeld && codes * all < of_x * tiles) ||
                                           (of_y > kHeld && codes < kHeld / 2));
+  const auto multiply = [&](auto& f, const Rows& rows, int64_t tile, int64_t piece) {
+    const int64_t first = tile * kTileBlocks;
+    f(rows, first, std::min<int64_t>(kTileBlocks, blocks - first), pieces[piece],
+      pieces[piece + 1]);
+  };
   // Filled by the thread that multiplies it a piece is still in its cache.
-  const bool fills = by_pieces && x.fill_later && all >= 8 * at::get_num_threads();
-  if (x.fill_later && !fills) x.fill();
-  const int64_t whole = fills ? tiles : 1;  // tiles that stay with one thread
-  in_parts(tiles * all / whole, grain_of(cost * whole / all), [&](int64_t begin, int64_t end) {
-    auto multiply = start();
-    for (int64_t i = begin * whole; i < end * whole; ++i) {
-      if (fills && i % tiles == 0) x.fill(pieces[i / tiles], pieces[i / tiles + 1]);
-      const int64_t tile = by_pieces ? i % tiles : i / all;
-      const int64_t piece = by_pieces ? i / tiles : i % all;
-      const int64_t first = tile * kTileBlocks;
-      multiply(first, std::min<int64_t>(kTileBlocks, blocks - first), pieces[piece],
-               pieces[piece + 1]);
+  if (by_pieces && all >= 8 * at::get_num_threads()) {
+    return in_parts(all, grain_of(cost * tiles / all), [&](int64_t begin, int64_t end) {
+      auto f = start();
+      Rows mine = x;
+      for (int64_t piece = begin; piece < end; ++piece) {
+        mine.make_room(pieces[piece], pieces[piece + 1]);
+        mine.fill(pieces[piece], pieces[piece + 1]);
+        for (int64_t tile = 0; tile < tiles; ++tile) multiply(f, mine, tile, piece);
+      }
+    });
+  }
+  x.fill();
+  in_parts(tiles * all, grain_of(cost / all), [&](int64_t begin, int64_t end) {
+    auto f = start();
+    for (int64_t i = begin; i < end; ++i) {
+      by_pieces ? multiply(f, x, i % tiles, i / tiles) : multiply(f, x, i / all, i % all);
     }
   });
 }
@@ -1013,7 +1028,7 @@ int64_t part_of(const Packed& w, bool pairs, int64_t run) {
 }
 
 // By tiles of bytes, or of pairs of bf16.
-void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink) {
+void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
   const int64_t steps = steps_of_group(w);
   const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
   const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
@@ -1062,8 +1077,9 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
                                    ? w.bytes.const_data_ptr<uint8_t>() +
                                          (first + b) / w.partition_blocks * w.bytes.size(1)
                                    : nullptr;
-        for (int64_t i = 0; i < piece; ++i) {
-          step_to_bytes<bits>(w.step(first + b, at + i), table, tile + i * kStep * kWidth + 64 * b);
+        const uint8_t* codes = w.step(first + b, at);
+        for (int64_t i = 0; i < piece; ++i, codes += 64 * bits) {
+          step_to_bytes<bits>(codes, table, tile + i * kStep * kWidth + 64 * b);
         }
       }
     });
@@ -1083,73 +1099,60 @@ void multiply_words(const Rows& x, const Packed& w, bool pairs, const Sink& sink
         }
       }
     };
-    return
-        [&, gather, tile = Lines<uint8_t>(groups * part * kStep * kWidth * size),
-         c = Lines<float>(std::min(x.at_once, x.count) * kWidth),
-         factor = Lines<float>(groups * kWidth), moved = Lines<float>(groups * kWidth),
-         registers = Registers()](int64_t first, int64_t used, int64_t from, int64_t to) mutable {
-          const int64_t m = x.panels[from], rows = x.panels[to] - m;
+    return [&, gather, tile = Lines<uint8_t>(groups * part * kStep * kWidth * size),
+            c = Lines<float>(std::min(x.at_once, x.count) * kWidth),
+            factor = Lines<float>(groups * kWidth), moved = Lines<float>(groups * kWidth),
+            registers = Registers()](const Rows& filled, int64_t first, int64_t used, int64_t from,
+                                     int64_t to) mutable {
+      const int64_t m = x.panels[from], rows = x.panels[to] - m;
 #if defined(COFIRE_AMX)
-          const AmxTile on_amx =
-              amx_kernel(pairs, used, std::make_integer_sequence<int, kTileBlocks>{});
+      const AmxTile on_amx =
+          amx_kernel(pairs, used, std::make_integer_sequence<int, kTileBlocks>{});
 #endif
-          sink.ask_for(m, rows, first * kBlock, used * kBlock);
-          for (int64_t g = 0; g < w.groups; g += groups) {
-            const int64_t now = std::min(groups, w.groups - g);
-            gather(w.scale, g, now, first, used, factor);
-            if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
-            for (int64_t s = 0; s < steps; s += part) {
-              const int64_t length = std::min(part, steps - s), at = g * steps + s;
-              decode(first, used, at, now * length, tile.data());
-              // Each part takes off what belongs to it, so that no sum is much larger than the
-              // result.
-              const float* shift = shift_of.defined() ? moved.data() : nullptr;
-              const Piece piece{
-                  tile.data(),   now,   length * kStep / 4 * size, held,
-                  factor.data(), shift, w.groups * parts,          pairs ? 0 : w.byte_middle,
-                  at == 0};
-              const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
-              for (int64_t i = from; i < to; ++i) {
-                const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-                const float* sums = all_sums != nullptr
-                                        ? all_sums + r * piece.all_groups + g * parts + s / part
-                                        : nullptr;
-                const uint32_t* panel = x.panel(r, together, at * kStep);
-                float* results = c.data() + (r - m) * kWidth;
+      sink.ask_for(m, rows, first * kBlock, used * kBlock);
+      for (int64_t g = 0; g < w.groups; g += groups) {
+        const int64_t now = std::min(groups, w.groups - g);
+        gather(w.scale, g, now, first, used, factor);
+        if (shift_of.defined()) gather(shift_of, g, now, first, used, moved);
+        for (int64_t s = 0; s < steps; s += part) {
+          const int64_t length = std::min(part, steps - s), at = g * steps + s;
+          decode(first, used, at, now * length, tile.data());
+          // Each part takes off what belongs to it, so that no sum is much larger than the
+          // result.
+          const float* shift = shift_of.defined() ? moved.data() : nullptr;
+          const Piece piece{
+              tile.data(),   now,   length * kStep / 4 * size, held,
+              factor.data(), shift, w.groups * parts,          pairs ? 0 : w.byte_middle,
+              at == 0};
+          const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
+          for (int64_t i = from; i < to; ++i) {
+            const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
+            const float* sums = all_sums != nullptr
+                                    ? all_sums + r * piece.all_groups + g * parts + s / part
+                                    : nullptr;
+            const uint32_t* panel = filled.panel(r, together, at * kStep);
+            float* results = c.data() + (r - m) * kWidth;
 #if defined(COFIRE_AMX)
-                if (x.run > 1) {
-                  registers.shape(together, x.run);
-                  on_amx(piece, panel, sums, results, together, x.run);
-                  continue;
-                }
-#endif
-                kernel(together)(piece, panel, sums, results);
-              }
+            if (x.run > 1) {
+              registers.shape(together, x.run);
+              on_amx(piece, panel, sums, results, together, x.run);
+              continue;
             }
+#endif
+            kernel(together)(piece, panel, sums, results);
           }
-          sink(c.data(), m, rows, first * kBlock, kWidth);
-        };
+        }
+      }
+      sink(c.data(), m, rows, first * kBlock, kWidth);
+    };
   });
 }
 
-// Decodes one step of a block to the weight itself: [32][apart] floats.
-template <int Bits, Value How>
-void step_to_floats(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 factor, F16 moved,
-                    float* tile, int64_t apart) {
-  ask_for<Bits>(codes + kTileAhead);
-  const Planes<Bits> planes(codes);
-  unrolled<8>([&](auto q) __attribute__((always_inline)) {
-    const W16 quad = decoder.prepared(planes.template quad<q>());
-    unrolled<4>([&](auto i) __attribute__((always_inline)) {
-      const F16 value = decoder.template value<q, i>(planes, quad);
-      fma(value, factor, moved).store(tile + (4 * q + i) * apart);
-    });
-  });
-}
-
-// The same for columns [k, k + depth) of some blocks: [depth][apart] floats, blocks side by side.
-void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, int64_t depth,
-                   float* to, int64_t apart) {
+// Decodes columns [k, k + depth) of some blocks to the weight itself: keep(column - k, block -
+// first, its 16 values).
+template <typename Keep>
+void decode_columns(const Packed& w, int64_t first, int64_t blocks, int64_t k, int64_t depth,
+                    const Keep& keep) {
   with_value(w, [&](auto bits, auto how) {
     for (int64_t b = 0; b < blocks; ++b) {
       const Decoder<bits, how> decoder(w, first + b);
@@ -1163,11 +1166,27 @@ void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, in
         const F16 factor = F16::load(scale + g * kBlock);
         const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
         for (; i < end; i += kStep, codes += 64 * bits) {
-          step_to_floats(codes, decoder, factor, moved, to + i * apart + kBlock * b, apart);
+          ask_for<bits>(codes + kTileAhead);
+          const Planes<bits> planes(codes);
+          unrolled<8>([&](auto q) __attribute__((always_inline)) {
+            const W16 quad = decoder.prepared(planes.template quad<q>());
+            unrolled<4>([&](auto j) __attribute__((always_inline)) {
+              const F16 value = decoder.template value<q, j>(planes, quad);
+              keep(i + 4 * q + j, b, fma(value, factor, moved));
+            });
+          });
         }
       }
     }
   });
+}
+
+// The same to [depth][apart] floats, blocks side by side.
+void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, int64_t depth,
+                   float* to, int64_t apart) {
+  decode_columns(w, first, blocks, k, depth,
+                 [=](int64_t i, int64_t b, F16 value)
+                     __attribute__((always_inline)) { value.store(to + i * apart + kBlock * b); });
 }
 
 #if defined(COFIRE_AMX)
@@ -1248,8 +1267,7 @@ void multiply_tiles(const at::Tensor& x, int64_t blocks, const LowRank& low_rank
     }
   });
   const Rows none{count, columns};
-  const Sink sink{none, low_rank, false,
-                  bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
+  const Sink sink(none, low_rank, false, bias, y);
   // Blocks that read x together: the more, the less often it comes from the third-level cache.
   // Sums are the same for any number of them.
   const int64_t pieces = (count + kMostRows - 1) / kMostRows;
@@ -1325,7 +1343,7 @@ void multiply_rows_of(const at::Tensor& x, const Stored& w, const LowRank& low_r
 
 #endif
 
-void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
+void multiply_floats(Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
   // Columns of a tile. Their products are one sum after the other, which must not lose more than
   // the library's, whose sums are shorter on AVX-512.
@@ -1336,7 +1354,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
     return [&, tile = Lines<float>(kDepth * kWidth),
             c = Lines<float>(std::min(x.at_once, x.count) * kWidth),
             values = std::vector<float>(kDepth), bytes = std::vector<uint8_t>(kDepth + 16)](
-               int64_t first, int64_t used, int64_t from, int64_t to) mutable {
+               const Rows& filled, int64_t first, int64_t used, int64_t from, int64_t to) mutable {
       const int64_t m = x.panels[from], rows = x.panels[to] - m;
       sink.ask_for(m, rows, first * kBlock, used * kBlock);
       std::fill(c.begin(), c.begin() + rows * kWidth, 0.0f);
@@ -1354,7 +1372,7 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
         }
         for (int64_t i = from; i < to; ++i) {
           const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
-          const auto* p = reinterpret_cast<const float*>(x.panel(r, together, k));
+          const auto* p = reinterpret_cast<const float*>(filled.panel(r, together, k));
           product_of<true>(together)(p, 0, 0, tile.data(), kWidth, c.data() + (r - m) * kWidth,
                                      kWidth, depth);
         }
@@ -1363,6 +1381,59 @@ void multiply_floats(const Rows& x, const Stored& stored, const Packed* w, const
     };
   });
 }
+
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+
+COFIRE_INLINE void store_halves(F16 a, c10::BFloat16* p) {
+  __m256i halves;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(a.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+
+// Many rows of bf16 where there are products of those and no tiles for them: by slabs of the weight
+// decoded to bf16, scales included, each times all rows by one thread. What else is added, bias and
+// low-rank term, are further rows of the slab, so that results are rounded once.
+void multiply_library_halves(const at::Tensor& x, const Packed& w, const MaybeTensor& bias,
+                             const LowRank& low_rank, const at::Tensor& y) {
+  constexpr int64_t kSlab = 1 << 19;  // of bf16: a second-level cache
+  const int64_t columns = x.size(1), depth = round_up(columns, kStep), count = x.size(0);
+  const int64_t rank = low_rank.low.defined() ? low_rank.low.size(1) : 0;
+  const int64_t more = rank + (bias.has_value() ? 1 : 0), all = depth + more;
+  at::Tensor input = x;
+  if (all > columns) {
+    input = at::zeros({count, all}, x.options());
+    input.narrow(1, 0, columns).copy_(x);
+    if (rank > 0) input.narrow(1, depth, rank).copy_(low_rank.low);
+    if (bias.has_value()) input.select(1, all - 1).fill_(1);
+  }
+  const at::Tensor added = bias.has_value() ? bias->to(at::kBFloat16).contiguous() : at::Tensor();
+  const int64_t fair = (w.blocks + 2 * at::get_num_threads() - 1) / (2 * at::get_num_threads());
+  const int64_t most =
+      std::clamp<int64_t>(kSlab / (all + 1) / kBlock, 4, std::max<int64_t>(fair, 4));
+  const int64_t width = most * kBlock, apart = width + kBlock;
+  each_by_one_thread((w.blocks + most - 1) / most, [&](int64_t task) {
+    const int64_t first = task * most, blocks = std::min(most, w.blocks - first);
+    const int64_t n = first * kBlock, used = std::min(blocks * kBlock, y.size(1) - n);
+    const at::Tensor slab = at::empty({all, apart}, x.options());
+    auto* to = slab.mutable_data_ptr<c10::BFloat16>();
+    decode_columns(w, first, blocks, 0, depth,
+                   [=](int64_t k, int64_t b, F16 value) __attribute__((always_inline)) {
+                     store_halves(value, to + k * apart + kBlock * b);
+                   });
+    for (int64_t r = 0; r < rank; ++r) {
+      const float* from = low_rank.b.const_data_ptr<float>() + r * low_rank.b.size(1) + n;
+      std::copy(from, from + used, to + (depth + r) * apart);
+    }
+    if (added.defined()) {
+      const auto* from = added.const_data_ptr<c10::BFloat16>() + n;
+      std::copy(from, from + used, to + (all - 1) * apart);
+    }
+    at::Tensor out = y.narrow(1, n, used);
+    at::mm_out(out, input, slab.narrow(1, 0, used));
+  });
+}
+
+#endif
 
 // By slabs of the weight, decoded, and the library's product of them by pieces of x.
 void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w,
@@ -1438,6 +1509,9 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
     return Way::kHalves;
   }
+  if (!int8 && count >= kLibraryHalvesRows && dtype == at::kBFloat16 && can_pack(w) && has_bf16()) {
+    return Way::kLibraryHalves;
+  }
   if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
     return Way::kLibrary;
   }
@@ -1489,6 +1563,9 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
     case Way::kLibrary:
       return "slabs of the weight decoded to floats, and the library's product: " + rows + ", " +
              std::to_string(kLibraryRows) + " or more";
+    case Way::kLibraryHalves:
+      return "slabs of the weight decoded to bf16, scales included, and the library's product: " +
+             rows + ", " + std::to_string(kLibraryHalvesRows) + " or more";
     case Way::kStored:
       break;
   }
@@ -1512,6 +1589,9 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   if (y.numel() == 0) return;
   const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
   if (way == Way::kLibrary) return multiply_library(x, stored, w, bias, low_rank, y);
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  if (way == Way::kLibraryHalves) return multiply_library_halves(x, *w, bias, low_rank, y);
+#endif
 #if defined(COFIRE_AMX)
   if (way == Way::kHalves) return multiply_halves(x, *w, low_rank, bias, y);
 #endif
@@ -1525,9 +1605,8 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   const int64_t group = w != nullptr ? w->group : stored.columns, run = run_of(w, way);
   const int64_t whole = std::max<int64_t>(group, 1);
   const int64_t part = in_words ? part_of(*w, way == Way::kPairs, run) * kStep : whole;
-  const Rows rows = prepare(x, group, w != nullptr ? w->groups : 1, part, int8, sums, way, run);
-  const Sink sink{rows, low_rank, int8,
-                  bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor(), y};
+  Rows rows = prepare(x, group, w != nullptr ? w->groups : 1, part, int8, sums, way, run);
+  const Sink sink(rows, low_rank, int8, bias, y);
   switch (way) {
     case Way::kFew:
     case Way::kFewPairs:
