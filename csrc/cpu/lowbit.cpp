@@ -483,16 +483,19 @@ std::string plan_qlinear(const at::Tensor& input, const at::Tensor& codes, const
                       activations == "int8");
 }
 
-// dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored.
-at::Tensor input_gradient(const at::Tensor& grad, const Stored& w, const at::Tensor& low,
-                          const at::Tensor& lora_a) {
+// dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored, or,
+// where products of bf16 are faster, as `multiply_transposed` does.
+at::Tensor input_gradient(const at::Tensor& grad, const Stored& w,
+                          const std::function<std::shared_ptr<const Packed>()>& layout,
+                          const at::Tensor& low, const at::Tensor& lora_a) {
   const int64_t columns = w.columns;
   auto shape = grad.sizes().vec();
   shape.back() = columns;
   at::Tensor dx = empty_in_large_pages(shape, grad.options());
   if (dx.numel() == 0) return dx;
   const at::Tensor rows = rows_of(grad);
-  if (multiply_transposed(rows, w, {low, lora_a}, dx.view({rows.size(0), columns}))) return dx;
+  const at::Tensor to = dx.view({rows.size(0), columns});
+  if (multiply_transposed(rows, w, layout, {low, lora_a}, to)) return dx;
   const at::Tensor dy = float_rows(rows, 1, kApart);
   const int64_t count = dy.size(0), apart = dy.size(1);
   constexpr int64_t kColumns = (kWidth % 8 == 0 ? 4 : 1) * kWidth, kDepth = 64;
@@ -558,7 +561,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> qlinear_b
   }
   const Stored w(codes, scale, zero, offset, lut, bits, group_size, columns);
   const at::Tensor nothing = at::empty({0}, grad.options());
-  const at::Tensor dx = to_input ? input_gradient(grad, w, {}, {}) : nothing;
+  const auto layout = [&] { return packed(codes, scale, zero, offset, lut, w); };
+  const at::Tensor dx = to_input ? input_gradient(grad, w, layout, {}, {}) : nothing;
   if (!input.has_value()) {
     return {dx, nothing, nothing.clone(), nothing.clone(), nothing.clone()};
   }
@@ -652,7 +656,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> qlora_linear_backward(
   at::Tensor dx = nothing, da = nothing.clone(), db = nothing.clone();
   if (to_input) {
     const bool used = rank > 0;
-    dx = input_gradient(grad, w, used ? to_low.contiguous() : at::Tensor(),
+    const auto layout = [&] { return packed(codes, scale, zero, offset, lut, w); };
+    dx = input_gradient(grad, w, layout, used ? to_low.contiguous() : at::Tensor(),
                         used ? float_rows(lora_a, 4 * kWidth) : at::Tensor());
   }
   if (input.has_value()) {

@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -255,9 +256,11 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* packed,
               const MaybeTensor& bias, const LowRank& low_rank, bool int8, const at::Tensor& y);
 
-// y = x W + low b, of shapes [M, N] and [M, K], where that goes by tiles of bf16; else false.
-bool multiply_transposed(const at::Tensor& x, const Stored& w, const LowRank& low_rank,
-                         const at::Tensor& y);
+// y = x W + low b, of shapes [M, N] and [M, K], where that goes by products of bf16; else false.
+// `layout`: the packed layout, asked for where it is read, which takes one that `can_pack`.
+bool multiply_transposed(const at::Tensor& x, const Stored& w,
+                         const std::function<std::shared_ptr<const Packed>()>& layout,
+                         const LowRank& low_rank, const at::Tensor& y);
 
 }  // namespace lowbit
 }  // namespace CPU_CAPABILITY

@@ -32,6 +32,7 @@ constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
 // The same in bf16, on machines that have its products but no AMX.
 constexpr int64_t kLibraryHalvesRows = 192;
+constexpr int64_t kTransposedRows = 8;  // and of the gradient of the input
 constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
 constexpr int kPairBits = 5;         // of codes that one table makes pairs of bf16 of
 
@@ -1390,27 +1391,39 @@ COFIRE_INLINE void store_halves(F16 a, c10::BFloat16* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
 }
 
-// Many rows of bf16 where there are products of those and no tiles for them: by slabs of the weight
-// decoded to bf16, scales included, each times all rows by one thread. What else is added, bias and
-// low-rank term, are further rows of the slab, so that results are rounded once.
+// The factors of products of bf16 where there are products of those and no tiles for them: all rows
+// of x, and a slab of the weight, decoded with its scales, which one thread multiplies at a time.
+// What else is added, a low-rank term and a bias, are further columns of x and of the weight, so
+// that results are rounded once.
+constexpr int64_t kHalvesSlab = 1 << 19;  // of bf16: a second-level cache
+
+at::Tensor with_more_columns(const at::Tensor& x, int64_t columns, const at::Tensor& low,
+                             bool bias) {
+  const int64_t rank = low.defined() ? low.size(1) : 0, all = columns + rank + (bias ? 1 : 0);
+  if (all == x.size(1)) return x;
+  at::Tensor out = at::zeros({x.size(0), all}, x.options());
+  out.narrow(1, 0, x.size(1)).copy_(x);
+  if (rank > 0) out.narrow(1, columns, rank).copy_(low);
+  if (bias) out.select(1, all - 1).fill_(1);
+  return out;
+}
+
+// How many of `count` units of so many bf16 to decode at a time: a slab, or fewer, so that each
+// thread has some, but no fewer than `least`.
+int64_t units_of_slab(int64_t count, int64_t size, int64_t least) {
+  const int64_t fair = next_part(count, std::max<int64_t>(count / (2 * at::get_num_threads()), 1));
+  return std::clamp<int64_t>(kHalvesSlab / size, least, std::max(fair, least));
+}
+
+// Slabs of [columns][rows of the weight].
 void multiply_library_halves(const at::Tensor& x, const Packed& w, const MaybeTensor& bias,
                              const LowRank& low_rank, const at::Tensor& y) {
-  constexpr int64_t kSlab = 1 << 19;  // of bf16: a second-level cache
-  const int64_t columns = x.size(1), depth = round_up(columns, kStep), count = x.size(0);
-  const int64_t rank = low_rank.low.defined() ? low_rank.low.size(1) : 0;
-  const int64_t more = rank + (bias.has_value() ? 1 : 0), all = depth + more;
-  at::Tensor input = x;
-  if (all > columns) {
-    input = at::zeros({count, all}, x.options());
-    input.narrow(1, 0, columns).copy_(x);
-    if (rank > 0) input.narrow(1, depth, rank).copy_(low_rank.low);
-    if (bias.has_value()) input.select(1, all - 1).fill_(1);
-  }
+  const at::Tensor& low = low_rank.low;
+  const int64_t depth = round_up(x.size(1), kStep), rank = low.defined() ? low.size(1) : 0;
+  const at::Tensor input = with_more_columns(x, depth, low, bias.has_value());
   const at::Tensor added = bias.has_value() ? bias->to(at::kBFloat16).contiguous() : at::Tensor();
-  const int64_t fair = (w.blocks + 2 * at::get_num_threads() - 1) / (2 * at::get_num_threads());
-  const int64_t most =
-      std::clamp<int64_t>(kSlab / (all + 1) / kBlock, 4, std::max<int64_t>(fair, 4));
-  const int64_t width = most * kBlock, apart = width + kBlock;
+  const int64_t all = input.size(1), most = units_of_slab(w.blocks, (all + 1) * kBlock, 4);
+  const int64_t apart = (most + 1) * kBlock;
   each_by_one_thread((w.blocks + most - 1) / most, [&](int64_t task) {
     const int64_t first = task * most, blocks = std::min(most, w.blocks - first);
     const int64_t n = first * kBlock, used = std::min(blocks * kBlock, y.size(1) - n);
@@ -1430,6 +1443,32 @@ void multiply_library_halves(const at::Tensor& x, const Packed& w, const MaybeTe
     }
     at::Tensor out = y.narrow(1, n, used);
     at::mm_out(out, input, slab.narrow(1, 0, used));
+  });
+}
+
+// The same with the weight itself, not transposed.
+void multiply_library_transposed(const at::Tensor& x, const Packed& w, const LowRank& low_rank,
+                                 const at::Tensor& y) {
+  const at::Tensor& low = low_rank.low;
+  const at::Tensor input = with_more_columns(x, w.rows, low, false);
+  const int64_t all = input.size(1), rank = all - w.rows;
+  const int64_t apart = (w.blocks + 1) * kBlock + rank;
+  const int64_t width = kStep * units_of_slab(w.steps, apart * kStep, 2);
+  each_by_one_thread((w.columns + width - 1) / width, [&](int64_t task) {
+    const int64_t k = task * width, used = std::min(width, w.columns - k);
+    const int64_t depth = round_up(used, kStep);
+    const at::Tensor slab = at::empty({depth, apart}, x.options());
+    auto* to = slab.mutable_data_ptr<c10::BFloat16>();
+    decode_columns(w, 0, w.blocks, k, depth,
+                   [=](int64_t i, int64_t b, F16 value) __attribute__((always_inline)) {
+                     store_halves(value, to + i * apart + kBlock * b);
+                   });
+    for (int64_t r = 0; r < rank; ++r) {
+      const float* from = low_rank.b.const_data_ptr<float>() + r * low_rank.b.size(1) + k;
+      for (int64_t i = 0; i < used; ++i) to[i * apart + w.rows + r] = from[i];
+    }
+    at::Tensor out = y.narrow(1, k, used);
+    at::mm_out(out, input, slab.narrow(0, 0, used).narrow(1, 0, all).t());
   });
 }
 
@@ -1573,11 +1612,19 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
          "columns do not fit";
 }
 
-bool multiply_transposed(const at::Tensor& x, const Stored& w, const LowRank& low_rank,
-                         const at::Tensor& y) {
+bool multiply_transposed(const at::Tensor& x, const Stored& w,
+                         const std::function<std::shared_ptr<const Packed>()>& layout,
+                         const LowRank& low_rank, const at::Tensor& y) {
+  if (x.scalar_type() != at::kBFloat16) return false;
 #if defined(COFIRE_AMX)
-  if (x.scalar_type() == at::kBFloat16 && x.size(0) >= kHalvesRows && amx::found()) {
+  if (x.size(0) >= kHalvesRows && amx::found()) {
     multiply_rows_of(x, w, low_rank, y);
+    return true;
+  }
+#endif
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  if (x.size(0) >= kTransposedRows && can_pack(w) && has_bf16()) {
+    multiply_library_transposed(x, *layout(), low_rank, y);
     return true;
   }
 #endif

@@ -606,7 +606,9 @@ void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, i
     COFIRE_UNROLL
     for (int i = 0; i < kChains; ++i) {
       const float* column = x + int64_t{index[b + i]} * R;
-      const F16 v = load16(values + (b + i) * block_rows);
+      const T* from = values + (b + i) * block_rows;
+      __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
+      const F16 v = load16(from);
       COFIRE_UNROLL
       for (int r = 0; r < R; ++r) sum[i][r] = fma(v, F16::all(column[r]), sum[i][r]);
     }

@@ -124,10 +124,10 @@ float dot_row(const Index* index, const c10::BFloat16* values, int64_t j, int64_
               const c10::BFloat16* x) {
   __m128 sum[2] = {};
   int64_t column = 0;
-  const auto add = [&](int64_t at, __m128& to) __attribute__((always_inline)) {
+  const auto add = [&](int64_t at, int64_t from, __m128& to) __attribute__((always_inline)) {
     const auto next = [&](int i) __attribute__((always_inline)) {
-      column = advance(index, at + i, column);
-      return static_cast<int>(x[column].x);
+      from = advance(index, at + i, from);
+      return static_cast<int>(x[from].x);
     };
     __m128i eight = _mm_cvtsi32_si128(next(0));
     eight = _mm_insert_epi16(eight, next(1), 1);
@@ -139,14 +139,34 @@ float dot_row(const Index* index, const c10::BFloat16* values, int64_t j, int64_
     eight = _mm_insert_epi16(eight, next(7), 7);
     const __m128i w = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + at));
     asm("vdpbf16ps %2, %1, %0" : "+v"(to) : "v"(w), "v"(eight));
+    return from;
   };
-  for (; j + 16 <= end; j += 16) {
+  const auto add_sixteen = [&](int64_t at) __attribute__((always_inline)) {
+    int64_t middle = column;
+    if constexpr (kDistances<Index>) {
+      // Summed beforehand: one after the other distances would be the longest chain.
+      const __m128i distances = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index + at));
+      const __m128i sums = _mm_sad_epu8(distances, _mm_setzero_si128());
+      middle += _mm_cvtsi128_si64(sums);
+      add(at, column, sum[0]);
+      add(at + 8, middle, sum[1]);
+      column = middle + _mm_extract_epi64(sums, 1);
+    } else {
+      add(at, column, sum[0]);
+      add(at + 8, middle, sum[1]);
+    }
+  };
+  for (; j + 32 <= end; j += 32) {
     ask_ahead(index, values, j);
-    add(j, sum[0]);
-    add(j + 8, sum[1]);
+    add_sixteen(j);
+    add_sixteen(j + 16);
+  }
+  if (j + 16 <= end) {
+    add_sixteen(j);
+    j += 16;
   }
   if (j + 8 <= end) {
-    add(j, sum[0]);
+    column = add(j, column, sum[0]);
     j += 8;
   }
   float rest = 0.0f;

@@ -37,7 +37,7 @@ def test_bf16_in_many_rows_and_in_few(bits: int, group: int) -> None:
     exact = x.double() @ w.dequantize().double().T
     terms = x.double().abs() @ w.dequantize().double().abs().T
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 23, 24, 25, 100, ROWS):
-        # Products are exact and sums in fp32; on AMX the weight itself is rounded for 64 rows and more. The answer is rounded.
-        slack = 2**-8 * exact.abs() + (2e-5 if rows < 64 else 2**-9) * terms
+        # Products are exact and sums in fp32. For many rows the weight itself may be rounded, as the answer is, to 8 bits.
+        slack = 2**-8 * exact.abs() + (2e-5 if rows < 64 else 2**-8) * terms
         error = (qlinear(x[:rows], w).double() - exact[:rows]).abs()
         assert (error <= slack[:rows]).all(), f"{rows} rows: {(error / slack[:rows]).max():.2f} times what is allowed"

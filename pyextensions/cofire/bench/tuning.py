@@ -223,7 +223,7 @@ def tune(
         device: ``"cuda"``: the shipped tile candidates are timed. ``"cpu"``: the sparse products of compressed layers are, against
             dense ones, with the present number of threads; the table's entries of this CPU's instruction set are replaced.
         path: of the table, on a CPU.
-        plan: what is measured on a CPU; default: all of it, in some minutes.
+        plan: what is measured on a CPU; default: all of it, in half an hour on two cores.
         progress: show a bar, on a CPU.
 
     Returns:
