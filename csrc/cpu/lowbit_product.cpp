@@ -1391,11 +1391,11 @@ COFIRE_INLINE void store_halves(F16 a, c10::BFloat16* p) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
 }
 
-// The factors of products of bf16 where there are products of those and no tiles for them: all rows
+// The factors of products of bf16 where a machine has products of those and no AMX: all rows
 // of x, and a slab of the weight, decoded with its scales, which one thread multiplies at a time.
 // What else is added, a low-rank term and a bias, are further columns of x and of the weight, so
 // that results are rounded once.
-constexpr int64_t kHalvesSlab = 1 << 19;  // of bf16: a second-level cache
+constexpr int64_t kHalvesSlab = 5 << 17;  // of bf16: about a second-level cache
 
 at::Tensor with_more_columns(const at::Tensor& x, int64_t columns, const at::Tensor& low,
                              bool bias) {
@@ -1408,11 +1408,17 @@ at::Tensor with_more_columns(const at::Tensor& x, int64_t columns, const at::Ten
   return out;
 }
 
-// How many of `count` units of so many bf16 to decode at a time: a slab, or fewer, so that each
-// thread has some, but no fewer than `least`.
+// How many of `count` units of so many bf16 to decode at a time, at least two or four, so that the
+// library has enough columns: a power of two, for then threads often get equal shares. It must not
+// depend on their number, for the library may sum in another order where there are more columns.
 int64_t units_of_slab(int64_t count, int64_t size, int64_t least) {
-  const int64_t fair = next_part(count, std::max<int64_t>(count / (2 * at::get_num_threads()), 1));
-  return std::clamp<int64_t>(kHalvesSlab / size, least, std::max(fair, least));
+  const auto fit = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(kHalvesSlab / size)));
+  return std::min(std::max(fit, least), std::max<int64_t>(count / 8, 1));
+}
+
+// One for each thread, whose pages are made once.
+at::Tensor slabs_of_threads(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  return empty_in_large_pages({at::get_num_threads(), rows, columns}, options);
 }
 
 // Slabs of [columns][rows of the weight].
@@ -1424,10 +1430,11 @@ void multiply_library_halves(const at::Tensor& x, const Packed& w, const MaybeTe
   const at::Tensor added = bias.has_value() ? bias->to(at::kBFloat16).contiguous() : at::Tensor();
   const int64_t all = input.size(1), most = units_of_slab(w.blocks, (all + 1) * kBlock, 4);
   const int64_t apart = (most + 1) * kBlock;
+  const at::Tensor slabs = slabs_of_threads(all, apart, x.options());
   each_by_one_thread((w.blocks + most - 1) / most, [&](int64_t task) {
     const int64_t first = task * most, blocks = std::min(most, w.blocks - first);
     const int64_t n = first * kBlock, used = std::min(blocks * kBlock, y.size(1) - n);
-    const at::Tensor slab = at::empty({all, apart}, x.options());
+    const at::Tensor slab = slabs.select(0, at::get_thread_num());
     auto* to = slab.mutable_data_ptr<c10::BFloat16>();
     decode_columns(w, first, blocks, 0, depth,
                    [=](int64_t k, int64_t b, F16 value) __attribute__((always_inline)) {
@@ -1454,10 +1461,11 @@ void multiply_library_transposed(const at::Tensor& x, const Packed& w, const Low
   const int64_t all = input.size(1), rank = all - w.rows;
   const int64_t apart = (w.blocks + 1) * kBlock + rank;
   const int64_t width = kStep * units_of_slab(w.steps, apart * kStep, 2);
+  const at::Tensor slabs = slabs_of_threads(width, apart, x.options());
   each_by_one_thread((w.columns + width - 1) / width, [&](int64_t task) {
     const int64_t k = task * width, used = std::min(width, w.columns - k);
     const int64_t depth = round_up(used, kStep);
-    const at::Tensor slab = at::empty({depth, apart}, x.options());
+    const at::Tensor slab = slabs.select(0, at::get_thread_num());
     auto* to = slab.mutable_data_ptr<c10::BFloat16>();
     decode_columns(w, 0, w.blocks, k, depth,
                    [=](int64_t i, int64_t b, F16 value) __attribute__((always_inline)) {

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cofire.ops import qlinear
+from cofire.ops import qlinear, qlora_linear
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import quantize_weight
 
@@ -41,3 +41,28 @@ def test_bf16_in_many_rows_and_in_few(bits: int, group: int) -> None:
         slack = 2**-8 * exact.abs() + (2e-5 if rows < 64 else 2**-8) * terms
         error = (qlinear(x[:rows], w).double() - exact[:rows]).abs()
         assert (error <= slack[:rows]).all(), f"{rows} rows: {(error / slack[:rows]).max():.2f} times what is allowed"
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("group", [32, 96])
+@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+def test_the_gradient_of_bf16_in_many_rows_and_in_few(bits: int, group: int, rank: int) -> None:
+    """The weight has rows and columns that fill no whole block of a layout."""
+    w = quantize_weight(
+        torch.randn(50, 192, generator=torch.Generator().manual_seed(bits)), "minmax", bits=bits, group_size=group
+    )
+    rand = torch.Generator().manual_seed(9)
+    a, b = torch.randn(rank, 192, generator=rand).bfloat16(), torch.randn(50, rank, generator=rand).bfloat16()
+    grad = torch.randn(300, 50, generator=rand).bfloat16()
+    whole = w.dequantize().double() + b.double() @ a.double()
+    exact, terms = (
+        grad.double() @ whole,
+        grad.double().abs() @ (w.dequantize().double().abs() + b.double().abs() @ a.double().abs()),
+    )
+    for rows in (1, 7, 8, 9, 63, 64, 300):
+        x = torch.zeros(rows, 192, dtype=torch.bfloat16, requires_grad=True)
+        y = qlora_linear(x, w, a, b) if rank else qlinear(x, w)
+        y.backward(grad[:rows])
+        # The answer is rounded to 8 bits, and where there are products of bf16 the weight and the low-rank term are too.
+        slack = 2**-8 * exact[:rows].abs() + 2 * 2**-8 * terms[:rows]
+        assert ((x.grad.double() - exact[:rows]).abs() <= slack).all()
