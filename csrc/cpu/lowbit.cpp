@@ -594,9 +594,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> qlinear_b
   return {dx, a, b, c, e};
 }
 
-// [R, N] of lora_b [N, R], times alpha, columns padded to whole tiles.
+// [R, N] of lora_b [N, R], times alpha, columns padded to whole tiles from any block on.
 at::Tensor across(const at::Tensor& lora_b, double alpha) {
-  return float_rows(lora_b.to(at::kFloat).t().mul(alpha), kWidth);
+  return float_rows(lora_b.to(at::kFloat).t().mul(alpha), kWidth, kWidth);
 }
 
 std::tuple<at::Tensor, at::Tensor> qlora_linear(const at::Tensor& input, const at::Tensor& codes,

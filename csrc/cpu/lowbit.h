@@ -222,7 +222,7 @@ inline void product(const float* a, int64_t row, int64_t column, const float* b,
 // A low-rank term of the product, or nothing: y += low transposed_b.
 struct LowRank {
   at::Tensor low;  // fp32 [M, R]
-  at::Tensor b;    // fp32 [R, round_up(N, kWidth)], zero where padded
+  at::Tensor b;    // fp32 [R, N and more], zero where padded: kWidth columns from any block on
 };
 
 // Rows apart by a multiple of the size of a way of the cache would displace each other: 64 rows of
@@ -235,7 +235,7 @@ at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
 // The ways to multiply: by codes that are decoded in registers, by a tile of the weight decoded to
 // bytes, to pairs of bf16 (where the machine multiplies those; with their scales, rounded as a
 // dense weight is, where AMX takes many rows) or to floats, by one decoded from the weight as it is
-// stored, or by slabs decoded to floats and the library.
+// stored, or by slabs decoded to floats, or to bf16 with their scales, and the library.
 enum class Way {
   kFew,
   kFewPairs,

@@ -6,6 +6,9 @@
 // reading the weight the limit). With more, a tile of the weight is decoded into the
 // first-level cache and multiplied by blocks of rows. The work is cut by rows of
 // the weight, and of x, and no sum is cut, so results do not depend on the number of threads.
+#include <ATen/Context.h>
+#include <ATen/ops/mm.h>
+
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -1395,12 +1398,14 @@ COFIRE_INLINE void store_halves(F16 a, c10::BFloat16* p) {
 // of x, and a slab of the weight, decoded with its scales, which one thread multiplies at a time.
 // What else is added, a low-rank term and a bias, are further columns of x and of the weight, so
 // that results are rounded once.
+// A sum is not cut, as `library_product` cuts those of floats: of bf16 the library takes all
+// columns in pieces of its own, which depend on shapes alone.
 constexpr int64_t kHalvesSlab = 5 << 17;  // of bf16: about a second-level cache
 
 at::Tensor with_more_columns(const at::Tensor& x, int64_t columns, const at::Tensor& low,
                              bool bias) {
   const int64_t rank = low.defined() ? low.size(1) : 0, all = columns + rank + (bias ? 1 : 0);
-  if (all == x.size(1)) return x;
+  if (all == x.size(1)) return x.contiguous();  // once, not for each slab
   at::Tensor out = at::zeros({x.size(0), all}, x.options());
   out.narrow(1, 0, x.size(1)).copy_(x);
   if (rank > 0) out.narrow(1, columns, rank).copy_(low);
@@ -1408,9 +1413,10 @@ at::Tensor with_more_columns(const at::Tensor& x, int64_t columns, const at::Ten
   return out;
 }
 
-// How many of `count` units of so many bf16 to decode at a time, at least two or four, so that the
-// library has enough columns: a power of two, for then threads often get equal shares. It must not
-// depend on their number, for the library may sum in another order where there are more columns.
+// How many of `count` units of so many bf16 to decode at a time: a power of two, for then threads
+// often get equal shares, at least two or four, so that the library has enough columns, and an
+// eighth of all at most. It must not depend on the number of threads, for the library may sum in
+// another order where there are more columns.
 int64_t units_of_slab(int64_t count, int64_t size, int64_t least) {
   const auto fit = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(kHalvesSlab / size)));
   return std::min(std::max(fit, least), std::max<int64_t>(count / 8, 1));
@@ -1552,11 +1558,18 @@ static int64_t most_few(bool bytes, bool pairs, int64_t columns) {
   return bytes ? kFewBytes : kFewFloats;
 }
 
+// Whether the library's products of bf16 are the fastest here: not where there is AMX, nor where
+// they are turned off.
+static bool library_takes_halves() {
+  return has_bf16() && !amx::found() && at::globalContext().userEnabledMkldnn();
+}
+
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
     return Way::kHalves;
   }
-  if (!int8 && count >= kLibraryHalvesRows && dtype == at::kBFloat16 && can_pack(w) && has_bf16()) {
+  if (!int8 && count >= kLibraryHalvesRows && dtype == at::kBFloat16 && can_pack(w) &&
+      library_takes_halves()) {
     return Way::kLibraryHalves;
   }
   if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
@@ -1631,7 +1644,7 @@ bool multiply_transposed(const at::Tensor& x, const Stored& w,
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  if (x.size(0) >= kTransposedRows && can_pack(w) && has_bf16()) {
+  if (x.size(0) >= kTransposedRows && can_pack(w) && library_takes_halves()) {
     multiply_library_transposed(x, *layout(), low_rank, y);
     return true;
   }

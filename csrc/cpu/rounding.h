@@ -77,7 +77,7 @@ inline float round_to_bytes(const float* x, int64_t n, int8_t* out) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   // Quotients as a division rounds them (Markstein, 1990): a product with the inverse, and what it
-  // leaves of the dividend. The inverse of a smaller scale may have no float.
+  // leaves of the dividend. Of a smaller scale that may have no float.
   constexpr float kLeast = 1e-25f;
   if (scale >= kLeast) {
     const F16 inverse = F16::all(1 / scale), divisor = F16::all(-scale), magic = F16::all(kMagic);

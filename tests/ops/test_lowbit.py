@@ -702,19 +702,24 @@ def test_the_number_of_threads_changes_nothing() -> None:
             assert all(torch.equal(flat[0], other) for other in flat[1:])
 
 
-@pytest.mark.parametrize("rows", [70, 520])
-def test_long_sums_are_the_same_for_any_number_of_threads(rows: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [8, 70, 200, 520])
+def test_long_sums_are_the_same_for_any_number_of_threads(rows: int, dtype: torch.dtype) -> None:
     """Of 2,048 products, by tiles and by the library, which cuts so long a sum otherwise for one thread than for several."""
     sizes, rest = (96, 2048, 4, 128), {"zero": "bytes"}
     rand = Random("long sums")
     codes, scale, zero, offset, lut = weight(rand, *sizes, **rest)
     q = QTensor(codes, scale, (96, 2048), 4, 128, zero, offset, lut)
-    x = rand.normal(rows, 2048)
+    x = rand.normal(2048, rows).to(dtype).t()
+    grad = rand.normal(rows, 96).to(dtype)
     results = []
     for count in (1, 2, 3):
         with threads(count):
-            results.append(ops.qlinear(x, q))
-    assert all(torch.equal(results[0], other) for other in results[1:])
+            leaf = x.detach().requires_grad_()
+            y = ops.qlinear(leaf, q)
+            results.append((y.detach(), *torch.autograd.grad(y, leaf, grad)))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
 # ------------------------------------------------------------------------------------------------------ the way
