@@ -340,6 +340,16 @@ def _eager_lora(*args: Any) -> Tensor:
     return y
 
 
+def _lora_backward_cost(input: Tensor, codes: Tensor, *rest: Any) -> tuple[int, int]:
+    """The weight has no gradient: one product with it for that of the input; the low-rank term's factors each have theirs."""
+    operator = OPERATORS["qlora_linear"]
+    assert operator.bytes is not None
+    assert operator.flops is not None
+    frozen = 2 * input.numel() * codes.shape[0]
+    moved = operator.bytes(input, codes, *rest) + input.numel() * input.element_size()
+    return moved, 2 * operator.flops(input, codes, *rest) - frozen
+
+
 def _lora(
     rows: int, dtype: torch.dtype = FLOAT, format: str = "nf4", shape: tuple[int, int] = SQUARE, **options: Any
 ) -> Case:
@@ -366,6 +376,7 @@ def _lora(
         providers,
         lambda rand: args(rand, TINY, min(rows, 7)),
         gradients=(0, 7, 8),
+        backward_cost=_lora_backward_cost,
         **options,
     )
 

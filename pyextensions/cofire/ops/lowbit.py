@@ -426,8 +426,8 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
     Returns:
         ``[..., N]`` in the dtype of the input; the same bits for any number of threads. With 16-bit inputs and exact
         activations the decoded weight is rounded to 16 bits, as a dense one is, where matrix units multiply it: bf16 on CPUs
-        with AMX from 64 rows on, on others with bf16 products (AVX512_BF16) from 192, in the gradient of the input from 8, and there
-        a bias and a low-rank term are too; fp16 and bf16 on GPUs from 5 rows on.
+        with AMX from 64 rows on, on others with bf16 products (AVX512_BF16) from 192, in the gradient of the input from 8, and
+        there a bias and a low-rank term are too; fp16 and bf16 on GPUs from 5 rows on.
 
         Differentiable with respect to input, bias, and scale, zero, offset and lut of the weight where they are floats. The
         input is saved for the backward only where one of the latter needs a gradient; the rounding to int8 passes gradients
