@@ -1542,9 +1542,9 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
 
 // Up to how many rows codes are decoded in registers. Of bytes and pairs an instruction takes a
 // word of each row: those that are taken together; where rows are long, so that little of the time
-// goes to results, of pairs any number, and of bytes, which are multiplied faster than they come
-// from far, as many as the caches hold. A tile of AMX, which is decoded once, is faster from a few
-// on.
+// goes to results, of pairs all that the library does not take, and of bytes, which are multiplied
+// faster than they come from far, as many as the caches hold. A tile of AMX, which is decoded once,
+// is faster from a few on.
 static int64_t most_few(bool bytes, bool pairs, int64_t columns) {
   constexpr int64_t kRowsBesideAmx = 8, kLong = 512, kHeldBytes = 1 << 21;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)

@@ -179,7 +179,7 @@ class QuantLinear(nn.Module):
 
     @torch.no_grad()
     def free_layout(self) -> QuantLinear:
-        """Free the layout that products read; the next one makes it anew.
+        """Free the layout that products, and some gradients, read; the next one makes it anew.
 
         The layout lives as long as the memory of the codes, so the layer moves to a copy of them. Where something else holds
         the old ones, a :attr:`qweight` or a state dict, both stay until that is gone.
