@@ -49,6 +49,17 @@ COFIRE_INLINE int count(uint32_t word) {
   return __builtin_popcount(word);
 }
 
+// Where the values behind those that a word counts begin; never in a vector of places, from which an
+// address takes long to come back.
+template <typename T>
+COFIRE_INLINE const T* behind(const T* p, uint32_t word) {
+  p += count(word);
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
+  return p;
+}
+
 #if defined(CPU_CAPABILITY_AVX512)
 
 COFIRE_INLINE F16 load16(const c10::BFloat16* p) {
@@ -67,7 +78,7 @@ COFIRE_INLINE F16 load16(const int8_t* p) {
 template <typename T>
 COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
   const F16 v{_mm512_maskz_expand_ps(static_cast<__mmask16>(word), load16(p).v)};
-  p += count(word);
+  p = behind(p, word);
   return v;
 }
 
@@ -97,9 +108,8 @@ bool has_vbmi2() {
 // The numbers of 16 bits of a where the mask's bits are, from the first on, zeros elsewhere; for
 // machines that have AVX512_VBMI2.
 COFIRE_INLINE W16 expanded_halves(uint32_t mask, W16 a) {
-  W16 found;
-  asm("vpexpandw %1, %0%{%2%}%{z%}" : "=v"(found.v) : "v"(a.v), "Yk"(static_cast<__mmask32>(mask)));
-  return found;
+  asm("vpexpandw %0, %0%{%1%}%{z%}" : "+v"(a.v) : "Yk"(static_cast<__mmask32>(mask)));
+  return a;
 }
 COFIRE_INLINE W16 permuted_halves(W16 a, W16 places) {
   return {_mm512_permutexvar_epi16(places.v, a.v)};
@@ -181,7 +191,7 @@ COFIRE_INLINE F16 expand(uint32_t word, const float*& p) {
   };
   const F16 v{around(p + count(word & 0xF), word & 255),
               around(p + count(word & 0xFFF), word >> 8)};
-  p += count(word);
+  p = behind(p, word);
   return v;
 }
 template <typename T>
@@ -189,7 +199,7 @@ COFIRE_INLINE F16 expand(uint32_t word, const T*& p) {
   const uint32_t low = word & 255;
   const T* second = p + count(low);
   const F16 v{expand8(low, p), expand8(word >> 8, second)};
-  p += count(word);
+  p = behind(p, word);
   return v;
 }
 
@@ -408,28 +418,33 @@ void multiply_pairs(const uint16_t* words, const int64_t* starts, Values<c10::BF
   for (int64_t k = 0; k < columns; k += kDepth) {
     const int64_t depth = std::min(kDepth, columns - k);
     const c10::BFloat16 *from[P], *to[P];
-    for (int p = 0; p < P; ++p) from[p] = to[p] = values[p].at(place[p], depth);
     F16 sum[P];
-    unrolled<P>([&](auto p) { sum[p] = F16::zero(); });
-    const auto add = [&](int64_t i, bool both) __attribute__((always_inline)) {
-      const W16 token = W16::all(x[(k + i) / 2]);
+    unrolled<P>([&](auto p) __attribute__((always_inline)) {
+      from[p] = to[p] = values[p].at(place[p], depth);
+      sum[p] = F16::zero();
+    });
+    const auto add = [&](const uint16_t* word, uint32_t two, bool both)
+                         __attribute__((always_inline)) {
+      const W16 token = W16::all(two);
       F16 pair[P];
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
-        const uint16_t* word = words + p * columns + k + i;
-        uint32_t mask = word[0];
-        if (both) std::memcpy(&mask, word, sizeof(mask));
+        uint32_t mask = word[p * columns];
+        if (both) std::memcpy(&mask, word + p * columns, sizeof(mask));
+        asm("" : "+r"(mask));
+        __builtin_prefetch(to[p] + kAhead / 2);
         pair[p] = as_float(permuted_halves(expanded_halves(mask, W16::load(to[p])), order));
-        to[p] += count(mask);
+        to[p] = behind(to[p], mask);
       });
       keep_apart(pair);
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
         sum[p] = dot_bf16(sum[p], bits_of(pair[p]), token);
       });
     };
-    int64_t i = 0;
-    for (; i + 2 <= depth; i += 2) add(i, true);
-    if (i < depth) add(i, false);
-    unrolled<P>([&](auto p) {
+    const uint16_t* word = words + k;
+    const uint32_t* two = x + k / 2;
+    for (const uint16_t* end = word + depth / 2 * 2; word < end; word += 2) add(word, *two++, true);
+    if (depth % 2) add(word, *two, false);
+    unrolled<P>([&](auto p) __attribute__((always_inline)) {
       total[p][0] = total[p][0] + sum[p];
       place[p] += to[p] - from[p];
     });
@@ -590,41 +605,42 @@ void multiply_blocks_of(const int32_t* index, const T* values, int64_t begin, in
   store_columns(sum, c, R, add);
 }
 
-// Of blocks of one column: several at a time, each with sums of its own.
+// Of blocks of one column: several at a time, each with sums of its own, by `part` blocks.
 template <int R, typename T>
 void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, int64_t end,
-                         int64_t block_rows, const float* x, float* c, bool add) {
+                         int64_t part, int64_t block_rows, const float* x, float* c) {
   constexpr int kChains = R == 1 ? 4 : R == 2 ? 2 : 1;
-  F16 sum[kChains][R];
-  COFIRE_UNROLL
-  for (int i = 0; i < kChains; ++i) {
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) sum[i][r] = F16::zero();
-  }
+  F16 total[R];
+  unrolled<R>([&](auto r) { total[r] = F16::zero(); });
   int64_t b = begin;
-  for (; b + kChains <= end; b += kChains) {
-    COFIRE_UNROLL
-    for (int i = 0; i < kChains; ++i) {
-      const float* column = x + int64_t{index[b + i]} * R;
-      const T* from = values + (b + i) * block_rows;
-      __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
-      const F16 v = load16(from);
-      COFIRE_UNROLL
-      for (int r = 0; r < R; ++r) sum[i][r] = fma(v, F16::all(column[r]), sum[i][r]);
+  while (b < end) {
+    const int64_t stop = std::min(b + part, end);
+    F16 sum[kChains][R];
+    unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
+      unrolled<R>([&](auto r) __attribute__((always_inline)) { sum[i][r] = F16::zero(); });
+    });
+    const auto add = [&](int64_t from, auto i) __attribute__((always_inline)) {
+      const float* column = x + int64_t{index[from]} * R;
+      const F16 v = load16(values + from * block_rows);
+      unrolled<R>([&](auto r) __attribute__((always_inline)) {
+        sum[i][r] = fma(v, F16::all(column[r]), sum[i][r]);
+      });
+    };
+    for (; b + kChains <= stop; b += kChains) {
+      __builtin_prefetch(reinterpret_cast<const char*>(index + b) + kAhead / 4);
+      unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values + (b + i) * block_rows) + kAhead);
+        add(b + i, i);
+      });
     }
+    for (; b < stop; ++b) add(b, std::integral_constant<int, 0>{});
+    unrolled<R>([&](auto r) __attribute__((always_inline)) {
+      F16 all = sum[0][r];
+      for (int i = 1; i < kChains; ++i) all = all + sum[i][r];
+      total[r] = total[r] + all;
+    });
   }
-  for (; b < end; ++b) {
-    const float* column = x + int64_t{index[b]} * R;
-    const F16 v = load16(values + b * block_rows);
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) sum[0][r] = fma(v, F16::all(column[r]), sum[0][r]);
-  }
-  COFIRE_UNROLL
-  for (int i = 1; i < kChains; ++i) {
-    COFIRE_UNROLL
-    for (int r = 0; r < R; ++r) sum[0][r] = sum[0][r] + sum[i][r];
-  }
-  store_columns(sum[0], c, R, add);
+  store_columns(total, c, R);
 }
 
 template <typename T>
@@ -648,16 +664,14 @@ void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
             // By parts: sums of a part lose less than one that goes on and on.
             const int64_t part = std::max<int64_t>(128 / w.block_columns, 1);
             int64_t from = starts[row];
+            if (w.block_columns == 1) {
+              return multiply_columns_of<R>(index, values + h * kPanel, from, starts[row + 1], part,
+                                            w.block_rows, tiles.of(t), c);
+            }
             do {
               const int64_t to = std::min(from + part, starts[row + 1]);
-              const bool add = from > starts[row];
-              if (w.block_columns == 1) {
-                multiply_columns_of<R>(index, values + h * kPanel, from, to, w.block_rows,
-                                       tiles.of(t), c, add);
-              } else {
-                multiply_blocks_of<R>(index, values + h * kPanel, from, to, w.block_columns,
-                                      w.block_rows, tiles.of(t), c, add);
-              }
+              multiply_blocks_of<R>(index, values + h * kPanel, from, to, w.block_columns,
+                                    w.block_rows, tiles.of(t), c, from > starts[row]);
               from = to;
             } while (from < starts[row + 1]);
           });

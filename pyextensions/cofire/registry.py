@@ -91,7 +91,9 @@ def _nothing_to_record(args: tuple[Any, ...]) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    return not torch._C._any_requires_grad(*(list(a) if isinstance(a, tuple) else a for a in args))
+    if tuple in map(type, args):
+        args = tuple(list(a) if isinstance(a, tuple) else a for a in args)
+    return not torch._C._any_requires_grad(*args)
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,10 @@ class Operator:
         except AttributeError:  # what a tensor has and something else has not
             self._refuse_non_tensors(args)
             raise
+        return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """The same for arguments that were validated already."""
         if _nothing_to_record(args):
             with _BelowAutograd():
                 return self.overload(*args)

@@ -411,7 +411,7 @@ class DeployedGatedConv2d(nn.Module):
         operator, args = OPERATORS["gated_conv2d"], self._arguments(input, residual)
         # The head has checked the input, and all else is this layer's own: to validate again would take as long as a
         # small convolution.
-        result: Tensor = operator.overload(*args) if residual is None else operator(*args)
+        result: Tensor = operator.run(*args) if residual is None else operator(*args)
         return result
 
     def _arguments(self, input: Tensor, residual: Tensor | None) -> tuple[Any, ...]:
@@ -522,7 +522,7 @@ class DeployedGatedLinear(nn.Module):
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        result: Tensor = OPERATORS["gated_linear"].overload(*self._arguments(input))  # the head has checked the input
+        result: Tensor = OPERATORS["gated_linear"].run(*self._arguments(input))  # the head has checked the input
         return result
 
     def _arguments(self, input: Tensor) -> tuple[Any, ...]:

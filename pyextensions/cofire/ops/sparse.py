@@ -504,7 +504,7 @@ def spmm(input: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Ten
     """
     _check_weight("spmm", weight)
     _check_product(input, bias, weight.values, *weight.shape)  # the weight itself was checked when it was made
-    y: Tensor = _spmm.overload(input, bias, *weight.arguments())
+    y: Tensor = _spmm.run(input, bias, *weight.arguments())
     return y
 
 
