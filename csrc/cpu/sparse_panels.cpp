@@ -49,8 +49,8 @@ COFIRE_INLINE int count(uint32_t word) {
   return __builtin_popcount(word);
 }
 
-// Where the values behind those that a word counts begin; never in a vector of places, from which an
-// address takes long to come back.
+// Where the values behind those that a word counts begin; never in a vector of places, from which
+// an address takes long to come back.
 template <typename T>
 COFIRE_INLINE const T* behind(const T* p, uint32_t word) {
   p += count(word);
@@ -423,8 +423,8 @@ void multiply_pairs(const uint16_t* words, const int64_t* starts, Values<c10::BF
       from[p] = to[p] = values[p].at(place[p], depth);
       sum[p] = F16::zero();
     });
-    const auto add = [&](const uint16_t* word, uint32_t two, bool both)
-                         __attribute__((always_inline)) {
+    const auto add = [&](const uint16_t* word, uint32_t two,
+                         bool both) __attribute__((always_inline)) {
       const W16 token = W16::all(two);
       F16 pair[P];
       unrolled<P>([&](auto p) __attribute__((always_inline)) {

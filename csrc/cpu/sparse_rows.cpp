@@ -242,11 +242,12 @@ std::shared_ptr<const Slabs> slabs_of(const Index* index, const Weight& w, int64
   return kept.back();
 }
 
-// The bytes [from, to) are asked for.
+// `lines` lines of 64 bytes from p on are asked for. (As many as an array says would be a branch
+// that nobody can foretell.)
 template <int Level>
-COFIRE_INLINE void ask_for(const void* from, const void* to) {
-  for (const auto* p = static_cast<const char*>(from); p < to; p += 64) {
-    __builtin_prefetch(p, 0, Level);
+COFIRE_INLINE void ask_for(const void* p, int64_t lines) {
+  for (int64_t i = 0; i < lines; ++i) {
+    __builtin_prefetch(static_cast<const char*>(p) + 64 * i, 0, Level);
   }
 }
 
@@ -260,6 +261,10 @@ COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, const Index* in
                             int64_t to, F&& f) {
   constexpr int64_t kAheadRows = 2;
   const int64_t* starts = w.starts();
+  // What an average row has in a slab, and the line that it begins in.
+  const int64_t entries = (starts[to] - starts[n]) / ((to - n) * slabs.number);
+  const auto lines_of = [&](int64_t size) { return (entries * size + 63) / 64 + 1; };
+  const int64_t value_lines = lines_of(sizeof(Value)), index_lines = lines_of(sizeof(Index));
   for (int64_t s = 0; s < slabs.number; ++s) {
     const int32_t* first = slabs.begin.data() + n * slabs.number + s;
     const int32_t* column = slabs.column.data() + n * slabs.number + s;
@@ -267,20 +272,19 @@ COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, const Index* in
     const int64_t columns =
         std::clamp(w.columns - (s + 1) * slabs.columns, int64_t{0}, slabs.columns);
     const float* next = tokens + (s + 1) * slabs.columns * width;
-    const int64_t piece = (columns * width / (to - n) + 15) / 16 * 16;
+    const int64_t lines = (columns * width / (to - n) + 15) / 16;
     const float* end = next + columns * width;
     const auto stop_of = [&](int64_t r, const int32_t* at) {
       return last ? starts[r + 1] : starts[r] + at[1];
     };
     for (int64_t r = n; r < to; ++r, first += slabs.number, column += slabs.number) {
       if (r + kAheadRows < to) {
-        const int32_t* ahead = first + kAheadRows * slabs.number;
-        const int64_t from = starts[r + kAheadRows] + *ahead, stop = stop_of(r + kAheadRows, ahead);
-        ask_for<3>(values + from, values + stop);
-        ask_for<3>(index + from, index + stop);
+        const int64_t from = starts[r + kAheadRows] + first[kAheadRows * slabs.number];
+        ask_for<3>(values + from, value_lines);
+        ask_for<3>(index + from, index_lines);
       }
-      ask_for<2>(next, std::min(next + piece, end));
-      next += piece;
+      if (next < end) ask_for<2>(next, lines);
+      next += 16 * lines;
       f(r, starts[r] + first[0], stop_of(r, first), slabs.column.empty() ? 0 : int64_t{*column});
     }
   }
