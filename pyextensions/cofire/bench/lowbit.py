@@ -21,7 +21,7 @@ from cofire.bench.dense_products import SAME_DTYPE, dense_products, has_half, pl
 from cofire.bench.fake_quantize import CASES as FAKE
 from cofire.bench.lowbit_torch import int_mm, of_torch
 from cofire.bench.peers._products import Product, clear_of_halves, exact, half, reference
-from cofire.ops.lowbit import _dequantize_reference, int8_activations
+from cofire.ops.lowbit import _dequantize_reference, int8_activations, qlinear
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import NF4, quantize_weight
 from cofire.ops.shift_add import pack_shift, shift_from_weight, shift_quantize
@@ -182,10 +182,18 @@ def qlinear_case(
         cold=((1,) if format == "S5" else (1, 2)) if cold else (),
         hot=compile or bool(options.get("first")),
         reference=reference,
+        ours=Provider(_ours),
         arithmetic="int8" if activations == "int8" else None,
         facts={"rows": rows, "bits": bits, "group_size": group_size, "format": format, "activations": activations},
         **options,
     )
+
+
+def _ours(*args: Any) -> Run:
+    """As users call it: with a weight that is checked once, when it is made."""
+    p = Product(*args)
+    q = QTensor(p.codes, p.scale, p.shape, p.bits, p.group_size, p.zero, p.offset, p.lut)
+    return functools.partial(qlinear, p.input, q, p.bias, activations=p.activations)
 
 
 def _int8(rows: int, *args: Any, **options: Any) -> Case:

@@ -22,7 +22,7 @@ from cofire.bench import sparse_refine, sparse_step, sparse_training
 from cofire.bench.cases import Args, Case, Provider, Random, Run, plain
 from cofire.bench.dense_products import FLOAT, HALF, SAME_DTYPE, dense_products, in_half
 from cofire.ops.packing import pack_bits, unpack_bits
-from cofire.ops.sparse import SparseWeight
+from cofire.ops.sparse import SparseWeight, spmm
 from cofire.ops.sparse_weight import dense_values
 
 SQUARE, TRAINED = (4096, 4096), (2048, 2048)
@@ -120,6 +120,7 @@ def _spmm(
         cold=() if backward else (2, 3),
         hot=bool(options.get("quick")),
         gradients=(0, 2) if backward else (),
+        ours=Provider(_ours),
         facts={
             "rows": rows,
             "density": density,
@@ -130,6 +131,13 @@ def _spmm(
         },
         **options,
     )
+
+
+def _ours(*args: Any) -> Run:
+    """As users call it: with a weight that is checked once, when it is made."""
+    x, bias, values, index, offsets, scale, format, rows, columns, *block = args
+    w = SparseWeight(values, index, offsets, (rows, columns), format, (block[0], block[1]), scale)
+    return functools.partial(spmm, x, w, bias)
 
 
 def _trained_dense(*args: Any) -> Run:

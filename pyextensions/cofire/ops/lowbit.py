@@ -347,6 +347,13 @@ def _check_product(
             f"{(columns * bits + 7) // 8} bytes at {bits} bits, and the codes have {codes.shape[1]}",
         )
     check_parts(operator, codes, scale, zero, offset, lut, bits, group_size, columns)
+    _check_with_weight(operator, input, codes, lut, bias, bits, group_size, activations)
+
+
+def _check_with_weight(
+    operator: str, input: Tensor, codes: Tensor, lut: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
+    activations: str,
+) -> None:  # fmt: skip
     check_device(operator, "input", input, codes=codes, bias=bias)
     if bias is not None and list(bias.shape) != [codes.shape[0]]:
         refuse(operator, f"bias must have shape [{codes.shape[0]}], got {shape_of(bias)}")
@@ -448,9 +455,14 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
         2210.17323) and Dettmers et al. 2023 (QLoRA, 2305.14314), section 3, for weights of few bits.
     """
     input = _in_stored_order("qlinear", input, weight)
-    y: Tensor = _qlinear(
+    # The weight itself was checked when it was made.
+    check_float("qlinear", input=input, bias=bias)
+    check_choice("qlinear", "activations", activations, ACTIVATIONS)
+    bits, group_size = weight.bits, weight.group_size
+    _check_with_weight("qlinear", input, weight.codes, weight.lut, bias, bits, group_size, activations)
+    y: Tensor = _qlinear.run(
         input, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias,
-        weight.bits, weight.group_size, activations,
+        bits, group_size, activations,
     )  # fmt: skip
     return y
 
