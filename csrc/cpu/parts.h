@@ -37,6 +37,27 @@ void in_turns(int64_t parts, F&& f) {
   });
 }
 
+// The same where parts are read from memory one after the other: each thread takes those that
+// follow its last one, and then what others have left.
+template <typename F>
+void in_runs(int64_t parts, F&& f) {
+  constexpr int64_t kMostRuns = 64;
+  struct alignas(64) Run {
+    std::atomic<int64_t> next;
+  };
+  Run run[kMostRuns];
+  const int64_t runs = std::min({parts, static_cast<int64_t>(at::get_num_threads()), kMostRuns});
+  for (int64_t i = 0; i < runs; ++i) run[i].next.store(parts * i / runs, std::memory_order_relaxed);
+  at::parallel_for(0, runs, 1, [&](int64_t first, int64_t) {
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t mine = (first + i) % runs, end = parts * (mine + 1) / runs;
+      for (int64_t part; (part = run[mine].next.fetch_add(1, std::memory_order_relaxed)) < end;) {
+        f(part);
+      }
+    }
+  });
+}
+
 // Calls f(begin, end) for consecutive parts of `count` items, each at least `least`.
 template <typename F>
 void in_parts(int64_t count, int64_t least, F&& f) {

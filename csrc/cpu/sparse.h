@@ -100,7 +100,7 @@ void in_equal_parts(int64_t count, int64_t least, Work&& work, F&& f) {
     }
     return low;
   };
-  in_turns(parts, [&](int64_t part) {
+  in_runs(parts, [&](int64_t part) {
     const int64_t from = bound(part), to = bound(part + 1);
     if (from < to) f(from, to);
   });

@@ -279,6 +279,7 @@ COFIRE_INLINE void with_tokens(int64_t count, F&& f) {
 // c[16][stride] = the sums, a column for each token; or they are added to it.
 template <int R>
 COFIRE_INLINE void store_columns(const F16 (&sum)[R], float* c, int64_t stride, bool add = false) {
+  if (R == 1 && stride == 1) return (add ? F16::load(c) + sum[0] : sum[0]).store(c);
   alignas(64) float v[16];
   for (int r = 0; r < R; ++r) {
     sum[r].store(v);
@@ -643,6 +644,8 @@ void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, i
   store_columns(total, c, R);
 }
 
+constexpr int64_t kPart = 128;  // columns of a part of a sum
+
 template <typename T>
 void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
   const auto* index = w.index.const_data_ptr<int32_t>();
@@ -654,6 +657,20 @@ void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
   const auto work = [&](int64_t row) { return starts[row] * size + row * 16; };
   in_equal_parts(grid, 65536 / tiles.count, work, [&](int64_t begin, int64_t end) {
     float c[kPanel * kTogether];
+    if (tiles.count == 1 && w.block_columns == 1 &&
+        halves == 1) {  // results of a few panels at once
+      constexpr int64_t kPanels = 8;
+      float several[kPanels * kPanel];
+      for (int64_t row = begin; row < end; row += kPanels) {
+        const int64_t to = std::min(row + kPanels, end), n = row * kPanel;
+        for (int64_t r = row; r < to; ++r) {
+          multiply_columns_of<1>(index, values, starts[r], starts[r + 1], kPart, kPanel,
+                                 tiles.of(0), several + (r - row) * kPanel);
+        }
+        sink(several, 1, n, std::min(to * kPanel, w.rows) - n, 0, 1);
+      }
+      return;
+    }
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t h = 0; h < halves; ++h) {
         const int64_t n = row * w.block_rows + h * kPanel;
@@ -662,7 +679,7 @@ void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
           with_tokens<kTogether>(tiles.size(t), [&](auto r) {
             constexpr int R = decltype(r)::value;
             // By parts: sums of a part lose less than one that goes on and on.
-            const int64_t part = std::max<int64_t>(128 / w.block_columns, 1);
+            const int64_t part = std::max<int64_t>(kPart / w.block_columns, 1);
             int64_t from = starts[row];
             if (w.block_columns == 1) {
               return multiply_columns_of<R>(index, values + h * kPanel, from, starts[row + 1], part,
