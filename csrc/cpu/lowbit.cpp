@@ -86,7 +86,20 @@ Stored::Stored(const at::Tensor& codes, const MaybeTensor& scale, const MaybeTen
       partition_rows(
           lut.has_value() ? std::max<int64_t>((rows + lut->size(0) - 1) / lut->size(0), 1) : rows),
       one_zero(zero.has_value() && zero->numel() == 1),
-      int8_lut(lut.has_value() && lut->scalar_type() == at::kChar) {}
+      int8_lut(lut.has_value() && lut->scalar_type() == at::kChar) {
+  // What a weight was when it was made, its tensors may not be any more.
+  const auto fits = [](const MaybeTensor& x, int64_t count) {
+    return !x.has_value() || x->numel() == count;
+  };
+  TORCH_CHECK(codes.scalar_type() == at::kByte && codes.dim() == 2 && codes.size(1) == row_bytes,
+              "codes must be uint8 of shape [", rows, ", ", row_bytes, "], got ",
+              codes.scalar_type(), " ", codes.sizes());
+  TORCH_CHECK(fits(scale, rows * groups) && (one_zero || fits(zero, rows * groups)) &&
+                  fits(offset, rows * groups),
+              "scale, zero and offset must have ", rows * groups, " elements");
+  TORCH_CHECK(!lut.has_value() || lut->size(1) == int64_t{1} << bits, "lut must have ",
+              int64_t{1} << bits, " columns");
+}
 
 void Stored::codes_of(int64_t row, int64_t start, int64_t count, uint8_t* out) const {
   const uint8_t* from = codes.const_data_ptr<uint8_t>() + row * row_bytes + start * bits / 8;

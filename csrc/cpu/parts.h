@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work in parts, which threads take in turns: one that is done takes the next, so that where
-// something else runs on a core, the others do more. What a part computes does not depend on who
-// computes it.
+// Work in parts, which threads take in turns or in runs: one that is done takes another, so that
+// where something else runs on a core, the others do more. What a part computes does not depend on
+// who computes it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -46,9 +46,10 @@ void in_runs(int64_t parts, F&& f) {
     std::atomic<int64_t> next;
   };
   Run run[kMostRuns];
-  const int64_t runs = std::min({parts, static_cast<int64_t>(at::get_num_threads()), kMostRuns});
+  const int64_t threads = std::min<int64_t>(parts, at::get_num_threads());
+  const int64_t runs = std::min(threads, kMostRuns);
   for (int64_t i = 0; i < runs; ++i) run[i].next.store(parts * i / runs, std::memory_order_relaxed);
-  at::parallel_for(0, runs, 1, [&](int64_t first, int64_t) {
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t) {
     for (int64_t i = 0; i < runs; ++i) {
       const int64_t mine = (first + i) % runs, end = parts * (mine + 1) / runs;
       for (int64_t part; (part = run[mine].next.fetch_add(1, std::memory_order_relaxed)) < end;) {

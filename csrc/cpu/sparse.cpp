@@ -198,7 +198,7 @@ at::Tensor spmm(const at::Tensor& input, const MaybeTensor& bias, const at::Tens
   sizes.back() = rows;
   at::Tensor y = at::empty(sizes, input.options());
   const at::Tensor b = bias.has_value() ? bias->to(at::kFloat).contiguous() : at::Tensor();
-  multiply(rows_of(input), w, Sink{y, w.scales(), b, rows});
+  if (y.numel() > 0) multiply(rows_of(input), w, Sink{y, w.scales(), b, rows});
   return y;
 }
 

@@ -29,6 +29,8 @@ constexpr int kFew = 2;
 #endif
 constexpr int64_t kAhead = 2048;  // bytes whose way from memory is begun
 constexpr int64_t kDepth = 256;   // columns of a panel that are expanded at once: 16 KB
+constexpr int64_t kPart =
+    128;  // columns of blocks that a sum takes before it is added to the total
 // Panels that a bitmap times one token takes side by side: each is two streams from memory, and one
 // panel alone does not keep it busy, whatever is asked for ahead. Of two tokens half as many, which
 // have as many sums.
@@ -431,8 +433,8 @@ void multiply_pairs(const uint16_t* words, const int64_t* starts, Values<c10::BF
       unrolled<P>([&](auto p) __attribute__((always_inline)) {
         uint32_t mask = word[p * columns];
         if (both) std::memcpy(&mask, word + p * columns, sizeof(mask));
-        asm("" : "+r"(mask));
-        __builtin_prefetch(to[p] + kAhead / 2);
+        asm("" : "+r"(mask));  // counted there, not in a register of masks
+        __builtin_prefetch(to[p] + kAhead / sizeof(c10::BFloat16));
         pair[p] = as_float(permuted_halves(expanded_halves(mask, W16::load(to[p])), order));
         to[p] = behind(to[p], mask);
       });
@@ -628,6 +630,7 @@ void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, i
       });
     };
     for (; b + kChains <= stop; b += kChains) {
+      // Bytes of places: fewer than of values.
       __builtin_prefetch(reinterpret_cast<const char*>(index + b) + kAhead / 4);
       unrolled<kChains>([&](auto i) __attribute__((always_inline)) {
         __builtin_prefetch(reinterpret_cast<const char*>(values + (b + i) * block_rows) + kAhead);
@@ -643,8 +646,6 @@ void multiply_columns_of(const int32_t* index, const T* values, int64_t begin, i
   }
   store_columns(total, c, R);
 }
-
-constexpr int64_t kPart = 128;  // columns of a part of a sum
 
 template <typename T>
 void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {

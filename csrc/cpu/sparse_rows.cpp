@@ -252,9 +252,10 @@ COFIRE_INLINE void ask_for(const void* p, int64_t lines) {
 }
 
 // Calls f(row, first entry, end, column before) for the rows [n, to), slab of columns by slab. A
-// row has a few entries in a slab, far from those of the next row: they are asked for two rows
-// ahead (what is read of them: index, and `values`). And row by row a piece of what the next slab
-// reads of the tokens, `width` floats per column, is fetched into the second level.
+// row has a few entries in a slab, far from those of the next row: as many lines as an average row
+// has are asked for two rows ahead (what is read of them: index, and `values`). And row by row a
+// piece of what the next slab reads of the tokens, `width` floats per column, is fetched into the
+// second level.
 template <typename Index, typename Value, typename F>
 COFIRE_INLINE void by_slabs(const Weight& w, const Slabs& slabs, const Index* index,
                             const Value* values, const float* tokens, int64_t width, int64_t n,

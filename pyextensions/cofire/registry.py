@@ -91,7 +91,7 @@ def _nothing_to_record(args: tuple[Any, ...]) -> bool:
         return False
     if not torch.is_grad_enabled():
         return True
-    if tuple in map(type, args):
+    if any(isinstance(a, tuple) for a in args):
         args = tuple(list(a) if isinstance(a, tuple) else a for a in args)
     return not torch._C._any_requires_grad(*args)
 

@@ -986,6 +986,7 @@ REFUSALS = [
         "qlinear: input must be a floating-point tensor, got torch.int32",
     ),
     Refusal("bias", multiplied(bias=lambda: torch.ones(3)), ValueError, "qlinear: bias must have shape [33], got [3]"),
+    Refusal("bias_list", multiplied(bias=[1.0]), TypeError, "qlinear: bias must be a tensor, got list"),
     Refusal(
         "activations", multiplied(activations="int4"), ValueError,
         "qlinear: activations must be one of exact, int8, got 'int4'",

@@ -309,6 +309,38 @@ def test_bitmaps_of_many_panels(m: int, values: torch.dtype, empty: bool) -> Non
     close(products[0], x.double() @ packed.to_dense().double().t(), k)
 
 
+@pytest.mark.parametrize("m", [1, 70])
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_number_of_threads(format: str, m: int) -> None:
+    """Also more than there are parts: the same bits."""
+    rand = Random(f"threads {format} {m}")
+    n, k = 1030, 600
+    packed = SparseWeight.from_dense(rand.normal(n, k), rand.mask(n, k, density=0.4), format)
+    x = rand.normal(m, k)
+    products = []
+    for count in (1, 2, 5, 70):
+        with threads(count):
+            products.append(ops.spmm(x, packed))
+    assert all(torch.equal(products[0], other) for other in products[1:])
+    close(products[0], x.double() @ packed.to_dense().double().t(), k)
+
+
+def test_products_that_record_nothing() -> None:
+    """They go past autograd: the same values, and a gradient wherever one is wanted."""
+    rand = Random("past autograd")
+    packed = SparseWeight.from_dense(rand.normal(33, 40), rand.mask(33, 40, density=0.4), "csr")
+    x = rand.normal(3, 5, 40)
+    y = ops.spmm(x, packed)
+    leaf = x.clone().requires_grad_()
+    recorded = ops.spmm(leaf, packed)
+    with torch.no_grad():
+        unrecorded = ops.spmm(leaf, packed)
+    assert recorded.requires_grad and not (y.requires_grad or unrecorded.requires_grad)
+    assert torch.equal(y, recorded) and torch.equal(y, unrecorded)
+    recorded.sum().backward()
+    close(leaf.grad, packed.to_dense().double().sum(0).expand_as(x), 33)
+
+
 # ------------------------------------------------------------------------------------------------------ spmm
 
 
@@ -354,6 +386,9 @@ TRAINED = [
     Sample("csr_empty", compressed(3, 5, 9, "csr", density=0.0)),
     Sample("csr_full", compressed(2, 5, 65, "csr", density=1.0)),
     Sample("nobody", compressed(0, 5, 9, "csr")),
+    *(Sample(f"{f}_no_rows", compressed(3, 0, 9, f)) for f in ("csr", "block")),
+    Sample("block_panels", compressed(1, 250, 67, "block", holes=True)),
+    *(Sample(f"block_32x1_{m}", compressed(m, 40, 300, "block", block=(32, 1))) for m in (1, 2, 3, 15)),
     Sample("csr_slabs", compressed(65, 70, 2100, "csr", density=0.05), full=True),
     Sample("csr_long_sums", compressed(64, 5, 8192, "csr", density=0.5), full=True),
     Sample("block_long_sums", compressed(7, 16, 8192, "block", density=0.5), full=True),
@@ -362,6 +397,7 @@ TRAINED = [
 PACKED = [
     *(Sample(f"{f}_one", compressed(1, 33, 67, f, holes=True)) for f in ("delta", "bitmap")),
     *(Sample(f"{f}_some", compressed(7, 33, 67, f)) for f in ("delta", "bitmap")),
+    *(Sample(f"{f}_no_rows", compressed(3, 0, 9, f)) for f in ("delta", "bitmap")),
     Sample("delta_far", compressed(3, 5, 1100, "delta", density=0.003)),
     Sample("bitmap_three", compressed(3, 17, 129, "bitmap", density=0.9)),
     Sample("bitmap_last_panel", compressed(1, 18, 3, "bitmap", density=0.1)),
@@ -373,6 +409,7 @@ EIGHT = [
     Sample(f"int8_{f}", compressed(m, 33, 67, f, values=torch.int8))
     for f, m in (("csr", 1), ("delta", 5), ("bitmap", 2), ("block", 3))
 ]
+EIGHT += [Sample("int8_block_panels", compressed(1, 250, 67, "block", values=torch.int8))]
 TINY_SPMM = [
     Sample("tiny", compressed(2, 3, 5, "csr", density=0.5)),
     Sample("tiny_resized", compressed(3, 4, 6, "csr", density=0.5)),
@@ -693,6 +730,7 @@ PACKED_REFUSALS = [
         TypeError,
         "spmm: input must be a floating-point tensor, got torch.int32",
     ),
+    (lambda: ops.spmm(torch.ones(2, 9), packed(), [1.0]), TypeError, "spmm: bias must be a tensor, got list"),
     (
         lambda: ops.spmm(torch.ones(2, 9), packed(), torch.ones(4)),
         ValueError,

@@ -85,18 +85,23 @@ def compiled(function: Callable[..., Any], **options: Any) -> Provider:
     return Provider(setup, **options)
 
 
-def one_thread(function: Callable[..., Any]) -> Provider:
-    """The same function without the help of other threads: what parallelism gains."""
+def one_thread(provider: Provider) -> Provider:
+    """The same calls without the help of other threads: what parallelism gains."""
 
-    def call(*args: Any) -> Any:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return function(*args)
-        finally:
-            torch.set_num_threads(threads)
+    def setup(*args: Any) -> Run:
+        run = provider.setup(*args)
 
-    return plain(call, devices=("cpu",))
+        def call() -> Any:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return run()
+            finally:
+                torch.set_num_threads(threads)
+
+        return call
+
+    return Provider(setup, devices=("cpu",))
 
 
 @dataclass(frozen=True)

@@ -546,9 +546,10 @@ def candidates(
 
     ``absent``: those too that cannot (:func:`absentees`).
     """
-    every = {"cofire": case.ours or plain(OPERATORS[case.op]), **case.providers}
+    ours = case.ours or plain(OPERATORS[case.op])
+    every = {"cofire": ours, **case.providers}
     if case.overhead and mode == "forward" and torch.get_num_threads() > 1:
-        every[ONE_THREAD] = one_thread(OPERATORS[case.op])
+        every[ONE_THREAD] = one_thread(ours)
     every |= {
         name: entry for name, (peer, entry) in of_case(case, device).items() if absent or peer.absence(case) is None
     }

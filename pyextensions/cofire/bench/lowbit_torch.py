@@ -12,9 +12,9 @@ from torch import Tensor
 
 from cofire.bench.cases import Provider, Run
 from cofire.bench.peers._products import HALF, Product, decoded, seven_bits
+from cofire.ops.lowbit import qlinear
 from cofire.ops.qtensor import QTensor
 from cofire.ops.quantizers import quantize_weight
-from cofire.registry import OPERATORS
 
 
 def _of_four_bits(p: Product) -> QTensor:
@@ -32,8 +32,7 @@ def four_bits(*args: Any) -> Run:
     """Our own product with 4 bits, for formats that claim to be as fast."""
     p = Product(*args)
     q = _of_four_bits(p)
-    parts = (q.codes, q.scale, q.zero, q.offset, q.lut, p.bias, q.bits, q.group_size, p.activations)
-    return functools.partial(OPERATORS["qlinear"], p.input, *parts)
+    return functools.partial(qlinear, p.input, q, p.bias, activations=p.activations)
 
 
 def int4pack(*args: Any) -> Run:

@@ -23,7 +23,11 @@ def refuse(operator: str, message: str) -> NoReturn:
 
 def check_float(operator: str, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
-        if x is not None and not x.is_floating_point():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
             raise TypeError(f"{operator}: {name} must be a floating-point tensor, got {x.dtype}")
 
 

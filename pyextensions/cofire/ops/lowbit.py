@@ -347,10 +347,10 @@ def _check_product(
             f"{(columns * bits + 7) // 8} bytes at {bits} bits, and the codes have {codes.shape[1]}",
         )
     check_parts(operator, codes, scale, zero, offset, lut, bits, group_size, columns)
-    _check_with_weight(operator, input, codes, lut, bias, bits, group_size, activations)
+    _check_against_weight(operator, input, codes, lut, bias, bits, group_size, activations)
 
 
-def _check_with_weight(
+def _check_against_weight(
     operator: str, input: Tensor, codes: Tensor, lut: Tensor | None, bias: Tensor | None, bits: int, group_size: int,
     activations: str,
 ) -> None:  # fmt: skip
@@ -459,7 +459,7 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
     check_float("qlinear", input=input, bias=bias)
     check_choice("qlinear", "activations", activations, ACTIVATIONS)
     bits, group_size = weight.bits, weight.group_size
-    _check_with_weight("qlinear", input, weight.codes, weight.lut, bias, bits, group_size, activations)
+    _check_against_weight("qlinear", input, weight.codes, weight.lut, bias, bits, group_size, activations)
     y: Tensor = _qlinear.run(
         input, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias,
         bits, group_size, activations,
