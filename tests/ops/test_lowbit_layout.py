@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -97,7 +96,6 @@ def way(q: QTensor, rows: int) -> str:
 
 def kept(call: Callable[[], object]) -> int:
     """Bytes of torch's that a call has asked for and not given back, its result among them."""
-    gc.collect()  # what earlier tests left in circles is not given back in this call
     with (
         threads(1),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
@@ -190,7 +188,6 @@ def test_the_layout_is_freed_on_request() -> None:
     assert size > 10_000
     results = []
     for how in ({"free": False}, {"free": True}, {"free": True, "hold": True}):
-        gc.collect()
         drop_layouts()
         results.append(kept(lambda how=how: run(**how)))  # type: ignore[misc]
     with_layout, freed, held = results
