@@ -29,8 +29,7 @@ constexpr int kFew = 2;
 #endif
 constexpr int64_t kAhead = 2048;  // bytes whose way from memory is begun
 constexpr int64_t kDepth = 256;   // columns of a panel that are expanded at once: 16 KB
-constexpr int64_t kPart =
-    128;  // columns of blocks that a sum takes before it is added to the total
+constexpr int64_t kPart = 128;    // columns of blocks in a part of a sum
 // Panels that a bitmap times one token takes side by side: each is two streams from memory, and one
 // panel alone does not keep it busy, whatever is asked for ahead. Of two tokens half as many, which
 // have as many sums.
@@ -658,8 +657,8 @@ void multiply_blocks(const at::Tensor& x, const Weight& w, const Sink& sink) {
   const auto work = [&](int64_t row) { return starts[row] * size + row * 16; };
   in_equal_parts(grid, 65536 / tiles.count, work, [&](int64_t begin, int64_t end) {
     float c[kPanel * kTogether];
-    if (tiles.count == 1 && w.block_columns == 1 &&
-        halves == 1) {  // results of a few panels at once
+    // Results of a few panels at once.
+    if (tiles.count == 1 && w.block_columns == 1 && halves == 1) {
       constexpr int64_t kPanels = 8;
       float several[kPanels * kPanel];
       for (int64_t row = begin; row < end; row += kPanels) {

@@ -188,12 +188,13 @@ def test_the_layout_is_freed_on_request() -> None:
     assert size > 10_000
     results = []
     for how in ({"free": False}, {"free": True}, {"free": True, "hold": True}):
-        drop_layouts()
+        # Watched: of a block that was made unwatched, and is given back in the call, the profiler may report the size that
+        # another had at its address.
+        kept(drop_layouts)
         results.append(kept(lambda how=how: run(**how)))  # type: ignore[misc]
     with_layout, freed, held = results
-    # A tiny weight has a layout in its place, and the profiler now and then misses that a result was given back.
-    assert abs(with_layout - freed - size) <= 4096
-    assert abs(held - freed - size - codes) <= 4096  # who holds the codes holds their layout
+    assert abs(with_layout - freed - size) <= 1024  # a tiny weight has one in its place
+    assert abs(held - freed - size - codes) <= 1024  # who holds the codes holds their layout
 
 
 # ---------------------------------------------------------------------------------------------- full of integers
