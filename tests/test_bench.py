@@ -318,7 +318,7 @@ def test_ratios_are_those_of_the_rounds() -> None:
         name: {"provider": name, "device": "cpu", "mode": "forward", "bytes": 1, "flops": 1} for name in readings
     }
     for name, row in rows.items():
-        harness._fill(row, readings[name], readings, None)
+        harness._fill(row, readings[name], readings, None, frozenset())
     assert [rows["cofire"][k] for k in ("speedup", "speedup_low", "speedup_high", "pairs")] == [2.5, 1, 5, 4]
     assert rows["peer:slow"]["speedup"] == pytest.approx((3 / 9 + 4 / 8) / 2) and rows["peer:slow"]["pairs"] == 2
     assert rows["peer:slow"]["vs_cofire"] == 6.5 and rows["dense"]["vs_cofire"] == 2.5

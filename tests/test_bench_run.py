@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import json
 import os
@@ -554,34 +555,60 @@ def test_what_is_usual_is_the_lower_quartile_of_each_piece() -> None:
 def test_the_state_of_the_memory_does_not_count_for_what_stays_in_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "caches", lambda: {"L1d": "32K", "L2": "1M", "L3": "32768K"})
     assert machine.cache_bytes() == {"L1d": 32 << 10, "L2": 1 << 20, "L3": 32 << 20}
-    assert quiet.unfelt(1 << 20) == {"memory"} and quiet.unfelt((1 << 20) + 1) == set()
+    assert quiet.unfelt(1 << 20) == {"cache", "memory"} and quiet.unfelt((1 << 20) + 1) == {"memory"}
+    assert quiet.unfelt(16 << 20) == {"memory"} and quiet.unfelt((16 << 20) + 1) == set()
     assert quiet.unfelt(0, "cuda") == set()
     probe = quiet.Probe("cpu", {"core": lambda: 1.0, "memory": lambda: 1.0})
     assert probe.strangeness({"core": 1.0, "memory": 2.0}, besides={"memory"}) == 1
-    row = {
-        "bytes": 9,
-        "device": "cpu",
-        "median_ms": 1.0,
-        "p20_ms": 1.0,
-        "p80_ms": 1.0,
-        "probe": {"core": 1.0, "memory": 2.0},
-    }
+    row = {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "probe": {"core": 1.0, "memory": 2.0}}
     rows = [
-        row | {"mode": "forward", "peak_bytes": 9},
-        row | {"mode": "forward, cold", "peak_bytes": 9},
-        row | {"mode": "forward", "peak_bytes": 2 << 20},
-        row | {"mode": "forward", "peak_bytes": 9, "probe": {"core": 2.0, "memory": 1.0}},
+        row | {"unfelt": ["memory"]},
+        row,
+        row | {"unfelt": []},
+        row | {"unfelt": ["memory"], "probe": {"core": 2.0, "memory": 1.0}},
     ]
     harness.mark_noise(rows, probe)
     assert [r["flagged"] for r in rows] == [False, True, True, True]
     monkeypatch.setattr(machine, "caches", lambda: None)
-    assert quiet.unfelt(0) == {"memory"} and quiet.unfelt(1) == set(), "a machine that tells nothing"
+    assert quiet.unfelt(0) == {"cache", "memory"} and quiet.unfelt(1) == set(), "a machine that tells nothing"
 
 
-def test_the_probe_times_threads_a_core_and_the_memory() -> None:
+def test_what_a_row_holds_decides_what_it_does_not_feel(three: list[Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "caches", lambda: {"L2": "1M", "L3": "8192K"})
+    case, row = three[0], {"bytes": 9, "device": "cpu", "mode": "forward"}
+    assert harness._unfelt(case, row) == {"cache", "memory"}
+    assert harness._unfelt(case, row | {"peak_bytes": 2 << 20}) == {"memory"}
+    assert harness._unfelt(case, row | {"peak_bytes": 5 << 20}) == set()
+    packed = dataclasses.replace(case, cold=(0,))
+    assert harness._unfelt(packed, row) == set(), "of a packed weight others may hold more than its bytes"
+    assert harness._unfelt(packed, row | {"mode": "overhead"}) == {"cache", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("caches", "cache"),
+    [
+        ({"L2": "1M", "L3": "32768K"}, True),
+        ({"L2": "1M", "L3": "4096K"}, False),
+        ({"L2": "1M"}, False),
+        (None, False),
+    ],
+)
+def test_the_probe_times_what_calls_may_wait_for(
+    caches: dict[str, str] | None, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "caches", lambda: caches)
     probe = quiet.Probe("cpu")
-    assert set(probe.usual()) == {"threads", "core", "memory"} and probe.looks == quiet.CALIBRATION
+    parts = {"threads", "core", "exchange", "memory"} | ({"cache"} if cache else set())
+    assert set(probe.usual()) == parts and probe.looks == quiet.CALIBRATION
     assert all(ms > 0 for ms in probe.look().values())
+
+
+def test_short_pieces_are_timed_more_often() -> None:
+    short, long = iter([0.2] * 5 + [0.1]), iter([2.0, 1.0, 2.0])
+    probe = quiet.Probe.__new__(quiet.Probe)
+    probe.work = {"short": lambda: next(short), "long": lambda: next(long)}
+    probe.looks, probe._ordered = 0, {"short": [], "long": []}
+    assert probe.look() == {"short": 0.1, "long": 1.0}
 
 
 def test_all_rounds_count_where_too_few_are_quiet() -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do two runs say the same? How many rows that were not flagged beforehand have the same time: ``cofire bench-agree``."""
+"""Do two runs say the same? How many rows that were not flagged beforehand have the same time: ``cofire bench-agree``.
+
+A run decides by itself what is usual, and on a machine that is shared that may be another speed in the next run. So a row is
+compared where no run flagged it and the probe took the same time beside it in both: its times are not asked.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cofire.bench.quiet import BAND
 from cofire.bench.results import FORMAT, KEY, Results, Row, flagged, parts_of, read_json
 from cofire.files import write_atomically
 
@@ -26,7 +31,7 @@ def _ratio(a: float, b: float) -> float:
 
 @dataclass(frozen=True)
 class Agreement:
-    """``pairs`` are the rows that both files have and whose probe was quiet; ``flagged`` the pairs left out for it."""
+    """``pairs`` are the rows that both files have and whose probe was quiet and alike; ``flagged`` the pairs left out for it."""
 
     pairs: list[tuple[Row, Row]]
     flagged: int
@@ -41,7 +46,7 @@ class Agreement:
 
     @property
     def undisturbed(self) -> float:
-        """Of the rows that both files have, how many no probe flagged."""
+        """Of the rows that both files have, how many the probes let count."""
         return len(self.pairs) / (len(self.pairs) + self.flagged)
 
     @property
@@ -54,7 +59,9 @@ class Agreement:
         """For people: the shares, and the rows that differ most."""
         count = len(self.pairs)
         lines = [f"the environments differ: {self.apart}"] if self.apart else []
-        lines.append(f"{count} rows in both files; {self.flagged} more left out, because the machine was busy")
+        lines.append(
+            f"{count} rows in both files; {self.flagged} more left out: the machine was busy, or of another speed"
+        )
         if self.undisturbed < UNDISTURBED:
             few = f"only {100 * self.undisturbed:.1f} % of the rows were undisturbed"
             lines.append(f"  {few}: too few to say that the runs agree ({100 * UNDISTURBED:g} % are asked for)")
@@ -134,7 +141,8 @@ def sentence(found: dict[str, Any]) -> str:
     asked = f"{100 * ENOUGH:g} % of the times, of at least {100 * UNDISTURBED:g} % of the rows"
     quick = ", quick ones" if any(run.get("quick") for run in found["runs"]) else ""
     return (
-        f"Two runs{quick} ({runs}) have {every} rows in common, {numbers['pairs']} undisturbed in both: of these "
+        f"Two runs{quick} ({runs}) have {every} rows in common, {numbers['pairs']} undisturbed in both and at one speed of "
+        f"the machine: of these "
         f"{' and '.join(parts) or 'nothing'} agree within {100 * numbers['within']:g} %. Asked for were {asked}: "
         f"{'met' if met else 'not met'}."
     )
@@ -152,8 +160,8 @@ def agreement(a: Results, b: Results, within: float = 0.10) -> Agreement:
         within: how much two times may differ, as a share of the shorter one.
 
     Returns:
-        What agrees; rows that the probe flagged in one of the runs are left out, which was decided without their times, and
-        so are those that both files have from the same run.
+        What agrees; rows that the probe flagged in one of the runs are left out, and those beside which it took another time
+        in the other run, both decided without their times, and so are those that both files have from the same run.
 
     Raises:
         ValueError: no row was measured in both, or ``within`` is not above 0.
@@ -163,13 +171,20 @@ def agreement(a: Results, b: Results, within: float = 0.10) -> Agreement:
     first, second = _timed(a), _timed(b)
     shared = [(first[key], second[key]) for key in first if key in second]
     both = [(x, y) for x, y in shared if "run" not in x or x["run"] != y.get("run")]
-    quiet = [pair for pair in both if not any(map(flagged, pair))]
+    quiet = [pair for pair in both if not any(map(flagged, pair)) and _alike(*pair)]
     if not quiet:
-        why = f"{len(both)} are in both, all flagged as noisy" if both else "no row is in both"
+        why = f"{len(both)} are in both, all flagged as noisy or of another speed" if both else "no row is in both"
         why = f"all {len(shared)} rows that are in both are of the same run" if shared and not both else why
         raise ValueError(f"bench: the two results files have nothing to compare: {why}")
     apart = "" if a.same_environment(b.environment) else _apart(a, b)
     return Agreement(quiet, len(both) - len(quiet), within, apart, (a.environment, b.environment))
+
+
+def _alike(a: Row, b: Row) -> bool:
+    """Whether the probe took the same time beside both rows; pieces of work that neither row felt do not count."""
+    first, second = a.get("probe", {}), b.get("probe", {})
+    besides = {*a.get("unfelt", ())} & {*b.get("unfelt", ())}
+    return all(_ratio(first[part], second[part]) <= BAND for part in {*first} & {*second} - besides)
 
 
 def _apart(a: Results, b: Results) -> str:

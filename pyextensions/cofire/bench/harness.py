@@ -18,10 +18,13 @@ How a number comes about:
   that it finds the caches and the threads as its own last call left them, not as another provider did; ``forward, cold``
   is the mode that looks at cold weights, and ``first call`` the one that times what is done to a weight before its first
   answer. Forward runs under ``torch.inference_mode``.
+* Memory that a call frees stays with the process (:func:`cofire.bench.machine.settled`), so that the next call does not
+  wait for new pages. By itself glibc keeps it or not, as what lies beside it happens to be in use.
 * Providers with threads of their own are kept apart from the others by a pause (:data:`SETTLE_SECONDS`).
 * Fixed work, the probe, is timed before, between and after the readings of every case (:mod:`cofire.bench.quiet`). A round
   counts if the machine ran as usual before and after it, by 10 %, and a case goes on a little longer until there are
-  enough of them; memory, which others share, is not asked of a call whose data fit into a core's second-level cache.
+  enough of them; memory, which others share, is not asked of a call whose data fit into half the last cache, nor that cache
+  of one whose data fit into a core's second-level cache. Row by row ``unfelt`` says what was not asked.
   Where there are too few, all rounds count and the row is ``flagged``; it is noisy, as is a row whose own readings spread
   by half.
 * Where cofire's own answer is wrong the case is not timed, and the run says so at its end.
@@ -720,7 +723,8 @@ def measure(
         input.calls.clear()
         input.cold.clear()
         clock = "cpu" if mode == "overhead" else device  # what a call costs the host, whoever computes
-        watch = Watch(probe, _unfelt(_row(case, device, mode, "cofire", work))) if probe is not None else None
+        besides = _unfelt(case, _row(case, device, mode, "cofire", work))
+        watch = Watch(probe, besides) if probe is not None else None
         readings = read_in_turns(
             *(runs, clock, effort.case_seconds, effort.least_rounds, effort.most_rounds, own),
             longest_seconds=effort.longest_seconds,
@@ -730,7 +734,7 @@ def measure(
         )
         for name, run in runs.items():
             rows[name]["peak_bytes"] = peak_bytes(run, device, warm=True)
-            _fill(rows[name], readings[name], readings, watch)
+            _fill(rows[name], readings[name], readings, watch, _unfelt(case, rows[name]))
     absent = absentees(case, device, mode, wanted)
     return [*rows.values(), *(_absent_row(case, device, mode, name, work, why) for name, why in absent.items())]
 
@@ -740,9 +744,11 @@ def _absent_row(case: Case, device: str, mode: str, provider: str, work: Row, wh
     return {**_row(case, device, mode, provider, work), "note": why, "absent": True}
 
 
-def _fill(row: Row, readings: list[float], all_of: Mapping[str, list[float]], watch: Watch | None) -> None:
+def _fill(
+    row: Row, readings: list[float], all_of: Mapping[str, list[float]], watch: Watch | None, unfelt: frozenset[str]
+) -> None:
     """Everything that follows from the readings, its own and those of all, and from the looks at the machine."""
-    every, quiet, unfelt = list(range(len(readings))), True, _unfelt(row)
+    every, quiet = list(range(len(readings))), True
     if watch is not None:
         every, quiet = counted(watch.quiet(unfelt), len(readings))
         looks = [look for _, look in watch.looks]
@@ -751,6 +757,7 @@ def _fill(row: Row, readings: list[float], all_of: Mapping[str, list[float]], wa
             probe=watch.seen(unfelt),
             probe_after=looks[-1],
             quiet_rounds=len(every) if quiet else 0,
+            unfelt=sorted(unfelt),
         )
     dense, ours = (all_of.get(name, []) for name in ("dense", "cofire"))
     ratios = [dense[i] / readings[i] for i in every if i < len(dense)]
@@ -786,9 +793,12 @@ def _shortest_ms(ceilings: dict[str, Any], row: Row) -> float:
     )
 
 
-def _unfelt(row: Row) -> frozenset[str]:
-    """Pieces of the probe's work that say nothing of a row: what it holds and moves, at most, stays in a core's own caches."""
-    if row.get("mode") == "forward, cold" or "bytes" not in row:
+def _unfelt(case: Case, row: Row) -> frozenset[str]:
+    """Pieces of the probe's work that say nothing of a row: what it holds and moves, at most, stays in nearer caches.
+
+    Of a weight that is packed others may hold more than its bytes: cases that have cold weights feel everything.
+    """
+    if case.cold and row["mode"] != "overhead":
         return frozenset()
     return unfelt(max(row["bytes"], row.get("peak_bytes") or 0), row["device"])
 
@@ -801,7 +811,7 @@ def mark_noise(rows: Sequence[Row], probe: Probe) -> None:
             row["noisy"] = False
             continue
         few = row.get("quiet_rounds", LEAST) < min(LEAST, row.get("rounds", LEAST))
-        row["flagged"] = few or probe.strangeness(row.get("probe", {}), usual, _unfelt(row)) > BAND
+        row["flagged"] = few or probe.strangeness(row.get("probe", {}), usual, row.get("unfelt", ())) > BAND
         row["noisy"] = row["flagged"] or row["p80_ms"] > SPREAD * row["p20_ms"]
 
 
@@ -930,6 +940,7 @@ def _run(
                 try:
                     if mode != "overhead" and (given is None or given.case is not case):
                         given = None  # free the last one's memory first
+                        machine.give_back_memory()
                         given = Input(case, device, every_mode=True)
                     rows = measure(case, mode, device, effort, providers, given=given, probe=probe)
                 except Exception as error:  # of one case: the others go on, if there is a GPU to go on with

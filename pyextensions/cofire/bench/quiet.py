@@ -5,7 +5,8 @@ On a machine that is shared, a core slows down by half when its sibling works fo
 others read theirs. Medians do not help: such a state lasts for seconds, longer than the readings of a case. So the readings
 are taken in segments, with a look at the machine before and after each, and a round of readings counts if everything
 was as usual in both looks. What is usual is decided by all looks of a run, and by no reading. Memory and the last cache are
-shared with more than a core is: their state does not count for calls whose data stay in a core's own caches.
+shared with more than a core is: their state does not count for calls whose data stay in a core's own caches, and that of the
+memory not for calls whose data stay in the last cache.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ BAND = 1.1  #: what takes so many times as long as usual, or as much less, was d
 SEGMENT_SECONDS = 0.06  #: of readings between two looks
 LEAST = 5  #: where fewer rounds are undisturbed all count, and the row is flagged
 CALIBRATION = 20  #: looks before the first case
+SHORT_MS = 0.3
 PASSES = 10_000  #: of a loop, a tenth of a millisecond
 COPIED_MIB, MOST_COPIED_MIB = 24, 64  #: of memory that is copied: 1.5 times the last cache, where that is not too much
-SHARED = frozenset({"memory"})  #: pieces of work that wait for what lies outside a core
+#: Of the last cache: a quarter is copied within it, a half holds what a call reads and writes; no more, as it is shared.
+MOST_CACHED = 16 << 20
+OUTSIDE = ("cache", "memory")  #: pieces of work that wait for what lies outside a core, the nearer one first
 
 
 class Probe:
@@ -45,8 +49,13 @@ class Probe:
             self.look()
 
     def look(self) -> Look:
-        """The time that each piece takes now, the shortest of three."""
-        now = {part: round(min(timed() for _ in range(3)), 4) for part, timed in self.work.items()}
+        """The time that each piece takes now, the shortest of three, of short ones of six."""
+        now = {}
+        for part, timed in self.work.items():
+            shortest = min(timed() for _ in range(3))
+            if shortest < SHORT_MS:
+                shortest = min(shortest, *(timed() for _ in range(3)))
+            now[part] = round(shortest, 4)
         self.remember(now, 1)
         return now
 
@@ -83,22 +92,48 @@ def _count() -> None:
 
 def unfelt(held: int, device: str = "cpu") -> frozenset[str]:
     """The pieces of work whose state a call does not feel that holds and moves so many bytes, the same each time."""
-    own = (machine.cache_bytes() or {}).get("L2", 0)
-    return SHARED if device == "cpu" and held <= own else frozenset()
+    if device != "cpu":
+        return frozenset()
+    if held <= (machine.cache_bytes() or {}).get("L2", 0):
+        return frozenset(OUTSIDE)
+    return frozenset(OUTSIDE[1:]) if held <= min(_last_cache() // 2, MOST_CACHED) else frozenset()
+
+
+def _last_cache() -> int:
+    return max((machine.cache_bytes() or {}).values(), default=0)
+
+
+def _copy(size: int) -> Callable[[], float]:
+    source = torch.rand(size // 4)
+    target = torch.empty_like(source)
+    return lambda: _milliseconds(lambda: target.copy_(source))
 
 
 def _on_cpu() -> dict[str, Callable[[], float]]:
     a, b = torch.rand(384, 384), torch.rand(384, 384)
-    last = max((machine.cache_bytes() or {}).values(), default=0)
+    caches = machine.cache_bytes() or {}
+    last = _last_cache()
     copied = last + last // 2
     copied = copied if COPIED_MIB << 20 <= copied <= MOST_COPIED_MIB << 20 else COPIED_MIB << 20
-    source = torch.rand(copied // 4)
-    target = torch.empty_like(source)
-    return {
+    # What torch's grain gives to two threads, and what of it one thread takes: it reads what the other has written. Cores
+    # that share no cache are slow at that, and on which ones a machine that is shared lets two threads run may change.
+    written, grain = torch.zeros(1 << 16), 1 << 15
+    taken = torch.empty(grain - 1)
+
+    def exchange() -> None:
+        for _ in range(4):
+            written.add_(1.0)
+            taken.copy_(written[-taken.numel() :])
+
+    work = {
         "threads": lambda: _milliseconds(lambda: a @ b),
         "core": lambda: _milliseconds(_count),
-        "memory": lambda: _milliseconds(lambda: target.copy_(source)),
+        "exchange": lambda: _milliseconds(exchange),
     }
+    cached = min(last // 4, MOST_CACHED // 2)  # read and written
+    if cached > 2 * caches.get("L2", last):  # what the second-level caches of two threads hold says nothing
+        work["cache"] = _copy(cached // 2)
+    return {**work, "memory": _copy(copied)}
 
 
 def _on_gpu() -> dict[str, Callable[[], float]]:
