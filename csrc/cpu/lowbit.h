@@ -233,13 +233,15 @@ constexpr int64_t kApart = 128;
 at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
 
 // The ways to multiply: by codes that are decoded in registers, by a tile of the weight decoded to
-// bytes, to pairs of bf16 (where the machine multiplies those; with their scales, rounded as a
-// dense weight is, where AMX takes many rows) or to floats, by one decoded from the weight as it is
-// stored, or by slabs decoded to floats, or to bf16 with their scales, and the library.
+// bytes, or all of a small one, by a tile decoded to pairs of bf16 (where the machine multiplies
+// those; with their scales, rounded as a dense weight is, where AMX takes many rows) or to floats,
+// by one decoded from the weight as it is stored, or by slabs decoded to floats, or to bf16 with
+// their scales, and the library.
 enum class Way {
   kFew,
   kFewPairs,
   kBytes,
+  kWholeBytes,
   kPairs,
   kHalves,
   kFloats,

@@ -38,6 +38,10 @@ constexpr int64_t kLibraryHalvesRows = 192;
 constexpr int64_t kTransposedRows = 8;  // and of the gradient of the input
 constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
 constexpr int kPairBits = 5;         // of codes that one table makes pairs of bf16 of
+// The rows from which on a weight of so few elements is decoded to bytes once, and those taken
+// together.
+constexpr int64_t kManyForWhole = 64, kWholeWeights = 1 << 17;
+constexpr int kWholeRows = 6;
 
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
@@ -143,6 +147,9 @@ void Rows::fill(int64_t begin, int64_t end) const {
   const uint32_t* made[kWoven] = {};
   const auto make = [&](int64_t m, int i) {
     const float* v = first_row + m * stride;
+    if (m + 1 < count) {
+      for (int64_t k = 0; k < stride; k += 16) __builtin_prefetch(v + stride + k);
+    }
     const void* from = v;
     int8_t* rounded_to = int8 ? bytes.data() + i * stride : nullptr;
     if (int8) {
@@ -216,13 +223,28 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
       m += part_of_few(left, int8 || rows.pairs);
     } else {
       const bool in_words = way == Way::kBytes || way == Way::kPairs;
-      m += next_part(left, run > 1 ? amx::kRows : in_words ? kWordRows : kTileRows);
+      const bool whole = way == Way::kWholeBytes;
+      m += next_part(left, run > 1    ? amx::kRows
+                           : whole    ? kWholeRows
+                           : in_words ? kWordRows
+                                      : kTileRows);
     }
   }
   rows.panels.push_back(rows.count);
   if (!rows.in_panels && sums) rows.fill();
   return rows;
 }
+
+// Rows of results, `apart`, the scales of the rows and the bias of the columns; those may be null.
+struct Straight {
+  float* to = nullptr;
+  int64_t apart = 0;
+  const float *scales = nullptr, *added = nullptr;
+
+  Straight of_row(int64_t r) const {
+    return {to + r * apart, apart, scales != nullptr ? scales + r : nullptr, added};
+  }
+};
 
 // Where a block of results goes: the low-rank term, the scale of the row and the bias are added on
 // the way.
@@ -239,6 +261,14 @@ class Sink {
         size_(y.element_size()),
         columns_(y.size(1)),
         y_(static_cast<char*>(y.mutable_data_ptr())) {}
+
+  // Where results of rows from m on and columns from n on may go straight from registers, as floats
+  // of whole tiles do to which no low-rank term is added.
+  Straight straight(int64_t m, int64_t n, int64_t width = kWidth) const {
+    if (type_ != at::kFloat || low_rank_.low.defined() || n + width > columns_) return {};
+    return {reinterpret_cast<float*>(y_) + m * columns_ + n, columns_,
+            scales_ != nullptr ? scales_ + m : nullptr, added_ != nullptr ? added_ + n : nullptr};
+  }
 
   // Asks for the lines that the results will go to: a column of them, which no machine foresees.
   void ask_for(int64_t m, int64_t count, int64_t n, int64_t width) const {
@@ -714,28 +744,28 @@ void multiply_few(Rows& x, const Packed& w, bool int8, const Sink& sink) {
 
 // R rows times kTileBlocks blocks over one group of decoded words [word][kWidth]: four bytes each,
 // or a pair of bf16. `p`: a panel of x, [word][R].
-template <int R, typename Sum, typename Dot>
+template <int R, int Blocks, typename Sum, typename Dot>
 COFIRE_INLINE void add_word(const uint32_t* p, const uint8_t* tile, int64_t q,
-                            Sum (&sums)[R][kTileBlocks], const Dot& dot_of) {
-  W16 w[kTileBlocks];
+                            Sum (&sums)[R][Blocks], const Dot& dot_of) {
+  W16 w[Blocks];
   COFIRE_UNROLL
-  for (int j = 0; j < kTileBlocks; ++j) w[j] = W16::load(tile + q * 4 * kWidth + 64 * j);
+  for (int j = 0; j < Blocks; ++j) w[j] = W16::load(tile + (q * Blocks + j) * 64);
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
     const W16 x = W16::all(p[q * R + r]);
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = dot_of(sums[r][j], w[j], x);
+    for (int j = 0; j < Blocks; ++j) sums[r][j] = dot_of(sums[r][j], w[j], x);
   }
 }
 
 // Sums of R rows, each of which starts at what `first(r)` says.
-template <int R, typename Sum, typename First>
-COFIRE_INLINE void start(Sum (&sums)[R][kTileBlocks], const First& first) {
+template <int R, int Blocks, typename Sum, typename First>
+COFIRE_INLINE void start(Sum (&sums)[R][Blocks], const First& first) {
   COFIRE_UNROLL
   for (int r = 0; r < R; ++r) {
     const Sum value = first(r);
     COFIRE_UNROLL
-    for (int j = 0; j < kTileBlocks; ++j) sums[r][j] = value;
+    for (int j = 0; j < Blocks; ++j) sums[r][j] = value;
   }
 }
 
@@ -787,15 +817,44 @@ COFIRE_INLINE void load_results(const Piece& piece, const float* c, F16 (&y)[R][
   }
 }
 
-template <int R>
-COFIRE_INLINE void store_results(const F16 (&y)[R][kTileBlocks], float* c) {
+// And from the last piece to where they go, if they may (else null), as `Sink` takes them there.
+// It is pointed to: a copy would be read before the stores of the results that went before are
+// done.
+template <int R, int Blocks>
+COFIRE_INLINE void store_results(F16 (&y)[R][Blocks], float* c, const Straight* to) {
+  if (to == nullptr) {
+    COFIRE_UNROLL
+    for (int i = 0; i < R * Blocks; ++i) y[i / Blocks][i % Blocks].store(c + 16 * i);
+    return;
+  }
+  const Straight straight = *to;  // what it points to, the stores below might change
+  if (straight.scales != nullptr) {
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const F16 scale = F16::all(straight.scales[r]);
+      COFIRE_UNROLL
+      for (int j = 0; j < Blocks; ++j) y[r][j] = rounded(y[r][j] * scale);
+    }
+  }
+  if (straight.added != nullptr) {
+    COFIRE_UNROLL
+    for (int j = 0; j < Blocks; ++j) {
+      const F16 added = F16::load(straight.added + 16 * j);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) y[r][j] = y[r][j] + added;
+    }
+  }
   COFIRE_UNROLL
-  for (int i = 0; i < R * kTileBlocks; ++i) y[i / kTileBlocks][i % kTileBlocks].store(c + 16 * i);
+  for (int r = 0; r < R; ++r) {
+    COFIRE_UNROLL
+    for (int j = 0; j < Blocks; ++j) y[r][j].store(straight.to + r * straight.apart + 16 * j);
+  }
 }
 
 // A panel of R rows times a piece. `Long`: 16 bits hold the sums of more than one step.
 template <int R, Bytes Kind, bool Long>
-void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float* c) {
+void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float* c,
+                const Straight* straight) {
   const auto dot_of = [](W16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot<Kind>(a, w, x); };
   const uint8_t* tile = piece.tile;
@@ -842,13 +901,14 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
     p += piece.words * R;
     tile += piece.words * 4 * kWidth;
   }
-  store_results(y, c);
+  store_results(y, c, straight);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
 // The same for pairs of bf16.
 template <int R>
-void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float* c) {
+void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float* c,
+                const Straight* straight) {
   const auto dot_of = [](F16 a, W16 w, W16 x)
                           __attribute__((always_inline)) { return dot_bf16(a, w, x); };
   const uint8_t* tile = piece.tile;
@@ -862,7 +922,7 @@ void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float*
     p += piece.words * R;
     tile += piece.words * 4 * kWidth;
   }
-  store_results(y, c);
+  store_results(y, c, straight);
 }
 
 // Decodes one step of a block into a tile of pairs: codes, and the bytes of tables, are exact in
@@ -936,7 +996,7 @@ AmxTile amx_kernel(bool pairs, int64_t blocks, std::integer_sequence<int, Blocks
 }
 #endif
 
-using Tile = void (*)(const Piece&, const uint32_t*, const float*, float*);
+using Tile = void (*)(const Piece&, const uint32_t*, const float*, float*, const Straight*);
 
 template <Bytes Kind, int... R>
 Tile tile_kernel(int64_t rows, [[maybe_unused]] int64_t held, std::integer_sequence<int, R...>) {
@@ -956,9 +1016,9 @@ Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
 }
 #endif
 
-// Decodes quads of one step of a block into a tile of bytes.
+// Decodes quads of one step of a block into a tile of bytes, whose words are `apart`.
 template <int Bits>
-void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
+void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile, int64_t apart) {
   ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
@@ -973,7 +1033,21 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile) {
         quad = W16::load(lanes);
       }
     }
-    quad.store(tile + q * 4 * kWidth);
+    quad.store(tile + q * apart);
+  });
+}
+
+// Of `count` steps, from one on.
+void decode_bytes(const Packed& w, int64_t block, int64_t from, int64_t count, uint8_t* tile,
+                  int64_t apart) {
+  const uint8_t* table = w.bytes.defined() ? w.bytes.const_data_ptr<uint8_t>() +
+                                                 block / w.partition_blocks * w.bytes.size(1)
+                                           : nullptr;
+  with_bits(w.bits, [&](auto bits) {
+    const uint8_t* codes = w.step(block, from);
+    for (int64_t i = 0; i < count; ++i, codes += 64 * bits, tile += kStep / 4 * apart) {
+      step_to_bytes<bits>(codes, table, tile, apart);
+    }
   });
 }
 
@@ -1075,18 +1149,9 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
       });
     }
 #endif
-    with_bits(w.bits, [&](auto bits) {
-      for (int64_t b = 0; b < used; ++b) {
-        const uint8_t* table = w.bytes.defined()
-                                   ? w.bytes.const_data_ptr<uint8_t>() +
-                                         (first + b) / w.partition_blocks * w.bytes.size(1)
-                                   : nullptr;
-        const uint8_t* codes = w.step(first + b, at);
-        for (int64_t i = 0; i < piece; ++i, codes += 64 * bits) {
-          step_to_bytes<bits>(codes, table, tile + i * kStep * kWidth + 64 * b);
-        }
-      }
-    });
+    for (int64_t b = 0; b < used; ++b) {
+      decode_bytes(w, first + b, at, piece, tile + 64 * b, 4 * kWidth);
+    }
   };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   // Decoded at a time: a part of a group, or some whole ones.
@@ -1114,6 +1179,7 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
           amx_kernel(pairs, used, std::make_integer_sequence<int, kTileBlocks>{});
 #endif
       sink.ask_for(m, rows, first * kBlock, used * kBlock);
+      const Straight to_y = x.run > 1 ? Straight{} : sink.straight(m, first * kBlock);
       for (int64_t g = 0; g < w.groups; g += groups) {
         const int64_t now = std::min(groups, w.groups - g);
         gather(w.scale, g, now, first, used, factor);
@@ -1129,6 +1195,7 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
               factor.data(), shift, w.groups * parts,          pairs ? 0 : w.byte_middle,
               at == 0};
           const float* all_sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
+          const bool last = g + now == w.groups && s + length == steps && to_y.to != nullptr;
           for (int64_t i = from; i < to; ++i) {
             const int64_t r = x.panels[i], together = x.panels[i + 1] - r;
             const float* sums = all_sums != nullptr
@@ -1143,14 +1210,105 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
               continue;
             }
 #endif
-            kernel(together)(piece, panel, sums, results);
+            const Straight row = to_y.of_row(r - m);
+            kernel(together)(piece, panel, sums, results, last ? &row : nullptr);
           }
         }
       }
-      sink(c.data(), m, rows, first * kBlock, kWidth);
+      if (to_y.to == nullptr || w.steps == 0) sink(c.data(), m, rows, first * kBlock, kWidth);
     };
   });
 }
+
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+
+// Many rows of bytes times a small weight that has one scale a row: it is decoded once, to bytes
+// that the second-level cache holds, and as sums of all columns become floats at their end,
+// registers hold those of more rows and columns.
+constexpr int kWholeBlocks = 4;
+constexpr int64_t kWholeWidth = kWholeBlocks * kBlock;
+
+struct Whole {
+  const uint8_t* tile;  // [words][kWholeWidth]
+  int64_t words;
+  const float *scale, *shift;  // [kWholeWidth]; no shift: null
+  int64_t middle;              // what comes off each byte
+};
+
+template <int R>
+void whole_bytes(const Whole& w, const uint32_t* p, const float* sums, float* c,
+                 const Straight* straight) {
+  const auto dot_of = [](W16 a, W16 w, W16 x)
+                          __attribute__((always_inline)) { return dot<Bytes::kVnni>(a, w, x); };
+  W16 acc[R][kWholeBlocks];
+  start(acc, [&](int r) { return w.middle == 0 ? W16::zero() : taken_off(w.middle, sums[r]); });
+  for (int64_t q = 0; q < w.words; ++q) add_word(p, w.tile, q, acc, dot_of);
+  F16 y[R][kWholeBlocks];
+  COFIRE_UNROLL
+  for (int j = 0; j < kWholeBlocks; ++j) {
+    const F16 factor = F16::load(w.scale + 16 * j);
+    COFIRE_UNROLL
+    for (int r = 0; r < R; ++r) y[r][j] = fma(factor, to_float(acc[r][j]), F16::zero());
+  }
+  if (w.shift != nullptr) {
+    COFIRE_UNROLL
+    for (int j = 0; j < kWholeBlocks; ++j) {
+      const F16 moved = F16::load(w.shift + 16 * j);
+      COFIRE_UNROLL
+      for (int r = 0; r < R; ++r) y[r][j] = fma(moved, F16::all(sums[r]), y[r][j]);
+    }
+  }
+  store_results(y, c, straight);
+}
+
+void multiply_whole(Rows& x, const Packed& w, const Sink& sink) {
+  using Kernel = void (*)(const Whole&, const uint32_t*, const float*, float*, const Straight*);
+  static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
+    return std::array<Kernel, sizeof...(R)>{whole_bytes<R + 1>...};
+  }(std::make_integer_sequence<int, kWholeRows>{});
+  const int64_t words = w.steps * kStep / 4, tiles = (w.blocks + kWholeBlocks - 1) / kWholeBlocks;
+  const int64_t size = words * 4 * kWholeWidth;
+  // Blocks beyond the last are not there; nor are their results.
+  const at::Tensor scratch = at::empty({tiles * size}, at::kByte);
+  auto* decoded = scratch.mutable_data_ptr<uint8_t>();
+  Lines<float> scale(tiles * kWholeWidth), shift(tiles * kWholeWidth);
+  const bool moved = w.byte_shift.defined();
+  std::copy_n(w.scale.const_data_ptr<float>(), w.blocks * kBlock, scale.data());
+  if (moved) std::copy_n(w.byte_shift.const_data_ptr<float>(), w.blocks * kBlock, shift.data());
+  in_parts(w.blocks, grain_of(w.steps * kStep), [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      uint8_t* to = decoded + b / kWholeBlocks * size + b % kWholeBlocks * 64;
+      decode_bytes(w, b, 0, w.steps, to, 4 * kWholeWidth);
+    }
+  });
+  const int64_t panels = x.number_of_panels();
+  const int64_t cost = w.steps * kStep * w.blocks * kBlock / 8;
+  const float* sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
+  in_parts(panels, grain_of(cost), [&](int64_t begin, int64_t end) {
+    constexpr int64_t kTogether = 8;
+    Rows mine = x;
+    alignas(64) float c[kWholeRows * kWholeWidth];
+    for (int64_t first = begin; first < end; first += kTogether) {
+      const int64_t last = std::min(first + kTogether, end);
+      mine.make_room(first, last);
+      mine.fill(first, last);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t n = t * kWholeWidth;
+        const Whole whole{decoded + t * size, words, scale.data() + n,
+                          moved ? shift.data() + n : nullptr, w.byte_middle};
+        for (int64_t i = first; i < last; ++i) {
+          const int64_t m = x.panels[i], rows = x.panels[i + 1] - m;
+          const Straight to = sink.straight(m, n, kWholeWidth);
+          kernels[rows - 1](whole, mine.panel(m, rows, 0), sums != nullptr ? sums + m : nullptr, c,
+                            to.to != nullptr ? &to : nullptr);
+          if (to.to == nullptr) sink(c, m, rows, n, kWholeWidth, kWholeWidth);
+        }
+      }
+    }
+  });
+}
+
+#endif
 
 // Decodes columns [k, k + depth) of some blocks to the weight itself: keep(column - k, block -
 // first, its 16 values).
@@ -1564,6 +1722,16 @@ static bool library_takes_halves() {
   return has_bf16() && !amx::found() && at::globalContext().userEnabledMkldnn();
 }
 
+// Whether a weight is decoded to bytes once for so many rows, as it is small.
+static bool fits_whole([[maybe_unused]] const Stored& w, [[maybe_unused]] int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+  return count >= kManyForWhole && w.groups == 1 && w.columns > 0 && has_vnni() && !amx::found() &&
+         round_up(w.columns, kStep) * round_up(w.rows, kBlock) <= kWholeWeights;
+#else
+  return false;
+#endif
+}
+
 Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
     return Way::kHalves;
@@ -1576,6 +1744,7 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
     return Way::kLibrary;
   }
   if (!can_pack(w)) return Way::kStored;
+  if (int8 && fits_whole(w, count)) return Way::kWholeBytes;
   // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
   const bool looked_up = int8 && w.int8_lut && w.bits > 4;
   const bool exact = !w.lut.defined() || w.int8_lut;
@@ -1598,7 +1767,8 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
   const Way way = way_of(w, count, dtype, int8);
   const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
-  const int64_t most = most_few(int8, pairs && w.bits <= kPairBits, w.columns);
+  int64_t most = most_few(int8, pairs && w.bits <= kPairBits, w.columns);
+  if (int8 && fits_whole(w, kManyForWhole)) most = std::min(most, kManyForWhole - 1);
   const bool any = most == std::numeric_limits<int64_t>::max();
   const std::string up_to = any ? "" : ", up to " + std::to_string(most);
   std::string above = any ? "" : ", more than " + std::to_string(most);
@@ -1613,6 +1783,9 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
         above += std::string(any ? "," : " or") + " a table of more than 16 entries";
       }
       return "tiles of the weight decoded to bytes: " + rows + above + on_amx;
+    case Way::kWholeBytes:
+      return "the weight decoded to bytes once, as it is small: " + rows + ", " +
+             std::to_string(kManyForWhole) + " or more";
     case Way::kPairs:
       return "tiles of the weight decoded to pairs of bf16: " + rows + above + on_amx;
     case Way::kHalves:
@@ -1679,6 +1852,10 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
     case Way::kFew:
     case Way::kFewPairs:
       return multiply_few(rows, *w, int8, sink);
+#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+    case Way::kWholeBytes:
+      return multiply_whole(rows, *w, sink);
+#endif
     case Way::kBytes:
     case Way::kPairs:
       return multiply_words(rows, *w, way == Way::kPairs, sink);

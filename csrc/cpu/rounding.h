@@ -18,6 +18,14 @@ COFIRE_INLINE int32_t largest_word(W16 a) { return _mm512_reduce_max_epi32(a.v);
 COFIRE_INLINE void store_low_bytes(W16 a, int8_t* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
+// 64 floats, below 128 in magnitude, rounded to bytes, halves to even.
+COFIRE_INLINE void store_bytes(F16 a, F16 b, F16 c, F16 d, int8_t* p) {
+  const __m512i first = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v));
+  const __m512i second = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(first, second));
+  _mm512_storeu_si512(p, bytes);
+}
 #elif defined(CPU_CAPABILITY_AVX2)
 COFIRE_INLINE W16 larger_words(W16 x, W16 y) {
   return {_mm256_max_epi32(x.a, y.a), _mm256_max_epi32(x.b, y.b)};
@@ -81,11 +89,17 @@ inline float round_to_bytes(const float* x, int64_t n, int8_t* out) {
   constexpr float kLeast = 1e-25f;
   if (scale >= kLeast) {
     const F16 inverse = F16::all(1 / scale), divisor = F16::all(-scale), magic = F16::all(kMagic);
-    for (int64_t i = 0; i < n; i += 16) {
+    const auto quotient = [&](int64_t i) __attribute__((always_inline)) {
       const F16 value = F16::load(x + i), near = rounded(value * inverse);
-      const F16 quotient = fma(fma(near, divisor, value), inverse, near);
-      store_low_bytes(bits_of(quotient + magic), out + i);
+      return fma(fma(near, divisor, value), inverse, near);
+    };
+    int64_t i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+    for (; i + 64 <= n; i += 64) {
+      store_bytes(quotient(i), quotient(i + 16), quotient(i + 32), quotient(i + 48), out + i);
     }
+#endif
+    for (; i < n; i += 16) store_low_bytes(bits_of(quotient(i) + magic), out + i);
     return scale;
   }
 #endif
@@ -136,6 +150,21 @@ inline void side_by_side_words(const uint32_t* const (&rows)[kWoven], int count,
       keep(1, _mm_unpackhi_epi64(low, low2));
       keep(2, _mm_unpacklo_epi64(high, high2));
       keep(3, _mm_unpackhi_epi64(high, high2));
+    }
+    return;
+  }
+  if (count == 2) {
+    for (int64_t w = 0; w < words; w += 4, to += 4 * apart) {
+      const auto four = [&](int r) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[r] + w));
+      };
+      const auto keep = [&](int i, __m128i v) {
+        _mm_storel_epi64(reinterpret_cast<__m128i*>(to + i * apart), v);
+        _mm_storeh_pd(reinterpret_cast<double*>(to + (i + 1) * apart), _mm_castsi128_pd(v));
+      };
+      const __m128i a = four(0), b = four(1);
+      keep(0, _mm_unpacklo_epi32(a, b));
+      keep(2, _mm_unpackhi_epi32(a, b));
     }
     return;
   }

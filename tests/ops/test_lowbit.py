@@ -756,6 +756,28 @@ def test_many_rows_in_bf16(rows: int) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "columns"), [(64, 64), (70, 100), (130, 512), (33, 1), (128, 1024)])
+@pytest.mark.parametrize("kind", ["uniform", "zero", "palette"])
+def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torch.dtype, kind: str) -> None:
+    """One scale a row; sizes that fill the registers of a product and that do not, with a bias; the same bits for any number
+    of threads and for any rows beside a row, and those of int64 arithmetic for integers."""
+    rand = Random(f"small {n} {columns} {kind}")
+    parts: dict[str, Any] = {"uniform": {}, "zero": {"zero": "floats"}, "palette": {"lut": 1, "int8": True}}[kind]
+    codes, scale, zero, offset, lut = weight(rand, n, columns, 4, columns, **parts)
+    x, bias = rand.normal(197, columns).to(dtype), rand.normal(n)
+    operator, rest = OPERATORS["qlinear"], (codes, scale, zero, offset, lut, bias, 4, columns, "int8")
+    exact, plain = operator.reference(x.double(), *rest), operator.reference(x, *rest)
+    found = []
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(operator(x, *rest))
+    check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
+    assert all(torch.equal(found[0], y) for y in found)
+    assert torch.equal(operator(x[:131], *rest), found[0][:131]) and torch.equal(operator(x[66:], *rest), found[0][66:])
+
+
+@compiled
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["4bits_g32", "2bits_wide", "palette_of_bytes"])
@@ -774,6 +796,7 @@ def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, 
     beyond = way(torch.ones(limit + 1, columns, dtype=dtype), q, activations)
     assert re.search(
         rf"tiles of the weight decoded to (bytes|floats|pairs of bf16): {limit + 1} rows, more than {limit}"
+        rf"|the weight decoded to bytes once, as it is small: {limit + 1} rows, {limit + 1} or more"
         if found[2]
         else r"decoded (to pairs of bf16 )?in registers: 13 rows$",
         beyond,
