@@ -1284,7 +1284,7 @@ void multiply_whole(Rows& x, const Packed& w, const Sink& sink) {
   const int64_t panels = x.number_of_panels();
   const int64_t cost = w.steps * kStep * w.blocks * kBlock / 8;
   const float* sums = x.sums.defined() ? x.sums.const_data_ptr<float>() : nullptr;
-  in_parts(panels, grain_of(cost), [&](int64_t begin, int64_t end) {
+  in_runs_of_parts(panels, grain_of(cost), [&](int64_t begin, int64_t end) {
     constexpr int64_t kTogether = 8;
     Rows mine = x;
     alignas(64) float c[kWholeRows * kWholeWidth];

@@ -67,5 +67,14 @@ void in_parts(int64_t count, int64_t least, F&& f) {
   in_turns(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
 }
 
+// The same in runs: in the next call, too, a thread begins with the items that its own caches may
+// hold. Where cores share none of those it is slow to fetch what another one has written.
+template <typename F>
+void in_runs_of_parts(int64_t count, int64_t least, F&& f) {
+  if (count <= 0) return;
+  const int64_t parts = number_of_parts(count / std::max<int64_t>(least, 1));
+  in_runs(parts, [&](int64_t part) { f(count * part / parts, count * (part + 1) / parts); });
+}
+
 }  // namespace CPU_CAPABILITY
 }  // namespace cofire
