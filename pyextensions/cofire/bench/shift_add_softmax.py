@@ -19,6 +19,7 @@ from cofire.bench.cases import Args, Case, Provider, Random, Run
 from cofire.bench.dense_products import has_half
 from cofire.bench.peers._attention import HALF, of_half, signs
 from cofire.bench.shift_add_attention import pack
+from cofire.registry import OPERATORS
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -55,6 +56,12 @@ def of_signs(attend: Attend, compile: bool = False, dtype: torch.dtype = torch.f
     return Provider(setup, **options)
 
 
+def _products(*args: Any) -> int:
+    formula = OPERATORS["binary_softmax_attention"].flops
+    assert formula is not None
+    return formula(*args)
+
+
 def _softmax(b: int, h: int, n: int, d: int, bits: int, precision: str, **options: Any) -> Case:
     def args(b: int, n: int) -> Callable[[Random], Args]:
         def make(rand: Random) -> Args:
@@ -67,6 +74,8 @@ def _softmax(b: int, h: int, n: int, d: int, bits: int, precision: str, **option
     dense = {"library": of_signs(by_library), "products": of_signs(by_products)}
     if precision == "high" and has_half(n):
         dense["library bf16"] = of_signs(by_library, dtype=HALF, reference=of_half)
+    if precision == "high":  # its products may be of 16 bits: the limit is the faster peak
+        options["or_flops"] = ("bfloat16", _products)
     return Case(
         "binary_softmax_attention",
         f"{b}x{h}x{n}x{d}, {bits} bits, {precision}",
