@@ -178,7 +178,11 @@ def test_an_error_of_one_network_leaves_the_others(declare: Any, tmp_path: Path)
 
 def test_steps_and_items(declare: Any, tmp_path: Path) -> None:
     def start(model: nn.Module, x: Tensor) -> Call:
-        return Call(lambda: [model(x) for _ in range(1000)], items=7000 * len(x), steps=1000, held=lambda: 5)
+        def call() -> Tensor:
+            time.sleep(0.02)  # beside which a pause of the machine is short
+            return model(x)
+
+        return Call(call, items=7000 * len(x), steps=1000, held=lambda: 5)
 
     declare(perceptron(start=start, batch=3))
     row = measured(tmp_path).rows[0]
