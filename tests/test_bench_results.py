@@ -149,7 +149,8 @@ from cofire.bench import machine
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 library.free.argtypes = [ctypes.c_void_p]
-size = 80 << 20
+library.prctl(41, 1, 0, 0, 0)  # small pages, whatever the system prefers
+size = 24 << 20
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     block = library.malloc(size)
@@ -158,7 +159,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 assert faults() > 100 and faults() > 100, "by itself it gives such a block back"
 assert machine.conditions()["freed_memory"] is None
-assert machine.keep_freed_memory() and "1 GiB" in machine.conditions()["freed_memory"]
+assert machine.keep_freed_memory() and " MiB" in machine.conditions()["freed_memory"]
 faults()
 assert faults() < 100
 machine.give_back_memory()

@@ -597,6 +597,7 @@ def test_the_probe_times_what_calls_may_wait_for(
     caches: dict[str, str] | None, cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "caches", lambda: caches)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     probe = quiet.Probe("cpu")
     parts = {"threads", "core", "exchange", "memory"} | ({"cache"} if cache else set())
     assert set(probe.usual()) == parts and probe.looks == quiet.CALIBRATION

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with a packed weight: y = x W^T.
 //
-// Two inner loops each for floats, for bytes and for pairs of bf16. With a few rows of x
-// the codes are decoded in registers and used there (decoding is most of the work,
-// reading the weight the limit). With more, a tile of the weight is decoded into the
-// first-level cache and multiplied by blocks of rows. The work is cut by rows of
-// the weight, and of x, and no sum is cut, so results do not depend on the number of threads.
+// Two inner loops each for floats, for bytes and for pairs of bf16, and one for bytes of a small
+// weight. With a few rows of x the codes are decoded in registers and used there (decoding is
+// most of the work, reading the weight the limit). With more, a tile of the weight is decoded into
+// the first-level cache and multiplied by blocks of rows. The work is cut by rows of the weight,
+// and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <ATen/Context.h>
 #include <ATen/ops/mm.h>
 
@@ -1854,6 +1854,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
       return multiply_few(rows, *w, int8, sink);
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
     case Way::kWholeBytes:
+      TORCH_INTERNAL_ASSERT(!low_rank.low.defined());  // of which a sink adds kWidth columns
       return multiply_whole(rows, *w, sink);
 #endif
     case Way::kBytes:

@@ -761,7 +761,7 @@ def test_many_rows_in_bf16(rows: int) -> None:
 @pytest.mark.parametrize("kind", ["uniform", "zero", "palette"])
 def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torch.dtype, kind: str) -> None:
     """One scale a row; sizes that fill the registers of a product and that do not, with a bias; the same bits for any number
-    of threads and for any rows beside a row, and those of int64 arithmetic for integers."""
+    of threads and for any rows beside a row, also where some of them are zero or not finite."""
     rand = Random(f"small {n} {columns} {kind}")
     parts: dict[str, Any] = {"uniform": {}, "zero": {"zero": "floats"}, "palette": {"lut": 1, "int8": True}}[kind]
     codes, scale, zero, offset, lut = weight(rand, n, columns, 4, columns, **parts)
@@ -775,6 +775,11 @@ def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torc
     check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
     assert all(torch.equal(found[0], y) for y in found)
     assert torch.equal(operator(x[:131], *rest), found[0][:131]) and torch.equal(operator(x[66:], *rest), found[0][66:])
+    odd = x.clone()
+    odd[5], odd[70, 0], odd[71, -1] = 0, float("nan"), float("inf")
+    y = operator(odd, *rest)
+    assert torch.equal(y[72:], found[0][72:]) and torch.equal(y[:5], found[0][:5])
+    torch.testing.assert_close(y[[5, 70, 71]], operator(odd[[5, 70, 71]], *rest), equal_nan=True)
 
 
 @compiled

@@ -136,7 +136,9 @@ _KEPT: str | None = None  #: what becomes of memory that is freed; None: what th
 
 
 def keep_freed_memory() -> bool:
-    """From now on this process keeps memory that it frees, up to 1 GiB a block, where it runs on glibc; gives whether.
+    """From now on this process keeps memory that its main thread frees, where it runs on glibc; gives whether.
+
+    Blocks of up to 1 GiB, with an older glibc of up to 32 MiB.
 
     By itself glibc gives a large block back to the system or keeps it, as what lies beside it happens to be in use, and what
     was given back costs a page fault for each 4 KiB at the next call: the same call then takes up to twice as long. There
@@ -149,8 +151,10 @@ def keep_freed_memory() -> bool:
     if not hasattr(library, "mallopt") or not hasattr(library, "malloc_trim"):
         return False
     trim_threshold, mmap_threshold = -1, -3
-    if library.mallopt(mmap_threshold, 1 << 30) and library.mallopt(trim_threshold, (1 << 31) - 1):
-        _KEPT = "kept by the process, blocks of up to 1 GiB"
+    for most in (1 << 30, 1 << 25):
+        if library.mallopt(mmap_threshold, most) and library.mallopt(trim_threshold, -1):  # -1: never
+            _KEPT = f"kept by the process, blocks of up to {most >> 20} MiB"
+            break
     return _KEPT is not None
 
 

@@ -36,7 +36,7 @@ OUTSIDE = ("cache", "memory")  #: pieces of work that wait for what lies outside
 
 
 class Probe:
-    """Fixed work for all threads, for one core and for the memory, timed again and again.
+    """Fixed work for all threads, for one core, between cores, in the last cache and in memory, timed again and again.
 
     ``work`` may be other pieces of work, each a function that returns how many ms it took.
     """
@@ -131,7 +131,7 @@ def _on_cpu() -> dict[str, Callable[[], float]]:
         "exchange": lambda: _milliseconds(exchange),
     }
     cached = min(last // 4, MOST_CACHED // 2)  # read and written
-    if cached > 2 * caches.get("L2", last):  # what the second-level caches of two threads hold says nothing
+    if cached > torch.get_num_threads() * caches.get("L2", last):  # what they hold themselves says nothing of it
         work["cache"] = _copy(cached // 2)
     return {**work, "memory": _copy(copied)}
 
