@@ -7,6 +7,7 @@
 // the first-level cache and multiplied by blocks of rows. The work is cut by rows of the weight,
 // and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <ATen/Context.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mm.h>
 
 #include <bit>
@@ -38,8 +39,8 @@ constexpr int64_t kLibraryHalvesRows = 192;
 constexpr int64_t kTransposedRows = 8;  // and of the gradient of the input
 constexpr int64_t kHalvesRows = 64;  // in bf16 on AMX: from which on a weight is decoded to tiles
 constexpr int kPairBits = 5;         // of codes that one table makes pairs of bf16 of
-// The rows from which on a weight of so few elements is decoded to bytes once, and those taken
-// together.
+// The rows from which on a weight of so few elements is decoded once, and those taken together
+// where that is to bytes.
 constexpr int64_t kManyForWhole = 64, kWholeWeights = 1 << 17;
 constexpr int kWholeRows = 6;
 
@@ -1696,7 +1697,49 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
   }
 }
 
+// The library's product with a weight that it has packed: not what mm and linear call.
+using PackWeight = at::Tensor(const at::Tensor&, std::optional<c10::SymInt>);
+using MultiplyPacked = at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&,
+                                  c10::string_view, c10::List<std::optional<at::Scalar>>,
+                                  std::optional<c10::string_view>);
+
+template <typename Call>
+std::optional<c10::TypedOperatorHandle<Call>> operator_of_library(const char* name) {
+  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
+  if (!found.has_value() || !found->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return {};
+  return found->typed<Call>();
+}
+
+const auto& pack_weight() {
+  static const auto op = operator_of_library<PackWeight>("mkldnn::_reorder_linear_weight");
+  return op;
+}
+
+const auto& multiply_packed() {
+  static const auto op = operator_of_library<MultiplyPacked>("mkldnn::_linear_pointwise");
+  return op;
+}
+
 }  // namespace
+
+at::Tensor multiply_dense(const at::Tensor& x, const Packed& w, const MaybeTensor& bias) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  at::Tensor weight;
+  {
+    const std::lock_guard<std::mutex> lock(w.dense->mutex);
+    if (!w.dense->weight.defined()) {
+      const at::Tensor all = at::empty({w.steps * kStep, w.blocks * kBlock}, at::kFloat);
+      decode_floats(w, 0, w.blocks, 0, all.size(0), all.mutable_data_ptr<float>(), all.size(1));
+      const at::Tensor dense = all.narrow(0, 0, w.columns).narrow(1, 0, w.rows).t().contiguous();
+      w.dense->weight = pack_weight()->call(dense, c10::SymInt(x.size(0)));
+    }
+    weight = w.dense->weight;
+  }
+  MaybeTensor added;
+  if (bias.has_value()) added = bias->to(at::kFloat).contiguous();
+  return multiply_packed()->call(x.contiguous(), weight, added, "none",
+                                 c10::List<std::optional<at::Scalar>>(), "");
+}
 
 // Up to how many rows codes are decoded in registers. Of bytes and pairs an instruction takes a
 // word of each row: those that are taken together; where rows are long, so that little of the time
@@ -1732,7 +1775,17 @@ static bool fits_whole([[maybe_unused]] const Stored& w, [[maybe_unused]] int64_
 #endif
 }
 
-Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+// Whether the library keeps the weight itself for such rows: a small one, which takes no more
+// memory than what is multiplied and the result.
+static bool kept_dense(const Stored& w, int64_t count, at::ScalarType dtype) {
+  const int64_t size = w.rows * w.columns;
+  return dtype == at::kFloat && count >= kManyForWhole && size > 0 && size <= kWholeWeights &&
+         count * (w.rows + w.columns) >= size && can_pack(w) &&
+         at::globalContext().userEnabledMkldnn() && pack_weight().has_value() &&
+         multiply_packed().has_value();
+}
+
+Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone) {
   if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
     return Way::kHalves;
   }
@@ -1740,6 +1793,7 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
       library_takes_halves()) {
     return Way::kLibraryHalves;
   }
+  if (!int8 && alone && kept_dense(w, count, dtype)) return Way::kDense;
   if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
     return Way::kLibrary;
   }
@@ -1763,9 +1817,9 @@ static int64_t run_of(const Packed* w, Way way) {
   return way == Way::kPairs || steps % 2 == 0 ? amx::kWords : amx::kWords / 2;
 }
 
-std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
+std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
-  const Way way = way_of(w, count, dtype, int8);
+  const Way way = way_of(w, count, dtype, int8, alone);
   const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
   int64_t most = most_few(int8, pairs && w.bits <= kPairBits, w.columns);
   if (int8 && fits_whole(w, kManyForWhole)) most = std::min(most, kManyForWhole - 1);
@@ -1793,6 +1847,9 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
              std::to_string(kHalvesRows) + " or more" + on_amx;
     case Way::kFloats:
       return "tiles of the weight decoded to floats: " + rows + above;
+    case Way::kDense:
+      return "the library's product with the weight itself, kept as it is small: " + rows + ", " +
+             std::to_string(kManyForWhole) + " or more";
     case Way::kLibrary:
       return "slabs of the weight decoded to floats, and the library's product: " + rows + ", " +
              std::to_string(kLibraryRows) + " or more";
@@ -1828,7 +1885,7 @@ bool multiply_transposed(const at::Tensor& x, const Stored& w,
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const MaybeTensor& bias,
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
-  const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
+  const Way way = way_of(stored, x.size(0), x.scalar_type(), int8, false);
   if (way == Way::kLibrary) return multiply_library(x, stored, w, bias, low_rank, y);
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
   if (way == Way::kLibraryHalves) return multiply_library_halves(x, *w, bias, low_rank, y);
