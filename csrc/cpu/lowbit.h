@@ -94,11 +94,10 @@ struct Packed {
   int64_t byte_middle;
   at::Tensor byte_shift;
   int64_t partition_blocks;  // blocks that share a row of the tables
-  // A small weight itself, in pieces of some columns, as the library packs it, from the first
-  // product on that reads it.
+  // A small weight itself, as the library packs it, from the first product on that reads it.
   struct Dense {
     std::mutex mutex;
-    std::vector<at::Tensor> pieces;
+    at::Tensor weight;
   };
   std::shared_ptr<Dense> dense;
 };

@@ -1723,37 +1723,22 @@ const auto& multiply_packed() {
 }  // namespace
 
 at::Tensor multiply_dense(const at::Tensor& x, const Packed& w, const MaybeTensor& bias) {
-  // Columns of a piece, whose products are one sum: as many as lose no more than twice what those
-  // of mm do.
-  constexpr int64_t kLongest = kLanes == 16 ? 256 : 512;
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  std::vector<at::Tensor> pieces;
+  at::Tensor weight;
   {
     const std::lock_guard<std::mutex> lock(w.dense->mutex);
-    if (w.dense->pieces.empty()) {
+    if (!w.dense->weight.defined()) {
       const at::Tensor all = at::empty({w.steps * kStep, w.blocks * kBlock}, at::kFloat);
       decode_floats(w, 0, w.blocks, 0, all.size(0), all.mutable_data_ptr<float>(), all.size(1));
-      const at::Tensor dense = all.narrow(0, 0, w.columns).narrow(1, 0, w.rows).t();
-      for (const at::Tensor& piece : dense.split(kLongest, 1)) {
-        w.dense->pieces.push_back(pack_weight()->call(piece.contiguous(), c10::SymInt(x.size(0))));
-      }
+      const at::Tensor dense = all.narrow(0, 0, w.columns).narrow(1, 0, w.rows).t().contiguous();
+      w.dense->weight = pack_weight()->call(dense, c10::SymInt(x.size(0)));
     }
-    pieces = w.dense->pieces;
+    weight = w.dense->weight;
   }
   MaybeTensor added;
   if (bias.has_value()) added = bias->to(at::kFloat).contiguous();
-  const at::Tensor rows = x.contiguous();
-  at::Tensor y;
-  for (const at::Tensor& piece : pieces) {
-    const int64_t k = kLongest * (&piece - pieces.data());
-    const at::Tensor from =
-        pieces.size() == 1 ? rows : rows.narrow(1, k, std::min(kLongest, w.columns - k));
-    const at::Tensor product =
-        multiply_packed()->call(from, piece, k == 0 ? added : MaybeTensor(), "none",
-                                c10::List<std::optional<at::Scalar>>(), "");
-    y = k == 0 ? product : y.add_(product);
-  }
-  return y;
+  return multiply_packed()->call(x.contiguous(), weight, added, "none",
+                                 c10::List<std::optional<at::Scalar>>(), "");
 }
 
 // Up to how many rows codes are decoded in registers. Of bytes and pairs an instruction takes a
@@ -1791,11 +1776,13 @@ static bool fits_whole([[maybe_unused]] const Stored& w, [[maybe_unused]] int64_
 }
 
 // Whether the library keeps the weight itself for such rows: a small one, which takes no more
-// memory than what is multiplied and the result.
+// memory than what is multiplied and the result. Its products of all columns are one sum each,
+// which must not lose more than twice what those of mm do: these are shorter on AVX-512.
 static bool kept_dense(const Stored& w, int64_t count, at::ScalarType dtype) {
+  constexpr int64_t kLongest = kLanes == 16 ? 64 : 512;
   const int64_t size = w.rows * w.columns;
   return dtype == at::kFloat && count >= kManyForWhole && size > 0 && size <= kWholeWeights &&
-         count * (w.rows + w.columns) >= size && can_pack(w) &&
+         w.columns <= kLongest && count * (w.rows + w.columns) >= size && can_pack(w) &&
          at::globalContext().userEnabledMkldnn() && pack_weight().has_value() &&
          multiply_packed().has_value();
 }
