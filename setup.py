@@ -103,7 +103,11 @@ def extensions() -> list[Extension]:
         language="c++",
         depends=headers,
     )
-    return [host] + [
+    # On Windows torch does not export what it needs.
+    call = CppExtension(
+        "cofire._call", ["csrc/call.cpp"], extra_compile_args={"cxx": [*common, *openmp]}, depends=headers
+    )
+    return [host, *([] if WINDOWS else [call])] + [
         CppExtension(
             f"cofire._cpu_{name}",
             sources,

@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +83,14 @@ def load() -> Status:
         chosen = f"chosen by COFIRE_CPU={variant}" if os.environ.get("COFIRE_CPU") else best
         return Status(variant, chosen, build, features)
     return _failed(f"built for {', '.join(build['variants'])}, you have {wanted[0]}", build, features)
+
+
+def caller(operator: str) -> Callable[..., Any] | None:
+    """A function that calls an operator by a shorter way than torch.ops, where the compiled part has one: ``csrc/call.cpp``."""
+    if STATUS.variant is None or importlib.util.find_spec("cofire._call") is None:
+        return None
+    found: Callable[..., Any] | None = importlib.import_module("cofire._call").caller(operator)
+    return found
 
 
 @functools.cache

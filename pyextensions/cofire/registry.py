@@ -87,7 +87,7 @@ _BelowAutograd: Any = getattr(torch._C, "_AutoDispatchBelowAutograd", None)
 
 def _nothing_to_record(args: tuple[Any, ...]) -> bool:
     """Whether a call can go past autograd, whose wrapper, written in Python, takes as long as a small kernel."""
-    if _BelowAutograd is None or torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None:
+    if _BelowAutograd is None or torch._C._functorch.maybe_current_level() is not None:
         return False
     if not torch.is_grad_enabled():
         return True
@@ -127,6 +127,14 @@ class Operator:
         return getattr(torch.ops.cofire, self.name).default
 
     @functools.cached_property
+    def direct(self) -> Callable[..., Any]:
+        """The overload, by a shorter way past autograd if nothing is recorded; NotImplemented where that way is not open."""
+        from cofire import native
+
+        direct = native.caller(f"cofire::{self.name}")
+        return direct if direct is not None else lambda *args: NotImplemented
+
+    @functools.cached_property
     def mutated(self) -> tuple[int, ...]:
         """The positions of the arguments that it writes to."""
         arguments = self.overload._schema.arguments
@@ -145,6 +153,11 @@ class Operator:
 
     def run(self, *args: Any) -> Any:
         """The same for arguments that were validated already."""
+        if torch.compiler.is_compiling():
+            return self.overload(*args)
+        result = self.direct(*args)
+        if result is not NotImplemented:
+            return result
         if _nothing_to_record(args):
             with _BelowAutograd():
                 return self.overload(*args)
