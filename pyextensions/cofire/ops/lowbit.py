@@ -382,6 +382,9 @@ def int8_columns(bits: int, lut: Tensor | None) -> int:
     return min(1 << 17, ((1 << 31) - 1) // (127 * largest))
 
 
+INT8_COLUMNS = int8_columns(8, None)  #: of any codes without a table
+
+
 def _validate_qlinear(*args: Any) -> None:
     _check_product("qlinear", *args)
 
@@ -416,6 +419,21 @@ def _in_stored_order(operator: str, input: Tensor, weight: QTensor) -> Tensor:
         return input
     check_device(operator, "input", input, codes=weight.codes)
     return input.index_select(-1, weight.perm)
+
+
+def _fits(input: Tensor, weight: QTensor, bias: Tensor | None, activations: str) -> bool:
+    """Whether the checks have nothing to say, for most calls: one by one, they take as long as a small product."""
+    return (
+        isinstance(weight, QTensor)
+        and isinstance(input, Tensor)
+        and bias is None
+        and weight.perm is None
+        and (activations == "exact" or (activations == "int8" and weight.lut is None and weight.group_size <= INT8_COLUMNS))
+        and input.is_floating_point()
+        and input.dim() > 0
+        and input.shape[-1] == weight.shape[1]
+        and input.device == weight.codes.device
+    )
 
 
 def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activations: str = "exact") -> Tensor:
@@ -454,15 +472,17 @@ def qlinear(input: Tensor, weight: QTensor, bias: Tensor | None = None, *, activ
         Dettmers et al. 2022 (LLM.int8(), 2208.07339), section 2 for the rows of int8; Frantar et al. 2023 (GPTQ,
         2210.17323) and Dettmers et al. 2023 (QLoRA, 2305.14314), section 3, for weights of few bits.
     """
-    input = _in_stored_order("qlinear", input, weight)
-    # The weight itself was checked when it was made.
-    check_float("qlinear", input=input, bias=bias)
-    check_choice("qlinear", "activations", activations, ACTIVATIONS)
-    bits, group_size = weight.bits, weight.group_size
-    _check_against_weight("qlinear", input, weight.codes, weight.lut, bias, bits, group_size, activations)
+    if not _fits(input, weight, bias, activations):
+        input = _in_stored_order("qlinear", input, weight)
+        # The weight itself was checked when it was made.
+        check_float("qlinear", input=input, bias=bias)
+        check_choice("qlinear", "activations", activations, ACTIVATIONS)
+        _check_against_weight(
+            "qlinear", input, weight.codes, weight.lut, bias, weight.bits, weight.group_size, activations
+        )
     y: Tensor = _qlinear.run(
         input, weight.codes, weight.scales(), weight.zero, weight.offsets(), weight.lut, bias,
-        bits, group_size, activations,
+        weight.bits, weight.group_size, activations,
     )  # fmt: skip
     return y
 
