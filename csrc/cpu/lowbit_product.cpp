@@ -14,6 +14,7 @@
 #include <cmath>
 #include <limits>
 
+#include "ahead.h"
 #include "amx.h"
 #include "instructions.h"
 #include "lines.h"
@@ -337,14 +338,17 @@ class Sink {
   char* y_;
 };
 
-// Bytes of the weight that are asked for in advance: where a step takes some 25 cycles, memory
-// answers after 20 of them; a tile stops reading for as long as it is multiplied.
-constexpr int64_t kAhead = 6144, kTileAhead = 2048;
-
+// Asks for the codes of a step to come. A tile stops reading for as long as it is multiplied.
 template <int Bits>
 COFIRE_INLINE void ask_for(const uint8_t* codes) {
   COFIRE_UNROLL
-  for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + 64 * i);
+  for (int i = 0; i < Bits; ++i) ask_ahead_of(codes + 64 * i);
+}
+template <int Bits>
+COFIRE_INLINE void ask_for_tile(const uint8_t* codes) {
+  constexpr int64_t kTileAhead = 2048;
+  COFIRE_UNROLL
+  for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kTileAhead + 64 * i);
 }
 
 // ------------------------------------------------------------------------------------ few rows
@@ -425,7 +429,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
         if constexpr (Kind != Bytes::kNarrow) std::swap(acc[r][0], total[r]);
       });
       const auto add_step = [&]() __attribute__((always_inline)) {
-        ask_for<Bits>(codes + kAhead);
+        ask_for<Bits>(codes);
         const Planes<Bits> planes(codes);
         unrolled<8>([&](auto q) __attribute__((always_inline)) {
           W16 quad = planes.template quad<q>();
@@ -564,7 +568,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
       unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
     });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
-      ask_for<Bits>(codes + kAhead);
+      ask_for<Bits>(codes);
       const Planes<Bits> planes(codes);
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -634,7 +638,7 @@ void few_pairs(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
       unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
     });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, p += 16 * R) {
-      ask_for<Bits>(codes + kAhead);
+      ask_for<Bits>(codes);
       const Planes<Bits> planes(codes);
       unrolled<16>([&](auto i) __attribute__((always_inline)) {
         const W16 pair = decoder.template pair<i / 2, i % 2>(planes);
@@ -733,7 +737,7 @@ void multiply_few(Rows& x, const Packed& w, bool int8, const Sink& sink) {
     });
   }
   if (x.in_panels) x.fill();
-  in_parts(w.blocks, grain_of(cost * x.count), [&](int64_t begin, int64_t end) {
+  in_runs_of_parts(w.blocks, grain_of(cost * x.count), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kFewWordRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
       for (int64_t panel = 0; panel < panels; ++panel) multiply(x, block, panel, c);
@@ -930,7 +934,7 @@ void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float*
 // bf16.
 template <int Bits>
 void step_to_pairs(const uint8_t* codes, const PairDecoder<Bits>& decoder, uint8_t* tile) {
-  ask_for<Bits>(codes + kTileAhead);
+  ask_for_tile<Bits>(codes);
   const Planes<Bits> planes(codes);
   unrolled<16>([&](auto i) __attribute__((always_inline)) {
     decoder.template pair<i / 2, i % 2>(planes).store(tile + i * 4 * kWidth);
@@ -938,7 +942,7 @@ void step_to_pairs(const uint8_t* codes, const PairDecoder<Bits>& decoder, uint8
 }
 template <int Bits, Value How>
 void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint8_t* tile) {
-  ask_for<Bits>(codes + kTileAhead);
+  ask_for_tile<Bits>(codes);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -1020,7 +1024,7 @@ Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
 // Decodes quads of one step of a block into a tile of bytes, whose words are `apart`.
 template <int Bits>
 void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile, int64_t apart) {
-  ask_for<Bits>(codes + kTileAhead);
+  ask_for_tile<Bits>(codes);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     W16 quad = planes.template quad<q>();
@@ -1329,7 +1333,7 @@ void decode_columns(const Packed& w, int64_t first, int64_t blocks, int64_t k, i
         const F16 factor = F16::load(scale + g * kBlock);
         const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
         for (; i < end; i += kStep, codes += 64 * bits) {
-          ask_for<bits>(codes + kTileAhead);
+          ask_for_tile<bits>(codes);
           const Planes<bits> planes(codes);
           unrolled<8>([&](auto q) __attribute__((always_inline)) {
             const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -1358,7 +1362,7 @@ void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, in
 template <int Bits, Value How>
 void step_to_tile(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 factor, F16 moved,
                   uint8_t* tile) {
-  ask_for<Bits>(codes + kTileAhead);
+  ask_for_tile<Bits>(codes);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = decoder.prepared(planes.template quad<q>());
