@@ -14,7 +14,6 @@
 #include <cmath>
 #include <limits>
 
-#include "ahead.h"
 #include "amx.h"
 #include "instructions.h"
 #include "lines.h"
@@ -338,12 +337,19 @@ class Sink {
   char* y_;
 };
 
-// Asks for the codes of a step to come. A tile stops reading for as long as it is multiplied.
+// Asks for codes to come: the second-level cache early, and the first one when they are near. All
+// the way from memory to the first only as many lines can be under way as that has places for, and
+// the memory has more to give.
 template <int Bits>
 COFIRE_INLINE void ask_for(const uint8_t* codes) {
+  constexpr int64_t kFar = 12288, kNear = 2048;  // bytes
   COFIRE_UNROLL
-  for (int i = 0; i < Bits; ++i) ask_ahead_of(codes + 64 * i);
+  for (int i = 0; i < Bits; ++i) {
+    __builtin_prefetch(codes + kFar + 64 * i, 0, 2);
+    __builtin_prefetch(codes + kNear + 64 * i, 0, 3);
+  }
 }
+// A tile stops reading for as long as it is multiplied.
 template <int Bits>
 COFIRE_INLINE void ask_for_tile(const uint8_t* codes) {
   constexpr int64_t kTileAhead = 2048;

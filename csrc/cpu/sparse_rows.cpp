@@ -12,7 +12,6 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "ahead.h"
 #include "instructions.h"
 
 namespace cofire {
@@ -30,10 +29,13 @@ constexpr int64_t kMostRows = 512, kFewestRows = 64;
 
 // ------------------------------------------------------------------------------------ one token
 
+constexpr int64_t kAhead = 512;  // entries whose way from memory is begun
+
+// The same numbers of entries further on.
 template <typename Index, typename Value>
 COFIRE_INLINE void ask_ahead(const Index* index, const Value* values, int64_t j) {
-  ask_ahead_of(values + j);
-  ask_ahead_of(index + j);
+  __builtin_prefetch(values + j + kAhead);
+  __builtin_prefetch(index + j + kAhead);
 }
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
