@@ -337,24 +337,27 @@ class Sink {
   char* y_;
 };
 
-// Asks for codes to come: the second-level cache early, and the first one when they are near. All
-// the way from memory to the first only as many lines can be under way as that has places for, and
-// the memory has more to give.
+// Asks for codes to come, so many bytes further on: where a step takes some 25 cycles, memory
+// answers after 20 of them; a tile stops reading for as long as it is multiplied.
+constexpr int64_t kAhead = 6144, kTileAhead = 2048;
+
 template <int Bits>
 COFIRE_INLINE void ask_for(const uint8_t* codes) {
-  constexpr int64_t kFar = 12288, kNear = 2048;  // bytes
+  COFIRE_UNROLL
+  for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + 64 * i);
+}
+
+// Where a step takes less time than its way from memory: of the second-level cache early, and of
+// the first when they are near. All the way to the first only as many lines can be on at once as it
+// has places for, and memory has more to give.
+template <int Bits>
+COFIRE_INLINE void ask_twice_for(const uint8_t* codes) {
+  constexpr int64_t kFar = 12288, kNear = 2048;
   COFIRE_UNROLL
   for (int i = 0; i < Bits; ++i) {
     __builtin_prefetch(codes + kFar + 64 * i, 0, 2);
     __builtin_prefetch(codes + kNear + 64 * i, 0, 3);
   }
-}
-// A tile stops reading for as long as it is multiplied.
-template <int Bits>
-COFIRE_INLINE void ask_for_tile(const uint8_t* codes) {
-  constexpr int64_t kTileAhead = 2048;
-  COFIRE_UNROLL
-  for (int i = 0; i < Bits; ++i) __builtin_prefetch(codes + kTileAhead + 64 * i);
 }
 
 // ------------------------------------------------------------------------------------ few rows
@@ -435,7 +438,7 @@ void few_bytes(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
         if constexpr (Kind != Bytes::kNarrow) std::swap(acc[r][0], total[r]);
       });
       const auto add_step = [&]() __attribute__((always_inline)) {
-        ask_for<Bits>(codes);
+        ask_twice_for<Bits>(codes);
         const Planes<Bits> planes(codes);
         unrolled<8>([&](auto q) __attribute__((always_inline)) {
           W16 quad = planes.template quad<q>();
@@ -574,7 +577,7 @@ void few_floats(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
       unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
     });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, column += kStep) {
-      ask_for<Bits>(codes);
+      ask_for<Bits>(codes + kAhead);
       const Planes<Bits> planes(codes);
       unrolled<8>([&](auto q) __attribute__((always_inline)) {
         const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -644,7 +647,7 @@ void few_pairs(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
       unrolled<kChains>([&](auto i) __attribute__((always_inline)) { acc[r][i] = F16::zero(); });
     });
     for (int64_t s = 0; s < steps; ++s, codes += 64 * Bits, p += 16 * R) {
-      ask_for<Bits>(codes);
+      ask_for<Bits>(codes + kAhead);
       const Planes<Bits> planes(codes);
       unrolled<16>([&](auto i) __attribute__((always_inline)) {
         const W16 pair = decoder.template pair<i / 2, i % 2>(planes);
@@ -940,7 +943,7 @@ void tile_pairs(const Piece& piece, const uint32_t* p, const float* sums, float*
 // bf16.
 template <int Bits>
 void step_to_pairs(const uint8_t* codes, const PairDecoder<Bits>& decoder, uint8_t* tile) {
-  ask_for_tile<Bits>(codes);
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<16>([&](auto i) __attribute__((always_inline)) {
     decoder.template pair<i / 2, i % 2>(planes).store(tile + i * 4 * kWidth);
@@ -948,7 +951,7 @@ void step_to_pairs(const uint8_t* codes, const PairDecoder<Bits>& decoder, uint8
 }
 template <int Bits, Value How>
 void step_to_pairs(const uint8_t* codes, const Decoder<Bits, How>& decoder, uint8_t* tile) {
-  ask_for_tile<Bits>(codes);
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -1030,7 +1033,7 @@ Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
 // Decodes quads of one step of a block into a tile of bytes, whose words are `apart`.
 template <int Bits>
 void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile, int64_t apart) {
-  ask_for_tile<Bits>(codes);
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     W16 quad = planes.template quad<q>();
@@ -1339,7 +1342,7 @@ void decode_columns(const Packed& w, int64_t first, int64_t blocks, int64_t k, i
         const F16 factor = F16::load(scale + g * kBlock);
         const F16 moved = shift != nullptr ? F16::load(shift + g * kBlock) : F16::zero();
         for (; i < end; i += kStep, codes += 64 * bits) {
-          ask_for_tile<bits>(codes);
+          ask_for<bits>(codes + kTileAhead);
           const Planes<bits> planes(codes);
           unrolled<8>([&](auto q) __attribute__((always_inline)) {
             const W16 quad = decoder.prepared(planes.template quad<q>());
@@ -1368,7 +1371,7 @@ void decode_floats(const Packed& w, int64_t first, int64_t blocks, int64_t k, in
 template <int Bits, Value How>
 void step_to_tile(const uint8_t* codes, const Decoder<Bits, How>& decoder, F16 factor, F16 moved,
                   uint8_t* tile) {
-  ask_for_tile<Bits>(codes);
+  ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
     const W16 quad = decoder.prepared(planes.template quad<q>());
