@@ -17,7 +17,7 @@
 
 namespace {
 
-enum class Kind { kTensor, kTensors, kInt, kInts, kFloat, kBool, kString };
+enum class Kind { kTensor, kInt, kInts, kFloat, kBool, kString };
 
 struct Parameter {
   Kind kind;
@@ -44,14 +44,10 @@ std::optional<Kind> kind_of(const c10::Type& type) {
     case c10::TypeKind::StringType:
       return Kind::kString;
     case c10::TypeKind::ListType:
-      switch (type.expectRef<c10::ListType>().getElementType()->kind()) {
-        case c10::TypeKind::TensorType:
-          return Kind::kTensors;
-        case c10::TypeKind::IntType:
-          return Kind::kInts;
-        default:
-          return {};
+      if (type.expectRef<c10::ListType>().getElementType()->kind() != c10::TypeKind::IntType) {
+        return {};
       }
+      return Kind::kInts;
     default:
       return {};
   }
@@ -91,7 +87,7 @@ class Reader {
     }
     switch (parameter.kind) {
       case Kind::kTensor:
-        return is_plain(from) && (stack.emplace_back(seen(from)), true);
+        return THPVariable_CheckExact(from) && (stack.emplace_back(seen(from)), true);
       case Kind::kInt: {
         int64_t number = 0;
         return is_int(from, number) && (stack.emplace_back(number), true);
@@ -114,20 +110,16 @@ class Reader {
             PyUnicode_CheckExact(from) ? PyUnicode_AsUTF8AndSize(from, &size) : nullptr;
         return text != nullptr && (stack.emplace_back(std::string(text, size)), true);
       }
-      case Kind::kTensors: {
-        c10::List<at::Tensor> list;
-        const bool whole = each(from, [&](PyObject* item) {
-          return is_plain(item) && (list.push_back(seen(item)), true);
-        });
-        return whole && (stack.emplace_back(std::move(list)), true);
-      }
       case Kind::kInts: {
         c10::List<int64_t> list;
-        const bool whole = each(from, [&](PyObject* item) {
+        if (!PyList_CheckExact(from) && !PyTuple_CheckExact(from)) return false;
+        for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(from); ++i) {
           int64_t number = 0;
-          return is_int(item, number) && (list.push_back(number), true);
-        });
-        return whole && (stack.emplace_back(std::move(list)), true);
+          if (!is_int(PySequence_Fast_GET_ITEM(from, i), number)) return false;
+          list.push_back(number);
+        }
+        stack.emplace_back(std::move(list));
+        return true;
       }
     }
     return false;
@@ -135,8 +127,6 @@ class Reader {
   bool requires_grad() const { return requires_grad_; }
 
  private:
-  static bool is_plain(PyObject* from) { return THPVariable_CheckExact(from); }
-
   static bool is_int(PyObject* from, int64_t& to) {
     if (!PyLong_CheckExact(from)) return false;
     int overflow = 0;
@@ -148,16 +138,6 @@ class Reader {
     const at::Tensor& tensor = THPVariable_Unpack(from);
     requires_grad_ = requires_grad_ || tensor.requires_grad();
     return tensor;
-  }
-
-  template <typename F>
-  static bool each(PyObject* from, const F& f) {
-    if (!PyList_CheckExact(from) && !PyTuple_CheckExact(from)) return false;
-    PyObject** items = PySequence_Fast_ITEMS(from);
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(from); ++i) {
-      if (!f(items[i])) return false;
-    }
-    return true;
   }
 
   bool requires_grad_ = false;

@@ -3,7 +3,8 @@
 
 One :class:`Operator` per schema holds everything there is to know about it. :func:`register` hands the parts to
 ``torch.library``; after that the PyTorch dispatcher alone chooses the kernel, and nothing here is on the call path
-but the validation of the public function and the question whether a gradient is recorded. The C++ kernels of
+but the validation of the public function. The way to the dispatcher is ``torch.ops`` or, where nothing but plain tensors and
+numbers is passed, the shorter one of ``csrc/call.cpp``; past autograd, where no gradient is recorded. The C++ kernels of
 ``csrc/cpu`` attach themselves when their library is loaded (``cofire.native``); the Triton kernels are imported with
 their first launch.
 """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cofire import explain, native, ops
+from cofire.nn import QuantLinear
 from cofire.ops import QTensor, pack_bits, pack_shift
 from cofire.ops.lowbit import int8_activations
 from cofire.registry import FLOATS, OPERATORS
@@ -782,6 +783,80 @@ def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torc
     torch.testing.assert_close(y[[5, 70, 71]], operator(odd[[5, 70, 71]], *rest), equal_nan=True)
 
 
+DENSE = "the library's product with the weight itself, kept as it is small"
+
+
+@compiled
+@pytest.mark.parametrize("bits", [2, 5])
+@pytest.mark.parametrize(("n", "columns", "group"), [(64, 64, 32), (70, 50, 50), (96, 33, 33), (17, 1, 1)])
+def test_many_rows_and_a_small_weight(n: int, columns: int, group: int, bits: int) -> None:
+    """The library keeps it: the same bits for any number of threads, at the first product and later, with a bias or without."""
+    rand = Random(f"dense {n} {columns}")
+    codes, scale, zero, offset, lut = weight(rand, n, columns, bits, group, zero="floats")
+    q = QTensor(codes, scale, (n, columns), bits, group, zero, offset, lut)
+    x, bias = rand.normal(197, columns), rand.normal(n)
+    operator = OPERATORS["qlinear"]
+    for added in (None, bias):
+        rest = (codes, scale, zero, offset, lut, added, bits, group, "exact")
+        exact, plain = operator.reference(x.double(), *rest), operator.reference(x, *rest)
+        found = []
+        for count in (1, 2, 3):
+            with threads(count):
+                found.append(operator(x, *rest))
+        check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
+        assert all(torch.equal(found[0], y) for y in found)
+        assert torch.equal(operator(x.t().contiguous().t(), *rest), found[0])
+    assert way(x, q).endswith(f"{DENSE}: 197 rows, 64 or more")
+
+
+@compiled
+def test_what_the_library_keeps_of_a_small_weight_follows_the_weight() -> None:
+    codes, scale, zero, offset, lut = weight(Random("follows"), 32, 48, 4, 48)
+    q = QTensor(codes, scale, (32, 48), 4, 48, zero, offset, lut)
+    x = Random("follows x").normal(80, 48)
+    assert DENSE in way(x, q)
+    before = ops.qlinear(x, q)
+    scale.mul_(2)
+    assert torch.equal(ops.qlinear(x, q), 2 * before)
+    codes.zero_()
+    assert torch.allclose(ops.qlinear(x, q), x @ ops.dequantize(q).t(), rtol=1e-4, atol=1e-4)
+    layer = QuantLinear.from_linear(torch.nn.Linear(48, 32), bits=4, group_size=48)
+    y = layer(x)
+    layer.free_layout()
+    assert torch.equal(layer(x), y)
+
+
+@compiled
+def test_when_the_library_keeps_a_small_weight() -> None:
+    codes, scale, zero, offset, lut = weight(Random("when"), 32, 48, 4, 48)
+    q = QTensor(codes, scale, (32, 48), 4, 48, zero, offset, lut)
+    for x, kept in (
+        (torch.ones(64, 48), True),
+        (torch.ones(4, 16, 48), True),
+        (torch.ones(63, 48), False),
+        (torch.ones(64, 48).bfloat16(), False),
+        (torch.ones(0, 48), False),
+    ):
+        assert (DENSE in way(x, q)) is kept, x.shape
+        assert ops.qlinear(x, q).shape == (*x.shape[:-1], 32)
+    assert DENSE not in way(torch.ones(64, 48), q, "int8")
+    low = (torch.ones(2, 48), torch.ones(32, 2))
+    (call,) = explain("qlora_linear", torch.ones(64, 48), q, *low, 1.0)
+    assert DENSE not in call["kernel"]
+    enabled = torch.backends.mkldnn.enabled
+    try:
+        torch.backends.mkldnn.enabled = False
+        assert DENSE not in way(torch.ones(64, 48), q)
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+    if native.STATUS.variant != "avx512":  # there its sums would be less exact than those of mm
+        large = ops.quantize_weight(torch.randn(256, 512), "absmax", bits=4, group_size=64)
+        # With fewer rows it would take more memory than what is multiplied and the result.
+        assert DENSE not in way(torch.ones(170, 512), large) and DENSE in way(torch.ones(171, 512), large)
+    larger = ops.quantize_weight(torch.randn(4096, 64), "absmax", bits=4, group_size=64)
+    assert DENSE not in way(torch.ones(4096, 64), larger)
+
+
 @compiled
 @pytest.mark.parametrize("activations", ["exact", "int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -808,7 +883,7 @@ def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, 
     ), beyond
     beyond = way(torch.ones(512, columns, dtype=dtype), q, activations)
     assert activations == "int8" or re.search(
-        r"library's product: 512 rows, 512 or more$|pairs of bf16|scales included", beyond
+        r"library's product: 512 rows, 512 or more$|pairs of bf16|scales included|kept as it is small: 512 rows", beyond
     ), beyond
     x = rand.normal(517, columns).to(dtype)
     expected = OPERATORS["qlinear"].reference(

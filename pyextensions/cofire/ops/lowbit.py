@@ -428,7 +428,10 @@ def _fits(input: Tensor, weight: QTensor, bias: Tensor | None, activations: str)
         and isinstance(input, Tensor)
         and bias is None
         and weight.perm is None
-        and (activations == "exact" or (activations == "int8" and weight.lut is None and weight.group_size <= INT8_COLUMNS))
+        and (
+            activations == "exact"
+            or (activations == "int8" and weight.lut is None and weight.group_size <= INT8_COLUMNS)
+        )
         and input.is_floating_point()
         and input.dim() > 0
         and input.shape[-1] == weight.shape[1]
