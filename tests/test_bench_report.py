@@ -219,6 +219,8 @@ def test_machines_are_told_apart() -> None:
     assert names(a, b) == ["cpu-a", "cpu-b"]
     assert names(a, made_up([], threads=8)) == ["cpu-a-2-threads", "cpu-a-8-threads"]
     assert rows.titles([a, made_up([], instruction_set="AVX512")]) == ["CPU A, AVX2", "CPU A, AVX512"]
+    caches = [made_up([], caches={"L2": size}) for size in ("512K", "1024K")]
+    assert rows.titles([*caches, b]) == ["CPU A, L2 512K", "CPU A, L2 1024K", "CPU B"]
     assert rows.titles([a, a, b]) == ["CPU A (1)", "CPU A (2)", "CPU B"]
 
 

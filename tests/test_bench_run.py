@@ -804,6 +804,15 @@ def test_two_machines_of_one_name_have_a_file_each(tmp_path: Path, monkeypatch: 
         data["environment"]["instruction_set"] = has
         (tmp_path / "some-cpu-1-threads.json").write_text(json.dumps(data))
         assert results.results_path().name == name
+    for cache, name in (("512K", "some-cpu-1-threads.json"), ("1024K", "some-cpu-avx9-tiles-1-threads.json")):
+        monkeypatch.setattr(results, "caches", lambda cache=cache: {"L1d": "32K", "L2": cache})
+        data["environment"] |= {"instruction_set": "AVX9 TILES", "caches": {"L2": "512K"}}
+        (tmp_path / "some-cpu-1-threads.json").write_text(json.dumps(data))
+        assert results.results_path().name == name
+    (tmp_path / "some-cpu-avx9-tiles-1-threads.json").write_text(json.dumps(data))
+    assert results.results_path().name == "some-cpu-avx9-tiles-l2-1024k-1-threads.json"
+    monkeypatch.setattr(results, "caches", lambda: None)  # it does not say
+    assert results.results_path().name == "some-cpu-1-threads.json"
 
 
 def test_nothing_is_overwritten_by_moving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

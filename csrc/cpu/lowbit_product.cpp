@@ -43,6 +43,9 @@ constexpr int kPairBits = 5;         // of codes that one table makes pairs of b
 // where that is to bytes.
 constexpr int64_t kManyForWhole = 64, kWholeWeights = 1 << 17;
 constexpr int kWholeRows = 6;
+#if (defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)) && !defined(_MSC_VER)
+#define COFIRE_WHOLE
+#endif
 
 // The rows of x, as the loops read them. Columns are padded to whole steps by zeros.
 struct Rows {
@@ -1234,12 +1237,12 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
   });
 }
 
-#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+#if defined(COFIRE_WHOLE)
 
 // Many rows of bytes times a small weight that has one scale a row: it is decoded once, to bytes
 // that the second-level cache holds, and as sums of all columns become floats at their end,
 // registers hold those of more rows and columns.
-constexpr int kWholeBlocks = 4;
+constexpr int kWholeBlocks = kLanes == 16 ? 4 : 1;
 constexpr int64_t kWholeWidth = kWholeBlocks * kBlock;
 
 struct Whole {
@@ -1249,11 +1252,11 @@ struct Whole {
   int64_t middle;              // what comes off each byte
 };
 
-template <int R>
+template <int R, Bytes Kind>
 void whole_bytes(const Whole& w, const uint32_t* p, const float* sums, float* c,
                  const Straight* straight) {
   const auto dot_of = [](W16 a, W16 w, W16 x)
-                          __attribute__((always_inline)) { return dot<Bytes::kVnni>(a, w, x); };
+                          __attribute__((always_inline)) { return dot<Kind>(a, w, x); };
   W16 acc[R][kWholeBlocks];
   start(acc, [&](int r) { return w.middle == 0 ? W16::zero() : taken_off(w.middle, sums[r]); });
   for (int64_t q = 0; q < w.words; ++q) add_word(p, w.tile, q, acc, dot_of);
@@ -1277,9 +1280,14 @@ void whole_bytes(const Whole& w, const uint32_t* p, const float* sums, float* c,
 
 void multiply_whole(Rows& x, const Packed& w, const Sink& sink) {
   using Kernel = void (*)(const Whole&, const uint32_t*, const float*, float*, const Straight*);
-  static constexpr auto kernels = []<int... R>(std::integer_sequence<int, R...>) {
-    return std::array<Kernel, sizeof...(R)>{whole_bytes<R + 1>...};
-  }(std::make_integer_sequence<int, kWholeRows>{});
+  std::array<Kernel, kWholeRows> kernels;
+  with_kind(w, [&](auto kind) {
+    // Sums of all columns are more than 16 bits hold.
+    constexpr Bytes K = kind == Bytes::kNarrow ? Bytes::kPairs : Bytes{kind};
+    kernels = []<int... R>(std::integer_sequence<int, R...>) {
+      return std::array<Kernel, sizeof...(R)>{whole_bytes<R + 1, K>...};
+    }(std::make_integer_sequence<int, kWholeRows>{});
+  });
   const int64_t words = w.steps * kStep / 4, tiles = (w.blocks + kWholeBlocks - 1) / kWholeBlocks;
   const int64_t size = words * 4 * kWholeWidth;
   // Blocks beyond the last are not there; nor are their results.
@@ -1780,8 +1788,13 @@ static bool library_takes_halves() {
 
 // Whether a weight is decoded to bytes once for so many rows, as it is small.
 static bool fits_whole([[maybe_unused]] const Stored& w, [[maybe_unused]] int64_t count) {
-#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  return count >= kManyForWhole && w.groups == 1 && w.columns > 0 && has_vnni() && !amx::found() &&
+#if defined(COFIRE_WHOLE)
+#if defined(CPU_CAPABILITY_AVX512)
+  const bool fast = has_vnni() && !amx::found();
+#else
+  const bool fast = w.bits > 4 || w.lut.defined();  // others' sums of a tile fit in 16 bits
+#endif
+  return fast && count >= kManyForWhole && w.groups == 1 && w.columns > 0 &&
          round_up(w.columns, kStep) * round_up(w.rows, kBlock) <= kWholeWeights;
 #else
   return false;
@@ -1924,7 +1937,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
     case Way::kFew:
     case Way::kFewPairs:
       return multiply_few(rows, *w, int8, sink);
-#if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
+#if defined(COFIRE_WHOLE)
     case Way::kWholeBytes:
       TORCH_INTERNAL_ASSERT(!low_rank.low.defined());  // of which a sink adds kWidth columns
       return multiply_whole(rows, *w, sink);

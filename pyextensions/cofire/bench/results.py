@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cofire.bench.machine import facts, instructions
+from cofire.bench.machine import caches, facts, instructions
 from cofire.bench.peers import Peer, distributions
 from cofire.files import replacing
 
@@ -296,25 +296,35 @@ def results_path(device: str = "cpu", quick: bool = False) -> Path:
     """``benchmarks/results/<device>.json``, the name made safe for files; quick runs have a file of their own.
 
     Some machines do not tell which CPU they have ("AMD EPYC"). Where a file of that name was measured with other
-    instructions, the name says which ones this machine has.
+    instructions, or with another cache of the second level, the name says what this machine has.
     """
     words = re.sub(r"\((?:r|tm|c)\)", "", device_name(device), flags=re.IGNORECASE)
     slug = re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
     if device != "cpu":
         return FOLDER / f"{slug}{'-quick' if quick else ''}.json"
     end = f"{torch.get_num_threads()}-threads{'-quick' if quick else ''}.json"
-    here = instruction_set()
-    if _instructions_of(FOLDER / f"{slug}-{end}") not in (None, here):
-        return FOLDER / f"{slug}-{here.lower().replace(' ', '-')}-{end}"
-    return FOLDER / f"{slug}-{end}"
+    here = {"instruction_set": instruction_set(), "cache": second_cache({"caches": caches()})}
+    paths, words = [FOLDER / f"{slug}-{end}"], [slug]
+    for word in (here["instruction_set"], f"l2 {here['cache']}"):
+        words.append(word.lower().replace(" ", "-"))
+        paths.append(FOLDER / "-".join([*words, end]))
+    return next((path for path in paths if _fits(path, here)), paths[-1])
 
 
-def _instructions_of(path: Path) -> str | None:
-    """Of the machine that a file was measured on, if there is such a file and it says so."""
+def second_cache(environment: Mapping[str, Any]) -> str | None:
+    """The size of the second-level cache, where an environment says it."""
+    found = (environment.get("caches") or {}).get("L2")
+    return None if found is None else str(found)
+
+
+def _fits(path: Path, here: Mapping[str, str | None]) -> bool:
+    """Whether a file is this machine's, as far as it says what it is of, or may become it: there is none that can be read."""
     try:
-        return str(Results.load(path).environment["instruction_set"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return None
+        environment = Results.load(path).environment
+    except (FileNotFoundError, ValueError):
+        return True
+    there = {"instruction_set": environment.get("instruction_set"), "cache": second_cache(environment)}
+    return all(there[k] is None or here[k] is None or there[k] == here[k] for k in there)
 
 
 def results_files() -> list[Path]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from cofire.bench.results import UNCOMPARED, Results, Row, flagged, geometric_mean
+from cofire.bench.results import UNCOMPARED, Results, Row, flagged, geometric_mean, second_cache
 
 OURS, PLAIN, LIBRARY, TORCH = "our own code", "plain torch", "library", "other torch"
 BOUND, OTHER, PART = "bound", "another function", "part of dense"
@@ -229,7 +229,7 @@ def title(results: Results) -> str:
 def titles(all_results: Sequence[Results]) -> list[str]:
     """What to call each machine: its device; what else tells it from others of that name; a number if nothing does."""
     words = [title(results) for results in all_results]
-    for more in (_threads, _instructions):
+    for more in (_threads, _instructions, _second_cache):
         twice = {w for w in words if words.count(w) > 1}
         several = {w: len({more(r) for r, x in zip(all_results, words) if x == w}) > 1 for w in twice}
         words = [f"{w}, {more(r)}" if several.get(w) else w for r, w in zip(all_results, words)]
@@ -242,6 +242,10 @@ def _threads(results: Results) -> str:
 
 def _instructions(results: Results) -> str:
     return str(results.environment.get("instruction_set"))
+
+
+def _second_cache(results: Results) -> str:
+    return f"L2 {second_cache(results.environment)}"
 
 
 def names(all_results: Sequence[Results]) -> list[str]:
