@@ -683,13 +683,23 @@ def test_pages_are_fresh(tmp_path: Path) -> None:
 
 @checkout
 def test_no_ceiling_is_too_low() -> None:
-    """What passes one says that it was measured too low, but for the operator that the page names."""
+    """What passes one says that it was measured too low, but for what the page names."""
     for path in committed():
         found = results.Results.load(path)
         if "change_gbs" not in found.ceilings:
             continue  # from before changes in place were among them
-        above = {r["op"] for r in found.rows if r["provider"] == "cofire" and (r.get("percent_of_ceiling") or 0) > 105}
-        assert above <= {"kv_fuse"}, path.name
+        above = [r for r in found.rows if r["provider"] == "cofire" and (r.get("percent_of_ceiling") or 0) > 105]
+        narrow = (
+            found.environment["instruction_set"] == "AVX2"
+        )  # int8, and sums that fit in 16 bits: at most twice as fast
+        few_bits = ["1 bits", "2 bits", "3 bits", "4 bits"]
+        left = [
+            r
+            for r in above
+            if not (narrow and r.get("arithmetic") == "int8" and any(bits in r["case"] for bits in few_bits))
+            or r["percent_of_ceiling"] > 200
+        ]
+        assert {r["op"] for r in left} <= {"kv_fuse"}, path.name
 
 
 @checkout

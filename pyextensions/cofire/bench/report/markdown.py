@@ -30,7 +30,9 @@ GFLOP/s and GB/s count what the masks leave to do, for all
 providers alike. The *ceiling* is the larger of bytes / bandwidth and FLOPs / peak, both measured on the same machine with the
 same torch, the best of all runs of the file: 100 % is as fast as the machine allows. `kv_fuse` passes that: its FLOPs are
 those of the sum as it stands, by frequencies (in fp32) they are fewer, and in bf16 on AMX it ran faster than the library's
-products, which the ceiling is measured with. In older files optimisers pass it too: there changes in place, which move the
+products, which the ceiling is measured with. So do, on CPUs without products of bytes (AVX2), int8 activations times codes
+of up to 4 bits: their sums fit in 16 bits for a while, which saves one of the two multiplications of the library's product,
+with which that ceiling is measured. In older files optimisers pass it too: there changes in place, which move the
 most, were not measured. *Rounds* are those that count: a case that takes long has
 fewer than the usual 30, as has one that was disturbed. Slower is **bold**; `~` marks a row during which the machine was busy
 or the readings spread.
