@@ -141,6 +141,15 @@ def test_modes_and_transforms_are_asked() -> None:
     assert seen == [NotImplemented]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_traces_hold_the_operator() -> None:
+    q = ops.quantize_weight(Random("w").normal(8, 32), "absmax", bits=4, group_size=32)
+    traced = torch.jit.trace(lambda x: ops.qlinear(x, q), torch.ones(2, 32), check_trace=False)
+    assert "cofire::qlinear" in str(traced.graph)
+    x = Random("x").normal(2, 32)
+    assert torch.equal(traced(x), ops.qlinear(x, q))
+
+
 def test_errors_are_those_of_the_kernel() -> None:
     qlinear, direct = operator("qlinear")
     wrong = of_qlinear(group_size=5)

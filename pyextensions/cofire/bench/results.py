@@ -303,12 +303,12 @@ def results_path(device: str = "cpu", quick: bool = False) -> Path:
     if device != "cpu":
         return FOLDER / f"{slug}{'-quick' if quick else ''}.json"
     end = f"{torch.get_num_threads()}-threads{'-quick' if quick else ''}.json"
-    here = {"instruction_set": instruction_set(), "cache": second_cache({"caches": caches()})}
-    paths, words = [FOLDER / f"{slug}-{end}"], [slug]
-    for word in (here["instruction_set"], f"l2 {here['cache']}"):
-        words.append(word.lower().replace(" ", "-"))
-        paths.append(FOLDER / "-".join([*words, end]))
-    return next((path for path in paths if _fits(path, here)), paths[-1])
+    instructions, cache = instruction_set(), second_cache({"caches": caches()})
+    paths = [FOLDER / f"{slug}-{end}"]
+    for more in (instructions, f"l2 {cache}"):
+        slug += f"-{more.lower().replace(' ', '-')}"
+        paths.append(FOLDER / f"{slug}-{end}")
+    return next((path for path in paths if _fits(path, instructions, cache)), paths[-1])
 
 
 def second_cache(environment: Mapping[str, Any]) -> str | None:
@@ -317,14 +317,14 @@ def second_cache(environment: Mapping[str, Any]) -> str | None:
     return None if found is None else str(found)
 
 
-def _fits(path: Path, here: Mapping[str, str | None]) -> bool:
+def _fits(path: Path, instructions: str, cache: str | None) -> bool:
     """Whether a file is this machine's, as far as it says what it is of, or may become it: there is none that can be read."""
     try:
         environment = Results.load(path).environment
     except (FileNotFoundError, ValueError):
         return True
-    there = {"instruction_set": environment.get("instruction_set"), "cache": second_cache(environment)}
-    return all(there[k] is None or here[k] is None or there[k] == here[k] for k in there)
+    pairs = ((environment.get("instruction_set"), instructions), (second_cache(environment), cache))
+    return all(there is None or here is None or there == here for there, here in pairs)
 
 
 def results_files() -> list[Path]:
