@@ -756,6 +756,19 @@ def test_many_rows_in_bf16(rows: int) -> None:
         assert all(torch.equal(found[0], y) for y in found), f"{name} depends on the number of threads"
 
 
+def right_for_any_threads(x: Tensor, *rest: Any) -> Tensor:
+    """The product, which is right, and the same bits for one to three threads."""
+    operator, found = OPERATORS["qlinear"], []
+    exact, plain = operator.reference(x.double(), *rest), operator.reference(x, *rest)
+    for count in (1, 2, 3):
+        with threads(count):
+            found.append(operator(x, *rest))
+    check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
+    assert all(torch.equal(found[0], y) for y in found)
+    y: Tensor = found[0]
+    return y
+
+
 @compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "columns"), [(64, 64), (70, 100), (130, 512), (33, 1), (128, 1024)])
@@ -768,18 +781,12 @@ def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torc
     codes, scale, zero, offset, lut = weight(rand, n, columns, 4, columns, **parts)
     x, bias = rand.normal(197, columns).to(dtype), rand.normal(n)
     operator, rest = OPERATORS["qlinear"], (codes, scale, zero, offset, lut, bias, 4, columns, "int8")
-    exact, plain = operator.reference(x.double(), *rest), operator.reference(x, *rest)
-    found = []
-    for count in (1, 2, 3):
-        with threads(count):
-            found.append(operator(x, *rest))
-    check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
-    assert all(torch.equal(found[0], y) for y in found)
-    assert torch.equal(operator(x[:131], *rest), found[0][:131]) and torch.equal(operator(x[66:], *rest), found[0][66:])
+    found = right_for_any_threads(x, *rest)
+    assert torch.equal(operator(x[:131], *rest), found[:131]) and torch.equal(operator(x[66:], *rest), found[66:])
     odd = x.clone()
     odd[5], odd[70, 0], odd[71, -1] = 0, float("nan"), float("inf")
     y = operator(odd, *rest)
-    assert torch.equal(y[72:], found[0][72:]) and torch.equal(y[:5], found[0][:5])
+    assert torch.equal(y[72:], found[72:]) and torch.equal(y[:5], found[:5])
     torch.testing.assert_close(y[[5, 70, 71]], operator(odd[[5, 70, 71]], *rest), equal_nan=True)
 
 
@@ -798,14 +805,8 @@ def test_many_rows_and_a_small_weight(n: int, columns: int, group: int, bits: in
     operator = OPERATORS["qlinear"]
     for added in (None, bias):
         rest = (codes, scale, zero, offset, lut, added, bits, group, "exact")
-        exact, plain = operator.reference(x.double(), *rest), operator.reference(x, *rest)
-        found = []
-        for count in (1, 2, 3):
-            with threads(count):
-                found.append(operator(x, *rest))
-        check_close("qlinear", found[0], exact, plain, factor=2, scale=float(exact.abs().max()))
-        assert all(torch.equal(found[0], y) for y in found)
-        assert torch.equal(operator(x.t().contiguous().t(), *rest), found[0])
+        found = right_for_any_threads(x, *rest)
+        assert torch.equal(operator(x.t().contiguous().t(), *rest), found)
     assert way(x, q).endswith(f"{DENSE}: 197 rows, 64 or more")
 
 
