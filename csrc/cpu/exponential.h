@@ -26,6 +26,20 @@ inline VecOf<R> where_greater(const VecOf<R>& a, const VecOf<R>& b, const VecOf<
 #endif
 }
 
+// v where a is not at most b, so too where it is NaN, and zero elsewhere.
+template <typename R>
+inline VecOf<R> where_not_at_most(const VecOf<R>& a, const VecOf<R>& b, const VecOf<R>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<R, float>) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ), v);
+  } else {
+    return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(a, b, _CMP_NLE_UQ), v);
+  }
+#else
+  return VecOf<R>::blendv(v, VecOf<R>(R(0)), a <= b);
+#endif
+}
+
 // v 2^n for integral n from -1022 (or -126) to 0; anything for others.
 template <typename R>
 inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
@@ -57,8 +71,8 @@ inline VecOf<R> scale_by_power(const VecOf<R>& v, const VecOf<R>& n) {
 
 // 2^s of what is not positive, to a unit or two in the last place. The library's vector routine is
 // a call that spills every register. Less than 2^-100 (in fp64 2^-500, whose square is a normal
-// number too) is zero: denormal numbers cost a hundred cycles each.
-template <typename R>
+// number too) is zero: denormal numbers cost a hundred cycles each. Of NaN it is zero too, or NaN.
+template <typename R, bool keeps_nan = false>
 inline VecOf<R> power_of_two(const VecOf<R>& s) {
   using V = VecOf<R>;
   const V n = s.round();
@@ -82,7 +96,8 @@ inline VecOf<R> power_of_two(const VecOf<R>& s) {
   COFIRE_UNROLL for (int i = degree - 1; i >= 0; --i) {
     p = at::vec::fmadd(p, r, V(coefficients[i]));
   }
-  return where_greater<R>(s, V(R(wide ? -500 : -100)), scale_by_power<R>(p, n));
+  const V least(R(wide ? -500 : -100)), power = scale_by_power<R>(p, n);
+  return keeps_nan ? where_not_at_most<R>(s, least, power) : where_greater<R>(s, least, power);
 }
 
 }  // namespace CPU_CAPABILITY

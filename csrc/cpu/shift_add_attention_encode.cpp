@@ -11,8 +11,10 @@
 #include <algorithm>
 #include <cmath>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "exponential.h"
 #include "loops.h"
 #include "parts.h"
 #include "shift_add_attention.h"
@@ -27,6 +29,9 @@ using Word = at::vec::Vectorized<int32_t>;
 constexpr int64_t kTile = 2 * kLanes;  // tokens
 constexpr int64_t kChunk = 256;        // tokens whose sum is taken in fp32
 constexpr float kSigmaFloor = 1e-12f;
+constexpr int kRows = 5;                    // of a product at a time
+constexpr int64_t kTogether = 32 / kLanes;  // vectors of a row whose sums stay in registers
+constexpr float kLog2E = 1.44269504f;
 
 // out[r] = sum over k of w[r][k] x[k] for R rows; x and out are tiles.
 template <int R>
@@ -50,10 +55,34 @@ inline void product_rows(const float* w, int64_t ld, const float* x, int64_t dep
   }
 }
 
+// Rows in as few groups as there can be, all of much the same size: one row alone would wait for
+// its own sums.
 inline void product(const float* w, int64_t rows, int64_t depth, const float* x, float* out) {
-  int64_t r = 0;
-  for (; r + 5 <= rows; r += 5) product_rows<5>(w + r * depth, depth, x, depth, out + r * kTile);
-  for (; r < rows; ++r) product_rows<1>(w + r * depth, depth, x, depth, out + r * kTile);
+  const auto take = [&](auto count) {
+    product_rows<count()>(w, depth, x, depth, out);
+    w += count() * depth;
+    out += count() * kTile;
+    rows -= count();
+  };
+  while (rows > 0) {
+    const int64_t groups = (rows + kRows - 1) / kRows;
+    switch ((rows + groups - 1) / groups) {
+      case 5:
+        take(std::integral_constant<int, 5>());
+        break;
+      case 4:
+        take(std::integral_constant<int, 4>());
+        break;
+      case 3:
+        take(std::integral_constant<int, 3>());
+        break;
+      case 2:
+        take(std::integral_constant<int, 2>());
+        break;
+      default:
+        take(std::integral_constant<int, 1>());
+    }
+  }
 }
 
 // The transposed rows of a tile, [columns][kTile]; lanes without a token are zero.
@@ -74,8 +103,8 @@ void to_lanes(const T* rows, int64_t count, int64_t columns, float* scratch, flo
   for (int64_t t = 0; t < kTile; t += kLanes) {
     int64_t i = 0;
     for (; i + kLanes <= columns; i += kLanes) {
-      at::vec::transpose_mxn<float>(from + t * columns + i, columns, out + i * kTile + t, kTile,
-                                    kLanes, kLanes);
+      at::vec::transpose_mxn<float, kLanes, kLanes>(from + t * columns + i, columns,
+                                                    out + i * kTile + t, kTile);
     }
     for (; i < columns; ++i) {
       for (int64_t u = 0; u < kLanes; ++u) out[i * kTile + t + u] = from[(t + u) * columns + i];
@@ -99,32 +128,34 @@ at::Tensor nothing_of(const at::Tensor& input, int64_t bits) {
   return at::zeros({}, input.options()).expand(sizes);
 }
 
-// The words of a tile from the masks of their bits, low and high half.
-struct Words {
-  Word half[2][2] = {{Word(0), Word(0)}, {Word(0), Word(0)}};
-
-  void set(int64_t bit, int part, const Vec& mask) {
-    const Word place(static_cast<int32_t>(uint32_t{1} << (bit % 32)));
-    Word& w = half[bit / 32][part];
-    w = w | (at::vec::cast<int32_t>(mask) & place);
-  }
-  template <typename W>
-  void store(W* out, int64_t count) const {
-    int32_t low[kTile], high[kTile];
+// The words of a tile from masks: mask(bit, part) gives those of a code and of another one.
+template <typename W, typename F>
+void store_words(int64_t bits, int64_t count, F&& mask, W* code, W* other) {
+  constexpr int kHalves = sizeof(W) == 8 ? 2 : 1;
+  uint32_t words[2][kHalves][kTile];
+  for (int half = 0; half < kHalves; ++half) {
     for (int part = 0; part < 2; ++part) {
-      half[0][part].store(low + part * kLanes);
-      half[1][part].store(high + part * kLanes);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      if constexpr (sizeof(W) == 8) {
-        out[t] = static_cast<W>(static_cast<uint64_t>(static_cast<uint32_t>(high[t])) << 32 |
-                                static_cast<uint32_t>(low[t]));
-      } else {
-        out[t] = static_cast<W>(low[t]);
+      Word set[2] = {Word(0), Word(0)};
+      uint32_t place = 1;
+      for (int64_t bit = half * 32; bit < std::min<int64_t>(bits, half * 32 + 32); ++bit) {
+        const Word here(static_cast<int32_t>(place));
+        const auto [a, b] = mask(bit, part);
+        set[0] = set[0] | (at::vec::cast<int32_t>(a) & here);
+        set[1] = set[1] | (at::vec::cast<int32_t>(b) & here);
+        place <<= 1;
       }
+      for (int i = 0; i < 2; ++i) set[i].store(words[i][half] + part * kLanes);
     }
   }
-};
+  for (int64_t t = 0; t < count; ++t) {
+    uint64_t both[2] = {words[0][0][t], words[1][0][t]};
+    if constexpr (kHalves == 2) {
+      for (int i = 0; i < 2; ++i) both[i] |= static_cast<uint64_t>(words[i][1][t]) << 32;
+    }
+    code[t] = static_cast<W>(both[0]);
+    other[t] = static_cast<W>(both[1]);
+  }
+}
 
 template <typename T>
 inline float squared_norm(const T* row, int64_t d) {
@@ -172,15 +203,38 @@ template <typename T>
 void sum_chunk(const T* x, int64_t count, int64_t d, float eps, double* sums) {
   std::vector<float> acc(d + kLanes);
   double squares = 0;
-  for (int64_t n = 0; n < count; ++n) {
-    const T* row = x + n * d;
-    const float norm2 = squared_norm(row, d), inverse = 1 / std::max(std::sqrt(norm2), eps);
-    squares += static_cast<double>(norm2) * inverse * inverse;
-    const Vec scale(inverse);
-    for_vectors(d, [&](int64_t i, auto rest) {
-      const Vec v = at::vec::fmadd(load(row + i, rest), scale, load(acc.data() + i, rest));
-      store_f32(acc.data() + i, v, rest);
-    });
+  const int64_t whole = d / (kTogether * kLanes) * kTogether * kLanes;
+  for (int64_t first = 0; first < count; first += kLanes) {
+    const int64_t some = std::min(kLanes, count - first);
+    const T* rows = x + first * d;
+    float norm2[kLanes] = {}, inverse[kLanes];
+    for (int64_t n = 0; n < some; ++n) norm2[n] = squared_norm(rows + n * d, d);
+    const Vec of_rows = Vec::loadu(norm2);
+    const Vec one_over = Vec(1.0f) / at::vec::maximum(of_rows.sqrt(), Vec(eps));
+    one_over.store(inverse);
+    squares += reduce_add(of_rows * one_over * one_over);
+    for (int64_t i = 0; i < whole; i += kTogether * kLanes) {
+      Vec sum[kTogether];
+      COFIRE_UNROLL for (int64_t v = 0; v < kTogether; ++v) {
+        sum[v] = Vec::loadu(acc.data() + i + v * kLanes);
+      }
+      for (int64_t n = 0; n < some; ++n) {
+        const Vec scale(inverse[n]);
+        COFIRE_UNROLL for (int64_t v = 0; v < kTogether; ++v) {
+          sum[v] = at::vec::fmadd(load_f32(rows + n * d + i + v * kLanes), scale, sum[v]);
+        }
+      }
+      COFIRE_UNROLL for (int64_t v = 0; v < kTogether; ++v) {
+        sum[v].store(acc.data() + i + v * kLanes);
+      }
+    }
+    for (int64_t n = 0; n < some; ++n) {
+      for_vectors(d - whole, [&](int64_t c, auto rest) {
+        float* to = acc.data() + whole + c;
+        const Vec row = load(rows + n * d + whole + c, rest);
+        store_f32(to, at::vec::fmadd(row, Vec(inverse[n]), load(to, rest)), rest);
+      });
+    }
   }
   for (int64_t i = 0; i < d; ++i) sums[i] = acc[i];
   sums[d] = squares;
@@ -201,7 +255,7 @@ float sigma_of(const Head& head, const double* sums, int64_t chunks, int64_t tok
 // A tile of tokens: the transposed input, one over the norms, and the distances from all anchors.
 struct Tile {
   std::vector<float> scratch, x, distance, features;
-  Vec inverse[2], norm[2];
+  Vec inverse[2];
 
   explicit Tile(const Head& h)
       : scratch(kTile * std::max(h.d, h.bits)),
@@ -213,14 +267,23 @@ struct Tile {
   void measure(const Head& h, const T* rows, int64_t count, float eps) {
     to_lanes(rows, count, h.d, scratch.data(), x.data());
     product(h.anchors, h.m, h.d, x.data(), distance.data());
-    for (int part = 0; part < 2; ++part) {
-      Vec sum(0.0f);
-      for (int64_t k = 0; k < h.d; ++k) {
+    constexpr int kChains = 4;  // that do not wait for each other
+    Vec squares[kChains][2];
+    COFIRE_UNROLL for (int i = 0; i < kChains; ++i) squares[i][0] = squares[i][1] = Vec(0.0f);
+    const auto add = [&](int64_t k, int to) {
+      COFIRE_UNROLL for (int part = 0; part < 2; ++part) {
         const Vec v = Vec::loadu(x.data() + k * kTile + part * kLanes);
-        sum = at::vec::fmadd(v, v, sum);
+        squares[to][part] = at::vec::fmadd(v, v, squares[to][part]);
       }
-      norm[part] = sum.sqrt();
-      inverse[part] = Vec(1.0f) / at::vec::maximum(norm[part], Vec(eps));
+    };
+    int64_t k = 0;
+    for (; k + kChains <= h.d; k += kChains) {
+      COFIRE_UNROLL for (int i = 0; i < kChains; ++i) add(k + i, i);
+    }
+    for (; k < h.d; ++k) add(k, 0);
+    for (int part = 0; part < 2; ++part) {
+      const Vec sum = (squares[0][part] + squares[1][part]) + (squares[2][part] + squares[3][part]);
+      inverse[part] = Vec(1.0f) / at::vec::maximum(sum.sqrt(), Vec(eps));
       const Vec unit = sum * inverse[part] * inverse[part], twice = inverse[part] * Vec(-2.0f);
       for (int64_t j = 0; j < h.m; ++j) {
         float* p = distance.data() + j * kTile + part * kLanes;
@@ -233,7 +296,7 @@ struct Tile {
 template <typename T, typename W>
 void encode_chunk(const Head& h, Tile& tile, const T* x, int64_t count, float sigma, float eps,
                   W* codes, W* gate) {
-  const Vec scale(-0.5f / sigma), zero(0.0f), one(1.0f);
+  const Vec scale(-0.5f / sigma * kLog2E), zero(0.0f), one(1.0f);
   for (int64_t t = 0; t < count; t += kTile) {
     const int64_t some = std::min(kTile, count - t);
     tile.measure(h, x + t * h.d, some, eps);
@@ -241,21 +304,19 @@ void encode_chunk(const Head& h, Tile& tile, const T* x, int64_t count, float si
       const Vec center(h.center[j]);
       for (int part = 0; part < 2; ++part) {
         float* p = tile.distance.data() + j * kTile + part * kLanes;
-        ((Vec::loadu(p) * scale).exp() - center).store(p);
+        (power_of_two<float, true>(Vec::loadu(p) * scale) - center).store(p);
       }
     }
     product(h.projection, h.bits, h.m, tile.distance.data(), tile.features.data());
-    Words set, pass;
-    for (int64_t i = 0; i < h.bits; ++i) {
-      for (int part = 0; part < 2; ++part) {
-        const Vec y = Vec::loadu(tile.features.data() + i * kTile + part * kLanes);
-        const Vec positive = y > zero;
-        set.set(i, part, positive);
-        pass.set(i, part, positive & (y < one));
-      }
-    }
-    set.store(codes + t, some);
-    pass.store(gate + t, some);
+    const float* features = tile.features.data();
+    store_words(
+        h.bits, some,
+        [&](int64_t bit, int part) {
+          const Vec y = Vec::loadu(features + bit * kTile + part * kLanes);
+          const Vec positive = y > zero;
+          return std::pair(positive, positive & (y < one));
+        },
+        codes + t, gate + t);
   }
 }
 

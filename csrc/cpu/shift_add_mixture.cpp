@@ -135,7 +135,8 @@ at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& gra
 constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
 constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
 constexpr int64_t kBlock = 48;                    // rows that share a panel from the first caches
-constexpr int64_t kSlab = 128;                    // its depth that stays in the first one
+constexpr int64_t kSlab = 4096 / kPanel;          // its depth that stays in the first one
+constexpr int64_t kCopied = 128;                  // numbers of a row that is copied
 
 // The tokens of the two experts. Each token is in exactly one list, which is checked: no row is
 // then written twice, or not at all.
@@ -220,11 +221,21 @@ class Panels {
 
  private:
   void copy(const T* from, int64_t along_depth, int64_t along_columns, int64_t n, float* to) const {
-    for (int64_t k = 0; k < depth_; ++k, to += kPanel) {
-      for (int64_t j = 0; j < n; ++j) {
-        to[j] = static_cast<float>(from[k * along_depth + j * along_columns]);
+    int64_t k = 0;
+    if constexpr (std::is_same_v<T, float>) {
+      for (; along_depth == 1 && n == kPanel && k + kLanes <= depth_; k += kLanes) {
+        for (int64_t j = 0; j < kPanel; j += kLanes) {
+          at::vec::transpose_mxn<float, kLanes, kLanes>(from + j * along_columns + k, along_columns,
+                                                        to + k * kPanel + j, kPanel);
+        }
       }
-      std::fill(to + n, to + kPanel, 0.f);
+    }
+    for (; k < depth_; ++k) {
+      float* const row = to + k * kPanel;
+      for (int64_t j = 0; j < n; ++j) {
+        row[j] = static_cast<float>(from[k * along_depth + j * along_columns]);
+      }
+      std::fill(row + n, row + kPanel, 0.f);
     }
   }
 
@@ -253,27 +264,30 @@ inline void product(const float* const* rows, int64_t begin, int64_t end, const 
   }
 }
 
-// The rows of a block as fp32: where they are, or a converted copy.
+// The rows of a block as fp32: a copy, unless they are short. Rows that lie a multiple of a page's
+// fraction apart would share few places of the first cache.
 template <typename T>
 class Rows {
  public:
   Rows(const T* x, int64_t size, const int32_t* token, int64_t count) {
-    if constexpr (!std::is_same_v<T, float>) {
-      copy_.resize(count * size);
+    const bool copied = !std::is_same_v<T, float> || size >= kCopied;
+    const int64_t stride = size + kLanes;
+    if (copied) {
+      copy_.resize(count * stride);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t i = 0; i < size; i += kLanes) {
           const int64_t n = std::min(kLanes, size - i);
           load_f32(x + token[r] * size + i, n)
-              .store(copy_.data() + r * size + i, static_cast<int>(n));
+              .store(copy_.data() + r * stride + i, static_cast<int>(n));
         }
       }
     }
     for (int64_t r = 0; r < kBlock; ++r) {  // the last one fills up the last tile
       const int64_t i = std::min(r, count - 1);
       if constexpr (std::is_same_v<T, float>) {
-        row_[r] = x + token[i] * size;
+        row_[r] = copied ? copy_.data() + i * stride : x + token[i] * size;
       } else {
-        row_[r] = copy_.data() + i * size;
+        row_[r] = copy_.data() + i * stride;
       }
     }
   }
