@@ -244,7 +244,6 @@ void Packed::set_scales(const Stored& w) {
   byte_middle = w.int8_lut ? above : whole ? static_cast<int64_t>(middle) : 0;
   byte_shift = uniform && whole ? few_shift : shift;
   partition_blocks = tables == 1 ? std::max<int64_t>(blocks, 1) : w.partition_rows / kBlock;
-  dense = std::make_shared<Dense>();
 }
 
 namespace {
@@ -473,9 +472,6 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
   shape.back() = w.rows;
   const at::Tensor x = rows_of(input);
   const bool int8 = activations == "int8";
-  if (way_of(w, x.size(0), x.scalar_type(), int8, true) == Way::kDense) {
-    return multiply_dense(x, *packed(codes, scale, zero, offset, lut, w), bias).view(shape);
-  }
   at::Tensor y = empty_in_large_pages(shape, input.options());
   if (y.numel() == 0) return y;
   const auto layout = layout_of(w, codes, scale, zero, offset, lut);
@@ -486,10 +482,10 @@ at::Tensor qlinear(const at::Tensor& input, const at::Tensor& codes, const Maybe
 // What qlinear and qlora_linear would do with these arguments, and why.
 std::string plan_product(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
                          const MaybeTensor& zero, const MaybeTensor& offset, const MaybeTensor& lut,
-                         int64_t bits, int64_t group_size, bool int8, bool alone) {
+                         int64_t bits, int64_t group_size, bool int8) {
   if (wide(scale) || wide(zero) || wide(offset) || wide(lut)) return "reference: parts in fp64";
   const Stored w = without_scales(codes, lut, bits, group_size, input.size(-1));
-  return plan_of(w, rows_of(input).size(0), input.scalar_type(), int8, alone);
+  return plan_of(w, rows_of(input).size(0), input.scalar_type(), int8);
 }
 
 std::string plan_qlinear(const at::Tensor& input, const at::Tensor& codes, const MaybeTensor& scale,
@@ -497,7 +493,7 @@ std::string plan_qlinear(const at::Tensor& input, const at::Tensor& codes, const
                          const MaybeTensor& /*bias*/, int64_t bits, int64_t group_size,
                          c10::string_view activations) {
   return plan_product(input, codes, scale, zero, offset, lut, bits, group_size,
-                      activations == "int8", true);
+                      activations == "int8");
 }
 
 // dx = dy W (+ low a): by tiles of columns, decoding the rows of the weight as they are stored, or,
@@ -649,7 +645,7 @@ std::string plan_qlora_linear(const at::Tensor& input, const at::Tensor& codes,
                               const MaybeTensor& /*bias*/, const at::Tensor& /*lora_a*/,
                               const at::Tensor& /*lora_b*/, double /*alpha*/, int64_t bits,
                               int64_t group_size) {
-  return plan_product(input, codes, scale, zero, offset, lut, bits, group_size, false, false);
+  return plan_product(input, codes, scale, zero, offset, lut, bits, group_size, false);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> qlora_linear_backward(

@@ -17,7 +17,6 @@
 #include <array>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -94,12 +93,6 @@ struct Packed {
   int64_t byte_middle;
   at::Tensor byte_shift;
   int64_t partition_blocks;  // blocks that share a row of the tables
-  // A small weight itself, as the library packs it, from the first product on that reads it.
-  struct Dense {
-    std::mutex mutex;
-    at::Tensor weight;
-  };
-  std::shared_ptr<Dense> dense;
 };
 
 // Whether there is a packed layout: groups of whole steps and, where there are several
@@ -243,7 +236,7 @@ at::Tensor float_rows(const at::Tensor& x, int64_t to, int64_t apart = 0);
 // bytes, or all of a small one, by a tile decoded to pairs of bf16 (where the machine multiplies
 // those; with their scales, rounded as a dense weight is, where AMX takes many rows) or to floats,
 // by one decoded from the weight as it is stored, or by slabs decoded to floats, or to bf16 with
-// their scales, and the library, or by a small weight that the library keeps.
+// their scales, and the library, or by panels of floats that are all of a small weight.
 enum class Way {
   kFew,
   kFewPairs,
@@ -255,18 +248,14 @@ enum class Way {
   kStored,
   kLibrary,
   kLibraryHalves,
-  kDense
+  kPanels
 };
 
-// The way for `count` rows of a dtype; `plan_of` says it in words. `alone`: whether the product may
-// be made, in memory of its own, by whoever adds no more than a bias to it: Way::kDense.
-Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone);
-std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone);
+// The way for `count` rows of a dtype; `plan_of` says it in words.
+Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);
+std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8);
 
-// y = x W^T + bias, x of shape [M, K], for Way::kDense.
-at::Tensor multiply_dense(const at::Tensor& x, const Packed& w, const MaybeTensor& bias);
-
-// y = x W^T + low b + bias, x of shape [M, K], in y's dtype, for the other ways;
+// y = x W^T + low b + bias, x of shape [M, K], in y's dtype;
 // lowbit_product.cpp.
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* packed,
               const MaybeTensor& bias, const LowRank& low_rank, bool int8, const at::Tensor& y);

@@ -7,7 +7,6 @@
 // the first-level cache and multiplied by blocks of rows. The work is cut by rows of the weight,
 // and of x, and no sum is cut, so results do not depend on the number of threads.
 #include <ATen/Context.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mm.h>
 
 #include <bit>
@@ -20,6 +19,7 @@
 #include "lowbit.h"
 #include "one_thread.h"
 #include "pages.h"
+#include "panels.h"
 #include "parts.h"
 #include "rounding.h"
 
@@ -1527,11 +1527,12 @@ void multiply_rows_of(const at::Tensor& x, const Stored& w, const LowRank& low_r
 
 #endif
 
+// Columns whose products are one sum, which must not lose more than the library's: these are
+// shorter on AVX-512.
+constexpr int64_t kLongest = kLanes == 16 ? 64 : 256;
+
 void multiply_floats(Rows& x, const Stored& stored, const Packed* w, const Sink& sink) {
   const int64_t blocks = (stored.rows + kBlock - 1) / kBlock;
-  // Columns of a tile. Their products are one sum after the other, which must not lose more than
-  // the library's, whose sums are shorter on AVX-512.
-  constexpr int64_t kLongest = kLanes == 16 ? 64 : 256;
   constexpr int64_t kDepth = std::min<int64_t>(kTileBytes / (4 * kWidth) / kStep * kStep, kLongest);
   const int64_t cost = x.stride * kWidth / 2 * x.count;
   by_tiles(x, w, blocks, cost, [&] {
@@ -1718,49 +1719,60 @@ void multiply_library(const at::Tensor& x, const Stored& stored, const Packed* w
   }
 }
 
-// The library's product with a weight that it has packed: not what mm and linear call.
-using PackWeight = at::Tensor(const at::Tensor&, std::optional<c10::SymInt>);
-using MultiplyPacked = at::Tensor(const at::Tensor&, const at::Tensor&, const MaybeTensor&,
-                                  c10::string_view, c10::List<std::optional<at::Scalar>>,
-                                  std::optional<c10::string_view>);
-
-template <typename Call>
-std::optional<c10::TypedOperatorHandle<Call>> operator_of_library(const char* name) {
-  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
-  if (!found.has_value() || !found->hasKernelForDispatchKey(c10::DispatchKey::CPU)) return {};
-  return found->typed<Call>();
-}
-
-const auto& pack_weight() {
-  static const auto op = operator_of_library<PackWeight>("mkldnn::_reorder_linear_weight");
-  return op;
-}
-
-const auto& multiply_packed() {
-  static const auto op = operator_of_library<MultiplyPacked>("mkldnn::_linear_pointwise");
-  return op;
+// Many rows times a small weight that is decoded once, to panels that the second-level cache holds.
+void multiply_panels(const at::Tensor& x, const Packed& w, const MaybeTensor& bias,
+                     const LowRank& low_rank, const at::Tensor& y) {
+  constexpr int64_t kShort = 128;  // numbers of a row
+  constexpr int64_t kBlocks = panels::kWidth / kBlock, kTiles = panels::kBlock / panels::kRows;
+  const int64_t depth = w.steps * kStep, number = (w.blocks + kBlocks - 1) / kBlocks;
+  // Columns beyond the last are not there; nor are their results.
+  const at::Tensor scratch =
+      empty_in_large_pages({number, depth, panels::kWidth}, x.options().dtype(at::kFloat));
+  auto* decoded = scratch.mutable_data_ptr<float>();
+  in_parts(number, grain_of(depth * panels::kWidth), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      decode_floats(w, p * kBlocks, std::min(kBlocks, w.blocks - p * kBlocks), 0, depth,
+                    decoded + p * depth * panels::kWidth, panels::kWidth);
+    }
+  });
+  const Sink sink(Rows(), low_rank, false, bias, y);
+  const at::Tensor input = x.contiguous();
+  const int64_t count = x.size(0), tiles = (count + panels::kRows - 1) / panels::kRows;
+  const int64_t threads = at::get_num_threads();
+  const int64_t parts = round_up((tiles + kTiles - 1) / kTiles, threads);
+  const float nothing[panels::kWidth] = {};
+  dispatch(x.scalar_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* from = input.const_data_ptr<T>();
+    in_turns(parts, [&](int64_t part) {
+      const int64_t m = tiles * part / parts * panels::kRows;
+      const int64_t rows = std::min(tiles * (part + 1) / parts * panels::kRows, count) - m;
+      if (rows <= 0) return;
+      // Short rows may stay where they are, if there are enough for whole tiles.
+      const bool in_place =
+          std::is_same_v<T, float> && w.columns < kShort && rows % panels::kRows == 0;
+      panels::Copy copy;
+      panels::Block lines{reinterpret_cast<const float*>(from + m * w.columns), w.columns};
+      if (!in_place) {
+        lines = copy(w.columns, rows, [&](int64_t r) { return from + (m + r) * w.columns; });
+      }
+      constexpr int64_t kApartRows = std::max(panels::kWidth, kWidth);  // that a sink writes to
+      alignas(64) float c[panels::kBlock * kApartRows];
+      for (int64_t p = 0; p < number; ++p) {
+        const int64_t n = p * panels::kWidth;
+        const Straight to = sink.straight(m, n, panels::kWidth);
+        if (p + 1 < number) sink.ask_for(m, rows, n + panels::kWidth, panels::kWidth);
+        if (!panels::multiply(
+                lines, rows, w.columns, kLongest, decoded + p * depth * panels::kWidth,
+                to.added != nullptr ? to.added : nothing, {to.to, to.apart}, {c, kApartRows})) {
+          sink(c, m, rows, n, panels::kWidth, kApartRows);
+        }
+      }
+    });
+  });
 }
 
 }  // namespace
-
-at::Tensor multiply_dense(const at::Tensor& x, const Packed& w, const MaybeTensor& bias) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  at::Tensor weight;
-  {
-    const std::lock_guard<std::mutex> lock(w.dense->mutex);
-    if (!w.dense->weight.defined()) {
-      const at::Tensor all = at::empty({w.steps * kStep, w.blocks * kBlock}, at::kFloat);
-      decode_floats(w, 0, w.blocks, 0, all.size(0), all.mutable_data_ptr<float>(), all.size(1));
-      const at::Tensor dense = all.narrow(0, 0, w.columns).narrow(1, 0, w.rows).t().contiguous();
-      w.dense->weight = pack_weight()->call(dense, c10::SymInt(x.size(0)));
-    }
-    weight = w.dense->weight;
-  }
-  MaybeTensor added;
-  if (bias.has_value()) added = bias->to(at::kFloat).contiguous();
-  return multiply_packed()->call(x.contiguous(), weight, added, "none",
-                                 c10::List<std::optional<at::Scalar>>(), "");
-}
 
 // Up to how many rows codes are decoded in registers. Of bytes and pairs an instruction takes a
 // word of each row: those that are taken together; where rows are long, so that little of the time
@@ -1801,19 +1813,13 @@ static bool fits_whole([[maybe_unused]] const Stored& w, [[maybe_unused]] int64_
 #endif
 }
 
-// Whether the library keeps the weight itself for such rows: a small one, which takes no more
-// memory than what is multiplied and the result. Its products of all columns are one sum each,
-// which must not lose more than twice what those of mm do: these are shorter on AVX-512.
-static bool kept_dense(const Stored& w, int64_t count, at::ScalarType dtype) {
-  constexpr int64_t kLongest = kLanes == 16 ? 64 : 512;
+// Whether a weight is decoded to panels of floats once for so many rows, as it is small.
+static bool fits_panels(const Stored& w, int64_t count) {
   const int64_t size = w.rows * w.columns;
-  return dtype == at::kFloat && count >= kManyForWhole && size > 0 && size <= kWholeWeights &&
-         w.columns <= kLongest && count * (w.rows + w.columns) >= size && can_pack(w) &&
-         at::globalContext().userEnabledMkldnn() && pack_weight().has_value() &&
-         multiply_packed().has_value();
+  return count >= kManyForWhole && size > 0 && size <= kWholeWeights && can_pack(w);
 }
 
-Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone) {
+Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   if (!int8 && dtype == at::kBFloat16 && count >= kHalvesRows && can_pack(w) && amx::found()) {
     return Way::kHalves;
   }
@@ -1821,10 +1827,9 @@ Way way_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool
       library_takes_halves()) {
     return Way::kLibraryHalves;
   }
-  if (!int8 && alone && kept_dense(w, count, dtype)) return Way::kDense;
-  if (!int8 && count >= kLibraryRows && !(dtype == at::kBFloat16 && has_bf16())) {
-    return Way::kLibrary;
-  }
+  const bool in_floats = !int8 && !(dtype == at::kBFloat16 && has_bf16());
+  if (in_floats && fits_panels(w, count)) return Way::kPanels;
+  if (in_floats && count >= kLibraryRows) return Way::kLibrary;
   if (!can_pack(w)) return Way::kStored;
   if (int8 && fits_whole(w, count)) return Way::kWholeBytes;
   // Bytes from a table of more than 16 entries are looked up one by one: once, for a tile.
@@ -1845,9 +1850,9 @@ static int64_t run_of(const Packed* w, Way way) {
   return way == Way::kPairs || steps % 2 == 0 ? amx::kWords : amx::kWords / 2;
 }
 
-std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8, bool alone) {
+std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool int8) {
   const std::string rows = std::to_string(count) + (count == 1 ? " row" : " rows");
-  const Way way = way_of(w, count, dtype, int8, alone);
+  const Way way = way_of(w, count, dtype, int8);
   const bool pairs = way == Way::kPairs || way == Way::kFewPairs;
   int64_t most = most_few(int8, pairs && w.bits <= kPairBits, w.columns);
   if (int8 && fits_whole(w, kManyForWhole)) most = std::min(most, kManyForWhole - 1);
@@ -1875,8 +1880,8 @@ std::string plan_of(const Stored& w, int64_t count, at::ScalarType dtype, bool i
              std::to_string(kHalvesRows) + " or more" + on_amx;
     case Way::kFloats:
       return "tiles of the weight decoded to floats: " + rows + above;
-    case Way::kDense:
-      return "the library's product with the weight itself, kept as it is small: " + rows + ", " +
+    case Way::kPanels:
+      return "the weight decoded to floats once, as it is small: " + rows + ", " +
              std::to_string(kManyForWhole) + " or more";
     case Way::kLibrary:
       return "slabs of the weight decoded to floats, and the library's product: " + rows + ", " +
@@ -1913,8 +1918,9 @@ bool multiply_transposed(const at::Tensor& x, const Stored& w,
 void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const MaybeTensor& bias,
               const LowRank& low_rank, bool int8, const at::Tensor& y) {
   if (y.numel() == 0) return;
-  const Way way = way_of(stored, x.size(0), x.scalar_type(), int8, false);
+  const Way way = way_of(stored, x.size(0), x.scalar_type(), int8);
   if (way == Way::kLibrary) return multiply_library(x, stored, w, bias, low_rank, y);
+  if (way == Way::kPanels) return multiply_panels(x, *w, bias, low_rank, y);
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
   if (way == Way::kLibraryHalves) return multiply_library_halves(x, *w, bias, low_rank, y);
 #endif

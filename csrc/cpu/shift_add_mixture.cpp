@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "pages.h"
+#include "panels.h"
 #include "parts.h"
 #include "selection.h"
 #include "tag.h"
@@ -132,11 +133,9 @@ at::Tensor moe_route_backward(const at::Tensor& grad_gate, const at::Tensor& gra
 
 // -------------------------------------------------------------------------------- moe2_linear
 
-constexpr int64_t kPanel = 2 * kLanes;            // columns of a product at a time
-constexpr int64_t kRows = kLanes == 16 ? 12 : 6;  // rows: what the registers hold
-constexpr int64_t kBlock = 48;                    // rows that share a panel from the first caches
-constexpr int64_t kSlab = 4096 / kPanel;          // its depth that stays in the first one
-constexpr int64_t kCopied = 128;                  // numbers of a row that is copied
+using panels::kBlock;
+constexpr int64_t kPanel = panels::kWidth;
+constexpr int64_t kSlab = 4096 / kPanel;  // a panel's depth that stays in the first cache
 
 // The tokens of the two experts. Each token is in exactly one list, which is checked: no row is
 // then written twice, or not at all.
@@ -243,79 +242,15 @@ class Panels {
   at::Tensor data_;
 };
 
-// to = from + the products of `kRows` rows with a panel; the rows of `from` may all be the same
-// one. The products of a slab are added up before they are added to what there is: a chain of all
-// of the depth would lose more.
-inline void product(const float* const* rows, int64_t begin, int64_t end, const float* panel,
-                    const float* from, int64_t stride, float* to) {
-  Vec acc[kRows][2];
-  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) acc[r][0] = acc[r][1] = Vec(0.f);
-  for (int64_t k = begin; k < end; ++k, panel += kPanel) {
-    const Vec b[2] = {Vec::loadu(panel), Vec::loadu(panel + kLanes)};
-    COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
-      const Vec a(rows[r][k]);
-      acc[r][0] = at::vec::fmadd(a, b[0], acc[r][0]);
-      acc[r][1] = at::vec::fmadd(a, b[1], acc[r][1]);
-    }
-  }
-  COFIRE_UNROLL for (int r = 0; r < kRows; ++r) {
-    (acc[r][0] + Vec::loadu(from + r * stride)).store(to + r * kPanel);
-    (acc[r][1] + Vec::loadu(from + r * stride + kLanes)).store(to + r * kPanel + kLanes);
-  }
-}
-
-// The rows of a block as fp32: a copy, unless they are short. Rows that lie a multiple of a page's
-// fraction apart would share few places of the first cache.
-template <typename T>
-class Rows {
- public:
-  Rows(const T* x, int64_t size, const int32_t* token, int64_t count) {
-    const bool copied = !std::is_same_v<T, float> || size >= kCopied;
-    const int64_t stride = size + kLanes;
-    if (copied) {
-      copy_.resize(count * stride);
-      for (int64_t r = 0; r < count; ++r) {
-        for (int64_t i = 0; i < size; i += kLanes) {
-          const int64_t n = std::min(kLanes, size - i);
-          load_f32(x + token[r] * size + i, n)
-              .store(copy_.data() + r * stride + i, static_cast<int>(n));
-        }
-      }
-    }
-    for (int64_t r = 0; r < kBlock; ++r) {  // the last one fills up the last tile
-      const int64_t i = std::min(r, count - 1);
-      if constexpr (std::is_same_v<T, float>) {
-        row_[r] = copied ? copy_.data() + i * stride : x + token[i] * size;
-      } else {
-        row_[r] = copy_.data() + i * stride;
-      }
-    }
-  }
-  const float* const* from(int64_t r) const { return row_ + r; }
-
- private:
-  std::vector<float> copy_;
-  const float* row_[kBlock];
-};
-
 // finish(column, products [kBlock, kPanel]) for each panel; what they are added to is the same in
 // all rows.
 template <typename T, typename F>
-void multiply(const Rows<T>& rows, int64_t count, const Panels<T>& panels, int e, const float* add,
+void multiply(panels::Block rows, int64_t count, const Panels<T>& weight, int e, const float* add,
               F&& finish) {
   float products[kBlock * kPanel];
-  for (int64_t p = 0; p < panels.number(); ++p) {
-    const float* const panel = panels.panel(e, p);
-    const float* from = add + p * kPanel;
-    int64_t stride = 0, begin = 0;
-    do {
-      const int64_t end = std::min(panels.depth(), begin + kSlab);
-      for (int64_t r = 0; r < count; r += kRows) {
-        product(rows.from(r), begin, end, panel + begin * kPanel, from + r * stride, stride,
-                products + r * kPanel);
-      }
-      from = products, stride = kPanel, begin = end;
-    } while (begin < panels.depth());
+  for (int64_t p = 0; p < weight.number(); ++p) {
+    panels::multiply(rows, count, weight.depth(), kSlab, weight.panel(e, p), add + p * kPanel, {},
+                     {products, kPanel});
     finish(p * kPanel, products);
   }
 }
@@ -366,15 +301,16 @@ at::Tensor moe2_linear(const at::Tensor& x, const at::Tensor& dense_weight,
   at::Tensor y = empty_in_large_pages({x.size(0), out}, x.options());
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Panels<T> panels(weight, false, tokens);
+    const Panels<T> packed(weight, false, tokens);
     const T* const from = input.const_data_ptr<T>();
     const T* const gates = scale.const_data_ptr<T>();
     T* const to = y.mutable_data_ptr<T>();
     tokens.blocks([&](int e, int64_t begin, int64_t end) {
       const int32_t* const token = tokens.list(e) + begin;
-      const Rows<T> rows(from, in, token, end - begin);
+      panels::Copy copy;
+      const auto rows = copy(in, end - begin, [&](int64_t r) { return from + token[r] * in; });
       for (int64_t r = 0; r < end - begin; ++r) __builtin_prefetch(to + token[r] * out, 1);
-      multiply(rows, end - begin, panels, e, bias[e].data(),
+      multiply(rows, end - begin, packed, e, bias[e].data(),
                [&](int64_t column, const float* products) {
                  const int64_t n = out - column;
                  for (int64_t r = 0; r < end - begin; ++r, products += kPanel) {
@@ -446,16 +382,17 @@ Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
   at::Tensor dweight[2], dbias[2];
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const Panels<T> panels(weight, true, tokens);
+    const Panels<T> packed(weight, true, tokens);
     const T* const from = dy.const_data_ptr<T>();
     const T* const inputs = input.const_data_ptr<T>();
     const T* const gates = scale.const_data_ptr<T>();
     T* const to = dx.mutable_data_ptr<T>();
     T* const to_gate = dgate.mutable_data_ptr<T>();
-    const std::vector<float> nothing(panels.number() * kPanel);
+    const std::vector<float> nothing(packed.number() * kPanel);
     tokens.blocks([&](int e, int64_t begin, int64_t end) {
       const int32_t* const token = tokens.list(e) + begin;
-      const Rows<T> rows(from, out, token, end - begin);
+      panels::Copy copy;
+      const auto rows = copy(out, end - begin, [&](int64_t r) { return from + token[r] * out; });
       Vec sums[kBlock];
       for (int64_t r = 0; r < end - begin; ++r) {
         Vec sum(0.f);
@@ -466,7 +403,7 @@ Gradients moe2_linear_backward(const at::Tensor& grad, const at::Tensor& x,
         }
         sums[r] = sum;
       }
-      multiply(rows, end - begin, panels, e, nothing.data(), [&](int64_t column, const float* u) {
+      multiply(rows, end - begin, packed, e, nothing.data(), [&](int64_t column, const float* u) {
         for (int64_t r = 0; r < end - begin; ++r, u += kPanel) {
           const Vec g(static_cast<float>(gates[token[r]]));
           const int64_t at = token[r] * in + column;

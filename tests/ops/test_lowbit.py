@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from cofire import explain, native, ops
-from cofire.nn import QuantLinear
 from cofire.ops import QTensor, pack_bits, pack_shift
 from cofire.ops.lowbit import int8_activations
 from cofire.registry import FLOATS, OPERATORS
@@ -790,72 +789,53 @@ def test_many_rows_of_bytes_and_a_small_weight(n: int, columns: int, dtype: torc
     torch.testing.assert_close(y[[5, 70, 71]], operator(odd[[5, 70, 71]], *rest), equal_nan=True)
 
 
-DENSE = "the library's product with the weight itself, kept as it is small"
+ONCE = "the weight decoded to floats once, as it is small"
 
 
 @compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [2, 5])
-@pytest.mark.parametrize(("n", "columns", "group"), [(64, 64, 32), (70, 50, 50), (96, 33, 33), (17, 1, 1)])
-def test_many_rows_and_a_small_weight(n: int, columns: int, group: int, bits: int) -> None:
-    """The library keeps it: the same bits for any number of threads, at the first product and later, with a bias or without."""
+@pytest.mark.parametrize(
+    ("n", "columns", "group"), [(64, 64, 32), (70, 50, 50), (96, 33, 33), (17, 1, 1), (33, 300, 300), (128, 1024, 128)]
+)
+def test_many_rows_and_a_small_weight(n: int, columns: int, group: int, bits: int, dtype: torch.dtype) -> None:
+    """Sizes that fill the registers of a product and that do not, with a bias and without; the same bits for any number of
+    threads and for any rows beside a row."""
     rand = Random(f"dense {n} {columns}")
     codes, scale, zero, offset, lut = weight(rand, n, columns, bits, group, zero="floats")
-    q = QTensor(codes, scale, (n, columns), bits, group, zero, offset, lut)
-    x, bias = rand.normal(197, columns), rand.normal(n)
+    x, bias = rand.normal(197, columns).to(dtype), rand.normal(n)
     operator = OPERATORS["qlinear"]
     for added in (None, bias):
         rest = (codes, scale, zero, offset, lut, added, bits, group, "exact")
         found = right_for_any_threads(x, *rest)
         assert torch.equal(operator(x.t().contiguous().t(), *rest), found)
-    assert way(x, q).endswith(f"{DENSE}: 197 rows, 64 or more")
+        assert torch.equal(operator(x[:131], *rest), found[:131]) and torch.equal(operator(x[66:], *rest), found[66:])
+    low = rand.normal(3, columns).to(dtype), rand.normal(n, 3).to(dtype)
+    args = (x, codes, scale, zero, offset, lut, bias, *low, 0.5, bits, group)
+    operator = OPERATORS["qlora_linear"]
+    (y, *_), (plain, *_) = operator(*args), operator.reference(*args)
+    exact, *_ = operator.reference(
+        *(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    )
+    check_close("qlora_linear", y, exact, plain, factor=2, scale=float(exact.abs().max()))
 
 
 @compiled
-def test_what_the_library_keeps_of_a_small_weight_follows_the_weight() -> None:
-    codes, scale, zero, offset, lut = weight(Random("follows"), 32, 48, 4, 48)
-    q = QTensor(codes, scale, (32, 48), 4, 48, zero, offset, lut)
-    x = Random("follows x").normal(80, 48)
-    assert DENSE in way(x, q)
-    before = ops.qlinear(x, q)
-    scale.mul_(2)
-    assert torch.equal(ops.qlinear(x, q), 2 * before)
-    codes.zero_()
-    assert torch.allclose(ops.qlinear(x, q), x @ ops.dequantize(q).t(), rtol=1e-4, atol=1e-4)
-    layer = QuantLinear.from_linear(torch.nn.Linear(48, 32), bits=4, group_size=48)
-    y = layer(x)
-    layer.free_layout()
-    assert torch.equal(layer(x), y)
-
-
-@compiled
-def test_when_the_library_keeps_a_small_weight() -> None:
+def test_when_a_small_weight_is_decoded_once() -> None:
     codes, scale, zero, offset, lut = weight(Random("when"), 32, 48, 4, 48)
     q = QTensor(codes, scale, (32, 48), 4, 48, zero, offset, lut)
-    for x, kept in (
+    for x, once in (
         (torch.ones(64, 48), True),
         (torch.ones(4, 16, 48), True),
+        (torch.ones(64, 48).half(), True),
         (torch.ones(63, 48), False),
-        (torch.ones(64, 48).bfloat16(), False),
         (torch.ones(0, 48), False),
     ):
-        assert (DENSE in way(x, q)) is kept, x.shape
+        assert (ONCE in way(x, q)) is once, x.shape
         assert ops.qlinear(x, q).shape == (*x.shape[:-1], 32)
-    assert DENSE not in way(torch.ones(64, 48), q, "int8")
-    low = (torch.ones(2, 48), torch.ones(32, 2))
-    (call,) = explain("qlora_linear", torch.ones(64, 48), q, *low, 1.0)
-    assert DENSE not in call["kernel"]
-    enabled = torch.backends.mkldnn.enabled
-    try:
-        torch.backends.mkldnn.enabled = False
-        assert DENSE not in way(torch.ones(64, 48), q)
-    finally:
-        torch.backends.mkldnn.enabled = enabled
-    if native.STATUS.variant != "avx512":  # there its sums would be less exact than those of mm
-        large = ops.quantize_weight(torch.randn(256, 512), "absmax", bits=4, group_size=64)
-        # With fewer rows it would take more memory than what is multiplied and the result.
-        assert DENSE not in way(torch.ones(170, 512), large) and DENSE in way(torch.ones(171, 512), large)
+    assert ONCE not in way(torch.ones(64, 48), q, "int8")
     larger = ops.quantize_weight(torch.randn(4096, 64), "absmax", bits=4, group_size=64)
-    assert DENSE not in way(torch.ones(4096, 64), larger)
+    assert ONCE not in way(torch.ones(4096, 64), larger)
 
 
 @compiled

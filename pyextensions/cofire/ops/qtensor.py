@@ -262,8 +262,7 @@ class QTensor:
     @property
     def resident_nbytes(self) -> int:
         """Bytes that are held once it has been multiplied with: its tensors, and the second layout that products on this
-        machine's CPU make of them and keep for as long as the tensors live. Not counted: a small weight in fp32, which products
-        of many rows keep (docs/lowbit.md, "Memory")."""
+        machine's CPU make of them and keep for as long as the tensors live."""
         from cofire.ops.lowbit import layout_nbytes
 
         return self.nbytes + layout_nbytes(self)
