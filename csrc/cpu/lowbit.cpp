@@ -204,6 +204,25 @@ at::Tensor exponents_of(const Stored& w) {
   return found;
 }
 
+// See Packed::halves. `table`: fp32 [P, 16], from which `middle` comes off; or the exponents.
+at::Tensor halves_of(const at::Tensor& table, float middle, const at::Tensor& exponents) {
+  const bool powers = exponents.defined();
+  if (!powers && table.size(1) > 16) return {};
+  at::Tensor found = at::empty({table.size(0), 32}, table.options().dtype(at::kByte));
+  for (int64_t p = 0; p < table.size(0); ++p) {
+    auto* to = found.mutable_data_ptr<uint8_t>() + p * 32;
+    for (int64_t i = 0; i < 16; ++i) {
+      const uint32_t bits =
+          powers ? uint32_t{exponents.const_data_ptr<uint8_t>()[p * 16 + i]} << 23
+                 : std::bit_cast<uint32_t>(table.const_data_ptr<float>()[p * 16 + i] - middle);
+      if (bits & 0xffff) return {};
+      to[i] = bits >> 24;
+      to[16 + i] = bits >> 16 & 255;
+    }
+  }
+  return found;
+}
+
 void Packed::set_scales(const Stored& w) {
   const int64_t entries = 1 << bits;
   const auto floats = w.codes.options().dtype(at::kFloat);
@@ -239,6 +258,7 @@ void Packed::set_scales(const Stored& w) {
   bytes = w.int8_lut ? (table + above).to(at::kByte) : at::Tensor();
   exponents = exponents_of(w);
   middle = uniform && w.one_zero && w.zero.defined() ? w.zero_of(0, 0) : 0.0f;
+  halves = halves_of(table, middle, exponents);
   few_shift = middle == 0.0f ? shift : w.offset.defined() ? shift + scale * middle : at::Tensor();
   const bool whole = middle == std::floor(middle) && std::abs(middle) <= 255;
   byte_middle = w.int8_lut ? above : whole ? static_cast<int64_t>(middle) : 0;

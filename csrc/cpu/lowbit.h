@@ -83,6 +83,9 @@ struct Packed {
   // Of tables of 32 powers of two up to 1, the second half the first one's negatives: uint8 [P,
   // 16], the fields of the exponent (0: a zero). Else undefined.
   at::Tensor exponents;
+  // Where all that few rows are multiplied by are halves of floats, that is, bf16: their high and
+  // low bytes, of codes of up to 4 bits or, without the sign, of powers of two. uint8 [P, 32].
+  at::Tensor halves;
   bool uniform;  // V is the code itself
   // With few rows the zero point, where all are equal, comes off each code: sums of codes that it
   // is taken off afterwards would cancel. `few_shift` is what is left of `shift`.
@@ -144,6 +147,45 @@ struct Planes {
     if constexpr (Bits == 7) return field<4, 0, 0, Q>() | field<2, 4, 4, Q>() | field<1, 6, 6, Q>();
   }
 };
+
+#if defined(CPU_CAPABILITY_AVX2)
+// Eight rows of a block: half of each vector.
+template <int Bits>
+struct HalfPlanes {
+  const uint8_t* p;
+
+  COFIRE_INLINE __m256i vector(int i) const {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 64 * i));
+  }
+
+  // As in `Planes`, from the bit Low of each byte on.
+  template <int W, int Low, int First, int Q>
+  COFIRE_INLINE __m256i field() const {
+    constexpr int fields = 8 / W, shift = W * (Q % fields);
+    const __m256i mask = _mm256_set1_epi8(static_cast<char>(((1 << W) - 1) << Low));
+    __m256i from = vector(First + Q / fields);
+    if constexpr (shift > Low) from = _mm256_srli_epi32(from, shift - Low);
+    if constexpr (shift < Low) from = _mm256_slli_epi32(from, Low - shift);
+    return _mm256_and_si256(from, mask);
+  }
+
+  // Rows n, columns 4 Q to 4 Q + 3: the lowest four bits of the bytes of lane n.
+  template <int Q>
+  COFIRE_INLINE __m256i quad() const {
+    static_assert(Bits <= 5);
+    if constexpr (Bits >= 4) return field<4, 0, 0, Q>();
+    if constexpr (Bits == 3) return _mm256_or_si256(field<2, 0, 0, Q>(), field<1, 2, 2, Q>());
+    if constexpr (Bits == 2) return field<2, 0, 0, Q>();
+    if constexpr (Bits == 1) return field<1, 0, 0, Q>();
+  }
+
+  // The fifth bit, as the highest one.
+  template <int Q>
+  COFIRE_INLINE __m256i signs() const {
+    return field<1, 7, 4, Q>();
+  }
+};
+#endif
 
 // Calls f with the number of bits as a constant.
 template <typename F>

@@ -177,6 +177,7 @@ ROWS: dict[str, tuple[int, ...]] = {
     "9": (3, 3),
     "vector": (),
     "none": (0,),
+    "40": (40,),
     "131": (131,),
 }
 
@@ -188,6 +189,7 @@ def products(
     chosen += [("4bits_g32", r) for r in ROWS] + [("palette", "3"), ("8bits", "131"), ("3bits_g32", "131")]
     chosen += [("shift_s5", r) for r in ("1", "3", "9", "131")] + [("shift_s8", r) for r in ("1", "9", "131")]
     chosen += [("4bits_rows", "131"), ("palettes_of_blocks", "131"), ("no_rows", "131")]
+    chosen += [(n, "40") for n in ("palette", "8bits", "3bits_g32", "shift_s5", "palettes_of_blocks")]
     chosen = [c for c in dict.fromkeys(chosen) if c[0] in names]
     return [
         Sample(
@@ -864,7 +866,8 @@ def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, 
     ), beyond
     beyond = way(torch.ones(512, columns, dtype=dtype), q, activations)
     assert activations == "int8" or re.search(
-        r"library's product: 512 rows, 512 or more$|pairs of bf16|scales included|kept as it is small: 512 rows", beyond
+        r"library's product: 512 rows, 512 or more$|pairs of bf16|scales included|floats once, as it is small: 512 rows",
+        beyond,
     ), beyond
     x = rand.normal(517, columns).to(dtype)
     expected = OPERATORS["qlinear"].reference(
@@ -883,12 +886,14 @@ def test_the_ways_meet_where_explain_says(activations: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("name", ["5bits", "palette", "palettes_of_rows", "6bits_g16"])
 def test_many_rows_are_the_library_s(name: str, dtype: torch.dtype) -> None:
     """With a bias and a low-rank term, of a packed layout (also over several slabs) and of codes as they are stored."""
-    sizes, rest = ((700, 2048, 5, 32), WEIGHTS[name][1]) if name == "5bits" else WEIGHTS[name]
+    large = {"5bits": (700, 2048, 5, 32), "palette": (719, 200, 4, 200)}  # smaller ones are decoded once
+    sizes, rest = large.get(name, WEIGHTS[name][0]), WEIGHTS[name][1]
     rand = Random(name)
     codes, scale, zero, offset, lut = weight(rand, *sizes, **rest)
     n, columns, bits, group = sizes
     q = QTensor(codes, scale, (n, columns), bits, group, zero, offset, lut)
     x, bias = rand.normal(520, columns).to(dtype), rand.normal(n)
+    assert re.search("library's product|pairs of bf16|scales included", way(x, q)), way(x, q)
     a, b = rand.normal(3, columns), rand.normal(n, 3)
     w = q.dequantize().double()
     expected = x.double() @ w.t() + bias.double()
@@ -928,7 +933,9 @@ def test_explain_names_the_exceptions() -> None:
     wide = q.replace(scale=scale.double())
     assert "parts in fp64" in way(torch.ones(1, 32), wide)
     (call,) = explain("qlora_linear", torch.ones(70, 32), q, torch.ones(2, 32), torch.ones(16, 2))
-    assert "tiles of the weight decoded to floats: 70 rows" in call["kernel"]
+    assert f"{ONCE}: 70 rows" in call["kernel"]
+    (call,) = explain("qlora_linear", torch.ones(60, 32), q, torch.ones(2, 32), torch.ones(16, 2))
+    assert "tiles of the weight decoded to floats: 60 rows" in call["kernel"]
 
 
 # ---------------------------------------------------------------------------------------------------- the tensor
