@@ -20,11 +20,12 @@ inline namespace CPU_CAPABILITY {
 
 // How the products of bytes, unsigned by signed, are summed up to 32 bits: by one instruction; over
 // 16 bits that hold the sums of a whole step (unsigned ones below 16), or those of a pair (below
-// 128); or with every byte widened first.
-enum class Bytes { kVnni, kNarrow, kPairs, kWide };
+// 128); or with every byte widened first, by each product or beforehand: kShorts.
+enum class Bytes { kVnni, kNarrow, kPairs, kShorts, kWide };
 
 // dot(acc, w, x): acc + the products of the four unsigned bytes of each lane of w with the four
-// signed ones of x. For kNarrow the sums stay in 16 bits: `widened` adds them up.
+// signed ones of x. For kNarrow the sums stay in 16 bits: `widened` adds them up. For kShorts a
+// lane is two numbers of 16 bits.
 
 // Calls f with the constants 0 to N - 1.
 template <int N, typename F>
@@ -376,6 +377,7 @@ COFIRE_INLINE __m256i dot_half(__m256i acc, __m256i w, __m256i x) {
 }
 template <Bytes Kind>
 COFIRE_INLINE W16 dot(W16 acc, W16 w, W16 x) {
+  if constexpr (Kind == Bytes::kShorts) return dot_pairs(acc, w, x);
   return {dot_half<Kind>(acc.a, w.a, x.a), dot_half<Kind>(acc.b, w.b, x.b)};
 }
 template <Bytes Kind>

@@ -29,9 +29,9 @@ namespace lowbit {
 
 namespace {
 
-// Of x, multiplied by one tile of the weight: on AMX, where decoding it takes longer than a
-// product.
-constexpr int64_t kRowsAtOnce = 64, kRowsAtOnceAmx = 128;
+// Of x, multiplied by one tile of the weight: more on AMX, where decoding it takes longer than a
+// product, and of bytes in 16 bits, of which a tile holds half as many.
+constexpr int64_t kRowsAtOnce = 64, kManyRowsAtOnce = 128;
 constexpr int64_t kLibraryRows =
     512;  // from which on the library's product is worth a decoded weight
 // The same in bf16, on machines that have its products but no AMX.
@@ -65,7 +65,8 @@ struct Rows {
   at::Tensor sums;              // fp32 [count, groups or their parts]: of values, or of bytes
   at::Tensor scales;            // fp32 [count], of bytes
   int64_t group = 1, groups = 1, part = 1;  // columns of a group, and of the parts that are summed
-  bool int8 = false, pairs = false, widened = false;  // what values become: bytes, as floats
+  // What values become: bytes, as floats or in 16 bits, or pairs of bf16.
+  bool int8 = false, pairs = false, widened = false, shorts = false;
 
   // The panels that are multiplied by one tile each time, and the number of panels.
   std::vector<int64_t> pieces() const {
@@ -145,6 +146,11 @@ void Rows::fill(int64_t begin, int64_t end) const {
   Lines<int8_t> bytes(int8 ? kWoven * stride : 0);
   Lines<float> floats(widened ? kWoven * stride : 0);
   Lines<c10::BFloat16> narrowed(pairs ? kWoven * stride : 0);
+  Lines<int16_t> in_16_bits(shorts ? kWoven * stride : 0);
+  // Columns 0 and 2 of four are a pair, and 1 and 3: so bytes are cut into numbers of 16 bits.
+  const auto pair_up = [&](auto* numbers) {
+    for (int64_t k = 0; k < stride; k += 4) std::swap(numbers[k + 1], numbers[k + 2]);
+  };
   float* all_scales = int8 ? scales.mutable_data_ptr<float>() : nullptr;
   float* all_sums = parts > 0 ? sums.mutable_data_ptr<float>() : nullptr;
   const float* first_row = values.const_data_ptr<float>();
@@ -163,13 +169,17 @@ void Rows::fill(int64_t begin, int64_t end) const {
     if (widened) {
       std::copy(rounded_to, rounded_to + stride, floats.data() + i * stride);
       from = floats.data() + i * stride;
+    } else if (shorts) {
+      int16_t* numbers = in_16_bits.data() + i * stride;
+      std::copy(rounded_to, rounded_to + stride, numbers);
+      pair_up(numbers);
+      from = numbers;
     } else if (pairs) {
       c10::BFloat16* halves = narrowed.data() + i * stride;
       for (int64_t k = 0; k < stride; k += kLanes) {
         store_f32(halves + k, Vec::loadu(v + k));  // what they were
       }
-      // Columns 0 and 2 of four are a pair, and 1 and 3: so bytes are cut into numbers of 16 bits.
-      for (int64_t k = 0; k < stride; k += 4) std::swap(halves[k + 1], halves[k + 2]);
+      pair_up(halves);
       from = halves;
     }
     made[i] = static_cast<const uint32_t*>(from);
@@ -198,20 +208,21 @@ void Rows::fill(int64_t begin, int64_t end) const {
 // `run`: words of a row that AMX takes at a time; without it 1. Sums are those of parts of so many
 // columns of a group. Where there are words, whoever multiplies has to fill them.
 Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, bool int8, bool sums,
-             Way way, int64_t run) {
+             Way way, int64_t run, bool shorts) {
   Rows rows;
   const int64_t parts = groups * std::max<int64_t>((group + part - 1) / part, 1);
   rows.group = group;
   rows.groups = groups;
   rows.part = part;
   rows.run = run;
-  if (run > 1) rows.at_once = kRowsAtOnceAmx;
+  if (run > 1 || shorts) rows.at_once = kManyRowsAtOnce;
   rows.count = x.size(0);
   rows.columns = x.size(1);
   // A few rows of floats are read as they are.
   rows.in_panels = int8 || way != Way::kFew;
   rows.int8 = int8;
   rows.pairs = way == Way::kPairs || way == Way::kFewPairs;
+  rows.shorts = shorts;
   rows.widened = int8 && way == Way::kStored;
   rows.stride = round_up(rows.columns, kStep);
   const bool as_it_is =
@@ -219,7 +230,7 @@ Rows prepare(const at::Tensor& x, int64_t group, int64_t groups, int64_t part, b
   rows.values = as_it_is ? x : float_rows(x, kStep);
   if (int8) rows.scales = at::empty({rows.count}, x.options().dtype(at::kFloat));
   if (sums) rows.sums = at::empty({rows.count, parts}, x.options().dtype(at::kFloat));
-  rows.word_shift = rows.pairs ? 1 : int8 && !rows.widened ? 2 : 0;
+  rows.word_shift = rows.pairs || shorts ? 1 : int8 && !rows.widened ? 2 : 0;
   for (int64_t m = 0; m < rows.count;) {
     rows.panels.push_back(m);
     const int64_t left = rows.count - m;
@@ -795,6 +806,16 @@ void with_kind(const Packed& w, F&& f) {
   f(std::integral_constant<Bytes, Bytes::kWide>{});
 }
 
+// Whether bytes, of many rows, are widened to 16 bits beforehand: where sums of products of bytes
+// could be more than 16 bits hold.
+bool multiplies_shorts([[maybe_unused]] const Packed& w) {
+#if defined(CPU_CAPABILITY_AVX2)
+  return w.most > 128;
+#else
+  return false;
+#endif
+}
+
 using Few = void (*)(const Rows&, const Packed&, int64_t, int64_t, float*);
 
 Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool pairs) {
@@ -1022,6 +1043,12 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
           for (int j = 0; j < kTileBlocks; ++j) acc[r][j] = widened<Kind>(acc[r][j], narrow[r][j]);
         }
       }
+    } else if constexpr (Kind == Bytes::kShorts) {  // the loop itself is a tenth of so few words
+      for (int64_t q = 0; q < piece.words; q += 4) {
+        unrolled<4>([&](auto i) __attribute__((always_inline)) {
+          add_word(p, tile, q + i, acc, dot_of);
+        });
+      }
     } else {
       for (int64_t q = 0; q < piece.words; ++q) add_word(p, tile, q, acc, dot_of);
     }
@@ -1150,9 +1177,11 @@ Tile pairs_kernel(int64_t rows, std::integer_sequence<int, R...>) {
 }
 #endif
 
-// Decodes quads of one step of a block into a tile of bytes, whose words are `apart`.
+// Decodes quads of one step of a block into a tile of bytes, whose words are `apart`, or of twice
+// as many words of 16 bits: columns 0 and 2 of each quad, 1 and 3.
 template <int Bits>
-void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile, int64_t apart) {
+void step_to_bytes(const uint8_t* codes, const uint8_t* table, bool shorts, uint8_t* tile,
+                   int64_t apart) {
   ask_for<Bits>(codes + kTileAhead);
   const Planes<Bits> planes(codes);
   unrolled<8>([&](auto q) __attribute__((always_inline)) {
@@ -1167,20 +1196,24 @@ void step_to_bytes(const uint8_t* codes, const uint8_t* table, uint8_t* tile, in
         quad = W16::load(lanes);
       }
     }
-    quad.store(tile + q * apart);
+    if (!shorts) return quad.store(tile + q * apart);
+    const W16 low = W16::all(0x00ff00ffu);
+    (quad & low).store(tile + 2 * q * apart);
+    (shift_right<8>(quad) & low).store(tile + (2 * q + 1) * apart);
   });
 }
 
 // Of `count` steps, from one on.
-void decode_bytes(const Packed& w, int64_t block, int64_t from, int64_t count, uint8_t* tile,
-                  int64_t apart) {
+void decode_bytes(const Packed& w, int64_t block, int64_t from, int64_t count, bool shorts,
+                  uint8_t* tile, int64_t apart) {
   const uint8_t* table = w.bytes.defined() ? w.bytes.const_data_ptr<uint8_t>() +
                                                  block / w.partition_blocks * w.bytes.size(1)
                                            : nullptr;
   with_bits(w.bits, [&](auto bits) {
     const uint8_t* codes = w.step(block, from);
-    for (int64_t i = 0; i < count; ++i, codes += 64 * bits, tile += kStep / 4 * apart) {
-      step_to_bytes<bits>(codes, table, tile, apart);
+    const int64_t words = kStep / (shorts ? 2 : 4);
+    for (int64_t i = 0; i < count; ++i, codes += 64 * bits, tile += words * apart) {
+      step_to_bytes<bits>(codes, table, shorts, tile, apart);
     }
   });
 }
@@ -1227,22 +1260,23 @@ void by_tiles(Rows& x, const Packed* w, int64_t blocks, int64_t cost, const Star
 
 // How many steps a tile holds. AMX takes bytes so fast that of two tiles the lesser, which leaves
 // room in the cache, is better.
-int64_t most_steps(bool pairs, int64_t run) {
-  const int64_t bytes = run > 1 && !pairs ? kTileBytes / 2 : kTileBytes;
-  return bytes / (kStep * kWidth * (pairs ? 2 : 1));
+int64_t most_steps(bool two_bytes, int64_t run) {
+  const int64_t bytes = run > 1 && !two_bytes ? kTileBytes / 2 : kTileBytes;
+  return bytes / (kStep * kWidth * (two_bytes ? 2 : 1));
 }
 
 int64_t steps_of_group(const Packed& w) { return w.groups == 1 ? w.steps : w.group / kStep; }
 
 // How many steps of a group are decoded at a time: all, or those that a tile holds.
-int64_t part_of(const Packed& w, bool pairs, int64_t run) {
-  return std::clamp<int64_t>(steps_of_group(w), 1, most_steps(pairs, run));
+int64_t part_of(const Packed& w, bool two_bytes, int64_t run) {
+  return std::clamp<int64_t>(steps_of_group(w), 1, most_steps(two_bytes, run));
 }
 
-// By tiles of bytes, or of pairs of bf16.
-void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
+// By tiles of bytes, as they are or in 16 bits, or of pairs of bf16.
+void multiply_words(Rows& x, const Packed& w, const Sink& sink) {
+  const bool pairs = x.pairs, two_bytes = pairs || x.shorts;
   const int64_t steps = steps_of_group(w);
-  const int64_t size = pairs ? 2 : 1;  // bytes of a weight in the tile
+  const int64_t size = two_bytes ? 2 : 1;  // bytes of a weight in the tile
   const at::Tensor& shift_of = pairs ? w.shift : w.byte_shift;
   const int64_t held = narrow_quads(w.bits);
   const auto kernel = [&](int64_t rows) {
@@ -1250,9 +1284,11 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
     if (pairs) return pairs_kernel(rows, std::make_integer_sequence<int, kWordRows>{});
 #endif
-    with_kind(w, [&](auto kind) {
-      found = tile_kernel<kind>(rows, held, std::make_integer_sequence<int, kWordRows>{});
-    });
+    constexpr auto all_rows = std::make_integer_sequence<int, kWordRows>{};
+#if defined(CPU_CAPABILITY_AVX2)
+    if (x.shorts) return tile_kernel<Bytes::kShorts>(rows, held, all_rows);
+#endif
+    with_kind(w, [&](auto kind) { found = tile_kernel<kind>(rows, held, all_rows); });
     return found;
   };
 #if defined(COFIRE_AMX)
@@ -1284,13 +1320,13 @@ void multiply_words(Rows& x, const Packed& w, bool pairs, const Sink& sink) {
     }
 #endif
     for (int64_t b = 0; b < used; ++b) {
-      decode_bytes(w, first + b, at, piece, tile + 64 * b, 4 * kWidth);
+      decode_bytes(w, first + b, at, piece, x.shorts, tile + 64 * b, 4 * kWidth);
     }
   };
   const int64_t cost = w.steps * kStep * kWidth / 8 * x.count;
   // Decoded at a time: a part of a group, or some whole ones.
-  const int64_t part = part_of(w, pairs, x.run), parts = (steps + part - 1) / part;
-  const int64_t groups = std::clamp<int64_t>(most_steps(pairs, x.run) / steps, 1, w.groups);
+  const int64_t part = part_of(w, two_bytes, x.run), parts = (steps + part - 1) / part;
+  const int64_t groups = std::clamp<int64_t>(most_steps(two_bytes, x.run) / steps, 1, w.groups);
   by_tiles(x, &w, w.blocks, cost, [&] {
     // Of the groups from g on, for the blocks from `first` on.
     const auto gather = [&](const at::Tensor& all, int64_t g, int64_t now, int64_t first,
@@ -1417,7 +1453,7 @@ void multiply_whole(Rows& x, const Packed& w, const Sink& sink) {
   in_parts(w.blocks, grain_of(w.steps * kStep), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       uint8_t* to = decoded + b / kWholeBlocks * size + b % kWholeBlocks * 64;
-      decode_bytes(w, b, 0, w.steps, to, 4 * kWholeWidth);
+      decode_bytes(w, b, 0, w.steps, false, to, 4 * kWholeWidth);
     }
   });
   const int64_t panels = x.number_of_panels();
@@ -2053,8 +2089,9 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   const bool in_words = way == Way::kBytes || way == Way::kPairs;
   const int64_t group = w != nullptr ? w->group : stored.columns, run = run_of(w, way);
   const int64_t whole = std::max<int64_t>(group, 1);
-  const int64_t part = in_words ? part_of(*w, way == Way::kPairs, run) * kStep : whole;
-  Rows rows = prepare(x, group, w != nullptr ? w->groups : 1, part, int8, sums, way, run);
+  const bool shorts = way == Way::kBytes && multiplies_shorts(*w);
+  const int64_t part = in_words ? part_of(*w, way == Way::kPairs || shorts, run) * kStep : whole;
+  Rows rows = prepare(x, group, w != nullptr ? w->groups : 1, part, int8, sums, way, run, shorts);
   const Sink sink(rows, low_rank, int8, bias, y);
   switch (way) {
     case Way::kFew:
@@ -2067,7 +2104,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
 #endif
     case Way::kBytes:
     case Way::kPairs:
-      return multiply_words(rows, *w, way == Way::kPairs, sink);
+      return multiply_words(rows, *w, sink);
     default:
       return multiply_floats(rows, stored, w, sink);
   }
