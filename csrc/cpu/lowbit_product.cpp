@@ -67,6 +67,7 @@ struct Rows {
   int64_t group = 1, groups = 1, part = 1;  // columns of a group, and of the parts that are summed
   // What values become: bytes, as floats or in 16 bits, or pairs of bf16.
   bool int8 = false, pairs = false, widened = false, shorts = false;
+  bool by_pairs = false;  // whether the values stand as `by_pairs` puts them
 
   // The panels that are multiplied by one tile each time, and the number of panels.
   std::vector<int64_t> pieces() const {
@@ -678,14 +679,16 @@ void few_pairs(const Rows& x, const Packed& w, int64_t block, int64_t m, float* 
 #endif
 
 #if defined(CPU_CAPABILITY_AVX2)
-// The same where all values are bf16: two tables of bytes make halves of floats, 16 rows by two
-// columns side by side. A lane of a sum is then one of a pair of columns, and half an instruction
-// less is spent on each float than where codes are converted. `p`: as `by_pairs` puts them.
+// The same where all values are bf16: two tables of bytes make halves of floats, rows by two
+// columns side by side, so that a lane of a sum is one of a pair of columns. Less is spent on each
+// float than where codes are converted; with more rows of x, whose sums take more registers, it is
+// not. `x`: as `by_pairs` puts it.
+constexpr int kHalfRows = 2;
+
 template <int Bits, int R>
 void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float* c) {
-  // As many registers of 8 rows at a time as the sums leave: with one row of x both, or each sum
-  // would wait for the last one.
-  constexpr int kParts = R == 1 ? 2 : 1, kChains = R <= 3 ? 2 : 1;
+  // Eight rows at a time, or with one row of x twice as many: each sum would wait for the last one.
+  constexpr int kParts = R == 1 ? 2 : 1;
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
   const uint8_t* tables = w.halves.const_data_ptr<uint8_t>() + block / w.partition_blocks * 32;
   const Bytes16 high(tables), low(tables + 16);
@@ -698,10 +701,11 @@ void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   unrolled<R>([&](auto r) { F16::zero().store(c + r * kWidth); });
   for (int64_t g = 0; g < w.groups; ++g, codes += steps * 64 * Bits) {
     for (int first = 0; first < 2; first += kParts) {
-      __m256 acc[R][kParts][2][kChains];
-      unrolled<R * kParts * 2 * kChains>([&](auto i) __attribute__((always_inline)) {
-        acc[i / (kParts * 2 * kChains)][i / (2 * kChains) % kParts][i / kChains % 2][i % kChains] =
-            _mm256_setzero_ps();
+      // Of even and of odd columns, of the first two rows of each four and of the others.
+      __m256 even[R][kParts][2], odd[R][kParts][2];
+      unrolled<R * kParts * 2>([&](auto i) __attribute__((always_inline)) {
+        even[i / 2 / kParts][i / 2 % kParts][i % 2] = _mm256_setzero_ps();
+        odd[i / 2 / kParts][i / 2 % kParts][i % 2] = _mm256_setzero_ps();
       });
       const float* p[R];
       unrolled<R>([&](auto r)
@@ -718,28 +722,17 @@ void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
             const __m256i bottom = _mm256_shuffle_epi8(low.v, quad);
             const __m256i halves[2] = {_mm256_unpacklo_epi8(bottom, top),
                                        _mm256_unpackhi_epi8(bottom, top)};
-            const auto even = [&](int i) __attribute__((always_inline)) {
-              return _mm256_castsi256_ps(_mm256_slli_epi32(halves[i], 16));
-            };
-            const auto odd = [&](int i) __attribute__((always_inline)) {
-              return _mm256_castsi256_ps(_mm256_and_si256(halves[i], _mm256_set1_epi32(-65536)));
-            };
-            const auto of_pair = [&](int r, int i) __attribute__((always_inline)) {
-              return _mm256_castpd_ps(
-                  _mm256_broadcast_sd(reinterpret_cast<const double*>(p[r] + 4 * q + 2 * i)));
-            };
-            const auto add = [&](int r, int i, __m256 a, __m256 b,
-                                 int chain) __attribute__((always_inline)) {
-              acc[r][part][i][chain] = _mm256_fmadd_ps(a, b, acc[r][part][i][chain]);
-            };
             unrolled<2>([&](auto i) __attribute__((always_inline)) {
-              const __m256 a = even(i), b = odd(i);
+              const __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(halves[i], 16));
+              const __m256 b =
+                  _mm256_castsi256_ps(_mm256_and_si256(halves[i], _mm256_set1_epi32(-65536)));
               unrolled<R>([&](auto r) __attribute__((always_inline)) {
-                add(r, i, a, of_pair(r, 0), 0);
-                add(r, i, b, of_pair(r, 1), kChains - 1);
+                const auto* pairs = reinterpret_cast<const double*>(p[r] + 4 * q);
+                even[r][part][i] = _mm256_fmadd_ps(a, _mm256_castpd_ps(_mm256_broadcast_sd(pairs)),
+                                                   even[r][part][i]);
+                odd[r][part][i] = _mm256_fmadd_ps(
+                    b, _mm256_castpd_ps(_mm256_broadcast_sd(pairs + 1)), odd[r][part][i]);
               });
-              // Rather read x again than keep it in registers that the sums need.
-              if constexpr (R > 2) asm("" ::: "memory");
             });
           });
         });
@@ -749,13 +742,10 @@ void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
         const int64_t n = 8 * (first + part);
         const __m256 factor = _mm256_loadu_ps(scale + g * kBlock + n);
         unrolled<R>([&](auto r) __attribute__((always_inline)) {
-          __m256(&sum)[2][kChains] = acc[r][part];
-          if constexpr (kChains == 2) {
-            unrolled<2>([&](auto i) { sum[i][0] = _mm256_add_ps(sum[i][0], sum[i][1]); });
-          }
+          const __m256 sum = _mm256_hadd_ps(_mm256_add_ps(even[r][part][0], odd[r][part][0]),
+                                            _mm256_add_ps(even[r][part][1], odd[r][part][1]));
           float* to = c + r * kWidth + n;
-          __m256 y =
-              _mm256_fmadd_ps(factor, _mm256_hadd_ps(sum[0][0], sum[1][0]), _mm256_loadu_ps(to));
+          __m256 y = _mm256_fmadd_ps(factor, sum, _mm256_loadu_ps(to));
           if (shift != nullptr) {
             y = _mm256_fmadd_ps(_mm256_loadu_ps(shift + g * kBlock + n),
                                 _mm256_set1_ps(sums[r * w.groups + g]), y);
@@ -767,11 +757,6 @@ void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   }
 }
 
-bool takes_halves(const Packed& w) { return w.halves.defined(); }
-#else
-constexpr bool takes_halves(const Packed& /*w*/) { return false; }
-#endif
-
 // Of each quad of columns the even ones, and then the odd ones: as pairs of halves come.
 at::Tensor by_pairs(const at::Tensor& values) {
   at::Tensor out = at::empty(values.sizes(), values.options());
@@ -782,6 +767,7 @@ at::Tensor by_pairs(const at::Tensor& values) {
   }
   return out;
 }
+#endif
 
 template <int Most, typename F>
 void with_rows(int64_t rows, F&& f) {
@@ -818,10 +804,10 @@ bool multiplies_shorts([[maybe_unused]] const Packed& w) {
 
 using Few = void (*)(const Rows&, const Packed&, int64_t, int64_t, float*);
 
-Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool pairs) {
+Few few_kernel(const Packed& w, int64_t rows, const Rows& x) {
   Few found = nullptr;
 #if defined(CPU_CAPABILITY_AVX512) && !defined(_MSC_VER)
-  if (pairs) {
+  if (x.pairs) {
     with_rows<kFewWordRows>(rows, [&](auto r) {
       with_bits(w.bits, [&](auto bits) {
         if constexpr (bits <= kPairBits) found = few_pairs<bits, r>;
@@ -831,8 +817,8 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool p
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX2)
-  if (!int8 && takes_halves(w)) {
-    with_rows<kFewRows>(rows, [&](auto r) {
+  if (x.by_pairs) {
+    with_rows<kHalfRows>(rows, [&](auto r) {
       with_bits(w.bits, [&](auto bits) {
         if constexpr (bits <= 5) found = few_halves<bits, r>;
       });
@@ -840,7 +826,7 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool p
     return found;
   }
 #endif
-  if (!int8) {
+  if (!x.int8) {
     with_rows<kFewRows>(rows, [&](auto r) {
       with_value(w, [&](auto bits, auto how) { found = few_floats<bits, r, how>; });
     });
@@ -865,12 +851,12 @@ Few few_kernel(const Packed& w, int64_t rows, bool int8, [[maybe_unused]] bool p
 
 // Block by block of the weight. Where codes stay in the second-level cache and x does not, panel by
 // panel of x, each filled by the thread that multiplies it.
-void multiply_few(Rows& x, const Packed& w, bool int8, const Sink& sink) {
+void multiply_few(Rows& x, const Packed& w, const Sink& sink) {
   constexpr int64_t kHeldCodes = 1 << 18, kHeldWords = 1 << 19;  // bytes
   const int64_t cost = w.steps * kStep * kBlock / 8, panels = x.number_of_panels();
   const auto multiply = [&](const Rows& rows, int64_t block, int64_t panel, float* c) {
     const int64_t m = rows.panels[panel], now = rows.panels[panel + 1] - m;
-    few_kernel(w, now, int8, rows.pairs)(rows, w, block, m, c);
+    few_kernel(w, now, rows)(rows, w, block, m, c);
     sink(c, m, now, block * kBlock, kBlock);
   };
   if (panels >= 8 * at::get_num_threads() && w.codes.numel() <= kHeldCodes &&
@@ -886,7 +872,12 @@ void multiply_few(Rows& x, const Packed& w, bool int8, const Sink& sink) {
     });
   }
   if (x.in_panels) x.fill();
-  if (!int8 && takes_halves(w)) x.values = by_pairs(x.values);
+#if defined(CPU_CAPABILITY_AVX2)
+  if (!x.int8 && w.halves.defined() && x.count <= kHalfRows) {
+    x.values = by_pairs(x.values);
+    x.by_pairs = true;
+  }
+#endif
   in_runs_of_parts(w.blocks, grain_of(cost * x.count), [&](int64_t begin, int64_t end) {
     alignas(64) float c[kFewWordRows * kWidth];
     for (int64_t block = begin; block < end; ++block) {
@@ -1045,9 +1036,8 @@ void tile_bytes(const Piece& piece, const uint32_t* p, const float* sums, float*
       }
     } else if constexpr (Kind == Bytes::kShorts) {  // the loop itself is a tenth of so few words
       for (int64_t q = 0; q < piece.words; q += 4) {
-        unrolled<4>([&](auto i) __attribute__((always_inline)) {
-          add_word(p, tile, q + i, acc, dot_of);
-        });
+        unrolled<4>([&](auto i)
+                        __attribute__((always_inline)) { add_word(p, tile, q + i, acc, dot_of); });
       }
     } else {
       for (int64_t q = 0; q < piece.words; ++q) add_word(p, tile, q, acc, dot_of);
@@ -2096,7 +2086,7 @@ void multiply(const at::Tensor& x, const Stored& stored, const Packed* w, const 
   switch (way) {
     case Way::kFew:
     case Way::kFewPairs:
-      return multiply_few(rows, *w, int8, sink);
+      return multiply_few(rows, *w, sink);
 #if defined(COFIRE_WHOLE)
     case Way::kWholeBytes:
       TORCH_INTERNAL_ASSERT(!low_rank.low.defined());  // of which a sink adds kWidth columns

@@ -252,7 +252,8 @@ float sigma_of(const Head& head, const double* sums, int64_t chunks, int64_t tok
   return std::max(static_cast<float>(sigma), kSigmaFloor);
 }
 
-// A tile of tokens: the transposed input, one over the norms, and the distances from all anchors.
+// A tile of tokens: the transposed input, one over the norms, and the distances from all anchors,
+// or what becomes of them.
 struct Tile {
   std::vector<float> scratch, x, distance, features;
   Vec inverse[2];
@@ -263,8 +264,9 @@ struct Tile {
         distance(kTile * h.m),
         features(kTile * std::max(h.bits, h.m)) {}
 
-  template <typename T>
-  void measure(const Head& h, const T* rows, int64_t count, float eps) {
+  // of(j, distance): what becomes of the distances from anchor j.
+  template <typename T, typename F>
+  void measure(const Head& h, const T* rows, int64_t count, float eps, F&& of) {
     to_lanes(rows, count, h.d, scratch.data(), x.data());
     product(h.anchors, h.m, h.d, x.data(), distance.data());
     constexpr int kChains = 4;  // that do not wait for each other
@@ -287,7 +289,7 @@ struct Tile {
       const Vec unit = sum * inverse[part] * inverse[part], twice = inverse[part] * Vec(-2.0f);
       for (int64_t j = 0; j < h.m; ++j) {
         float* p = distance.data() + j * kTile + part * kLanes;
-        at::vec::fmadd(Vec::loadu(p), twice, unit + Vec(h.squares[j])).store(p);
+        of(j, at::vec::fmadd(Vec::loadu(p), twice, unit + Vec(h.squares[j]))).store(p);
       }
     }
   }
@@ -299,14 +301,9 @@ void encode_chunk(const Head& h, Tile& tile, const T* x, int64_t count, float si
   const Vec scale(-0.5f / sigma * kLog2E), zero(0.0f), one(1.0f);
   for (int64_t t = 0; t < count; t += kTile) {
     const int64_t some = std::min(kTile, count - t);
-    tile.measure(h, x + t * h.d, some, eps);
-    for (int64_t j = 0; j < h.m; ++j) {
-      const Vec center(h.center[j]);
-      for (int part = 0; part < 2; ++part) {
-        float* p = tile.distance.data() + j * kTile + part * kLanes;
-        (power_of_two<float, true>(Vec::loadu(p) * scale) - center).store(p);
-      }
-    }
+    tile.measure(h, x + t * h.d, some, eps, [&](int64_t j, const Vec& distance) {
+      return power_of_two<float, true>(distance * scale) - Vec(h.center[j]);
+    });
     product(h.projection, h.bits, h.m, tile.distance.data(), tile.features.data());
     const float* features = tile.features.data();
     store_words(
@@ -337,7 +334,7 @@ void hash_backward(const Head& h, const T* g, const T* x, const W* gate, int64_t
         if (!(word >> i & 1)) grads[i * kTile + u] = 0;
       }
     }
-    tile.measure(h, x + t * h.d, some, eps);
+    tile.measure(h, x + t * h.d, some, eps, [](int64_t, const Vec& distance) { return distance; });
     product(h.projection_t.data(), h.m, h.bits, grads.data(), tile.features.data());
     Vec total[2] = {Vec(0.0f), Vec(0.0f)}, rows[2] = {Vec(0.0f), Vec(0.0f)};
     for (int64_t j = 0; j < h.m; ++j) {
