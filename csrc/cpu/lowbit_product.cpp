@@ -1887,7 +1887,7 @@ void multiply_panels(const at::Tensor& x, const Packed& w, const MaybeTensor& bi
   dispatch(x.scalar_type(), [&](auto example) {
     using T = decltype(example);
     const T* from = input.const_data_ptr<T>();
-    in_turns(parts, [&](int64_t part) {
+    in_runs(parts, [&](int64_t part) {
       const int64_t m = tiles * part / parts * panels::kRows;
       const int64_t rows = std::min(tiles * (part + 1) / parts * panels::kRows, count) - m;
       if (rows <= 0) return;

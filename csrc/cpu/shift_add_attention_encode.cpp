@@ -455,16 +455,16 @@ Encoded hash_encode(const at::Tensor& input, const at::Tensor& anchors, const at
                        small, code + first, pass + first);
         };
         if (sets >= 2 * at::get_num_threads()) {  // while the rows are in a cache
-          in_turns(sets, [&](int64_t set) {
+          in_runs(sets, [&](int64_t set) {
             Tile tile(shared[set % heads]);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) sum(set, chunk);
             merge(set);
             for (int64_t chunk = 0; chunk < chunks; ++chunk) encode(set, chunk, tile);
           });
         } else {
-          in_turns(sets * chunks, [&](int64_t i) { sum(i / chunks, i % chunks); });
+          in_runs(sets * chunks, [&](int64_t i) { sum(i / chunks, i % chunks); });
           for (int64_t set = 0; set < sets; ++set) merge(set);
-          in_turns(sets * chunks, [&](int64_t i) {
+          in_runs(sets * chunks, [&](int64_t i) {
             Tile tile(shared[i / chunks % heads]);
             encode(i / chunks, i % chunks, tile);
           });

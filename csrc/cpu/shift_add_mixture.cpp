@@ -169,7 +169,7 @@ class Tokens {
   template <typename F>
   void blocks(F&& f) const {
     const int64_t first = (count_[0] + kBlock - 1) / kBlock;
-    in_turns(first + (count_[1] + kBlock - 1) / kBlock, [&](int64_t part) {
+    in_runs(first + (count_[1] + kBlock - 1) / kBlock, [&](int64_t part) {
       const int e = part >= first;
       const int64_t begin = (part - (e ? first : 0)) * kBlock;
       f(e, begin, std::min(count_[e], begin + kBlock));
