@@ -205,12 +205,12 @@ at::Tensor exponents_of(const Stored& w) {
 }
 
 // See Packed::halves. `table`: fp32 [P, 16], from which `middle` comes off; or the exponents.
-at::Tensor halves_of(const at::Tensor& table, float middle, const at::Tensor& exponents) {
+std::vector<uint8_t> halves_of(const at::Tensor& table, float middle, const at::Tensor& exponents) {
   const bool powers = exponents.defined();
   if (!powers && table.size(1) > 16) return {};
-  at::Tensor found = at::empty({table.size(0), 32}, table.options().dtype(at::kByte));
+  std::vector<uint8_t> found(table.size(0) * 32);
   for (int64_t p = 0; p < table.size(0); ++p) {
-    auto* to = found.mutable_data_ptr<uint8_t>() + p * 32;
+    uint8_t* to = found.data() + p * 32;
     for (int64_t i = 0; i < 16; ++i) {
       const uint32_t bits =
           powers ? uint32_t{exponents.const_data_ptr<uint8_t>()[p * 16 + i]} << 23

@@ -84,8 +84,8 @@ struct Packed {
   // 16], the fields of the exponent (0: a zero). Else undefined.
   at::Tensor exponents;
   // Where all that few rows are multiplied by are halves of floats, that is, bf16: their high and
-  // low bytes, of codes of up to 4 bits or, without the sign, of powers of two. uint8 [P, 32].
-  at::Tensor halves;
+  // low bytes, of codes of up to 4 bits or, without the sign, of powers of two. [P][32], else none.
+  std::vector<uint8_t> halves;
   bool uniform;  // V is the code itself
   // With few rows the zero point, where all are equal, comes off each code: sums of codes that it
   // is taken off afterwards would cancel. `few_shift` is what is left of `shift`.

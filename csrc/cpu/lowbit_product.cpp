@@ -690,7 +690,7 @@ void few_halves(const Rows& x, const Packed& w, int64_t block, int64_t m, float*
   // Eight rows at a time, or with one row of x twice as many: each sum would wait for the last one.
   constexpr int kParts = R == 1 ? 2 : 1;
   const int64_t steps = w.groups == 1 ? w.steps : w.group / kStep;
-  const uint8_t* tables = w.halves.const_data_ptr<uint8_t>() + block / w.partition_blocks * 32;
+  const uint8_t* tables = w.halves.data() + block / w.partition_blocks * 32;
   const Bytes16 high(tables), low(tables + 16);
   const uint8_t* codes = w.step(block, 0);
   const float* scale = w.scale.const_data_ptr<float>() + block * w.groups * kBlock;
@@ -873,7 +873,7 @@ void multiply_few(Rows& x, const Packed& w, const Sink& sink) {
   }
   if (x.in_panels) x.fill();
 #if defined(CPU_CAPABILITY_AVX2)
-  if (!x.int8 && w.halves.defined() && x.count <= kHalfRows) {
+  if (!x.int8 && !w.halves.empty() && x.count <= kHalfRows) {
     x.values = by_pairs(x.values);
     x.by_pairs = true;
   }

@@ -676,7 +676,7 @@ BLOCK, STEP = 16, 32
 def layout_nbytes(weight: QTensor) -> int:
     """Bytes of the layout that the first product of this machine's CPU makes of a weight; 0 where it makes none.
 
-    But for 16 bytes of a table of powers of two with 5 bits.
+    But for tables of bytes: 16 of powers of two with 5 bits, and 32 of each table of values that are bfloat16.
     """
     (rows, columns), lut, zero, offset = weight.shape, weight.lut, weight.zero, weight.offset
     wide = any(t.dtype == torch.float64 for t in weight.tensors().values())
